@@ -1,0 +1,48 @@
+"""The error types of the public API. Each message names the thing, its value and the remedy."""
+
+from __future__ import annotations
+
+
+class LmdeployError(Exception):
+    """Base of every error this project raises on purpose.
+
+    `code` is the machine-readable name that a `Response` and an HTTP error body carry.
+    """
+
+    code = "internal_error"
+
+
+class ConfigError(LmdeployError, ValueError):
+    """A configuration field or command-line flag has a value that cannot work."""
+
+    code = "invalid_config"
+
+
+class CheckpointError(LmdeployError, ValueError):
+    """A checkpoint is damaged, incomplete, unsafe, or does not fit its own config."""
+
+    code = "invalid_checkpoint"
+
+
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is sound, but its architecture or one of its features is not supported."""
+
+    code = "unsupported_model"
+
+
+class RequestError(LmdeployError, ValueError):
+    """A request cannot be served as it was asked."""
+
+    code = "invalid_request"
+
+
+class ContextLengthError(RequestError):
+    """Prompt plus requested tokens do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class EngineError(LmdeployError, RuntimeError):
+    """The engine cannot go on, or has been closed."""
+
+    code = "engine_unavailable"
