@@ -1,0 +1,26 @@
+"""What one forward pass reads besides weights and KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+from jax import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step, packed without padding between sequences.
+
+    Decode steps carry one token a sequence (`T == S`) and no `tiles`; ragged steps (prompt chunks, or chunks mixed
+    with single decode tokens) carry `tiles`. Padding tokens write to page 0 and have position 0.
+    """
+
+    tokens: Array  # i32 [T]
+    positions: Array  # i32 [T], 0-based position in the token's own sequence
+    rope_lens: Array  # i32 [T], sequence length that length-dependent RoPE kinds (dynamic NTK, longrope) are scaled for
+    slots: Array  # i32 [T], where the token's K and V go: page * page_size + offset
+    page_table: Array  # i32 [S, M], pages of each sequence in order; unused entries 0
+    kv_lens: Array  # i32 [S], tokens in the cache including this step's; 0 in padding rows
+    tiles: Array | None = None  # i32 [W, 4], see pallas_kernels.prefill_attention
