@@ -1,0 +1,56 @@
+"""What an attention op is told besides its arrays, and the checks that every implementation shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+PAGE_SIZE = 64
+"""Tokens a page. One page is one tile of the kernels."""
+
+MASKED = -1e30
+"""Logit of a key that a query does not see: finite, so that a row that sees nothing stays free of NaN."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Static options of an attention call.
+
+    `scale` multiplies the logits; `window` is the number of newest keys a query sees (None: all);
+    `soft_cap` bounds the scaled logits as `soft_cap * tanh(logits / soft_cap)`.
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}; it must be at least 1, or None for full attention")
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            raise ValueError(f"soft_cap is {self.soft_cap}; it must be positive, or None for no cap")
+
+
+def check_cache(k_pages: jax.Array, v_pages: jax.Array) -> None:
+    """Raises ValueError unless the two arrays are K and V of one paged cache."""
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
+        raise ValueError(
+            "k_pages and v_pages must be alike, [pages, kv_heads, page_size, head_dim]; got "
+            f"{k_pages.shape} {k_pages.dtype} and {v_pages.shape} {v_pages.dtype}"
+        )
+    if k_pages.shape[2] != PAGE_SIZE:
+        raise ValueError(f"the page size is {k_pages.shape[2]} tokens; the kernels are built for {PAGE_SIZE}")
+
+
+def check_heads(q: jax.Array, k_pages: jax.Array, sinks: jax.Array | None) -> None:
+    """Raises ValueError unless q [*, heads, head_dim] fits the cache's heads and the sinks fit q's."""
+    _, heads, head_dim = q.shape
+    kv_heads = k_pages.shape[1]
+    if heads % kv_heads or head_dim != k_pages.shape[3]:
+        raise ValueError(
+            f"q of shape {q.shape} does not fit a cache of {kv_heads} KV heads of size {k_pages.shape[3]}: "
+            "the query heads must be a multiple of the KV heads and the head sizes equal"
+        )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks has shape {sinks.shape}; it must hold one logit a query head: ({heads},)")

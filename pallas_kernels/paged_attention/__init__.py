@@ -1,0 +1,37 @@
+"""Decode attention: one query a sequence against its pages of the KV cache."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.options import AttentionOptions, check_cache, check_heads
+from pallas_kernels.paged_attention import xla
+from pallas_kernels.registry import check_backend
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    backend: str,
+) -> jax.Array:
+    """Attention of one new token a sequence over its cached keys, its own among them.
+
+    q [S, H, D]; k_pages, v_pages [pages, KH, PAGE_SIZE, D]; page_table int32 [S, M], padded with 0; kv_lens
+    int32 [S], tokens in the cache with the new one (0: a row that pads the batch; it comes out as zeros).
+    `window` limits the query at position L-1 to keys at positions above L-1-window; `sinks` f32 [H] adds a
+    logit to each head's softmax denominator (gpt-oss). Softmax in f32. Returns [S, H, D] in q's dtype.
+    Raises ValueError for shapes or options that do not fit.
+    """
+    check_backend(backend)
+    check_cache(k_pages, v_pages)
+    check_heads(q, k_pages, sinks)
+    options = AttentionOptions(scale, window, soft_cap)
+    return xla.paged_attention(q, k_pages, v_pages, page_table, kv_lens, sinks, options)

@@ -1,0 +1,42 @@
+"""Prefill attention: ragged chunks of queries, packed, against their sequences' pages of the KV cache."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.options import AttentionOptions, check_cache, check_heads
+from pallas_kernels.prefill_attention import xla
+from pallas_kernels.prefill_attention.tiles import build_tiles, max_tiles, tile_rows
+from pallas_kernels.registry import check_backend
+
+__all__ = ["build_tiles", "max_tiles", "prefill_attention", "tile_rows"]
+
+
+def prefill_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    tiles: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    backend: str,
+) -> jax.Array:
+    """Causal attention of packed query rows over pages that already hold their keys and values.
+
+    q [T, H, D]; k_pages, v_pages [pages, KH, PAGE_SIZE, D]; page_table int32 [S, M], padded with 0; tiles
+    int32 [W, 4] from `build_tiles` with this backend's `tile_rows`. A row at position p sees keys at
+    positions p-window < j <= p. `sinks` f32 [H] adds a logit to each head's softmax denominator. Softmax in f32.
+    Returns [T, H, D] in q's dtype; rows that no tile covers are zeros.
+    Raises ValueError for shapes or options that do not fit.
+    """
+    check_backend(backend)
+    check_cache(k_pages, v_pages)
+    check_heads(q, k_pages, sinks)
+    if tiles.ndim != 2 or tiles.shape[1] != 4:
+        raise ValueError(f"tiles has shape {tiles.shape}; it must be [tiles, 4], as build_tiles makes it")
+    options = AttentionOptions(scale, window, soft_cap)
+    return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options)

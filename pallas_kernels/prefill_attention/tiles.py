@@ -1,0 +1,48 @@
+"""The work list of prefill attention: which packed query rows belong to which sequence, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+TILE_ROWS = {"xla": 16, "pallas": 128, "pallas_interpret": 128}
+
+
+def tile_rows(backend: str) -> int:
+    """Most query rows that one tile of `backend` may hold."""
+    return TILE_ROWS[backend]
+
+
+def max_tiles(tokens: int, sequences: int, tile_rows: int) -> int:
+    """An upper bound of the tiles that `tokens` packed query rows of at most `sequences` chunks need."""
+    return tokens // tile_rows + min(sequences, tokens)
+
+
+def build_tiles(
+    rows: Sequence[int] | np.ndarray,
+    starts: Sequence[int] | np.ndarray,
+    counts: Sequence[int] | np.ndarray,
+    positions: Sequence[int] | np.ndarray,
+    tile_rows: int,
+    width: int,
+) -> np.ndarray:
+    """Cuts chunks of queries into tiles of at most `tile_rows` rows.
+
+    Chunk i is sequence `rows[i]` of the page table; its `counts[i]` queries lie in the packed queries from
+    row `starts[i]` on, and the first one has position `positions[i]`. Returns int32 [width, 4] of (page table
+    row, first query row, query rows, position of the first query), padded with zeros.
+    Raises ValueError when the tiles are more than `width`.
+    """
+    chunks = np.asarray([rows, starts, counts, positions], np.int32).reshape(4, -1).T
+    pieces = -(-chunks[:, 2] // tile_rows)
+    total = int(pieces.sum())
+    if total > width:
+        raise ValueError(f"{total} tiles of {tile_rows} query rows do not fit a work list of width {width}")
+    offsets = (np.arange(total) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * tile_rows
+    tiles = np.zeros((width, 4), np.int32)
+    tiles[:total] = np.repeat(chunks, pieces, axis=0)
+    tiles[:total, 1] += offsets
+    tiles[:total, 2] = np.minimum(tiles[:total, 2] - offsets, tile_rows)
+    tiles[:total, 3] += offsets
+    return tiles

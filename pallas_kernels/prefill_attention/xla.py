@@ -1,0 +1,57 @@
+"""Ragged prefill attention as plain XLA operations."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.options import AttentionOptions
+from pallas_kernels.prefill_attention.tiles import tile_rows
+from pallas_kernels.streaming import attend_paged
+
+GROUP = 8  # tiles a loop
+
+
+def prefill_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    tiles: jax.Array,
+    sinks: jax.Array | None,
+    options: AttentionOptions,
+) -> jax.Array:
+    """See `pallas_kernels.prefill_attention.prefill_attention`."""
+    tokens, heads, head_dim = q.shape
+    kv_heads = k_pages.shape[1]
+    groups = heads // kv_heads
+    width, rows = tiles.shape[0], tile_rows("xla")
+    row = jnp.arange(rows, dtype=jnp.int32)
+    positions = jnp.where(row < tiles[:, 2:3], tiles[:, 3:4] + row, -1)  # [W, R]
+    queries = q.at[tiles[:, 1:2] + row].get(mode="clip")  # [W, R, H, D]
+    queries = queries.reshape(width, rows, kv_heads, groups, head_dim).swapaxes(1, 2)
+    out = attend_paged(
+        queries.reshape(width, kv_heads, rows * groups, head_dim),
+        k_pages,
+        v_pages,
+        page_table[tiles[:, 0]],
+        jnp.repeat(positions, groups, axis=1),
+        None if sinks is None else jnp.tile(sinks.reshape(kv_heads, groups), (1, rows)),
+        options,
+        group=GROUP,
+    )
+    out = (
+        out.reshape(width, kv_heads, rows, groups, head_dim)
+        .swapaxes(1, 2)
+        .reshape(width * rows, heads, head_dim)
+    )
+    return out.at[_tile_row_of(tokens, tiles, rows)].get(mode="fill", fill_value=0.0).astype(q.dtype)
+
+
+def _tile_row_of(tokens: int, tiles: jax.Array, rows: int) -> jax.Array:
+    """For each packed query row, the row of the tiles' outputs that holds it; past the end where none does."""
+    offset = jnp.arange(tokens, dtype=jnp.int32)[:, None] - tiles[:, 1]  # [T, W]
+    inside = (offset >= 0) & (offset < tiles[:, 2])
+    index = jnp.arange(tiles.shape[0], dtype=jnp.int32) * rows + offset
+    covered = jnp.max(jnp.where(inside, index, -1), axis=1)
+    return jnp.where(covered >= 0, covered, tiles.shape[0] * rows)

@@ -1,0 +1,134 @@
+"""Attention over paged K and V as plain XLA operations: the path of any device, and the oracle of the kernels.
+
+Pages are streamed a few at a time through an online softmax (Milakov and Gimelshein, 2018). The number of steps is
+read from the positions at run time, so the cost follows the real context and one program serves every length.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.options import MASKED, AttentionOptions
+
+CHUNK_PAGES = 2  # pages a step: longer chunks read past short contexts, shorter ones pay more loop overhead
+
+State = tuple[jax.Array, jax.Array, jax.Array]  # running maximum, denominator [B, K, N], output [B, K, N, D]
+
+
+def attend_paged(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tables: jax.Array,
+    positions: jax.Array,
+    sinks: jax.Array | None,
+    options: AttentionOptions,
+    *,
+    group: int,
+) -> jax.Array:
+    """Attention of B independent blocks of N query rows each, the queries of one KV head sharing its block.
+
+    q [B, KH, N, D]; tables int32 [B, M], each block's pages; positions int32 [B, N], where -1 sees nothing and
+    comes out as zeros; sinks f32 [KH, N] or None. Returns f32 [B, KH, N, D].
+    Blocks run `group` at a time, each group for as many steps as its longest block needs; blocks after the last
+    live one cost nothing.
+    """
+    blocks = q.shape[0]
+    if blocks <= group:
+        return _attend_group(q, k_pages, v_pages, tables, positions, sinks, options)
+    padding = -blocks % group
+    q, tables = _pad_rows(q, padding, 0), _pad_rows(tables, padding, 0)
+    positions = _pad_rows(positions, padding, -1)
+    live = jnp.max(positions, axis=1) >= 0
+    last = jnp.max(jnp.where(live, jnp.arange(blocks + padding, dtype=jnp.int32), -1))
+
+    def step(index: jax.Array, out: jax.Array) -> jax.Array:
+        start = index * group
+        q_, tables_, positions_ = (lax.dynamic_slice_in_dim(x, start, group) for x in (q, tables, positions))
+        part = _attend_group(q_, k_pages, v_pages, tables_, positions_, sinks, options)
+        return lax.dynamic_update_slice_in_dim(out, part, start, 0)
+
+    return lax.fori_loop(0, last // group + 1, step, jnp.zeros(q.shape, jnp.float32))[:blocks]
+
+
+def _pad_rows(x: jax.Array, count: int, value: int) -> jax.Array:
+    return jnp.pad(x, [(0, count)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
+
+
+def _attend_group(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tables: jax.Array,
+    positions: jax.Array,
+    sinks: jax.Array | None,
+    options: AttentionOptions,
+) -> jax.Array:
+    page_size = k_pages.shape[2]
+    first, steps = _page_range(positions, page_size, options.window)
+    q = q.astype(jnp.float32) * options.scale
+
+    def step(index: jax.Array, state: State) -> State:
+        columns = first[:, None] + index * CHUNK_PAGES + jnp.arange(CHUNK_PAGES, dtype=jnp.int32)  # [B, C]
+        pages = jnp.take_along_axis(tables, columns, axis=1, mode="clip")
+        keys, values = _read_pages(k_pages, pages), _read_pages(v_pages, pages)
+        key_positions = columns[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)  # [B, C, P]
+        visible = _visible(positions, key_positions, options.window)
+        return _online_softmax(state, q, keys, values, visible, options.soft_cap)
+
+    _, denominator, out = lax.fori_loop(0, steps, step, _initial_state(q, sinks))
+    return out / jnp.maximum(denominator, 1e-30)[..., None]
+
+
+def _page_range(positions: jax.Array, page_size: int, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """First page [B] that any row of a block sees, and the number of chunks that covers every block."""
+    newest = jnp.max(positions, axis=1)
+    first = jnp.zeros_like(newest)
+    if window is not None:
+        oldest = jnp.min(jnp.where(positions < 0, newest[:, None], positions), axis=1)
+        first = jnp.maximum(oldest - window + 1, 0) // page_size
+    pages = newest // page_size - first + 1
+    return first, jnp.max((pages + CHUNK_PAGES - 1) // CHUNK_PAGES)
+
+
+def _read_pages(pages: jax.Array, indices: jax.Array) -> jax.Array:
+    """[pages, KH, P, D] at int32 [B, C] -> f32 [B, C, KH, P, D]."""
+    return pages.at[indices].get(mode="promise_in_bounds").astype(jnp.float32)
+
+
+def _visible(positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
+    """Which keys [B, C, P] the rows [B, N] see -> bool [B, C, 1, N, P]."""
+    age = positions[:, None, :, None] - key_positions[:, :, None, :]
+    visible = age >= 0
+    if window is not None:
+        visible &= age < window
+    return visible[:, :, None]
+
+
+def _initial_state(q: jax.Array, sinks: jax.Array | None) -> State:
+    """A sink is a key with that logit and a value of zero: the softmax starts from it."""
+    rows = q.shape[:-1]
+    out = jnp.zeros(q.shape, jnp.float32)
+    if sinks is None:
+        return jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), out
+    return jnp.broadcast_to(sinks.astype(jnp.float32), rows), jnp.ones(rows, jnp.float32), out
+
+
+def _online_softmax(
+    state: State, q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, soft_cap: float | None
+) -> State:
+    # Pages stay a batch axis of both products: no transpose of what was read.
+    maximum, denominator, out = state
+    highest = lax.Precision.HIGHEST
+    logits = jnp.einsum("bknd,bckpd->bcknp", q, keys, precision=highest)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    logits = jnp.where(visible, logits, MASKED)
+    new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=(1, 4)))
+    weights = jnp.where(visible, jnp.exp(logits - new_maximum[:, None, :, :, None]), 0.0)
+    decay = jnp.exp(maximum - new_maximum)
+    partial = jnp.einsum("bcknp,bckpd->bcknd", weights, values, precision=highest)
+    new_out = out * decay[..., None] + jnp.sum(partial, axis=1)
+    return new_maximum, denominator * decay + jnp.sum(weights, axis=(1, 4)), new_out
