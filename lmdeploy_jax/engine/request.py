@@ -5,11 +5,15 @@ from __future__ import annotations
 import enum
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.messages import FinishReason, LogitsProcessor
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.sampling.repetition import NgramStop
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,18 @@ class SamplingParams:
     @property
     def reshapes_logits(self) -> bool:
         """True where logits are changed before sampling, by history or by fixed biases."""
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (
+            1.0,
+            0.0,
+            0.0,
+        )
         masks = self.banned_token_ids or self.logit_bias or (self.min_new_tokens and self.stop_token_ids)
         return bool(penalties or masks)
+
+    @property
+    def reports_prompt(self) -> bool:
+        """True where every prompt position has to be computed, since something is reported for each."""
+        return self.prompt_logprobs is not None or "all" in (self.logits, self.hidden)
 
     @property
     def needs_host(self) -> bool:
@@ -88,7 +101,7 @@ _ids = itertools.count()
 class Request:
     """A prompt with its instructions. `on_output` is called for each StepOutput and must not block."""
 
-    prompt: Sequence[int]
+    prompt: Seq[int]
     params: SamplingParams
     on_output: Callable[[StepOutput], None]
     request_id: int = field(default_factory=lambda: next(_ids))
@@ -99,3 +112,75 @@ class Status(enum.Enum):
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FORKING = enum.auto()  # holds a slot, waits for its sibling's prefill
+    FINISHED = enum.auto()
+
+
+@dataclass
+class PromptReport:
+    """What a request wants to know of its prompt's positions, collected chunk by chunk."""
+
+    logprobs: list[Any] = field(default_factory=list)  # packed i32 [n, 2 + 2k], see `steps.pack_logprobs`
+    logits: list[Any] = field(default_factory=list)  # f32 [n, V]
+    hidden: list[Any] = field(default_factory=list)  # f32 [n, E]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One continuation of a request, as the scheduler sees it.
+
+    The host runs ahead of the device: `unread` tokens have been sampled but not read back yet, so the sequence is
+    `length` tokens long although only `tokens` are known. `computed` counts the tokens whose keys and values are
+    in the cache once every dispatched step has run; a step computes tokens `computed .. computed + n`, and samples
+    when that reaches `length`.
+    """
+
+    request: Request
+    index: int = 0
+    tokens: list[int] = field(default_factory=list)  # prompt, then generated
+    unread: int = 0
+    computed: int = 0
+    cached: int = 0  # prompt tokens that came from the prefix cache
+    pages: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # prefix hash of each full page registered so far
+    slot: int = -1
+    table_len: int = 0  # pages that the slot's row of the host page table holds already
+    pending: bool = False  # the last token stands in the slot's cell of the device's pending array
+    status: Status = Status.WAITING
+    siblings: list[Sequence] = field(default_factory=list)  # of the first of n sequences, until they fork
+    ngram: NgramStop | None = None
+    report: PromptReport | None = None  # what is told about the prompt, until the first token is read
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + self.unread
+
+    @property
+    def num_generated(self) -> int:
+        return self.length - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that the next steps must compute."""
+        return self.length - self.computed
+
+    def exhausted(self, session_len: int) -> bool:
+        """True once nothing more is to be sampled, although tokens may still be unread."""
+        return self.num_generated >= self.params.max_new_tokens or self.length >= session_len
+
+    @property
+    def finished(self) -> bool:
+        return self.status is Status.FINISHED

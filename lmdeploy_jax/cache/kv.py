@@ -1,0 +1,104 @@
+"""The KV cache's device arrays, and how many pages of them fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
+from lmdeploy_jax.errors import ConfigError
+
+CPU_CACHE_LIMIT = 2 << 30  # bytes; on a CPU the cache shares memory with everything else of the user's
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One K and one V array a layer, `[pages, kv_heads, page_size, head_dim]`, sharded on the heads."""
+
+    num_layers: int
+    num_pages: int
+    kv_heads: int
+    head_dim: int
+    dtype: Any
+    mesh: Mesh
+
+    @property
+    def specs(self) -> tuple[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], ...]:
+        shape = (self.num_pages, self.kv_heads, PAGE_SIZE, self.head_dim)
+        one = jax.ShapeDtypeStruct(shape, self.dtype, sharding=self._sharding)
+        return ((one, one),) * self.num_layers
+
+    @property
+    def shardings(self) -> tuple[tuple[NamedSharding, NamedSharding], ...]:
+        return ((self._sharding, self._sharding),) * self.num_layers
+
+    @property
+    def _sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(None, "tp"))
+
+    def allocate(self) -> tuple[tuple[Array, Array], ...]:
+        """Zeros: a page's unwritten rows are multiplied by zero probabilities, and zero times garbage may be NaN."""
+        zeros = jax.jit(partial(jnp.zeros, self.specs[0][0].shape, self.dtype), out_shardings=self._sharding)
+        return tuple((zeros(), zeros()) for _ in range(self.num_layers))
+
+
+def page_bytes(num_layers: int, kv_heads: int, head_dim: int, dtype: Any) -> int:
+    """Bytes of one page over all layers and all devices."""
+    return num_layers * 2 * kv_heads * PAGE_SIZE * head_dim * jnp.dtype(dtype).itemsize
+
+
+def free_bytes(mesh: Mesh) -> int:
+    """Memory that is free now, summed over the mesh's devices; on a CPU, the machine's."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return psutil.virtual_memory().available
+    stats = [device.memory_stats() for device in mesh.devices.flat]
+    return len(stats) * min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How much memory the KV cache gets and what it holds, decided before anything is allocated."""
+
+    free: int
+    reserved: int  # for the steps' own arrays
+    page_bytes: int
+    num_pages: int
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.num_pages * self.page_bytes
+
+    def __str__(self) -> str:
+        gb = 1e-9
+        return (
+            f"memory: {self.free * gb:.2f} GB free, {self.reserved * gb:.2f} GB kept for the steps, "
+            f"{self.cache_bytes * gb:.2f} GB for the KV cache = {self.num_pages} pages "
+            f"= {(self.num_pages - 1) * PAGE_SIZE} tokens"
+        )
+
+
+def plan_memory(
+    *, share: float, free: int, reserved: int, page: int, most_tokens: int, on_cpu: bool
+) -> MemoryPlan:
+    """Pages for `share` (a fraction of free memory below 1, bytes from 1 on), never more than `most_tokens` need.
+
+    Raises ConfigError where not even two pages fit.
+    """
+    wanted = share if share >= 1 else share * max(free - reserved, 0)
+    if on_cpu and share < 1:
+        wanted = min(wanted, CPU_CACHE_LIMIT)
+    pages = min(int(wanted // page), pages_for(most_tokens) + 1)
+    plan = MemoryPlan(free, reserved, page, pages)
+    if pages < 2:
+        raise ConfigError(
+            f"cache_max_entry_count={share!r} leaves no room for the KV cache: a page takes {page * 1e-6:.1f} MB and "
+            f"at least 2 are needed ({plan}). Raise it, or free memory (fewer max_batch_size, a smaller model, tp)."
+        )
+    return plan

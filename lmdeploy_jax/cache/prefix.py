@@ -1,0 +1,70 @@
+"""Prefix caching: full pages are found again by a hash of all tokens up to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+
+from lmdeploy_jax.cache.pages import PAGE_SIZE, PagePool
+
+ROOT = b"lmdeploy_jax"
+
+
+def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Identity of a full page: its tokens and everything before them."""
+    return blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()
+
+
+class PrefixCache:
+    """Owns the page pool and knows which pages hold which prefix. With `enabled=False` it only counts pages."""
+
+    def __init__(self, num_pages: int, *, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.pool = PagePool(num_pages, self._forget)
+        self._page_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    def match(self, tokens: Sequence[int], limit: int) -> tuple[list[int], list[bytes]]:
+        """Longest run of cached pages that begins `tokens`, at most `limit` tokens; the pages are shared."""
+        pages: list[int] = []
+        hashes: list[bytes] = []
+        if not self.enabled:
+            return pages, hashes
+        parent = ROOT
+        for start in range(0, limit - PAGE_SIZE + 1, PAGE_SIZE):
+            parent = page_hash(parent, tokens[start : start + PAGE_SIZE])
+            page = self._page_of.get(parent)
+            if page is None:
+                break
+            pages.append(page)
+            hashes.append(parent)
+        for page in pages:
+            self.pool.share(page)
+        return pages, hashes
+
+    def register(
+        self, tokens: Sequence[int], computed: int, pages: Sequence[int], hashes: list[bytes]
+    ) -> None:
+        """Remember the pages that `computed` of `tokens` fill; `hashes` grows by the newly hashed pages.
+
+        Where the same content is cached already, the older page stays the cached one.
+        """
+        if not self.enabled:
+            return
+        full = min(computed, len(tokens)) // PAGE_SIZE
+        for i in range(len(hashes), full):
+            parent = hashes[-1] if hashes else ROOT
+            digest = page_hash(parent, tokens[i * PAGE_SIZE : (i + 1) * PAGE_SIZE])
+            hashes.append(digest)
+            if digest not in self._page_of:
+                self._page_of[digest] = pages[i]
+                self._hash_of[pages[i]] = digest
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Give pages back; registered ones stay findable until their space is needed."""
+        self.pool.release(pages, self._hash_of.__contains__)
+
+    def _forget(self, page: int) -> None:
+        del self._page_of[self._hash_of.pop(page)]

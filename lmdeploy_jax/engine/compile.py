@@ -1,0 +1,83 @@
+"""Ahead-of-time compilation: in threads, with a progress bar and a cache that outlives the process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+log = logging.getLogger("lmdeploy_jax")
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function with the shapes it is to be compiled for."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]  # pytrees of ShapeDtypeStruct with shardings
+    out_shardings: Any
+    donate: tuple[int, ...] = ()
+
+    def compile(self) -> jax.stages.Compiled:
+        jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings)
+        return jitted.lower(*self.args).compile()
+
+
+class CompileCounter:
+    """Counts XLA compilations in this process from its creation on; while serving there must be none."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+        if event == COMPILE_EVENT:
+            self.count += 1
+            self.seconds += duration
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for compiled programs."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "lmdeploy_jax" / "xla"
+
+
+def use_cache(folder: str | None) -> None:
+    """Keep compiled programs in `folder`: None is the default folder, "" switches the cache off."""
+    if folder == "":
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder or default_cache_dir()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compile_all(programs: Mapping[Key, Program], *, progress: bool) -> dict[Key, jax.stages.Compiled]:
+    """Compile every program; the largest are begun first. Raises what the first failing compilation raises."""
+    start = time.perf_counter()
+    compiled: dict[Key, jax.stages.Compiled] = {}
+    workers = min(16, os.cpu_count() or 1)
+    with _bar(progress) as bar, ThreadPoolExecutor(workers) as pool:
+        task = bar.add_task("compiling", total=len(programs))
+        order = sorted(programs, key=lambda key: -key[1])
+        futures = {pool.submit(programs[key].compile): key for key in order}
+        for future in as_completed(futures):
+            compiled[futures[future]] = future.result()
+            bar.advance(task)
+    log.info("compiled %d programs in %.1f s", len(compiled), time.perf_counter() - start)
+    return compiled
+
+
+def _bar(enabled: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, transient=True, disable=not enabled)

@@ -1,0 +1,215 @@
+"""The engine: a thread that schedules, dispatches and reads steps, one ahead of the device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from lmdeploy_jax.cache.pages import pages_for
+from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.engine.request import Request, Sequence, StepOutput
+from lmdeploy_jax.engine.results import accept, output_of, read_tokens
+from lmdeploy_jax.engine.runner import Drawn
+from lmdeploy_jax.engine.scheduler import DrainFirst, Step
+from lmdeploy_jax.engine.setup import set_up
+from lmdeploy_jax.errors import ContextLengthError, EngineError, RequestError
+from lmdeploy_jax.sampling.repetition import NgramStop
+
+log = logging.getLogger("lmdeploy_jax")
+STEPS_IN_FLIGHT = 2  # a step is dispatched before the one ahead of it is read
+
+
+class Engine:
+    """Token ids in, token ids out. `submit` and `abort` may be called from any thread.
+
+    Raises ConfigError, CheckpointError or UnsupportedModelError while it is set up.
+    """
+
+    def __init__(
+        self, model: str | Path, config: JaxEngineConfig | None = None, *, progress: bool = True
+    ) -> None:
+        self.config = config or JaxEngineConfig()
+        parts = set_up(model, self.config, progress=progress)
+        self.folder = parts.folder
+        self.model_config = parts.model_config
+        self.session_len = parts.session_len
+        self.memory = parts.memory
+        self.vocab_size = parts.model_config.vocab_size
+        self.max_batch_size = parts.buckets.max_batch_size
+        self.scheduler = parts.scheduler
+        self._runner = parts.runner
+        self._sequences: dict[int, list[Sequence]] = {}  # live sequences of each request
+        self._flight: deque[list[Drawn]] = deque()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name="lmdeploy_jax engine", daemon=True)
+        self._thread.start()
+
+    # -- any thread ---------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises RequestError for one that cannot be served, EngineError when closed."""
+        self._check(request)
+        self._post(lambda: self._add(request))
+
+    def abort(self, request_id: int, index: int | None = None) -> None:
+        """End a request, or one of its sequences. Unknown or finished ones are left alone."""
+        if not self._closed:
+            self._post(lambda: self._abort(request_id, index))
+
+    def close(self) -> None:
+        """Abort what runs and stop. May be called twice."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            if self._closed:
+                cause = f": {self._failure!r}" if self._failure else ""
+                raise EngineError(f"The engine has been closed{cause}.") from self._failure
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _check(self, request: Request) -> None:
+        prompt, params = request.prompt, request.params
+        if not prompt:
+            raise RequestError("The prompt holds no tokens; at least one is needed.")
+        if len(prompt) >= self.session_len:
+            raise ContextLengthError(
+                f"Input length ({len(prompt)}) must be smaller than the model context length ({self.session_len})."
+            )
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            bad = next(t for t in prompt if not 0 <= t < self.vocab_size)
+            raise RequestError(f"Prompt token id {bad} is outside the vocabulary of {self.vocab_size} ids.")
+        room = self.scheduler.cache.pool.capacity - pages_for(len(prompt)) + 1
+        if params.n > min(self.max_batch_size, room):
+            most = min(self.max_batch_size, room)
+            raise RequestError(
+                f"n={params.n} sequences cannot run at once: at most {most} can for this prompt."
+            )
+
+    # -- the engine's thread ------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        try:
+            while self._take_commands():
+                self._advance()
+        except BaseException as error:
+            log.exception("the engine failed")
+            self._failure = error
+        self._shut_down()
+
+    def _take_commands(self) -> bool:
+        """Run what other threads asked for; sleeps while there is nothing to do. False once closed."""
+        with self._wake:
+            while not (self._inbox or self._closed or self._flight or self.scheduler.has_work):
+                self._wake.wait()
+            commands = list(self._inbox)
+            self._inbox.clear()
+            closed = self._closed
+        for command in commands:
+            command()
+        return not closed
+
+    def _advance(self) -> None:
+        """Dispatch the next step if there is one, then read the oldest unless the device would run dry."""
+        step = self._schedule()
+        if step is not None:
+            self._flight.append(self._dispatch(step))
+        if self._flight and (step is None or len(self._flight) >= STEPS_IN_FLIGHT):
+            self._read(self._flight.popleft())
+
+    def _schedule(self) -> Step | None:
+        while True:
+            try:
+                return self.scheduler.schedule()
+            except DrainFirst:
+                while self._flight:
+                    self._read(self._flight.popleft())
+
+    def _dispatch(self, step: Step) -> list[Drawn]:
+        for sequence in step.admitted:
+            self._runner.begin(sequence)
+        return self._runner.dispatch(step)
+
+    def _read(self, calls: list[Drawn]) -> None:
+        for drawn in calls:
+            tokens, packed = read_tokens(drawn)
+            for i, (sequence, _) in enumerate(drawn.draws):
+                if sequence.finished:
+                    continue  # it ended while this token was under way
+                if sequence in drawn.errors:
+                    self._end(
+                        sequence,
+                        StepOutput(sequence.request.request_id, sequence.index),
+                        drawn.errors[sequence],
+                    )
+                    continue
+                out = output_of(sequence, drawn, i, tokens[i], packed)
+                out.finish_reason, out.stop_token = accept(sequence, tokens[i], self.session_len)
+                if out.finish_reason:
+                    self._retire(sequence)
+                self._emit(sequence.request, out)
+
+    def _add(self, request: Request) -> None:
+        first = self.scheduler.add(request)
+        params = request.params
+        self._sequences[request.request_id] = [first, *first.siblings]
+        for sequence in self._sequences[request.request_id]:
+            if params.ngram_size and params.ngram_threshold:
+                sequence.ngram = NgramStop(params.ngram_size, params.ngram_threshold)
+
+    def _abort(self, request_id: int, index: int | None) -> None:
+        for sequence in list(self._sequences.get(request_id, ())):
+            if index is None or sequence.index == index:
+                out = StepOutput(
+                    request_id, sequence.index, finish_reason="abort", cached_tokens=sequence.cached
+                )
+                self._retire(sequence)
+                self._emit(sequence.request, out)
+
+    def _end(self, sequence: Sequence, out: StepOutput, error: BaseException) -> None:
+        out.finish_reason, out.error = "error", error
+        self._retire(sequence)
+        self._emit(sequence.request, out)
+
+    def _retire(self, sequence: Sequence) -> None:
+        if not sequence.finished:
+            self.scheduler.finish(sequence)
+        live = self._sequences[sequence.request.request_id]
+        live.remove(sequence)
+        if not live:
+            del self._sequences[sequence.request.request_id]
+
+    def _emit(self, request: Request, out: StepOutput) -> None:
+        try:
+            request.on_output(out)
+        except Exception:  # a listener's fault must not end the other requests
+            log.exception("the listener of request %d failed", request.request_id)
+
+    def _shut_down(self) -> None:
+        """Tell every waiting listener; nothing may hang on an engine that has stopped."""
+        with self._wake:
+            self._closed = True
+            commands = list(self._inbox)
+            self._inbox.clear()
+        for command in commands:
+            command()
+        for sequence in [s for live in self._sequences.values() for s in live]:
+            out = StepOutput(sequence.request.request_id, sequence.index)
+            if self._failure is None:
+                out.finish_reason = "abort"
+            else:
+                out.finish_reason = "error"
+                out.error = EngineError(f"The engine failed: {self._failure!r}")
+            self._emit(sequence.request, out)
+        self._sequences.clear()
+        self._flight.clear()

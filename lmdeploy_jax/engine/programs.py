@@ -1,0 +1,139 @@
+"""The list of programs an engine compiles: which step, which sizes, which arrays are donated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from converters.load import LoadedModel
+from lmdeploy_jax.cache.kv import CacheSpec
+from lmdeploy_jax.engine import steps
+from lmdeploy_jax.engine.batch import StepPacker
+from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets
+from lmdeploy_jax.engine.compile import Key, Program
+
+
+@dataclass(frozen=True)
+class ProgramBuilder:
+    """Builds the programs for one model on one mesh; `all()` is what gets compiled."""
+
+    model: LoadedModel
+    packer: StepPacker
+    buckets: Buckets
+    cache: CacheSpec
+    mesh: Mesh
+
+    def all(self) -> dict[Key, Program]:
+        made: dict[Key, Program] = {}
+        for rows in self.buckets.decode:
+            made["decode", rows] = self._decode(rows)
+            made["greedy", rows] = self._head(steps.head_greedy, rows)
+        for rows in self.buckets.sampling:
+            made["sample", rows] = self._head(steps.head_sample, rows)
+            made["full", rows] = self._head_full(rows)
+        for tokens in self.buckets.tokens:
+            made["ragged", tokens] = self._ragged(tokens)
+        return made | self._row_programs() | self._state_programs()
+
+    # -- backbones ----------------------------------------------------------------------------------------
+
+    def _decode(self, rows: int) -> Program:
+        layout = self.packer.decode_layout(rows)
+        function = partial(steps.decode, self.model.merge, layout, self.buckets.max_batch_size)
+        args = (self._leaves, self.cache.specs, self._pending, self._ints(layout.size))
+        return Program(function, args, (self._replicated, self.cache.shardings), donate=(1,))
+
+    def _ragged(self, tokens: int) -> Program:
+        layout = self.packer.ragged_layout(tokens)
+        function = partial(steps.ragged, self.model.merge, layout)
+        args = (self._leaves, self.cache.specs, self._pending, self._ints(layout.size))
+        out = (self._replicated, self._replicated, self.cache.shardings)
+        return Program(function, args, out, donate=(1,))
+
+    # -- heads --------------------------------------------------------------------------------------------
+
+    def _head(self, step: Any, rows: int) -> Program:
+        layout = self.packer.head_layout(rows)
+        args = (self._leaves, self._rows, self._pending, self._ints(layout.size))
+        return Program(partial(step, self.model.merge, layout), args, self._replicated, donate=(2,))
+
+    def _head_full(self, rows: int) -> Program:
+        layout = self.packer.head_layout(rows)
+        args = (self._leaves, self._rows, self._pending, self._history, self._ints(layout.size))
+        function = partial(steps.head_full, self.model.merge, layout)
+        return Program(function, args, self._replicated, donate=(2, 3))
+
+    def _head_host(self) -> Program:
+        layout = self.packer.head_layout(REPORT_ROWS)
+        logits = self._spec((REPORT_ROWS, self.model.config.vocab_size), jnp.float32)
+        args = (logits, logits, self._pending, self._history, self._ints(layout.size))
+        return Program(partial(steps.head_host, layout), args, self._replicated, donate=(2, 3))
+
+    # -- rows that are reported on, and state -------------------------------------------------------------
+
+    def _row_programs(self) -> dict[Key, Program]:
+        made: dict[Key, Program] = {}
+        for source in {self.buckets.max_batch_size, *self.buckets.tokens}:
+            args = (self._hidden(source), self._ints(REPORT_ROWS))
+            made["take", source] = Program(steps.take_rows, args, self._replicated)
+        taken = self._hidden(REPORT_ROWS)
+        logits = partial(steps.row_logits, self.model.merge)
+        logprobs = partial(steps.row_logprobs, self.model.merge)
+        made["logits", REPORT_ROWS] = Program(logits, (self._leaves, taken), self._replicated)
+        args = (self._leaves, taken, self._ints(REPORT_ROWS))
+        made["logprobs", REPORT_ROWS] = Program(logprobs, args, self._replicated)
+        return made
+
+    def _state_programs(self) -> dict[Key, Program]:
+        vocab, scalar = self.model.config.vocab_size, self._spec((), jnp.int32)
+        bias = self._spec((vocab,), jnp.float32)
+        pages = self._ints(PAGE_COPIES)
+        copied = (self.cache.specs, pages, pages)
+        started = (self._history, scalar, self._ints(vocab), bias)
+        zeros = partial(jax.tree.map, lambda spec: jnp.zeros(spec.shape, spec.dtype), self._history)
+        return {
+            ("host", REPORT_ROWS): self._head_host(),
+            ("copy", 0): Program(steps.copy_pages, copied, self.cache.shardings, donate=(0,)),
+            ("new_history", 0): Program(zeros, (), self._replicated),
+            ("set_history", 0): Program(steps.set_history, started, self._replicated, donate=(0,)),
+            ("set_bias", 0): Program(
+                steps.set_bias, (self._history, scalar, bias), self._replicated, donate=(0,)
+            ),
+        }
+
+    # -- shapes -------------------------------------------------------------------------------------------
+
+    @property
+    def _replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def _spec(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
+
+    def _ints(self, size: int) -> jax.ShapeDtypeStruct:
+        return self._spec((size,), jnp.int32)
+
+    def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
+        return self._spec((rows, self.model.config.hidden_size), self.model.dtype)
+
+    @property
+    def _rows(self) -> jax.ShapeDtypeStruct:
+        return self._hidden(self.buckets.max_batch_size)
+
+    @property
+    def _pending(self) -> jax.ShapeDtypeStruct:
+        return self._ints(self.buckets.max_batch_size + 1)
+
+    @property
+    def _history(self) -> steps.History:
+        shape = (self.buckets.max_batch_size + 1, self.model.config.vocab_size)
+        return steps.History(self._spec(shape, jnp.int32), self._spec(shape, jnp.float32))
+
+    @property
+    def _leaves(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.model.leaves)

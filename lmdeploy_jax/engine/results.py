@@ -1,0 +1,75 @@
+"""Reading a sampling call's results back, and deciding which sequences they end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lmdeploy_jax.engine.request import Sequence, StepOutput, TokenLogprobs
+from lmdeploy_jax.engine.runner import Drawn
+from lmdeploy_jax.messages import FinishReason
+
+
+def read_tokens(drawn: Drawn) -> tuple[list[int], np.ndarray | None]:
+    """Waits for a call: its tokens, and the packed log-probabilities where it has them."""
+    values = np.asarray(drawn.tokens)
+    packed = values if values.ndim == 2 else None
+    return (values if packed is None else values[:, 0]).tolist(), packed
+
+
+def unpack_logprobs(row: np.ndarray, top: int) -> TokenLogprobs:
+    """One row of `steps.pack_logprobs`, with the `top` best alternatives."""
+    k = (len(row) - 2) // 2
+    logprob = float(row[1:2].view(np.float32)[0])
+    values = row[2 + k : 2 + k + top].view(np.float32)
+    return TokenLogprobs(logprob, dict(zip(row[2 : 2 + top].tolist(), values.tolist(), strict=True)))
+
+
+def accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishReason | None, int | None]:
+    """Append a read token; why it ends the sequence, if it does, and the stop id that did."""
+    sequence.unread -= 1
+    sequence.tokens.append(token)
+    params = sequence.params
+    generated = len(sequence.tokens) - sequence.num_prompt
+    if token in params.stop_token_ids and generated > params.min_new_tokens:
+        return "stop", token
+    if sequence.ngram is not None and sequence.ngram.feed(token):
+        return "stop", None
+    if generated >= params.max_new_tokens or len(sequence.tokens) >= session_len:
+        return "length", None
+    return None, None
+
+
+def output_of(sequence: Sequence, drawn: Drawn, i: int, token: int, packed: np.ndarray | None) -> StepOutput:
+    """The StepOutput for draw `i`, its finish reason still open."""
+    params = sequence.params
+    out = StepOutput(sequence.request.request_id, sequence.index, [token], cached_tokens=sequence.cached)
+    if params.logprobs is not None and packed is not None:
+        out.logprobs = [unpack_logprobs(packed[i], params.logprobs)]
+    out.logits = _rows(drawn.logits[i] if drawn.logits else None)
+    out.hidden = _rows(drawn.hidden[i] if drawn.hidden else None)
+    if sequence.report is not None:
+        _add_prompt(out, sequence)
+    return out
+
+
+def _add_prompt(out: StepOutput, sequence: Sequence) -> None:
+    """The prompt's share, told once, with the first token."""
+    report, params = sequence.report, sequence.params
+    sequence.report = None
+    assert report is not None
+    if params.prompt_logprobs is not None:
+        rows = [row for piece in report.logprobs for row in piece]
+        out.prompt_logprobs = [None, *(unpack_logprobs(row, params.prompt_logprobs) for row in rows)]
+    out.logits = _joined(report.logits, out.logits)
+    out.hidden = _joined(report.hidden, out.hidden)
+
+
+def _rows(row: np.ndarray | None) -> Any:
+    return None if row is None else row[None]
+
+
+def _joined(prompt: list[np.ndarray], generated: Any) -> Any:
+    """Prompt positions 0 .. n-1. The last of them is the row that the first token was drawn from."""
+    return np.concatenate(prompt) if prompt else generated

@@ -1,0 +1,246 @@
+"""Dispatches steps to the device. Nothing here waits for a result, except where Python must change logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from converters.load import LoadedModel
+from lmdeploy_jax.cache.kv import CacheSpec
+from lmdeploy_jax.engine.batch import StepPacker
+from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets, fit
+from lmdeploy_jax.engine.compile import Key, compile_all
+from lmdeploy_jax.engine.host_logits import change_logits
+from lmdeploy_jax.engine.programs import ProgramBuilder
+from lmdeploy_jax.engine.request import Sequence
+from lmdeploy_jax.engine.scheduler import Chunk, Step
+from lmdeploy_jax.sampling.penalties import bias_row, count_row
+
+Draws = list[tuple[Sequence, int]]  # sequences with the row of hidden states that each samples from
+
+
+@dataclass
+class Drawn:
+    """One sampling call under way: `tokens` i32 [R], or packed with log-probabilities [R, 2 + 2k]."""
+
+    draws: Draws
+    tokens: Any
+    hidden: list[Any] = field(default_factory=list)  # per draw [E] or None
+    logits: list[Any] = field(default_factory=list)  # per draw [V] or None
+    errors: dict[Sequence, Exception] = field(default_factory=dict)  # draws whose user code failed
+
+
+class Runner:
+    """Owns the device state: weights, KV cache, pending tokens, histories; and the compiled programs."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        mesh: Mesh,
+        buckets: Buckets,
+        packer: StepPacker,
+        cache: CacheSpec,
+        *,
+        progress: bool,
+    ) -> None:
+        self.model = model
+        self.buckets = buckets
+        self.packer = packer
+        self._programs = compile_all(
+            ProgramBuilder(model, packer, buckets, cache, mesh).all(), progress=progress
+        )
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._leaves = model.leaves
+        self._caches = cache.allocate()
+        self._pending = self._put(np.zeros(buckets.max_batch_size + 1, np.int32))
+        self._history: Any = None  # allocated with the first request that needs it
+        self._biased: set[int] = set()  # slots whose bias row is not zero
+
+    # -- a sequence gets its slot -------------------------------------------------------------------------
+
+    def begin(self, sequence: Sequence) -> None:
+        """Set up the slot of an admitted sequence: sampling parameters, and its history where one is needed."""
+        params, slot = sequence.params, sequence.slot
+        self.packer.set_params(slot, params, params.seed + sequence.index)
+        if params.reshapes_logits:
+            known = sequence.tokens
+            counts = count_row(known[: sequence.num_prompt], known[sequence.num_prompt :], self._vocab_size)
+            self._set_history(slot, counts, self._bias(sequence, sequence.num_generated))
+        elif slot in self._biased:
+            self._set_history(slot, np.zeros(self._vocab_size, np.int32), self._no_bias)
+            self._biased.discard(slot)
+
+    def _set_history(self, slot: int, counts: np.ndarray, bias: np.ndarray) -> None:
+        self._need_history()
+        self._history = self._run("set_history", 0, self._history, np.int32(slot), counts, bias)
+        self._biased.add(slot)
+
+    def _need_history(self) -> None:
+        if self._history is None:
+            self._history = self._run("new_history", 0)
+
+    def _bias(self, sequence: Sequence, generated: int) -> np.ndarray:
+        params = sequence.params
+        early = params.stop_token_ids if generated < params.min_new_tokens else ()
+        return bias_row(self._vocab_size, dict(params.logit_bias), [*params.banned_token_ids, *early])
+
+    def _lift_early_ban(self, draws: Draws) -> None:
+        """Allow the stop ids again for sequences that now draw the first token after `min_new_tokens`."""
+        for sequence, _ in draws:
+            params = sequence.params
+            drawing = sequence.num_generated - 1  # index of the token that is being drawn
+            if params.min_new_tokens and params.stop_token_ids and drawing == params.min_new_tokens:
+                bias = self._bias(sequence, drawing)
+                self._history = self._run("set_bias", 0, self._history, np.int32(sequence.slot), bias)
+
+    # -- steps --------------------------------------------------------------------------------------------
+
+    def dispatch(self, step: Step) -> list[Drawn]:
+        """Start a step on the device; results are read from the returned calls later."""
+        rows = self._forward(step)
+        self._copy_pages(step.copies)
+        on_host = [d for d in step.sampled if d[0].params.needs_host]
+        on_device = [d for d in step.sampled if not d[0].params.needs_host]
+        drawn = [self._draw(on_device, rows)] if on_device else []
+        for i in range(0, len(on_host), REPORT_ROWS):
+            drawn.append(self._draw_on_host(on_host[i : i + REPORT_ROWS], rows))
+        for call in drawn:
+            self._attach_rows(call, rows)
+        return drawn
+
+    def _forward(self, step: Step) -> Any:
+        if step.decode_only:
+            size = fit(self.buckets.decode, len(step.chunks))
+            flat = self.packer.pack_decode(step.chunks, size)
+            rows, self._caches = self._run("decode", size, self._leaves, self._caches, self._pending, flat)
+            return rows
+        size = fit(self.buckets.tokens, step.num_tokens)
+        flat = self.packer.pack_ragged(step.chunks, size)
+        rows, hidden, self._caches = self._run(
+            "ragged", size, self._leaves, self._caches, self._pending, flat
+        )
+        offset = 0
+        for chunk in step.chunks:
+            if chunk.sequence.report:
+                self._report_prompt(chunk, hidden, size, offset)
+            offset += chunk.count
+        return rows
+
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        for i in range(0, len(copies), PAGE_COPIES):
+            pages = np.zeros((2, PAGE_COPIES), np.int32)
+            part = copies[i : i + PAGE_COPIES]
+            pages[:, : len(part)] = np.array(part, np.int32).T
+            self._caches = self._run("copy", 0, self._caches, pages[0].copy(), pages[1].copy())
+
+    # -- sampling -----------------------------------------------------------------------------------------
+
+    def _draw(self, draws: Draws, rows: Any) -> Drawn:
+        variant = _variant(draws)
+        sizes = self.buckets.decode if variant == "greedy" else self.buckets.sampling
+        size = fit(sizes, len(draws))
+        flat = self.packer.pack_head(draws, size)
+        if variant == "full":
+            self._need_history()
+            self._lift_early_ban(draws)
+            tokens, self._pending, self._history = self._run(
+                "full", size, self._leaves, rows, self._pending, self._history, flat
+            )
+        else:
+            tokens, self._pending = self._run(variant, size, self._leaves, rows, self._pending, flat)
+        tokens.copy_to_host_async()
+        return Drawn(draws, tokens)
+
+    def _draw_on_host(self, draws: Draws, rows: Any) -> Drawn:
+        raw = self._logits(self._take(rows, [row for _, row in draws]))
+        changed = np.array(raw)
+        errors: dict[Sequence, Exception] = {}
+        for i, (sequence, _) in enumerate(draws):
+            try:
+                changed[i] = change_logits(changed[i], sequence)
+            except Exception as error:  # the user's code; it ends this sequence and no other
+                errors[sequence] = error
+        local = [(sequence, i) for i, (sequence, _) in enumerate(draws)]
+        flat = self.packer.pack_head(local, REPORT_ROWS)
+        self._need_history()
+        self._lift_early_ban(draws)
+        tokens, self._pending, self._history = self._run(
+            "host", REPORT_ROWS, raw, changed, self._pending, self._history, flat
+        )
+        return Drawn(draws, tokens, errors=errors)
+
+    # -- hidden states and logits that are reported -------------------------------------------------------
+
+    def _attach_rows(self, call: Drawn, rows: Any) -> None:
+        """Fetch hidden states and logits of generated tokens for the sequences that want them."""
+        params = [sequence.params for sequence, _ in call.draws]
+        if not any(p.hidden or p.logits for p in params):
+            return
+        for i in range(0, len(call.draws), REPORT_ROWS):
+            part = call.draws[i : i + REPORT_ROWS]
+            taken = self._take(rows, [row for _, row in part])
+            logits = np.asarray(self._logits(taken)) if any(s.params.logits for s, _ in part) else None
+            hidden = np.asarray(taken, np.float32)
+            for j, (sequence, _) in enumerate(part):
+                call.hidden.append(hidden[j].copy() if sequence.params.hidden else None)
+                call.logits.append(
+                    logits[j].copy() if logits is not None and sequence.params.logits else None
+                )
+
+    def _report_prompt(self, chunk: Chunk, hidden: Any, size: int, offset: int) -> None:
+        """Collect what a sequence wants to know of its prompt positions in this chunk."""
+        sequence, params, report = chunk.sequence, chunk.sequence.params, chunk.sequence.report
+        assert report is not None
+        for start in range(0, chunk.count, REPORT_ROWS):
+            count = min(REPORT_ROWS, chunk.count - start)
+            first = chunk.start + start
+            taken = self._take(hidden, range(offset + start, offset + start + count))
+            if params.prompt_logprobs is not None:
+                targets = np.zeros(REPORT_ROWS, np.int32)
+                following = sequence.tokens[first + 1 : first + 1 + count]
+                targets[: len(following)] = following
+                packed = self._run("logprobs", REPORT_ROWS, self._leaves, taken, targets)
+                report.logprobs.append(np.asarray(packed)[: len(following)])
+            if params.logits == "all":
+                report.logits.append(np.array(self._logits(taken))[:count])
+            if params.hidden == "all":
+                report.hidden.append(np.array(taken, np.float32)[:count])
+
+    def _take(self, hidden: Any, index: Seq[int]) -> Any:
+        padded = np.zeros(REPORT_ROWS, np.int32)
+        padded[: len(index)] = index
+        return self._run("take", hidden.shape[0], hidden, padded)
+
+    def _logits(self, taken: Any) -> Any:
+        return self._run("logits", REPORT_ROWS, self._leaves, taken)
+
+    # -- device -------------------------------------------------------------------------------------------
+
+    @property
+    def _vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    @property
+    def _no_bias(self) -> np.ndarray:
+        return np.zeros(self._vocab_size, np.float32)
+
+    def _put(self, array: Any) -> Any:
+        return jax.device_put(array, self._replicated)
+
+    def _run(self, name: str, size: int, *args: Any) -> Any:
+        key: Key = (name, size)
+        placed = (self._put(a) if isinstance(a, np.ndarray | np.generic) else a for a in args)
+        return self._programs[key](*placed)
+
+
+def _variant(draws: Draws) -> str:
+    """The cheapest head that serves every sequence of the call."""
+    params = [sequence.params for sequence, _ in draws]
+    if any(p.reshapes_logits or p.logprobs is not None for p in params):
+        return "full"
+    return "greedy" if all(p.greedy for p in params) else "sample"

@@ -1,0 +1,235 @@
+"""Which tokens the next step computes. Pure Python: pages, slots and budgets, no arrays."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
+from lmdeploy_jax.cache.prefix import PrefixCache
+from lmdeploy_jax.engine.request import PromptReport, Request, Sequence, Status
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `start .. start + count` of a sequence; row `i` of the step is its `i`-th chunk."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    from_device: bool  # the last token is read from the device's pending array
+
+
+@dataclass
+class Step:
+    """One forward pass, and which sequences draw their next token from which of its rows."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    sampled: list[tuple[Sequence, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # pages to duplicate after it: (from, to)
+    admitted: list[Sequence] = field(default_factory=list)  # given a slot since the last step
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+    @property
+    def decode_only(self) -> bool:
+        return all(chunk.from_device for chunk in self.chunks)
+
+
+class DrainFirst(Exception):
+    """A sequence must be preempted whose last tokens are not read yet: read all steps, then schedule again."""
+
+
+class Scheduler:
+    """Continuous batching: running sequences first, then prompts in order of arrival, within a token budget.
+
+    `max_tokens` bounds a step, `max_batch_size` the sequences that hold a slot. All pages of a prompt are taken
+    when it is admitted, so only decoding can run out of them; then the latest sequence is preempted and computed
+    again later.
+    """
+
+    def __init__(self, cache: PrefixCache, *, max_batch_size: int, max_tokens: int, session_len: int) -> None:
+        self.cache = cache
+        self.max_tokens = max_tokens
+        self.session_len = session_len
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._slots = list(range(max_batch_size))[::-1]
+        self._admitted: list[Sequence] = []
+
+    # -- requests in and out ------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request; returns the first of its sequences, whose siblings wait with it."""
+        first, *siblings = (Sequence(request, i, list(request.prompt)) for i in range(request.params.n))
+        first.siblings = siblings
+        first.report = PromptReport() if request.params.reports_prompt else None
+        self.waiting.append(first)
+        return first
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it stands, and give its pages and slot back."""
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            known = min(sequence.computed, len(sequence.tokens))
+            self.cache.register(sequence.tokens, known, sequence.pages, sequence.hashes)
+        for sibling in sequence.siblings:
+            self._vacate(sibling)
+            sibling.status = Status.FINISHED
+        self._vacate(sequence)
+        sequence.status = Status.FINISHED
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless pages and slots are exactly those the sequences hold."""
+        holders = [s for r in self.running for s in (r, *r.siblings)]
+        self.cache.pool.check_integrity(page for s in holders for page in s.pages)
+        slots = sorted([*self._slots, *(s.slot for s in holders)])
+        assert slots == list(range(len(slots))), "slots were lost or doubled"
+
+    # -- planning -----------------------------------------------------------------------------------------
+
+    def schedule(self) -> Step | None:
+        """The next step, or None where nothing can be computed now. Raises `DrainFirst`."""
+        chunks = self._decode_chunks()
+        budget = self.max_tokens - len(chunks)
+        chunks += self._prefill_chunks(budget)
+        chunks += self._admit(self.max_tokens - sum(chunk.count for chunk in chunks))
+        if not chunks:
+            return None
+        step = self._commit(chunks)
+        step.admitted, self._admitted = self._admitted, []
+        return step
+
+    def _ready(self, sequence: Sequence) -> bool:
+        blocked = sequence.unread > 0 and sequence.params.needs_host
+        return not blocked and not sequence.exhausted(self.session_len)
+
+    def _decode_chunks(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in list(self.running):
+            if sequence.remaining != 1 or sequence.status is not Status.RUNNING or not self._ready(sequence):
+                continue
+            if self._make_room(sequence):
+                chunks.append(_chunk(sequence, 1))
+        return chunks
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A page for the sequence's next token; false where the sequence itself had to give way."""
+        while pages_for(sequence.computed + 1) > len(sequence.pages):
+            if self.cache.pool.available:
+                sequence.pages.append(self.cache.pool.take())
+                continue
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _prefill_chunks(self, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in self.running:
+            if sequence.remaining > 1 and budget > 0:
+                chunks.append(_chunk(sequence, min(sequence.remaining, budget)))
+                budget -= chunks[-1].count
+        return chunks
+
+    def _admit(self, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        while self.waiting and budget > 0 and self._take_in(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            chunks.append(_chunk(sequence, min(sequence.remaining, budget)))
+            budget -= chunks[-1].count
+        return chunks
+
+    def _take_in(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence and its siblings slots and the pages of the whole prompt, or nothing."""
+        if len(self._slots) < 1 + len(sequence.siblings):
+            return False
+        tokens = sequence.tokens
+        limit = 0 if sequence.report else len(tokens) - 1
+        pages, hashes = self.cache.match(tokens, limit)
+        partial = len(tokens) % PAGE_SIZE > 0
+        needed = pages_for(len(tokens)) - len(pages) + len(sequence.siblings) * partial
+        reserve = len(self.running) // 2  # soon wanted by those who run already
+        if needed + reserve > self.cache.pool.available:
+            self.cache.release(pages)
+            return False
+        take = self.cache.pool.take
+        sequence.computed = len(pages) * PAGE_SIZE
+        if sequence.num_generated == 0:
+            sequence.cached = sequence.computed
+        sequence.pages = pages + [take() for _ in range(pages_for(len(tokens)) - len(pages))]
+        sequence.hashes = hashes
+        self._occupy(sequence, Status.RUNNING)
+        for sibling in sequence.siblings:
+            sibling.pages = [take()] if partial else []
+            self._occupy(sibling, Status.FORKING)
+        return True
+
+    def _occupy(self, sequence: Sequence, status: Status) -> None:
+        sequence.slot = self._slots.pop()
+        sequence.status, sequence.table_len, sequence.pending = status, 0, False
+        self._admitted.append(sequence)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        self.cache.release(sequence.pages)
+        sequence.pages, sequence.hashes = [], []
+        sequence.computed, sequence.pending = 0, False
+        if sequence.slot >= 0:
+            self._slots.append(sequence.slot)
+            sequence.slot = -1
+
+    def _preempt(self, victim: Sequence) -> None:
+        if victim.unread:
+            raise DrainFirst
+        self.running.remove(victim)
+        for sequence in (victim, *victim.siblings):
+            self._vacate(sequence)
+            sequence.status = Status.WAITING
+        victim.report = PromptReport() if victim.report else None
+        self.waiting.appendleft(victim)
+        self.preemptions += 1
+
+    # -- what a planned step changes ----------------------------------------------------------------------
+
+    def _commit(self, chunks: list[Chunk]) -> Step:
+        step = Step(chunks)
+        for row, chunk in enumerate(chunks):
+            sequence = chunk.sequence
+            sequence.computed += chunk.count
+            self.cache.register(sequence.tokens, sequence.computed, sequence.pages, sequence.hashes)
+            if sequence.remaining == 0:
+                self._fork(sequence, step)
+                for drawn in (sequence, *sequence.siblings):
+                    drawn.unread += 1
+                    drawn.pending = True
+                    step.sampled.append((drawn, row))
+                sequence.siblings = []
+        return step
+
+    def _fork(self, first: Sequence, step: Step) -> None:
+        """Siblings start on the shared prompt pages; a last, partly filled page is copied for each."""
+        full = len(first.tokens) // PAGE_SIZE
+        for sibling in first.siblings:
+            own = sibling.pages
+            step.copies += [(first.pages[full], page) for page in own]
+            for page in first.pages[:full]:
+                self.cache.pool.share(page)
+            sibling.pages, sibling.hashes = first.pages[:full] + own, list(first.hashes)
+            sibling.computed, sibling.cached, sibling.status = first.computed, first.cached, Status.RUNNING
+            self.running.append(sibling)
+
+
+def _chunk(sequence: Sequence, count: int) -> Chunk:
+    reaches_end = sequence.computed + count == sequence.length
+    return Chunk(sequence, sequence.computed, count, from_device=reaches_end and sequence.pending)

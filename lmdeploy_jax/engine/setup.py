@@ -1,0 +1,132 @@
+"""From a model's name and a config to the engine's parts: load, plan the memory, compile."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from converters.hub import resolve_model
+from converters.load import LoadedModel, load_model, read_config
+from lmdeploy_jax.cache.kv import CacheSpec, MemoryPlan, free_bytes, page_bytes, plan_memory
+from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
+from lmdeploy_jax.cache.prefix import PrefixCache
+from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.engine import buckets as bucket_plan
+from lmdeploy_jax.engine.batch import StepPacker
+from lmdeploy_jax.engine.buckets import Buckets
+from lmdeploy_jax.engine.compile import use_cache
+from lmdeploy_jax.engine.progress import loading_bar
+from lmdeploy_jax.engine.runner import Runner
+from lmdeploy_jax.engine.scheduler import Scheduler
+from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.parallel.mesh import make_mesh
+from pallas_kernels.prefill_attention import tile_rows
+from pallas_kernels.registry import why_not
+
+log = logging.getLogger("lmdeploy_jax")
+DEFAULTS = {"cpu": (64, 1024), "gpu": (256, 8192)}  # sequences, tokens a step
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of."""
+
+    folder: Path
+    model_config: DecoderConfig
+    session_len: int
+    memory: MemoryPlan
+    buckets: Buckets
+    scheduler: Scheduler
+    runner: Runner
+
+
+def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Parts:
+    """Everything up to the first request. Raises ConfigError, CheckpointError, UnsupportedModelError."""
+    use_cache(config.compile_cache_dir)
+    folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
+    mesh = make_mesh(tp=config.tp)
+    platform = mesh.devices.flat[0].platform
+    model_config = read_config(folder, config.hf_overrides)
+    backend = choose_backend(config.backend, platform, model_config)
+    loaded = _load(folder, config, mesh, backend, progress)
+    buckets = _buckets(config, platform)
+    session_len = config.session_len or model_config.max_position
+    memory = _plan(config, loaded, mesh, buckets, session_len)
+    log.info("%s", memory)
+    session_len = min(session_len, (memory.num_pages - 1) * PAGE_SIZE)
+    packer = StepPacker(buckets.max_batch_size, session_len, model_config.vocab_size, tile_rows(backend))
+    spec = CacheSpec(
+        model_config.num_layers, memory.num_pages, loaded.kv_heads, model_config.head_dim, loaded.dtype, mesh
+    )
+    runner = Runner(loaded, mesh, buckets, packer, spec, progress=progress)
+    scheduler = Scheduler(
+        PrefixCache(memory.num_pages, enabled=_caches_prefixes(config, model_config)),
+        max_batch_size=buckets.max_batch_size,
+        max_tokens=buckets.max_tokens,
+        session_len=session_len,
+    )
+    return Parts(folder, model_config, session_len, memory, buckets, scheduler, runner)
+
+
+def choose_backend(wanted: str, platform: str, model: DecoderConfig) -> str:
+    """`auto` is `pallas` where device and model allow, else `xla`. Raises ConfigError for what was asked for by name."""
+    reason = why_not(platform, model.head_dim)
+    if wanted == "auto":
+        if reason and platform != "cpu":
+            log.warning("backend xla instead of pallas: %s", reason)
+        return "xla" if reason else "pallas"
+    if wanted == "pallas" and reason:
+        raise ConfigError(f"backend='pallas' cannot be used: {reason}. Use backend='auto' or 'xla'.")
+    return wanted
+
+
+def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progress: bool) -> LoadedModel:
+    start = time.perf_counter()
+    with loading_bar(progress) as on_progress:
+        loaded = load_model(
+            folder,
+            dtype=config.dtype,
+            mesh=mesh,
+            backend=backend,
+            hf_overrides=config.hf_overrides,
+            on_progress=on_progress,
+        )
+        jax.block_until_ready(loaded.leaves)
+    log.info("loaded %s in %.1f s, backend %s", folder, time.perf_counter() - start, backend)
+    return loaded
+
+
+def _buckets(config: JaxEngineConfig, platform: str) -> Buckets:
+    batch, tokens = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
+    return bucket_plan.plan(platform, config.max_batch_size or batch, config.max_prefill_token_num or tokens)
+
+
+def _plan(
+    config: JaxEngineConfig, model: LoadedModel, mesh: Mesh, buckets: Buckets, session_len: int
+) -> MemoryPlan:
+    shape = model.config
+    size = jnp.dtype(model.dtype).itemsize
+    activations = buckets.max_tokens * (4 * shape.intermediate_size + 8 * shape.hidden_size) * size
+    logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
+    return plan_memory(
+        share=config.cache_max_entry_count,
+        free=free_bytes(mesh),
+        reserved=activations + logits,
+        page=page_bytes(shape.num_layers, model.kv_heads, shape.head_dim, model.dtype),
+        most_tokens=buckets.max_batch_size * pages_for(session_len) * PAGE_SIZE,
+        on_cpu=mesh.devices.flat[0].platform == "cpu",
+    )
+
+
+def _caches_prefixes(config: JaxEngineConfig, model: DecoderConfig) -> bool:
+    if config.enable_prefix_caching and model.rope.depends_on_length:
+        log.warning("prefix caching is off: this model's RoPE depends on the whole prompt's length")
+        return False
+    return config.enable_prefix_caching

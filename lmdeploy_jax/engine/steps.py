@@ -1,0 +1,131 @@
+"""The programs of the engine, as pure functions over arrays.
+
+A *backbone* runs the decoder and is compiled per number of tokens; a *head* turns hidden rows into tokens and is
+compiled per number of rows. Cut there, the sizes add instead of multiplying. Between them stands `rows`
+[max_batch_size, E], the hidden state of each of the step's sequences. `pending` [slots + 1] holds each slot's last
+token, so that the next step can start before the host has seen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lmdeploy_jax.engine.batch import Layout, decode_batch, ragged_batch, sampling_batch
+from lmdeploy_jax.models.decoder import Decoder
+from lmdeploy_jax.sampling.logprobs import TopLogprobs, top_logprobs
+from lmdeploy_jax.sampling.penalties import add_tokens, apply_penalties
+from lmdeploy_jax.sampling.sampler import greedy, sample
+
+Caches = tuple[tuple[Array, Array], ...]
+Leaves = tuple[Array, ...]
+Merge = Callable[[Leaves], Decoder]
+
+
+class History(NamedTuple):
+    """What each slot's sequence has said so far, for penalties and biases; see `lmdeploy_jax.sampling`."""
+
+    counts: Array  # i32 [slots + 1, V]
+    bias: Array  # f32 [slots + 1, V]
+
+
+def decode(
+    merge: Merge, layout: Layout, max_rows: int, leaves: Leaves, caches: Caches, pending: Array, flat: Array
+) -> tuple[Array, Caches]:
+    """One token for each sequence: -> rows [max_rows, E], caches."""
+    hidden, caches = merge(leaves)(caches, decode_batch(layout.views(flat), pending))
+    return jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0))), caches
+
+
+def ragged(
+    merge: Merge, layout: Layout, leaves: Leaves, caches: Caches, pending: Array, flat: Array
+) -> tuple[Array, Array, Caches]:
+    """Prompt chunks and single tokens, packed: -> rows [max_rows, E], hidden [T, E], caches."""
+    field = layout.views(flat)
+    hidden, caches = merge(leaves)(caches, ragged_batch(field, pending))
+    return hidden[field["last"]], hidden, caches
+
+
+def head_greedy(
+    merge: Merge, layout: Layout, leaves: Leaves, rows: Array, pending: Array, flat: Array
+) -> tuple[Array, Array]:
+    """-> tokens i32 [R], pending."""
+    field = layout.views(flat)
+    tokens = greedy(merge(leaves).logits(rows[field["rows"]]))
+    return tokens, pending.at[field["slots"]].set(tokens)
+
+
+def head_sample(
+    merge: Merge, layout: Layout, leaves: Leaves, rows: Array, pending: Array, flat: Array
+) -> tuple[Array, Array]:
+    """-> tokens i32 [R], pending."""
+    field = layout.views(flat)
+    tokens = sample(merge(leaves).logits(rows[field["rows"]]), sampling_batch(field))
+    return tokens, pending.at[field["slots"]].set(tokens)
+
+
+def head_full(
+    merge: Merge, layout: Layout, leaves: Leaves, rows: Array, pending: Array, history: History, flat: Array
+) -> tuple[Array, Array, History]:
+    """Penalties, biases, sampling and log-probabilities: -> packed i32 [R, 2 + 2k], pending, history."""
+    field = layout.views(flat)
+    logits = merge(leaves).logits(rows[field["rows"]])
+    return _reshape_and_sample(logits, logits, pending, history, field)
+
+
+def head_host(
+    layout: Layout, raw: Array, changed: Array, pending: Array, history: History, flat: Array
+) -> tuple[Array, Array, History]:
+    """As `head_full`, from logits [R, V] that the host has `changed`; log-probabilities are the `raw` ones'."""
+    return _reshape_and_sample(raw, changed, pending, history, layout.views(flat))
+
+
+def _reshape_and_sample(
+    raw: Array, logits: Array, pending: Array, history: History, field: dict[str, Array]
+) -> tuple[Array, Array, History]:
+    batch, slots = sampling_batch(field), field["slots"]
+    logits = apply_penalties(logits, history.counts[slots], batch) + history.bias[slots]
+    tokens = sample(logits, batch)
+    packed = pack_logprobs(tokens, top_logprobs(raw, tokens))
+    history = History(add_tokens(history.counts, slots, tokens), history.bias)
+    return packed, pending.at[slots].set(tokens), history
+
+
+def pack_logprobs(tokens: Array, found: TopLogprobs) -> Array:
+    """-> i32 [N, 2 + 2k]: token, its log-probability's bits, k ids, k log-probabilities' bits."""
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (found.token_logprob, found.logprobs)]
+    return jnp.concatenate([tokens[:, None], bits[0][:, None], found.ids, bits[1]], axis=1)
+
+
+def take_rows(hidden: Array, index: Array) -> Array:
+    """hidden [T, E], index i32 [N] -> [N, E]."""
+    return hidden[index]
+
+
+def row_logits(merge: Merge, leaves: Leaves, rows: Array) -> Array:
+    """rows [N, E] -> f32 [N, V]."""
+    return merge(leaves).logits(rows)
+
+
+def row_logprobs(merge: Merge, leaves: Leaves, rows: Array, targets: Array) -> Array:
+    """rows [N, E] and the tokens that follow them, i32 [N] -> packed i32 [N, 2 + 2k]."""
+    return pack_logprobs(targets, top_logprobs(merge(leaves).logits(rows), targets))
+
+
+def copy_pages(caches: Caches, source: Array, target: Array) -> Caches:
+    """Duplicate pages in every layer; unused entries copy the dump page onto itself."""
+    return tuple((k.at[target].set(k[source]), v.at[target].set(v[source])) for k, v in caches)
+
+
+def set_history(history: History, slot: Array, counts: Array, bias: Array) -> History:
+    """Start a slot's history: counts i32 [V], bias f32 [V]."""
+    return History(history.counts.at[slot].set(counts), history.bias.at[slot].set(bias))
+
+
+def set_bias(history: History, slot: Array, bias: Array) -> History:
+    """Replace a slot's biases."""
+    return History(history.counts, history.bias.at[slot].set(bias))
