@@ -1,0 +1,1 @@
+"""Flax NNX modules: one decoder, whose features are data (`DecoderConfig`)."""

@@ -1,0 +1,116 @@
+"""The one decoder-only transformer; `DecoderConfig` says which features it has."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from lmdeploy_jax.models.attention import Attention
+from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.embedding import Embedding
+from lmdeploy_jax.models.kernels import Cache, Kernels
+from lmdeploy_jax.models.linear import soft_cap
+from lmdeploy_jax.models.mlp import GatedMLP
+from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.rope import Rotation, rotation
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each with its norms, added to the residual stream."""
+
+    def __init__(
+        self, config: DecoderConfig, window: int | None, *, dtype: jnp.dtype, kernels: Kernels
+    ) -> None:
+        def norm(wanted: bool) -> RMSNorm | None:
+            size, eps, offset = config.hidden_size, config.norm_eps, config.norm_offset
+            return RMSNorm(size, eps, offset, dtype=dtype, axis="embed") if wanted else None
+
+        self.residual_multiplier = config.residual_multiplier
+        self.attention_norm = norm(config.pre_norm)
+        self.attention = Attention(config, window, dtype=dtype, kernels=kernels)
+        self.attention_post_norm = norm(config.post_norm)
+        self.mlp_norm = norm(config.pre_norm)
+        self.mlp = GatedMLP(config, dtype=dtype)
+        self.mlp_post_norm = norm(config.post_norm)
+
+    def __call__(self, x: Array, cache: Cache, batch: Batch, turn: Rotation | None) -> tuple[Array, Cache]:
+        out, cache = self.attention(_apply(self.attention_norm, x), cache, batch, turn)
+        x = x + self._scaled(_apply(self.attention_post_norm, out))
+        out = self.mlp(_apply(self.mlp_norm, x))
+        return x + self._scaled(_apply(self.mlp_post_norm, out)), cache
+
+    def _scaled(self, x: Array) -> Array:
+        return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
+
+
+def _apply(norm: RMSNorm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+class Decoder(nnx.Module):
+    """Tokens to hidden states, and hidden states to logits.
+
+    Build it under `nnx.eval_shape` and fill the leaves from a checkpoint; its own initial values are zeros.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, kernels: Kernels) -> None:
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, kernels=kernels)
+        self.layers = nnx.List(
+            DecoderLayer(config, window, dtype=dtype, kernels=kernels) for window in config.windows
+        )
+        self.norm = RMSNorm(
+            config.hidden_size, config.norm_eps, config.norm_offset, dtype=dtype, axis="embed"
+        )
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, kernels=kernels)
+        )
+
+    def __call__(self, caches: tuple[Cache, ...], batch: Batch) -> tuple[Array, tuple[Cache, ...]]:
+        """One forward pass: -> hidden states [T, E] after the final norm, and the caches with the new keys and values.
+
+        caches: one (k, v) a layer, each [pages, KH, page size, D].
+        """
+        x = self.embedding.lookup(batch.tokens)
+        if self.config.embedding_multiplier != 1.0:
+            x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
+        turns = self._turns(batch)
+        written = []
+        for layer, turn, cache in zip(self.layers, turns, caches, strict=True):
+            graph, state = nnx.split(layer)
+            x, cache = _run_layer(graph, state, x, cache, batch, turn)
+            written.append(cache)
+        return self.norm(x), tuple(written)
+
+    def logits(self, hidden: Array) -> Array:
+        """hidden [R, E] -> f32 [R, V]."""
+        head = self.embedding if self.lm_head is None else self.lm_head
+        logits = head.attend(hidden)[:, : self.config.vocab_size].astype(jnp.float32)
+        return soft_cap(logits * self.config.logit_multiplier, self.config.logit_soft_cap)
+
+    def _turns(self, batch: Batch) -> list[Rotation | None]:
+        """Each layer's rotation; layers of one kind share it."""
+        config = self.config
+        shared = rotation(config.rope, batch.positions, batch.rope_lens)
+        local = shared
+        if config.local_rope is not None:
+            local = rotation(config.local_rope, batch.positions, batch.rope_lens)
+        return [
+            (shared if window is None else local) if rotates else None
+            for window, rotates in zip(config.windows, config.rope_layers, strict=True)
+        ]
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_layer(
+    graph: nnx.GraphDef, state: nnx.State, x: Array, cache: Cache, batch: Batch, turn: Rotation | None
+) -> tuple[Array, Cache]:
+    """A jitted function of its own, so that layers alike are traced once; XLA inlines the calls."""
+    return nnx.merge(graph, state)(x, cache, batch, turn)

@@ -1,0 +1,104 @@
+"""Rotary position embeddings (Su et al., 2021) and their context extensions, as HF's `modeling_rope_utils.py`.
+
+cos and sin are computed once a step, in float32, for all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lmdeploy_jax.models.config import RopeConfig
+
+
+class Rotation(NamedTuple):
+    """cos and sin of each token's angles, f32 [T, rope.dim / 2]."""
+
+    cos: Array
+    sin: Array
+
+
+def rotation(rope: RopeConfig, positions: Array, lengths: Array) -> Rotation:
+    """Angles of tokens at `positions` i32 [T] in sequences of `lengths` i32 [T] (see `Batch.rope_lens`)."""
+    frequencies = _frequencies_by_length(rope, lengths) if rope.depends_on_length else _frequencies(rope)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies
+    return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)
+
+
+def rotate(x: Array, by: Rotation) -> Array:
+    """Rotates the leading `2 * by.cos.shape[-1]` elements of each head; x [T, ..., D], halves paired as in HF."""
+    half = by.cos.shape[-1]
+    shape = (x.shape[0], *(1,) * (x.ndim - 2), half)
+    cos, sin = by.cos.reshape(shape), by.sin.reshape(shape)
+    wide = x[..., : 2 * half].astype(jnp.float32)
+    first, second = wide[..., :half], wide[..., half:]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * half :]], axis=-1)
+
+
+def _exponents(rope: RopeConfig) -> np.ndarray:
+    return np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+
+
+def _base_frequencies(rope: RopeConfig) -> np.ndarray:
+    return 1.0 / np.float32(rope.theta) ** _exponents(rope)
+
+
+def _frequencies(rope: RopeConfig) -> np.ndarray:
+    """f32 [dim / 2], in radians a position."""
+    base = _base_frequencies(rope)
+    if rope.kind == "linear":
+        return base / np.float32(rope.factor)
+    if rope.kind == "llama3":
+        return _llama3(rope, base)
+    if rope.kind == "yarn":
+        return _yarn(rope, base)
+    return base
+
+
+def _frequencies_by_length(rope: RopeConfig, lengths: Array) -> Array:
+    """f32 [T, dim / 2]."""
+    if rope.kind == "dynamic":
+        return _dynamic_ntk(rope, lengths)
+    factors = [np.asarray(f, np.float32) * _base_periods(rope) for f in (rope.short_factor, rope.long_factor)]
+    return jnp.where((lengths > rope.original_max_position)[:, None], 1.0 / factors[1], 1.0 / factors[0])
+
+
+def _base_periods(rope: RopeConfig) -> np.ndarray:
+    return np.float32(rope.theta) ** _exponents(rope)
+
+
+def _dynamic_ntk(rope: RopeConfig, lengths: Array) -> Array:
+    longest = rope.original_max_position
+    stretch = rope.factor * (jnp.maximum(lengths, longest) / longest) - (rope.factor - 1)  # f32 [T]
+    theta = rope.theta * stretch ** (rope.dim / (rope.dim - 2))
+    return 1.0 / theta[:, None] ** _exponents(rope)
+
+
+def _llama3(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
+    """Long waves are slowed down by `factor`, short ones kept, those between blended."""
+    waves = rope.original_max_position * base / (2 * math.pi)  # periods that fit the original context
+    blend = (waves - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return ((1 - blend) * base / rope.factor + blend * base).astype(np.float32)
+
+
+def _yarn(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
+    """YaRN (Peng et al., 2023): as llama3, blended over the index of the frequency instead of over its value."""
+    low, high = (_yarn_boundary(rope, beta) for beta in (rope.beta_fast, rope.beta_slow))
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    high += 0.001 if low == high else 0
+    ramp = np.clip((np.arange(rope.dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
+    return (base / rope.factor * ramp + base * (1 - ramp)).astype(np.float32)
+
+
+def _yarn_boundary(rope: RopeConfig, rotations: float) -> float:
+    """Index of the frequency that turns `rotations` times within the original context."""
+    periods = math.log(rope.original_max_position / (rotations * 2 * math.pi))
+    return rope.dim * periods / (2 * math.log(rope.theta))

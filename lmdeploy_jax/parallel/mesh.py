@@ -1,0 +1,32 @@
+"""The device mesh: replicas (`dp`), tensor parallelism (`tp`), expert parallelism (`ep`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lmdeploy_jax.errors import ConfigError
+
+AXES = ("dp", "tp", "ep")
+
+
+def make_mesh(tp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the first `tp` of `devices` (default: JAX's own), with `dp` and `ep` of 1.
+
+    Raises ConfigError when there are too few devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if tp < 1 or tp > len(devices):
+        kind = devices[0].platform if len(devices) else "no"
+        raise ConfigError(
+            f"tp={tp} needs as many devices, and there are {len(devices)} ({kind}); choose a tp from 1 to {len(devices)}"
+        )
+    return Mesh(np.asarray(devices[:tp]).reshape(1, tp, 1), AXES)
+
+
+def axis_size(mesh: Mesh | None, axis: str) -> int:
+    """Devices along a mesh axis; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape.get(axis, 1)
