@@ -1,0 +1,40 @@
+"""Log-probabilities of the raw logits: what the model believes, before penalties, biases and temperature."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+MAX_LOGPROBS = 20
+
+
+class TopLogprobs(NamedTuple):
+    """Log-probabilities of N rows, natural logarithm."""
+
+    token_logprob: Array  # [N] f32, the chosen token's
+    ids: Array  # [N, k] i32, the k most likely tokens, best first
+    logprobs: Array  # [N, k] f32, theirs
+
+
+def top_logprobs(logits: Array, tokens: Array, k: int = MAX_LOGPROBS) -> TopLogprobs:
+    """The chosen tokens' and the `k` best log-probabilities of each row.
+
+    Shapes: `logits` [N, V], `tokens` [N]. `k` is cut to V. Token ids out of range (padding) are clamped.
+    """
+    logits = logits.astype(jnp.float32)
+    norm = jax.nn.logsumexp(logits, axis=1)
+    values, ids = lax.top_k(logits, min(k, logits.shape[1]))
+    chosen = jnp.clip(tokens, 0, logits.shape[1] - 1)[:, None]
+    own = jnp.take_along_axis(logits, chosen, axis=1)[:, 0]
+    return TopLogprobs(own - norm, ids.astype(jnp.int32), values - norm[:, None])
+
+
+def target_logprobs(logits: Array, targets: Array, k: int = MAX_LOGPROBS) -> TopLogprobs:
+    """`top_logprobs` of known continuations: row i of `logits` [N, V] predicts `targets[i]`.
+
+    For prompt log-probabilities and perplexity; XLA drops the top-k where only `token_logprob` is used.
+    """
+    return top_logprobs(logits, targets, k)

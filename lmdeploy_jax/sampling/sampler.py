@@ -1,0 +1,92 @@
+"""Next-token choice on the device: greedy, or a seeded draw after temperature, top-k, top-p and min-p."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lmdeploy_jax.sampling.filters import candidate_threshold, exact_threshold
+from lmdeploy_jax.sampling.params import SamplingBatch
+
+CANDIDATES = 128  # best scores looked at first; most rows that filter keep fewer tokens
+
+
+def greedy(logits: Array) -> Array:
+    """The best token of each row: `[R, V]` f32 -> `[R]` i32. NaN counts as -inf."""
+    return jnp.argmax(_finite(logits), axis=1).astype(jnp.int32)
+
+
+def sample(logits: Array, batch: SamplingBatch) -> Array:
+    """Draws a token per row: `[R, V]` f32 -> `[R]` i32; rows with temperature 0 take the best token.
+
+    Gumbel-max over the kept tokens. A token's noise depends on its id and the row's seed and step only.
+    Rows whose kept set lies within the best `CANDIDATES` tokens never touch the rest of the vocabulary, and
+    the answer of a row is computed the same way whatever the other rows need.
+    """
+    best = greedy(logits)
+    random = batch.temperature > 0
+    scores = _scores(logits, batch.temperature)
+    keys = jax.vmap(_row_key)(batch.seed, batch.step)
+    filtered = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
+
+    def from_candidates() -> tuple[Array, Array]:
+        return _draw_from_candidates(scores, keys, batch)
+
+    def from_vocabulary(drawn: Array, missing: Array) -> Array:
+        return jnp.where(missing, _draw_from_vocabulary(scores, keys, batch, missing), drawn)
+
+    drawn, found = best, jnp.zeros(best.shape, bool)
+    if logits.shape[1] > CANDIDATES:
+        drawn, found = lax.cond((random & filtered).any(), from_candidates, lambda: (drawn, found))
+    missing = random & ~found
+    drawn = lax.cond(missing.any(), from_vocabulary, lambda drawn, _: drawn, drawn, missing)
+    return jnp.where(random, drawn, best)
+
+
+def _draw_from_candidates(scores: Array, keys: Array, batch: SamplingBatch) -> tuple[Array, Array]:
+    top, ids = lax.top_k(scores, CANDIDATES)
+    total = jnp.exp(scores - top[:, :1]).sum(1)
+    threshold, found = candidate_threshold(top, total, batch)
+    choice = _gumbel_argmax(top, threshold, keys, ids)
+    return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0], found
+
+
+def _draw_from_vocabulary(scores: Array, keys: Array, batch: SamplingBatch, wanted: Array) -> Array:
+    wanted_only = SamplingBatch(
+        **{
+            **vars(batch),
+            "top_k": jnp.where(wanted, batch.top_k, 0),
+            "top_p": jnp.where(wanted, batch.top_p, 1.0),
+        }
+    )
+    ids = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape)
+    return _gumbel_argmax(scores, exact_threshold(scores, wanted_only), keys, ids)
+
+
+def _gumbel_argmax(scores: Array, threshold: Array, keys: Array, ids: Array) -> Array:
+    noise = jax.vmap(jax.vmap(_gumbel, (None, 0)))(keys, ids)
+    noisy = jnp.where(scores >= threshold[:, None], scores + noise, -jnp.inf)
+    return jnp.argmax(noisy, axis=1).astype(jnp.int32)
+
+
+def _finite(logits: Array) -> Array:
+    largest = float(jnp.finfo(jnp.float32).max)
+    return jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=largest, neginf=-jnp.inf)
+
+
+def _scores(logits: Array, temperature: Array) -> Array:
+    divisor = jnp.where(temperature > 0, temperature, 1.0)
+    return _finite(_finite(logits) / divisor[:, None])
+
+
+def _row_key(seed: Array, step: Array) -> Array:
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+
+
+def _gumbel(key: Array, token: Array) -> Array:
+    """Standard Gumbel noise of one token. One threefry block a token, so that any subset can be had alone."""
+    bits = jax.random.key_data(jax.random.fold_in(key, token))[0]
+    # The small uniforms make the large noise: f32 keeps them to 2^-33, and 1 - 2^-24 bounds the other end.
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-uniform))
