@@ -1,0 +1,63 @@
+"""Model families: how a `config.json` becomes a `DecoderConfig`, and which tensor fills which weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from converters.families.fields import Fields
+from converters.families.internlm import internlm2_config, internlm3_config
+from converters.families.llama import llama_config
+from converters.families.mistral import mistral_config
+from converters.families.qwen import qwen2_config, qwen3_config
+from converters.families.tables import hf_rules, internlm2_rules
+from converters.keytable import Rule
+from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
+from lmdeploy_jax.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. `rules` takes the config and the number of KV heads that the model holds."""
+
+    config: Callable[[Fields], DecoderConfig]
+    rules: Callable[[DecoderConfig, int], tuple[Rule, ...]] = hf_rules
+
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(llama_config),
+    "MistralForCausalLM": Family(mistral_config),
+    "MinistralForCausalLM": Family(mistral_config),
+    "Qwen2ForCausalLM": Family(qwen2_config),
+    "Qwen3ForCausalLM": Family(qwen3_config),
+    "InternLM2ForCausalLM": Family(internlm2_config, internlm2_rules),
+    "InternLM3ForCausalLM": Family(internlm3_config),
+}
+"""The supported architectures, by the name in a config's `architectures`."""
+
+
+def family_of(raw: Mapping[str, Any], where: str) -> Family:
+    """The family of a config. Raises UnsupportedModelError for an architecture that is not supported."""
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise CheckpointError(
+            f"{where}: architectures is {names!r}; it must list the model class, as transformers writes it"
+        )
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    raise UnsupportedModelError(
+        f"{where}: architecture {', '.join(map(str, names))} is not supported; supported: {', '.join(FAMILIES)}"
+    )
+
+
+def build_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
+    """A config's `DecoderConfig`; `where` names the config in errors.
+
+    Raises UnsupportedModelError for an unknown architecture and for fields that ask for what is not implemented.
+    """
+    fields = Fields(raw, where)
+    config = family_of(raw, where).config(fields)
+    fields.finish()
+    return config

@@ -1,0 +1,22 @@
+"""Llama 1 to 3.3, and what carries its architecture's name: Yi, DeepSeek LLM, Vicuna and others."""
+
+from __future__ import annotations
+
+from converters.families.common import decoder_config, head_size
+from converters.families.fields import Fields
+from converters.families.rope import read_rope
+from lmdeploy_jax.models.config import DecoderConfig
+
+
+def llama_config(fields: Fields) -> DecoderConfig:
+    """HF `LlamaConfig`; one flag puts biases on q, k, v and o."""
+    head_dim = head_size(fields)
+    bias = fields.flag("attention_bias", False)
+    return decoder_config(
+        fields,
+        head_dim=head_dim,
+        rope=read_rope(fields, head_dim),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=fields.flag("mlp_bias", False),
+    )

@@ -1,0 +1,17 @@
+"""Mistral: a Llama whose layers may all have a sliding window. Ministral: some of them."""
+
+from __future__ import annotations
+
+from converters.families.common import FULL, SLIDING, decoder_config, head_size, layer_windows
+from converters.families.fields import Fields
+from converters.families.rope import read_rope
+from lmdeploy_jax.models.config import DecoderConfig
+
+
+def mistral_config(fields: Fields) -> DecoderConfig:
+    """HF `MistralConfig`, `MinistralConfig`. A config without the field has a window of 4096."""
+    head_dim = head_size(fields)
+    window = fields.optional_size("sliding_window", 4096)
+    default = [FULL if window is None else SLIDING] * fields.size("num_hidden_layers")
+    windows = layer_windows(fields, default, window)
+    return decoder_config(fields, head_dim=head_dim, rope=read_rope(fields, head_dim), windows=windows)

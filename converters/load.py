@@ -1,0 +1,172 @@
+"""A checkpoint folder -> a decoder's weights on devices."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from converters.device import load_leaves
+from converters.families import build_config, family_of
+from converters.keytable import bind
+from converters.safetensors import CheckpointReader
+from lmdeploy_jax.errors import CheckpointError, ConfigError
+from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.decoder import Decoder
+from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.parallel.mesh import axis_size
+from lmdeploy_jax.parallel.rules import sharding
+
+Progress = Callable[[int, int], None]
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A decoder without its weights: what they are called and look like, and how to put it together."""
+
+    config: DecoderConfig
+    kv_heads: int
+    graphdef: nnx.GraphDef
+    treedef: Any
+    specs: Mapping[str, jax.ShapeDtypeStruct]
+    """Name -> shape, dtype and sharding of each leaf, in the order of the leaves."""
+
+    def merge(self, leaves: tuple[jax.Array, ...]) -> Decoder:
+        """The decoder that holds `leaves`; to be called inside `jax.jit`."""
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder and its weights as a flat tuple, the form in which compiled steps take them."""
+
+    skeleton: Skeleton
+    leaves: tuple[jax.Array, ...]
+    dtype: jnp.dtype
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.skeleton.config
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads that the caches hold: the config's, or more where `tp` asks for copies."""
+        return self.skeleton.kv_heads
+
+    def merge(self, leaves: tuple[jax.Array, ...]) -> Decoder:
+        """See `Skeleton.merge`."""
+        return self.skeleton.merge(leaves)
+
+
+def read_config(
+    folder: str | os.PathLike[str], hf_overrides: Mapping[str, Any] | None = None
+) -> DecoderConfig:
+    """The `DecoderConfig` of a checkpoint folder; `hf_overrides` is laid over its `config.json`, nested dicts too.
+
+    Raises CheckpointError, and UnsupportedModelError for what is not implemented.
+    """
+    raw, where = _read_json(folder, hf_overrides)
+    return build_config(raw, where)
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
+    backend: str = "xla",
+    hf_overrides: Mapping[str, Any] | None = None,
+    config: DecoderConfig | None = None,
+    on_progress: Progress | None = None,
+) -> LoadedModel:
+    """Reads a checkpoint onto the mesh's devices (default: JAX's first), shard by shard.
+
+    `dtype` "auto" is float32 on a CPU; elsewhere the checkpoint's 16-bit type, and bfloat16 for float32. `config`
+    replaces what `config.json` says; `on_progress(bytes done, bytes in all)` may be called from any thread.
+    Everything is checked before anything is allocated. Raises CheckpointError and ConfigError.
+    """
+    raw, where = _read_json(folder, hf_overrides)
+    family = family_of(raw, where)
+    config = build_config(raw, where) if config is None else config
+    with CheckpointReader(folder) as reader:
+        wanted = pick_dtype(dtype, raw, _platform(mesh))
+        skeleton = build_skeleton(config, wanted, Kernels(backend, mesh))
+        shapes = {name: spec.shape for name, spec in skeleton.specs.items()}
+        leaves = bind(family.rules(config, skeleton.kv_heads), reader, shapes)
+        arrays = load_leaves(leaves, skeleton.specs, on_progress)
+    return LoadedModel(skeleton, tuple(arrays[name] for name in skeleton.specs), wanted)
+
+
+def build_skeleton(config: DecoderConfig, dtype: jnp.dtype, kernels: Kernels) -> Skeleton:
+    """The decoder of a config, without allocating anything. Raises ConfigError where `tp` does not fit."""
+    kv_heads = config.kv_heads(axis_size(kernels.mesh, "tp"))
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, kernels=kernels))
+    graphdef, state = nnx.split(abstract)
+    variables, _ = jax.tree.flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    specs = {}
+    for path, variable in variables:
+        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        specs[name] = _spec(name, variable, kernels.mesh)
+    return Skeleton(config, kv_heads, graphdef, jax.tree.structure(state), specs)
+
+
+def pick_dtype(dtype: str, raw: Mapping[str, Any], platform: str) -> jnp.dtype:
+    """The model's dtype for a `dtype` option, a config and a platform. Raises ConfigError for an unknown name."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype={dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
+        return jnp.dtype(dtype)
+    if platform == "cpu":
+        return jnp.dtype("float32")  # matrix products in 16 bits are an order of magnitude slower there
+    return jnp.dtype("float16" if _stored_dtype(raw) == "float16" else "bfloat16")
+
+
+def _stored_dtype(raw: Mapping[str, Any]) -> str:
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "").removeprefix("torch.")
+
+
+def _spec(name: str, variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    if mesh is None:
+        where: Any = SingleDeviceSharding(jax.devices()[0])
+    else:
+        where = sharding(name, variable.shape, variable.axes, mesh)
+    return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=where)
+
+
+def _platform(mesh: Mesh | None) -> str:
+    devices = jax.devices() if mesh is None else mesh.devices.flat
+    return devices[0].platform
+
+
+def _read_json(
+    folder: str | os.PathLike[str], overrides: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], str]:
+    """`config.json` with `overrides` laid over it, and its path."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: not found; give the folder of a HuggingFace checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: is a JSON {type(raw).__name__}, not an object")
+    return _overlay(raw, overrides or {}), str(path)
+
+
+def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        nested = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = _overlay(below, value) if nested else value
+    return merged
