@@ -1,0 +1,141 @@
+"""Weights onto devices: every shard is read alone and leaves host memory as soon as its device has it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from converters.keytable import Leaf
+from converters.slicing import Index, as_ranges
+
+Fetch = Callable[[Index], np.ndarray]
+Progress = Callable[[int, int], None]
+
+THREADS = 8
+BYTES_IN_FLIGHT = 512 << 20
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One array to make: `fetch` gives any slice of it, of any float dtype."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: Sharding
+    fetch: Fetch
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def shard_bytes(self) -> int:
+        """Host bytes that placing it needs at once: one shard."""
+        return math.prod(self.sharding.shard_shape(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+def place(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, fetch: Fetch) -> jax.Array:
+    """The array over `sharding`, made of this process's shards; one on several devices is fetched once."""
+    owners: dict[tuple[range, ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        owners.setdefault(as_ranges(index or (), shape), []).append(device)
+    shards = []
+    for ranges, devices in owners.items():
+        block = fetch(tuple(slice(r.start, r.stop) for r in ranges))
+        copies = [jax.device_put(block.astype(dtype, copy=False), device) for device in devices]
+        shards += jax.block_until_ready(copies)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def load_parallel(
+    placements: Mapping[str, Placement],
+    *,
+    threads: int = THREADS,
+    bytes_in_flight: int = BYTES_IN_FLIGHT,
+    progress: Progress | None = None,
+) -> dict[str, jax.Array]:
+    """Makes every array, several at a time, with at most `bytes_in_flight` of shards (or one) on the host.
+
+    `progress(done, total)` is called in bytes after each array. The first error ends it and is raised.
+    """
+    budget = _Budget(bytes_in_flight)
+    report = _Report(sum(item.nbytes for item in placements.values()), progress)
+
+    def make(item: Placement) -> jax.Array:
+        with budget.hold(item.shard_bytes):
+            array = place(item.shape, item.dtype, item.sharding, item.fetch)
+        report.add(item.nbytes)
+        return array
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="load") as pool:
+        futures = {name: pool.submit(make, item) for name, item in placements.items()}
+        wait(futures.values(), return_when=FIRST_EXCEPTION)
+        if any(future.done() and future.exception() for future in futures.values()):
+            pool.shutdown(cancel_futures=True)
+            raise next(e for f in futures.values() if not f.cancelled() and (e := f.exception()))
+    return {name: future.result() for name, future in futures.items()}
+
+
+def load_leaves(
+    leaves: Mapping[str, Leaf], specs: Mapping[str, jax.ShapeDtypeStruct], progress: Progress | None = None
+) -> dict[str, jax.Array]:
+    """Every bound leaf as an array of its spec's dtype and sharding."""
+    return load_parallel(
+        {name: _placement(leaf, specs[name]) for name, leaf in leaves.items()}, progress=progress
+    )
+
+
+def _placement(leaf: Leaf, spec: jax.ShapeDtypeStruct) -> Placement:
+    dtype = np.dtype(spec.dtype)
+    return Placement(leaf.shape, dtype, spec_sharding(spec), lambda index: leaf.read(index, dtype))
+
+
+def spec_sharding(spec: jax.ShapeDtypeStruct) -> Sharding:
+    """The spec's sharding; the default device where it names none."""
+    return spec.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+class _Budget:
+    """Bytes that may be held at once. A request larger than all of it waits until it is alone."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self.freed = threading.Condition()
+
+    @contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        count = min(count, self.limit)
+        with self.freed:
+            self.freed.wait_for(lambda: self.held + count <= self.limit)
+            self.held += count
+        try:
+            yield
+        finally:
+            with self.freed:
+                self.held -= count
+                self.freed.notify_all()
+
+
+class _Report:
+    """Counts finished bytes and passes them on, one call at a time."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total = total
+        self.done = 0
+        self.progress = progress
+        self.lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self.lock:
+            self.done += count
+            if self.progress is not None:
+                self.progress(self.done, self.total)

@@ -1,0 +1,215 @@
+"""Key tables: which tensor of a checkpoint goes into which weight of the model.
+
+A family lists rules; `bind` applies them to a checkpoint and to the model's weights. Either every tensor and
+every weight is accounted for, or one error lists everything that is not.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import ml_dtypes
+import numpy as np
+
+from converters.layouts import Assembly, Layout, Rows, Shape
+from converters.safetensors import CheckpointReader
+from converters.slicing import Index, aligned_empty, as_ranges, runs, sizes
+from lmdeploy_jax.errors import CheckpointError
+
+MAX_PROBLEMS = 20
+PLAIN = Rows()
+FLOATS = frozenset(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
+
+
+@dataclass(frozen=True)
+class Rule:
+    r"""Tensors whose whole name matches `pattern` go to the weight `target`, playing `part` in its `layout`.
+
+    `target` and `part` may use the pattern's groups, which do not nest:
+    Rule(r"layers\.(\d+)\.attn\.([qkv])\.weight", r"layers.\1.attention.qkv.weight", r"\2", GroupedQKV()).
+    A `target` of None: such tensors are left unread.
+    """
+
+    pattern: str
+    target: str | None
+    part: str = ""
+    layout: Layout = PLAIN
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One weight of the model, readable by slice from the checkpoint that it was bound to."""
+
+    reader: CheckpointReader
+    shape: Shape
+    assembly: Assembly
+    names: Mapping[str, str]  # part -> tensor name
+    ends: tuple[int, ...] = field(init=False)  # row after each run
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ends", tuple(accumulate(run.count for run in self.assembly.runs)))
+
+    def read(self, index: Index, dtype: np.dtype) -> np.ndarray:
+        """The slice `index` of the weight, converted to `dtype`; reads the bytes of that slice only."""
+        ranges = as_ranges(index, self.shape)
+        out = aligned_empty(sizes(ranges), np.dtype(dtype))
+        if not out.size:
+            return out
+        axes = self.assembly.row_axes
+        row_count = int(np.prod(sizes(ranges[:axes]), dtype=np.int64))
+        flat = out.reshape(row_count, *out.shape[axes:])
+        done = 0
+        for rows in runs(ranges[:axes], self.shape[:axes]):
+            self._read_rows(rows, ranges[axes:], flat[done : done + len(rows)])
+            done += len(rows)
+        return out
+
+    def _read_rows(self, rows: range, columns: tuple[range, ...], out: np.ndarray) -> None:
+        """Fills `out` with the weight's flattened `rows`, run by run."""
+        done = 0
+        while done < len(rows):
+            row = rows[done]
+            position = bisect_right(self.ends, row)
+            run = self.assembly.runs[position]
+            skipped = row - (self.ends[position] - run.count)
+            count = min(run.count - skipped, len(rows) - done)
+            self._read_run(run.part, run.start + skipped, columns, out[done : done + count])
+            done += count
+
+    def _read_run(self, part: str | None, start: int, columns: tuple[range, ...], out: np.ndarray) -> None:
+        if part is None:
+            out[...] = 0
+            return
+        name, rows = self.names[part], slice(start, start + len(out))
+        self._check_dtype(name, out.dtype)
+        column_shape = self.shape[self.assembly.row_axes :]
+        if self.assembly.sources[part][1:] == column_shape:
+            self.reader.read_into(name, (rows, *(slice(c.start, c.stop) for c in columns)), out)
+            return
+        flat, done = out.reshape(len(out), -1), 0
+        for run in runs(columns, column_shape):
+            self.reader.read_into(name, (rows, slice(run.start, run.stop)), flat[:, done : done + len(run)])
+            done += len(run)
+
+    def _check_dtype(self, name: str, wanted: np.dtype) -> None:
+        stored = self.reader.info(name).dtype
+        if stored != wanted and not {stored, wanted} <= FLOATS:
+            raise CheckpointError(f"{name}: stored as {stored}, which cannot be read as {wanted}")
+
+
+def bind(rules: Sequence[Rule], reader: CheckpointReader, shapes: Mapping[str, Shape]) -> dict[str, Leaf]:
+    """A Leaf for every weight of `shapes` (name -> shape).
+
+    Raises one CheckpointError that lists all tensors without a rule or with two, tensors and weights without
+    a counterpart, and tensors of a wrong shape.
+    """
+    problems: list[str] = []
+    found = _match(rules, reader.names(), shapes, problems)
+    leaves = {}
+    for target, shape in shapes.items():
+        leaf = _bind_leaf(rules, reader, target, shape, found.get(target, {}), problems)
+        if leaf is not None:
+            leaves[target] = leaf
+    if problems:
+        shown = "\n  ".join(problems[:MAX_PROBLEMS])
+        more = len(problems) - MAX_PROBLEMS
+        rest = f"\n  and {more} more" if more > 0 else ""
+        raise CheckpointError(f"{reader.folder}: the tensors do not fit config.json:\n  {shown}{rest}")
+    return leaves
+
+
+Sources = dict[str, tuple[str, Layout]]  # part -> tensor name, layout
+
+
+def _match(
+    rules: Sequence[Rule], names: Iterable[str], shapes: Mapping[str, Shape], problems: list[str]
+) -> dict[str, Sources]:
+    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
+    found: dict[str, Sources] = {}
+    for name in names:
+        hits = [(match, rule) for regex, rule in compiled if (match := regex.fullmatch(name))]
+        if len(hits) != 1:
+            patterns = " and ".join(rule.pattern for _, rule in hits)
+            problems.append(f"ambiguous tensor {name}: {patterns}" if hits else f"unknown tensor {name}")
+            continue
+        match, rule = hits[0]
+        if rule.target is None:
+            continue
+        target, part = match.expand(rule.target), match.expand(rule.part)
+        if target not in shapes:
+            problems.append(f"extra tensor {name}: this config has no weight {target}")
+        elif part in (sources := found.setdefault(target, {})):
+            problems.append(f"ambiguous tensor {name}: {sources[part][0]} fills the same place")
+        else:
+            sources[part] = (name, rule.layout)
+    return found
+
+
+def _bind_leaf(
+    rules: Sequence[Rule],
+    reader: CheckpointReader,
+    target: str,
+    shape: Shape,
+    sources: Sources,
+    problems: list[str],
+) -> Leaf | None:
+    """The leaf, or None and the reasons in `problems`."""
+    layouts = {layout for _, layout in sources.values()} or set(_layouts_of(rules, target)[:1])
+    if len(layouts) != 1:
+        names = ", ".join(name for name, _ in sources.values())
+        problems.append(
+            f"weight {target}: {names} are of different layouts" if names else f"no rule for {target}"
+        )
+        return None
+    assembly = layouts.pop().assemble(shape)
+    before = len(problems)
+    for part, expected in assembly.sources.items():
+        if part not in sources:
+            problems.append(f"missing tensor {_expected_name(rules, target, part)}")
+        elif (stored := reader.info(sources[part][0]).shape) != expected:
+            problems.append(
+                f"tensor {sources[part][0]}: shape {list(stored)}, config.json asks for {list(expected)}"
+            )
+    surplus = [name for part, (name, _) in sources.items() if part not in assembly.sources]
+    problems.extend(f"extra tensor {name}: {target} has no place for it" for name in surplus)
+    names = {part: name for part, (name, _) in sources.items()}
+    return Leaf(reader, tuple(shape), assembly, names) if len(problems) == before else None
+
+
+# --- Rules read backwards, to name a tensor that is not there -----------------------------------------------
+
+
+def _layouts_of(rules: Sequence[Rule], target: str) -> list[Layout]:
+    return [rule.layout for rule in rules if _groups_of(rule, rule.target, target) is not None]
+
+
+def _expected_name(rules: Sequence[Rule], target: str, part: str) -> str:
+    """The name that would have filled `part` of `target`."""
+    for rule in rules:
+        groups = _groups_of(rule, f"{rule.target}\n{rule.part}", f"{target}\n{part}")
+        if groups is not None and rule.target is not None:
+            pieces = re.split(r"\(([^()]*)\)", rule.pattern)
+            for number, value in groups.items():
+                pieces[2 * number - 1] = value
+            return "".join(pieces).replace("\\.", ".")
+    return f"for {target} {part}".rstrip()
+
+
+def _groups_of(rule: Rule, template: str | None, text: str) -> dict[int, str] | None:
+    """The values of the pattern's groups for which `template` expands to `text`."""
+    if rule.target is None or template is None:
+        return None
+    groups = re.findall(r"\(([^()]*)\)", rule.pattern)
+    regex, seen = "", set()
+    for position, piece in enumerate(re.split(r"\\(\d)", template)):
+        if position % 2 == 0:
+            regex += re.escape(piece)
+        else:
+            regex += f"(?P=g{piece})" if piece in seen else f"(?P<g{piece}>{groups[int(piece) - 1]})"
+            seen.add(piece)
+    match = re.fullmatch(regex, text)
+    return {int(name[1:]): value for name, value in match.groupdict().items()} if match else None

@@ -1,0 +1,149 @@
+"""How a weight of the model is put together from the tensors of a checkpoint.
+
+Weights keep HuggingFace's [out, in] order, so every fused weight is a list of row runs: its leading axes,
+flattened, are rows, and each row is a row of one source. Being only a list of runs, it is read by slice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` rows of the source that plays `part`, from row `start`; `part` None: rows of zeros."""
+
+    part: str | None
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A weight's rows, in order. `row_axes` of its leading axes are rows; `sources` are the parts' shapes."""
+
+    row_axes: int
+    runs: tuple[Run, ...]
+    sources: dict[str, Shape]
+
+
+class Layout(Protocol):
+    """A way to assemble a weight, whatever its size. Raises ValueError for a shape it cannot make."""
+
+    def assemble(self, shape: Shape) -> Assembly:
+        """The assembly of a weight of `shape`."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One source. The first `row_axes` axes are its rows, those after them its columns, perhaps flattened.
+
+    Rows() is a plain copy; Rows(3) makes [KH, G + 2, D, E] of [KH * (G + 2) * D, E] (InternLM2's wqkv);
+    Rows(1, flat_columns=True) makes [E, KH, G, D] of [E, H * D]; Rows(valid=n) pads n rows with zero rows.
+    """
+
+    row_axes: int = 1
+    flat_columns: bool = False
+    valid: int | None = None
+
+    def assemble(self, shape: Shape) -> Assembly:
+        rows = math.prod(shape[: self.row_axes])
+        valid = rows if self.valid is None else self.valid
+        if valid > rows:
+            raise ValueError(f"{valid} rows of the checkpoint do not fit the {rows} rows of {shape}")
+        columns = shape[self.row_axes :]
+        source = (valid, math.prod(columns)) if self.flat_columns else (valid, *columns)
+        return Assembly(self.row_axes, _merge([Run("", 0, valid), Run(None, 0, rows - valid)]), {"": source})
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Equal sources stacked along new leading axes: Stack(("gate", "up")) makes [2, I, E] of two [I, E].
+
+    `axes` leading axes are new and count the parts in row-major order: experts are Stack(("0.gate", "0.up",
+    "1.gate", ...), axes=2) for [X, 2, I, E].
+    """
+
+    parts: tuple[str, ...]
+    axes: int = 1
+
+    def assemble(self, shape: Shape) -> Assembly:
+        source = shape[self.axes :]
+        if math.prod(shape[: self.axes]) != len(self.parts) or not source:
+            raise ValueError(f"{len(self.parts)} sources cannot be stacked to {shape} along {self.axes} axes")
+        runs = [Run(part, 0, source[0]) for part in self.parts]
+        return Assembly(self.axes + 1, _merge(runs), dict.fromkeys(self.parts, source))
+
+
+@dataclass(frozen=True)
+class GroupedQKV:
+    """q, k and v as [KH, G + 2, D, ...]: by KV head, its G query heads, then its k head, then its v head.
+
+    `packing` says how the checkpoint holds them: "split", three sources q, k and v; "rows", one source with
+    rows q|k|v (Phi-3); "grouped", one source in this order already (InternLM2). Each KV head of a checkpoint
+    becomes `replicas` KV heads that share out its query heads, for a tp above the number of its KV heads.
+    """
+
+    replicas: int = 1
+    packing: str = "split"
+
+    def assemble(self, shape: Shape) -> Assembly:
+        kv_heads, width, head_dim, *rest = shape
+        if kv_heads % self.replicas:
+            raise ValueError(f"{kv_heads} KV heads are no multiple of {self.replicas} replicas")
+        heads = _Heads(kv_heads // self.replicas, (width - 2) * self.replicas, self.packing)
+        runs = []
+        for head in range(kv_heads):
+            group, replica = divmod(head, self.replicas)
+            first = group * heads.per_group + replica * (width - 2)
+            part, start = heads.query(first)
+            runs.append(Run(part, start * head_dim, (width - 2) * head_dim))
+            runs += [Run(part, row * head_dim, head_dim) for part, row in heads.key_value(group)]
+        sources = {part: (count * head_dim, *rest) for part, count in heads.counts().items()}
+        return Assembly(3, _merge(runs), sources)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Which source, and which head of it, holds a head of the checkpoint."""
+
+    groups: int
+    per_group: int
+    packing: str
+
+    def query(self, head: int) -> tuple[str, int]:
+        if self.packing == "grouped":
+            group, position = divmod(head, self.per_group)
+            return "", group * (self.per_group + 2) + position
+        return ("q" if self.packing == "split" else ""), head
+
+    def key_value(self, group: int) -> list[tuple[str, int]]:
+        if self.packing == "split":
+            return [("k", group), ("v", group)]
+        if self.packing == "grouped":
+            key = group * (self.per_group + 2) + self.per_group
+            return [("", key), ("", key + 1)]
+        key = self.groups * self.per_group + group
+        return [("", key), ("", key + self.groups)]
+
+    def counts(self) -> dict[str, int]:
+        queries = self.groups * self.per_group
+        if self.packing == "split":
+            return {"q": queries, "k": self.groups, "v": self.groups}
+        return {"": queries + 2 * self.groups}
+
+
+def _merge(runs: list[Run]) -> tuple[Run, ...]:
+    """Drops empty runs and joins neighbours, so that reads are as long as they can be."""
+    merged: list[Run] = []
+    for run in runs:
+        last = merged[-1] if merged else None
+        if last and last.part is not None and (run.part, run.start) == (last.part, last.start + last.count):
+            merged[-1] = Run(last.part, last.start, last.count + run.count)
+        elif run.count:
+            merged.append(run)
+    return tuple(merged)
