@@ -1,0 +1,76 @@
+"""Runs a loaded decoder over a paged cache: packed chunks, then one token a sequence. Two compiled shapes in all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.load import LoadedModel
+from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.parallel.mesh import axis_size
+from pallas_kernels.options import PAGE_SIZE
+from pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
+
+TOKENS = 192  # ragged shape
+PAGES_EACH = 4
+
+
+class PagedRunner:
+    """Up to `rows` sequences on a model, pages dealt out in a shuffled order."""
+
+    def __init__(self, model: LoadedModel, rows: int = 3, mesh: jax.sharding.Mesh | None = None) -> None:
+        self.model = model
+        self.rows = rows
+        pages = np.random.default_rng(0).permutation(rows * PAGES_EACH) + 1
+        self.table = pages.reshape(rows, PAGES_EACH).astype(np.int32)
+        shape = (rows * PAGES_EACH + 1, model.kv_heads, PAGE_SIZE, model.config.head_dim)
+        spec = jax.sharding.PartitionSpec(None, "tp")
+        where = None if axis_size(mesh, "tp") == 1 else jax.sharding.NamedSharding(mesh, spec)
+        zeros = partial(jnp.zeros, shape, model.dtype, device=where)
+        self.caches = tuple((zeros(), zeros()) for _ in range(model.config.num_layers))
+        self.step = jax.jit(self._step, donate_argnums=1)
+
+    def _step(self, leaves, caches, batch):
+        decoder = self.model.merge(leaves)
+        hidden, caches = decoder(caches, batch)
+        return decoder.logits(hidden), caches
+
+    def run(self, batch: Batch) -> np.ndarray:
+        logits, self.caches = self.step(self.model.leaves, self.caches, batch)
+        return np.asarray(logits)
+
+    def ragged(self, chunks: Sequence[tuple[int, int, Sequence[int], int]]) -> list[np.ndarray]:
+        """Chunks (sequence, first position, ids, prompt length) in one packed step -> each one's logits [count, V]."""
+        counts = [len(ids) for _, _, ids, _ in chunks]
+        starts = np.cumsum([0, *counts])
+        tokens, positions, lengths, slots = np.zeros((4, TOKENS), np.int32)
+        kv_lens = np.zeros(self.rows, np.int32)
+        for (row, first, ids, prompt), start in zip(chunks, starts, strict=False):
+            at = slice(start, start + len(ids))
+            tokens[at], positions[at] = ids, np.arange(first, first + len(ids))
+            lengths[at] = np.maximum(positions[at] + 1, prompt)
+            slots[at] = self._slots(row, positions[at])
+            kv_lens[row] = first + len(ids)
+        rows_of = tile_rows("xla")
+        tiles = build_tiles(
+            [c[0] for c in chunks], starts[:-1], counts, [c[1] for c in chunks], rows_of, max_tiles(TOKENS, self.rows, rows_of)
+        )
+        logits = self.run(Batch(tokens, positions, lengths, slots, self.table, kv_lens, tiles))
+        return [logits[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+    def decode(self, tokens: dict[int, tuple[int, int]]) -> dict[int, np.ndarray]:
+        """One token for each sequence {row: (token, position)}; the other rows are padding -> {row: logits [V]}."""
+        ids, positions, slots, kv_lens = np.zeros((4, self.rows), np.int32)
+        table = np.zeros_like(self.table)
+        for row, (token, position) in tokens.items():
+            ids[row], positions[row], kv_lens[row] = token, position, position + 1
+            slots[row], table[row] = self._slots(row, position), self.table[row]
+        logits = self.run(Batch(ids, positions, positions + 1, slots, table, kv_lens))
+        return {row: logits[row] for row in tokens}
+
+    def _slots(self, row: int, positions):
+        return self.table[row][positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE

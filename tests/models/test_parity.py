@@ -1,0 +1,49 @@
+"""Logits equal transformers', for every family and feature, through the real loader: whole, chunked, decoding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from converters.load import load_model
+from tests.models.paged import PagedRunner
+from tests.oracle import CONFIGS, hf_logits, save_checkpoint
+
+LONG, SHORT, DECODED = 130, 37, 3
+TOLERANCE = 1e-4
+
+
+def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape
+    worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    assert worst < TOLERANCE, f"relative error {worst:.2e}"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_transformers(name, checkpoints):
+    folder = save_checkpoint(name, checkpoints / name)
+    rng = np.random.default_rng(1)
+    long, short = (rng.integers(3, 257, n + DECODED).tolist() for n in (LONG, SHORT))
+    want = {0: hf_logits(folder, long, LONG), 1: hf_logits(folder, short, SHORT)}
+    runner = PagedRunner(load_model(folder))
+
+    whole = runner.ragged([(0, 0, long[:LONG], LONG), (1, 0, short[:SHORT], SHORT)])
+    assert_close(whole[0], want[0][:LONG])
+    assert_close(whole[1], want[1][:SHORT])
+
+    for i in range(DECODED):
+        got = runner.decode({0: (long[LONG + i], LONG + i), 1: (short[SHORT + i], SHORT + i)})
+        assert_close(got[0], want[0][LONG + i])
+        assert_close(got[1], want[1][SHORT + i])
+
+    # A third sequence: the long prompt again, cut at a page's edge and on both sides of it.
+    first = 0
+    for count in (63, 1, 1, LONG - 65):
+        (got,) = runner.ragged([(2, first, long[first : first + count], LONG)])
+        assert_close(got, want[0][first : first + count])
+        first += count

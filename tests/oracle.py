@@ -1,0 +1,211 @@
+"""The oracle of every model test: tiny random checkpoints that HuggingFace transformers itself saves and runs.
+
+`save_checkpoint(name, folder)` writes one of `CONFIGS`; `hf_logits` and `hf_greedy` run it in float32 on one thread.
+Weights are drawn wide, norms and biases too, so that a feature left out changes the logits visibly.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+ORACLE = "oracle"  # subfolder with the checkpoint that transformers runs, where the tested one is not its own
+SMALL: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 257,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A transformers config class's prefix, what it is given besides `SMALL`, and a rewriting of what it saves."""
+
+    family: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rewrite: Callable[[Path], None] | None = None
+
+
+def _rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
+
+
+def _yarn(**settings: Any) -> dict[str, Any]:
+    return _rope("yarn", factor=4.0, original_max_position_embeddings=128, **settings)
+
+
+def _longrope(half: int, **settings: Any) -> dict[str, Any]:
+    factors = {"short_factor": [1.0 + 0.1 * i for i in range(half)], "long_factor": [2.0 + i for i in range(half)]}
+    return _rope("longrope", **factors, **settings)
+
+
+LLAMA3 = _rope(
+    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+DYNAMIC = {"max_position_embeddings": 64, **_rope("dynamic", factor=2.0)}
+WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+
+
+def _rename(path: Path, rename: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], **config: Any) -> None:
+    """Makes `path` a checkpoint of renamed tensors and keeps what transformers saved in its subfolder."""
+    kept = path / ORACLE
+    kept.mkdir()
+    for file in list(path.glob("*.json")) + list(path.glob("*.safetensors")):
+        shutil.move(file, kept / file.name)
+    save_file(rename(load_file(kept / "model.safetensors")), path / "model.safetensors")
+    saved = json.loads((kept / "config.json").read_text())
+    bias = saved.pop("attention_bias")
+    (path / "config.json").write_text(json.dumps(saved | {"bias": bias} | config))
+
+
+def _internlm2(path: Path) -> None:
+    """InternLM2's published layout: per KV head its query heads, key and value; its own names, old RoPE fields."""
+    config = json.loads((path / "config.json").read_text())
+    rope = config["rope_parameters"]
+    scaling = {"type": rope["rope_type"], "factor": rope["factor"]} if "factor" in rope else None
+    heads, kv_heads, size = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+
+    def rename(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        renamed = {}
+        for name, value in tensors.items():
+            if "q_proj" in name:
+                parts = [tensors[name.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")]
+                rest = parts[0].shape[1:]
+                grouped = [p.reshape(kv_heads, -1, size, *rest) for p in parts]
+                value = np.concatenate(grouped, axis=1).reshape((heads + 2 * kv_heads) * size, *rest)
+            if not any(part in name for part in ("k_proj", "v_proj")):
+                renamed[_internlm2_name(name)] = np.ascontiguousarray(value)
+        return renamed
+
+    _rename(
+        path,
+        rename,
+        architectures=["InternLM2ForCausalLM"],
+        model_type="internlm2",
+        rope_theta=rope["rope_theta"],
+        rope_scaling=scaling,
+        rope_parameters=None,
+    )
+
+
+def _internlm2_name(name: str) -> str:
+    changes = {
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+        "self_attn.q_proj": "attention.wqkv",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for old, new in changes.items():
+        name = name.replace(old, new)
+    return name
+
+
+CONFIGS: Mapping[str, Spec] = {
+    "llama": Spec("Llama"),
+    "llama_mha": Spec("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama_mqa": Spec("Llama", {"num_key_value_heads": 1, "vocab_size": 503}),
+    "llama_llama3": Spec("Llama", LLAMA3),
+    "llama_linear": Spec("Llama", _rope("linear", factor=4.0)),
+    "llama_dynamic": Spec("Llama", DYNAMIC),
+    "llama_yarn": Spec("Llama", _yarn()),
+    "llama_yarn_mscale": Spec("Llama", _yarn(mscale=0.7, mscale_all_dim=1.3, beta_fast=16, truncate=False)),
+    "llama_head80": Spec("Llama", {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "llama_head96": Spec("Llama", {"hidden_size": 96, "head_dim": 96, "num_attention_heads": 3, "num_key_value_heads": 3}),
+    "llama_bias": Spec("Llama", {"attention_bias": True, "mlp_bias": True, "vocab_size": 509}),
+    "yi": Spec("Llama", {"num_hidden_layers": 3, "rms_norm_eps": 1e-5, **_rope("default", rope_theta=5e6)}),
+    "mistral": Spec("Mistral", {"sliding_window": None, "head_dim": 32}),
+    "mistral_window": Spec("Mistral", {"sliding_window": 24}),
+    "qwen2": Spec("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_window": Spec("Qwen2", WINDOW | {"num_hidden_layers": 3} | _yarn()),
+    "qwen3": Spec("Qwen3", {"head_dim": 32}),
+    "qwen3_everything": Spec(
+        "Qwen3", {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True, **WINDOW, **DYNAMIC}
+    ),
+    "internlm2": Spec("Llama", rewrite=_internlm2),
+    "internlm2_dynamic": Spec("Llama", {"attention_bias": True, **DYNAMIC}, _internlm2),
+    "internlm3": Spec("InternLM3", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, **DYNAMIC}),
+}
+"""Every feature alone and several together."""
+
+
+def save_checkpoint(name: str, folder: str | Path) -> Path:
+    """Saves the tiny checkpoint `name` of `CONFIGS` in `folder`, with the same weights every time; returns the folder."""
+    spec, path = CONFIGS[name], Path(folder)
+    config = getattr(transformers, f"{spec.family}Config")(**SMALL | spec.options, dtype="float32")
+    torch.manual_seed(sum(map(ord, name)))
+    model = getattr(transformers, f"{spec.family}ForCausalLM")(config)
+    _scramble(model)
+    model.save_pretrained(path)
+    if spec.rewrite is not None:
+        spec.rewrite(path)
+    return path
+
+
+@torch.no_grad()
+def _scramble(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.3)
+        else:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def _load(folder: str | Path) -> Any:
+    path = Path(folder)
+    path = path / ORACLE if (path / ORACLE).is_dir() else path
+    # Loaded anew each time: dynamic RoPE keeps the longest sequence that a model has seen.
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+@torch.no_grad()
+def hf_logits(folder: str | Path, ids: Sequence[int], prompt: int | None = None) -> np.ndarray:
+    """Logits f32 [len(ids), V]: the first `prompt` ids (default: all) in one pass, the others one by one, cached."""
+    model = _load(folder)
+    tokens = torch.tensor(list(ids))[None]
+    prompt = len(ids) if prompt is None else prompt
+    out = model(tokens[:, :prompt], use_cache=True)
+    logits = [out.logits[0]]
+    for i in range(prompt, len(ids)):
+        out = model(tokens[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits[0])
+    return torch.cat(logits).numpy()
+
+
+@torch.no_grad()
+def hf_greedy(folder: str | Path, ids: Sequence[int], count: int) -> list[int]:
+    """The `count` tokens that greedy `generate` appends to `ids`; end-of-sequence tokens do not end it."""
+    model = _load(folder)
+    model.generation_config.eos_token_id = None
+    tokens = torch.tensor(list(ids))[None]
+    out = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return out[0, len(ids) :].tolist()
