@@ -1,0 +1,1 @@
+"""Benchmarks: fixed work, random checkpoints of well-known shapes, and the report."""

@@ -1,0 +1,71 @@
+"""Flags of the engine, one for each field of `JaxEngineConfig`: no flag is without a field, no field without a flag."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from absl import flags as absl_flags
+
+from lmdeploy_jax.cli.flags import FlagSet, define_json, merged
+from lmdeploy_jax.config import JaxEngineConfig
+
+SECTION = "Engine"
+ALIASES = {"turbomind": "pallas", "pytorch": "xla"}  # LMDeploy's engine names
+
+HELP = {
+    "dtype": "type of weights and computation; auto takes the checkpoint's on a GPU and float32 on a CPU",
+    "tp": "number of devices that share the model (tensor parallelism)",
+    "session_len": "longest context in tokens, prompt and answer together; without it the model's own",
+    "max_batch_size": "most requests in one step; without it chosen by device",
+    "cache_max_entry_count": "memory of the KV cache: a share of what is free if below 1, else bytes",
+    "cache_block_seq_len": "tokens a page of the KV cache; the kernels are written for 64",
+    "enable_prefix_caching": "reuse the KV cache of prompts that begin alike",
+    "max_prefill_token_num": "most prompt tokens in one step; without it chosen by device",
+    "backend": "kernels; auto picks by device, turbomind and pytorch are aliases of pallas and xla",
+    "revision": "branch, tag or commit on the Hugging Face hub",
+    "download_dir": "folder for downloads from the hub",
+    "hf_overrides": "JSON merged over the checkpoint's config.json; --hf-overrides.a.b v sets one entry",
+    "compile_cache_dir": "folder of compiled programs; without it the user's cache folder, empty is off",
+}
+
+
+def add_engine_flags(flags: FlagSet, defaults: dict[str, Any] | None = None) -> None:
+    """Define one flag a field; `defaults` replaces the field's own default for one command."""
+    hints = get_type_hints(JaxEngineConfig)
+    for field in fields(JaxEngineConfig):
+        default = (defaults or {}).get(field.name, field.default)
+        define, rest = _definition(field.name, hints[field.name])
+        flags.add(SECTION, define, field.name, default, HELP[field.name], **rest)
+
+
+def engine_config(flags: FlagSet) -> JaxEngineConfig:
+    """The engine's configuration as the flags say. Raises `ConfigError`."""
+    values = {field.name: flags[field.name] for field in fields(JaxEngineConfig)}
+    values["backend"] = ALIASES.get(values["backend"], values["backend"])
+    values["hf_overrides"] = merged(values["hf_overrides"])
+    return JaxEngineConfig(**values)
+
+
+def _definition(name: str, hint: Any) -> tuple[Any, dict[str, Any]]:
+    """absl's DEFINE function for a field's type, and its further arguments."""
+    kind = _without_none(hint)
+    if get_origin(kind) is Literal:
+        extra = list(ALIASES) if name == "backend" else []
+        return absl_flags.DEFINE_enum, {"enum_values": [*get_args(kind), *extra]}
+    simple = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer, float: absl_flags.DEFINE_float}
+    if kind in simple:
+        return simple[kind], {}
+    if get_origin(kind) is dict:
+        return define_json, {}
+    if kind is str:
+        return absl_flags.DEFINE_string, {}
+    raise TypeError(f"JaxEngineConfig.{name} has type {hint}, which the command line cannot offer.")
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        (kind,) = [arg for arg in get_args(hint) if arg is not types.NoneType]
+        return kind
+    return hint

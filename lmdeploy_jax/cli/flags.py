@@ -1,0 +1,151 @@
+"""Command-line flags: absl's, with `-` and `_` alike, dotted JSON options, and help in sections."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import flags as absl_flags
+
+from lmdeploy_jax.errors import ConfigError
+
+PROGRAM = "lmdeploy_jax"
+
+
+class UsageError(ConfigError):
+    """The command line itself is wrong: an unknown command or flag, a missing or unreadable value."""
+
+
+class FlagSet:
+    """The flags of one command. Separate from absl's global FLAGS, so that no library's flag is offered by accident."""
+
+    def __init__(self) -> None:
+        self.values = absl_flags.FlagValues()
+        self.values.set_gnu_getopt(True)  # flags may follow positional arguments
+        self._sections: dict[str, list[str]] = {}
+
+    def add(self, section: str, define: Callable[..., Any], name: str, default: Any, text: str, **rest: Any) -> None:
+        """Define a flag through one of absl's DEFINE functions and list it under `section` in the help."""
+        define(name=name, default=default, help=text, flag_values=self.values, **rest)
+        self._sections.setdefault(section, []).append(name)
+
+    def parse(self, argv: list[str]) -> list[str]:
+        """Set the flags from `argv` and return the positional arguments. Raises `UsageError`."""
+        try:
+            return list(self.values([PROGRAM, *_canonical(self.values, argv)])[1:])
+        except (absl_flags.Error, ValueError) as error:
+            raise UsageError(str(error)) from error
+
+    def given(self, name: str) -> bool:
+        """True where the user set the flag, to whatever value."""
+        return not self.values[name].using_default_value
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name].value
+
+    def help(self) -> str:
+        """One paragraph a section, one entry a flag, with type and default."""
+        width = min(100, shutil.get_terminal_size().columns)
+        parts = []
+        for title, names in self._sections.items():
+            parts.append(f"{title}:\n" + "\n".join(_describe(self.values[name], width) for name in names))
+        return "\n\n".join(parts)
+
+
+class JsonObject(absl_flags.ArgumentParser):
+    """Parses a flag value that is a JSON object."""
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            value = json.loads(argument) if isinstance(argument, str) else argument
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError("a JSON object is needed, such as '{\"name\": 1}'")
+        return value
+
+    def flag_type(self) -> str:
+        return "json"
+
+
+def define_json(**rest: Any) -> Any:
+    """Define a flag of JSON objects; several, and dotted ones, are merged by `merged`."""
+    return absl_flags.DEFINE_multi(JsonObject(), None, **rest)
+
+
+def merged(objects: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+    """Deep-merge the objects of a JSON flag, later ones over earlier ones; None if the flag wasn't given."""
+    if objects is None:
+        return None
+    total: dict[str, Any] = {}
+    for item in objects:
+        _merge(total, item)
+    return total
+
+
+def _merge(into: dict[str, Any], item: dict[str, Any]) -> None:
+    for key, value in item.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _canonical(values: absl_flags.FlagValues, argv: list[str]) -> Iterator[str]:
+    """`--a-b v` becomes `--a_b=v`, and `--a-b.x.y v` becomes `--a_b={"x": {"y": v}}`."""
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            yield word
+            yield from words
+        elif not word.startswith("-") or word == "-":
+            yield word
+        else:
+            yield _canonical_flag(values, word, words)
+
+
+def _canonical_flag(values: absl_flags.FlagValues, word: str, rest: Iterator[str]) -> str:
+    dashed, equals, value = word.lstrip("-").partition("=")
+    root, dot, path = dashed.partition(".")
+    name = root.replace("-", "_")
+    if name not in values or (values[name].boolean and not dot):
+        return f"--{name}{dot}{path}{equals}{value}"
+    if not equals:
+        following = next(rest, None)
+        if following is None:
+            raise UsageError(f"Flag --{dashed} needs a value.")
+        value = following
+    return f"--{name}={_nested(path, value)}" if dot else f"--{name}={value}"
+
+
+def _nested(path: str, value: str) -> str:
+    try:
+        leaf = json.loads(value)
+    except json.JSONDecodeError:
+        leaf = value  # a bare word is a string
+    for key in reversed(path.split(".")):
+        leaf = {key: leaf}
+    return json.dumps(leaf)
+
+
+def _describe(flag: absl_flags.Flag[Any], width: int) -> str:
+    name = flag.name.replace("_", "-")
+    head = f"  --[no]{name}" if flag.boolean else f"  --{name} {_type_name(flag)}"
+    text = flag.help if flag.default is None else f"{flag.help} (default: {_default_text(flag.default)})"
+    body = textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return f"{head}\n{body}"
+
+
+def _type_name(flag: absl_flags.Flag[Any]) -> str:
+    if isinstance(flag.parser, absl_flags.EnumParser):
+        return "{" + ",".join(flag.parser.enum_values) + "}"
+    names = {"int": "N", "float": "X", "json": "JSON"}
+    kind = flag.flag_type().removeprefix("multi ")
+    return names.get(kind, "TEXT")
+
+
+def _default_text(value: Any) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else repr(value) if value == "" else str(value)
