@@ -1,0 +1,188 @@
+"""Converted checkpoints: the model's own weights in an Orbax checkpoint, config and tokenizer beside them.
+
+    OUT/lmdeploy_jax.json    format version, shape and dtype of each weight, digest of config.json
+    OUT/config.json, tokenizer files, chat template: copies
+    OUT/weights/             Orbax: one uncompressed Zarr array a weight
+
+Nothing is fused, cast or renamed on loading, which makes it faster than reading the original.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from converters.device import spec_sharding
+from lmdeploy_jax.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "lmdeploy_jax.json"
+WEIGHTS = "weights"
+COPIED = ("*.json", "*.model", "*.jinja", "*.txt")
+NOT_COPIED = ("*.safetensors.index.json", MANIFEST)
+CHUNK_BYTES = 64 << 20  # a device that wants a part of a weight reads whole chunks
+CONVERT_AGAIN = "convert the original checkpoint again"
+
+
+def save(
+    out: str | os.PathLike[str],
+    leaves: Mapping[str, jax.Array],
+    meta: Mapping[str, Any],
+    copy_from: str | os.PathLike[str],
+    *,
+    force: bool = False,
+) -> pathlib.Path:
+    """Writes `leaves` and copies of the small files of `copy_from` to `out`, all or nothing.
+
+    `meta` is JSON data to keep in the manifest. Raises CheckpointError if `out` exists and is not an empty
+    folder, unless `force` allows to replace it.
+    """
+    target, source = pathlib.Path(out).absolute(), pathlib.Path(copy_from).absolute()
+    _check_target(target, source, force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir()
+        _copy_small_files(source, partial)
+        _save_weights(partial / WEIGHTS, leaves)
+        (partial / MANIFEST).write_text(json.dumps(_manifest(partial, leaves, meta), indent=1))
+        _replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def is_converted(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` was written by `save`."""
+    return (pathlib.Path(folder) / MANIFEST).is_file()
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked manifest: `format_version`, `leaves` (name -> shape, dtype), `config_sha256`, `meta`."""
+    path = pathlib.Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        version, leaves, digest = (manifest[k] for k in ("format_version", "leaves", "config_sha256"))
+        entries = [(tuple(leaf["shape"]), leaf["dtype"]) for leaf in leaves.values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged or missing ({error!r}); {CONVERT_AGAIN}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}; {CONVERT_AGAIN}"
+        )
+    if not entries:
+        raise CheckpointError(f"{path}: lists no weights; {CONVERT_AGAIN}")
+    if digest != _digest(path.parent):
+        raise CheckpointError(f"{path.parent}: config.json was changed after the conversion; {CONVERT_AGAIN}")
+    return manifest
+
+
+def load(folder: str | os.PathLike[str], specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The weights named in `specs`, of their dtypes, straight to their shardings.
+
+    Raises CheckpointError where the checkpoint is damaged or holds other weights than `specs` asks for.
+    """
+    root = pathlib.Path(folder).absolute()
+    _check_leaves(root, read_manifest(root)["leaves"], specs)
+    args = {
+        name: ocp.ArrayRestoreArgs(dtype=spec.dtype, sharding=spec_sharding(spec), global_shape=spec.shape)
+        for name, spec in specs.items()
+    }
+    try:
+        with ocp.Checkpointer(_handler(specs)) as checkpointer:
+            request = ocp.args.PyTreeRestore(item=dict(specs), restore_args=args)
+            arrays = checkpointer.restore(root / WEIGHTS, args=request)
+    except jax.errors.JaxRuntimeError:  # a device out of memory, not the checkpoint
+        raise
+    except Exception as error:  # Orbax raises bare exceptions for what it finds in the files
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise CheckpointError(f"{root / WEIGHTS}: damaged ({reason}); {CONVERT_AGAIN}") from error
+    return {name: arrays[name] for name in specs}
+
+
+def _check_target(target: pathlib.Path, source: pathlib.Path, force: bool) -> None:
+    if target.is_file():
+        raise CheckpointError(f"{target}: a file; name a new folder to write to")
+    if source.resolve().is_relative_to(target.resolve()):
+        raise CheckpointError(f"{target}: holds the checkpoint to convert; name another folder to write to")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise CheckpointError(f"{target}: is not empty; name a new folder, or force its replacement")
+
+
+def _copy_small_files(source: pathlib.Path, target: pathlib.Path) -> None:
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.is_file() and not any(file.match(skipped) for skipped in NOT_COPIED):
+                shutil.copyfile(file, target / file.name)
+
+
+def _save_weights(folder: pathlib.Path, leaves: Mapping[str, jax.Array]) -> None:
+    save_args = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in leaves}
+    with ocp.Checkpointer(_handler(leaves)) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(leaves), save_args=save_args))
+
+
+def _handler(leaves: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> ocp.PyTreeCheckpointHandler:
+    """Plain files without compression, read at disk speed; a few gigabytes (or one weight) in flight."""
+    largest = max(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves.values())
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=True,
+        use_compression=False,
+        restore_concurrent_gb=2 + 2 * largest // 10**9,
+    )
+
+
+def _manifest(
+    folder: pathlib.Path, leaves: Mapping[str, jax.Array], meta: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "config_sha256": _digest(folder),
+        "meta": dict(meta),
+        "leaves": {
+            name: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
+            for name, leaf in leaves.items()
+        },
+    }
+
+
+def _digest(folder: pathlib.Path) -> str:
+    config = folder / "config.json"
+    try:
+        return hashlib.sha256(config.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{config}: cannot be read: {error.strerror}") from error
+
+
+def _replace(partial: pathlib.Path, target: pathlib.Path) -> None:
+    """Puts the finished folder in its place; what was there goes only after that."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old)
+
+
+def _check_leaves(
+    root: pathlib.Path, stored: Mapping[str, Any], specs: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+    problems = [f"missing weight {name}" for name in specs.keys() - stored.keys()]
+    problems += [f"extra weight {name}" for name in stored.keys() - specs.keys()]
+    for name in specs.keys() & stored.keys():
+        if tuple(stored[name]["shape"]) != specs[name].shape:
+            problems.append(f"{name}: stored as {stored[name]['shape']}, wanted {list(specs[name].shape)}")
+    if problems:
+        raise CheckpointError(f"{root}: {'; '.join(sorted(problems)[:20])}; {CONVERT_AGAIN}")
