@@ -1,0 +1,108 @@
+"""OpenAI-style messages, checked and brought to one shape that chat templates can rely on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmdeploy_jax.errors import RequestError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXT_PARTS = ("text", "input_text", "output_text")
+MEDIA_PARTS = {
+    "image": "images", "image_url": "images", "input_image": "images", "image_data": "images",
+    "video": "videos", "video_url": "videos",
+    "audio": "audio", "audio_url": "audio", "input_audio": "audio",
+}  # fmt: skip
+
+Message = dict[str, Any]
+
+
+def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Copies of the messages with text as one string and tool arguments as objects.
+
+    Text parts are joined by newlines. Content None becomes "", except beside tool calls, where templates look
+    for it.
+    Raises `RequestError` naming the message by its position.
+    """
+    if not messages:
+        raise RequestError("A conversation needs at least one message.")
+    return [_normalise(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def is_prefill(messages: Sequence[Message]) -> bool:
+    """Whether the conversation ends in an answer by the assistant that the model is to continue."""
+    return bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
+
+
+def _normalise(message: Mapping[str, Any], where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise RequestError(
+            f"{where} must be an object with 'role' and 'content', not {type(message).__name__}."
+        )
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{where}: unknown role {role!r}. Use one of {', '.join(ROLES)}.")
+    calls = _tool_calls(message.get("tool_calls"), where)
+    if calls and role != "assistant":
+        raise RequestError(f"{where}: only the assistant calls tools, not {role!r}.")
+    content = _content(message.get("content"), where)
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    if calls:
+        return rest | {"content": content, "tool_calls": calls}
+    return rest | {"content": content or ""}
+
+
+def _content(content: Any, where: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        return "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    raise RequestError(f"{where}.content must be a text or a list of parts, not {type(content).__name__}.")
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise RequestError(f"{where} must be an object with a 'type', not {type(part).__name__}.")
+    kind = part.get("type", "text" if "text" in part else None)
+    if kind in MEDIA_PARTS:
+        raise RequestError(f"{where}: {MEDIA_PARTS[kind]} are not supported by this model.")
+    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        raise RequestError(
+            f"{where}: a part of type {kind!r} is not supported. Use {{'type': 'text', 'text': ...}}."
+        )
+    return part["text"]
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if not calls:
+        return []
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise RequestError(f"{where}.tool_calls must be a list, not {type(calls).__name__}.")
+    return [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RequestError(f"{where} must be an object with a 'function' that has a 'name' and 'arguments'.")
+    arguments = _arguments(function.get("arguments"), where)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _arguments(arguments: Any, where: str) -> dict[str, Any]:
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise RequestError(f"{where}.function.arguments is not valid JSON: {error}.") from error
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise RequestError(
+            f"{where}.function.arguments must be a JSON object, not {type(arguments).__name__}."
+        )
+    return dict(arguments)

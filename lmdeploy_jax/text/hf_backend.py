@@ -1,0 +1,109 @@
+"""tokenizer.json, through the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import tokenizers
+
+from lmdeploy_jax.errors import CheckpointError
+from lmdeploy_jax.text.pieces import ByteDecoding, DecoderKind, byte_decoding, classify_decoder
+from lmdeploy_jax.text.settings import AddedToken, TokenizerSettings
+
+logger = logging.getLogger("lmdeploy_jax")
+
+MAX_ID = 2**32 - 1  # `tokenizers` takes ids as u32
+
+
+class HfBackend:
+    """A `tokenizers.Tokenizer` with the added tokens that the files beside it name."""
+
+    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
+        self._tokenizer = _load(path)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        _add_missing(self._tokenizer, settings)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        self.base_size = self._tokenizer.get_vocab_size(with_added_tokens=False)
+        self.size = self._tokenizer.get_vocab_size()
+        self.decoding = self._decoding()
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The library's own decoding, for decoders that work on text."""
+        known = [i for i in ids if 0 <= i <= MAX_ID]
+        return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self._tokenizer.id_to_token(token_id) if 0 <= token_id <= MAX_ID else None
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
+
+    def _decoding(self) -> ByteDecoding | None:
+        decoder = self._tokenizer.decoder
+        kind = classify_decoder(json.loads(decoder.__getstate__()) if decoder else None)
+        if kind is None:
+            return None
+        return byte_decoding(partial(self._piece, kind), self.is_special, kind.errors, kind.strip_space)
+
+    def _piece(self, kind: DecoderKind, token_id: int) -> bytes:
+        token = self.id_to_token(token_id)
+        return kind.piece(token) if token is not None else b""
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(
+            f"{path} cannot be read by tokenizers {tokenizers.__version__}: {error}. "
+            "Download the file again, or upgrade the tokenizers package if the file is newer than it."
+        ) from error
+
+
+def _add_missing(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
+    """Adds what tokenizer.json lacks: tokens with ids first, in order, then the named special tokens."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for token_id, token in settings.added.items():
+        if token.content not in known:
+            tokenizer.add_tokens([_native(token)])
+            known.add(token.content)
+            _check_id(tokenizer, token.content, token_id)
+    for named in (*settings.named.values(), *settings.extra):
+        if named and named.content not in known:
+            tokenizer.add_special_tokens([_native(named)])
+            known.add(named.content)
+
+
+def _check_id(tokenizer: tokenizers.Tokenizer, content: str, token_id: int) -> None:
+    actual = tokenizer.token_to_id(content)
+    if actual != token_id:
+        logger.warning(
+            "added token %r has id %s in tokenizer.json but %s in the files beside it; using %s",
+            content, actual, token_id, actual,
+        )  # fmt: skip
+
+
+def _native(token: AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        token.content,
+        special=token.special,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        single_word=token.single_word,
+        normalized=token.normalized,
+    )

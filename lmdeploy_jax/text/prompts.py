@@ -1,0 +1,91 @@
+"""The prompt forms that a pipeline takes, brought to one list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.text.conversation import Message, normalise_messages
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, in exactly one of its three forms."""
+
+    text: str | None = None
+    messages: tuple[Message, ...] | None = None  # normalised
+    token_ids: tuple[int, ...] | None = None
+
+
+def normalise_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
+    """Prompts as a list, and whether a single one was meant (then a single response is due).
+
+    Forms: a text; a message; a list of messages (one conversation); a list of token ids (one prompt); a list
+    of any of texts, conversations and lists of token ids (a batch).
+    Raises `ValueError` for any other form and `RequestError` for images and malformed messages.
+    """
+    if isinstance(prompts, list) and not prompts:
+        return [], False
+    if _is_single(prompts):
+        return [_prompt(prompts, prompts)], True
+    if not isinstance(prompts, list):
+        raise _unsupported(prompts)
+    return [_prompt(item, prompts) for item in prompts], False
+
+
+def _is_single(value: Any) -> bool:
+    if isinstance(value, str | Mapping | tuple):
+        return True
+    return isinstance(value, list) and (_all(value, Mapping) or _is_ids(value))
+
+
+def _prompt(value: Any, prompts: Any) -> Prompt:
+    if isinstance(value, str):
+        return Prompt(text=value)
+    if isinstance(value, Mapping):
+        return Prompt(messages=tuple(normalise_messages([value])))
+    if isinstance(value, list) and value and _all(value, Mapping):
+        return Prompt(messages=tuple(normalise_messages(value)))
+    if isinstance(value, list) and value and _is_ids(value):
+        return Prompt(token_ids=tuple(int(i) for i in value))
+    if isinstance(value, tuple) and _is_image_pair(value):
+        raise RequestError(
+            "Images are not supported by this model: give the text alone instead of a (text, image) pair."
+        )
+    raise _unsupported(prompts)
+
+
+def _is_image_pair(pair: tuple[Any, ...]) -> bool:
+    """(text, image or [images]) or the other way round."""
+    if len(pair) != 2:
+        return False
+    texts = [isinstance(item, str) and not _is_image(item) for item in pair]
+    images = [
+        _is_image(item) or (isinstance(item, list) and bool(item) and all(map(_is_image, item)))
+        for item in pair
+    ]
+    return (texts[0] and images[1]) or (images[0] and texts[1])
+
+
+def _is_image(item: Any) -> bool:
+    if isinstance(item, str):
+        return item.startswith(("http", "data:image"))
+    return hasattr(item, "size") and hasattr(item, "mode")  # a PIL image, without importing PIL
+
+
+def _all(items: Sequence[Any], kind: type) -> bool:
+    return all(isinstance(item, kind) for item in items)
+
+
+def _is_ids(items: Sequence[Any]) -> bool:
+    """Token ids, numpy's integers included."""
+    return all(hasattr(item, "__index__") and not isinstance(item, bool) for item in items)
+
+
+def _unsupported(prompts: Any) -> ValueError:
+    return ValueError(
+        f"Unsupported prompts: {prompts!r:.200}. Only support str, openai message format, or (prompt, image "
+        "or [images]) or (image or [images], prompt) pair."
+    )

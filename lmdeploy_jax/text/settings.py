@@ -1,0 +1,102 @@
+"""What the files beside a tokenizer say: special tokens, added tokens, stop ids, sentencepiece's switches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmdeploy_jax.errors import CheckpointError
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SAVE_FAST = (  # the remedy for vocabularies that only Python code can read
+    "transformers.AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(FOLDER)"
+)
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token matched in the text before the model's own segmentation (HF's `AddedToken`)."""
+
+    content: str
+    special: bool = True
+    lstrip: bool = False  # swallows the white space on its left
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The merged view of tokenizer_config.json, special_tokens_map.json and added_tokens.json."""
+
+    config: dict[str, Any]
+    named: dict[str, AddedToken | None]  # bos_token, eos_token ... None: the checkpoint says there is none
+    extra: tuple[AddedToken, ...]  # further special tokens without an id of their own
+    added: dict[int, AddedToken]  # id -> token, as the files assign them
+
+
+def read_json(path: Path) -> Any:
+    """Parses a JSON file; None if there is none. Raises `CheckpointError` if it is not JSON."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Download the file again.") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Like `read_json`, for files that must hold an object; {} if there is none."""
+    value = read_json(path)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def read_settings(folder: Path) -> TokenizerSettings:
+    """Reads every file beside the vocabulary. Missing files count as empty."""
+    config = read_object(folder / "tokenizer_config.json")
+    merged = read_object(folder / "special_tokens_map.json") | config
+    named = {name: _token(merged[name]) for name in NAMED_TOKENS if name in merged}
+    extra = tuple(token for token in map(_token, _extra_tokens(merged)) if token)
+    special = {token.content for token in (*named.values(), *extra) if token}
+    return TokenizerSettings(config, named, extra, _added(folder, config, special))
+
+
+def read_eos_ids(folder: Path) -> tuple[int, ...]:
+    """End-of-sequence ids of generation_config.json or, where that names none, of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        ids = read_object(folder / name).get("eos_token_id")
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    return ()
+
+
+def _token(value: Any) -> AddedToken | None:
+    if isinstance(value, str):
+        return AddedToken(value)
+    if isinstance(value, dict) and isinstance(value.get("content"), str):
+        flags = {k: bool(value[k]) for k in ("lstrip", "rstrip", "single_word", "normalized") if k in value}
+        return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
+    return None
+
+
+def _extra_tokens(merged: dict[str, Any]) -> Iterator[Any]:
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        values = merged.get(key) or ()
+        yield from values.values() if isinstance(values, dict) else values
+
+
+def _added(folder: Path, config: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
+    legacy = read_object(folder / "added_tokens.json")
+    added = {int(i): AddedToken(text, special=text in special) for text, i in legacy.items()}
+    for key, value in (config.get("added_tokens_decoder") or {}).items():
+        token = _token({"special": False} | value)
+        if token:
+            added[int(key)] = token
+    return dict(sorted(added.items()))
