@@ -55,7 +55,10 @@ def _yarn(**settings: Any) -> dict[str, Any]:
 
 
 def _longrope(half: int, **settings: Any) -> dict[str, Any]:
-    factors = {"short_factor": [1.0 + 0.1 * i for i in range(half)], "long_factor": [2.0 + i for i in range(half)]}
+    factors = {
+        "short_factor": [1.0 + 0.1 * i for i in range(half)],
+        "long_factor": [2.0 + i for i in range(half)],
+    }
     return _rope("longrope", **factors, **settings)
 
 
@@ -63,19 +66,28 @@ LLAMA3 = _rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
 DYNAMIC = {"max_position_embeddings": 64, **_rope("dynamic", factor=2.0)}
+BIAS = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
 
 
-def _rename(path: Path, rename: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], **config: Any) -> None:
+Tensors = dict[str, np.ndarray]
+
+
+def _rename(path: Path, rename: Callable[[Tensors], Tensors], config: Mapping[str, Any]) -> None:
     """Makes `path` a checkpoint of renamed tensors and keeps what transformers saved in its subfolder."""
     kept = path / ORACLE
     kept.mkdir()
     for file in list(path.glob("*.json")) + list(path.glob("*.safetensors")):
         shutil.move(file, kept / file.name)
     save_file(rename(load_file(kept / "model.safetensors")), path / "model.safetensors")
-    saved = json.loads((kept / "config.json").read_text())
-    bias = saved.pop("attention_bias")
-    (path / "config.json").write_text(json.dumps(saved | {"bias": bias} | config))
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def _internlm3(path: Path) -> None:
+    """The published config: transformers runs InternLM3 as a Llama and renames its two bias fields."""
+    config = json.loads((path / "config.json").read_text())
+    names = {"qkv_bias": config.pop("attention_bias"), "bias": config.pop("mlp_bias")}
+    _rename(path, dict, config | names | {"architectures": ["InternLM3ForCausalLM"]})
 
 
 def _internlm2(path: Path) -> None:
@@ -85,7 +97,7 @@ def _internlm2(path: Path) -> None:
     scaling = {"type": rope["rope_type"], "factor": rope["factor"]} if "factor" in rope else None
     heads, kv_heads, size = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
 
-    def rename(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def rename(tensors: Tensors) -> Tensors:
         renamed = {}
         for name, value in tensors.items():
             if "q_proj" in name:
@@ -97,15 +109,14 @@ def _internlm2(path: Path) -> None:
                 renamed[_internlm2_name(name)] = np.ascontiguousarray(value)
         return renamed
 
-    _rename(
-        path,
-        rename,
-        architectures=["InternLM2ForCausalLM"],
-        model_type="internlm2",
-        rope_theta=rope["rope_theta"],
-        rope_scaling=scaling,
-        rope_parameters=None,
-    )
+    published = {
+        "architectures": ["InternLM2ForCausalLM"],
+        "model_type": "internlm2",
+        "bias": config.pop("attention_bias"),
+        "rope_theta": config.pop("rope_parameters")["rope_theta"],
+        "rope_scaling": scaling,
+    }
+    _rename(path, rename, config | published)
 
 
 def _internlm2_name(name: str) -> str:
@@ -135,8 +146,10 @@ CONFIGS: Mapping[str, Spec] = {
     "llama_yarn": Spec("Llama", _yarn()),
     "llama_yarn_mscale": Spec("Llama", _yarn(mscale=0.7, mscale_all_dim=1.3, beta_fast=16, truncate=False)),
     "llama_head80": Spec("Llama", {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1}),
-    "llama_head96": Spec("Llama", {"hidden_size": 96, "head_dim": 96, "num_attention_heads": 3, "num_key_value_heads": 3}),
-    "llama_bias": Spec("Llama", {"attention_bias": True, "mlp_bias": True, "vocab_size": 509}),
+    "llama_head96": Spec(
+        "Llama", {"hidden_size": 96, "head_dim": 96, "num_attention_heads": 3, "num_key_value_heads": 3}
+    ),
+    "llama_bias": Spec("Llama", BIAS | {"vocab_size": 509}),
     "yi": Spec("Llama", {"num_hidden_layers": 3, "rms_norm_eps": 1e-5, **_rope("default", rope_theta=5e6)}),
     "mistral": Spec("Mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral_window": Spec("Mistral", {"sliding_window": 24}),
@@ -148,7 +161,40 @@ CONFIGS: Mapping[str, Spec] = {
     ),
     "internlm2": Spec("Llama", rewrite=_internlm2),
     "internlm2_dynamic": Spec("Llama", {"attention_bias": True, **DYNAMIC}, _internlm2),
-    "internlm3": Spec("InternLM3", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, **DYNAMIC}),
+    "internlm3": Spec("InternLM3", {"head_dim": 32}, _internlm3),
+    "phi3": Spec("Phi3", {"sliding_window": None}),
+    "phi3_longrope": Spec(
+        "Phi3",
+        {"original_max_position_embeddings": 64, "sliding_window": 48}
+        | _longrope(6, partial_rotary_factor=0.75),
+    ),
+    "granite": Spec(
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 1.7,
+            "attention_multiplier": 0.1,
+            "attention_bias": True,
+        },
+    ),
+    "smollm3": Spec("SmolLM3", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "seed_oss": Spec("SeedOss", {"head_dim": 32}),
+    "gemma": Spec("Gemma", {"head_dim": 32}),
+    "gemma2": Spec("Gemma2", {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 20}),
+    "gemma3": Spec(
+        "Gemma3Text",
+        {
+            "head_dim": 32,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+    ),
+    "internlm3_dynamic": Spec("InternLM3", {"head_dim": 16, **BIAS, **DYNAMIC}, _internlm3),
 }
 """Every feature alone and several together."""
 
@@ -158,7 +204,7 @@ def save_checkpoint(name: str, folder: str | Path) -> Path:
     spec, path = CONFIGS[name], Path(folder)
     config = getattr(transformers, f"{spec.family}Config")(**SMALL | spec.options, dtype="float32")
     torch.manual_seed(sum(map(ord, name)))
-    model = getattr(transformers, f"{spec.family}ForCausalLM")(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     _scramble(model)
     model.save_pretrained(path)
     if spec.rewrite is not None:
@@ -181,7 +227,9 @@ def _load(folder: str | Path) -> Any:
     path = Path(folder)
     path = path / ORACLE if (path / ORACLE).is_dir() else path
     # Loaded anew each time: dynamic RoPE keeps the longest sequence that a model has seen.
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
     return model.eval()
 
 

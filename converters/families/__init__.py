@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from converters.families.fields import Fields
+from converters.families.gemma import gemma2_config, gemma2_rules, gemma3_config, gemma_config
+from converters.families.granite import granite_config
 from converters.families.internlm import internlm2_config, internlm3_config
 from converters.families.llama import llama_config
 from converters.families.mistral import mistral_config
+from converters.families.phi3 import phi3_config
 from converters.families.qwen import qwen2_config, qwen3_config
+from converters.families.seed_oss import seed_oss_config
+from converters.families.smollm3 import smollm3_config
 from converters.families.tables import hf_rules, internlm2_rules
 from converters.keytable import Rule
 from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
@@ -33,6 +39,13 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen3ForCausalLM": Family(qwen3_config),
     "InternLM2ForCausalLM": Family(internlm2_config, internlm2_rules),
     "InternLM3ForCausalLM": Family(internlm3_config),
+    "Phi3ForCausalLM": Family(phi3_config, partial(hf_rules, fused=True)),
+    "GraniteForCausalLM": Family(granite_config),
+    "SmolLM3ForCausalLM": Family(smollm3_config),
+    "SeedOssForCausalLM": Family(seed_oss_config),
+    "GemmaForCausalLM": Family(gemma_config),
+    "Gemma2ForCausalLM": Family(gemma2_config, gemma2_rules),
+    "Gemma3ForCausalLM": Family(gemma3_config, gemma2_rules),
 }
 """The supported architectures, by the name in a config's `architectures`."""
 

@@ -32,7 +32,9 @@ class PagedRunner:
         where = None if axis_size(mesh, "tp") == 1 else jax.sharding.NamedSharding(mesh, spec)
         zeros = partial(jnp.zeros, shape, model.dtype, device=where)
         self.caches = tuple((zeros(), zeros()) for _ in range(model.config.num_layers))
-        self.step = jax.jit(self._step, donate_argnums=1)
+        # Compiled without LLVM's optimisations: the tests' time is compilation.
+        fast = {"xla_backend_optimization_level": 0}
+        self.step = jax.jit(self._step, donate_argnums=1, compiler_options=fast)
 
     def _step(self, leaves, caches, batch):
         decoder = self.model.merge(leaves)
@@ -57,7 +59,12 @@ class PagedRunner:
             kv_lens[row] = first + len(ids)
         rows_of = tile_rows("xla")
         tiles = build_tiles(
-            [c[0] for c in chunks], starts[:-1], counts, [c[1] for c in chunks], rows_of, max_tiles(TOKENS, self.rows, rows_of)
+            [c[0] for c in chunks],
+            starts[:-1],
+            counts,
+            [c[1] for c in chunks],
+            rows_of,
+            max_tiles(TOKENS, self.rows, rows_of),
         )
         logits = self.run(Batch(tokens, positions, lengths, slots, self.table, kv_lens, tiles))
         return [logits[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]

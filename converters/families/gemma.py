@@ -1,0 +1,112 @@
+"""Gemma 1, 2 and 3 (text): norms with weight 1 + w, scaled embeddings, GELU; later norms on both sides of a block,
+windows on some layers, soft caps (2), norms on q and k and a second RoPE for the layers with windows (3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converters.families.common import (
+    ACTIVATION_NAMES,
+    FULL,
+    SLIDING,
+    decoder_config,
+    head_size,
+    layer_windows,
+)
+from converters.families.fields import Fields
+from converters.families.rope import read_rope, rope_from
+from converters.families.tables import hf_rules
+from converters.keytable import Rule
+from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
+
+NORMS: Mapping[str, str] = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "attention_post_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+}
+TANH_GELU = ACTIVATION_NAMES | {"gelu": "gelu_tanh"}  # old Gemma configs say gelu and mean the approximation
+
+
+def gemma_config(fields: Fields) -> DecoderConfig:
+    """HF `GemmaConfig`."""
+    head_dim = head_size(fields, 256)
+    activation = fields.require("hidden_act", TANH_GELU, "gelu_pytorch_tanh")
+    # Older configs say it again; transformers reads the field above.
+    fields.get("hidden_activation")
+    return decoder_config(
+        fields, head_dim=head_dim, rope=read_rope(fields, head_dim), **_shared(fields, activation)
+    )
+
+
+def gemma2_config(fields: Fields) -> DecoderConfig:
+    """HF `Gemma2Config`: every other layer has a window, the first one too."""
+    head_dim = head_size(fields, 256)
+    return _double_norm(fields, head_dim, read_rope(fields, head_dim), 2, caps=(50.0, 30.0))
+
+
+def gemma3_config(fields: Fields) -> DecoderConfig:
+    """HF `Gemma3TextConfig`: every sixth layer sees everything, with a RoPE of its own."""
+    head_dim = head_size(fields, 256)
+    pattern = fields.size("sliding_window_pattern", 6)
+    ropes = fields.get("rope_parameters") or {}
+    full, local = dict(ropes.get(FULL) or {}), dict(ropes.get(SLIDING) or {})
+    full |= fields.get("rope_scaling") or {}
+    theta = float(full.get("rope_theta") or fields.number("rope_theta", 1e6))
+    local_theta = float(local.get("rope_theta") or fields.number("rope_local_base_freq", 1e4))
+    return _double_norm(
+        fields,
+        head_dim,
+        rope_from(fields, full, head_dim, theta, {}),
+        pattern,
+        caps=(None, None),
+        local_rope=rope_from(fields, local, head_dim, local_theta, {}),
+        qk_norm=True,
+    )
+
+
+def gemma2_rules(config: DecoderConfig, kv_heads: int) -> tuple[Rule, ...]:
+    """The usual names, with four norms a layer."""
+    return hf_rules(config, kv_heads, norms=NORMS)
+
+
+def _double_norm(
+    fields: Fields,
+    head_dim: int,
+    rope: RopeConfig,
+    pattern: int,
+    *,
+    caps: tuple[float | None, float | None],
+    **features: Any,
+) -> DecoderConfig:
+    if fields.get("use_bidirectional_attention"):
+        raise fields.unsupported("use_bidirectional_attention", True, "false")
+    layers = fields.size("num_hidden_layers")
+    default = [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]
+    activation = fields.require("hidden_activation", ACTIVATION_NAMES, "gelu_pytorch_tanh")
+    fields.get("hidden_act")
+    return decoder_config(
+        fields,
+        head_dim=head_dim,
+        rope=rope,
+        windows=layer_windows(fields, default, fields.optional_size("sliding_window", 4096)),
+        attention_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_soft_cap=fields.optional_number("attn_logit_softcapping", caps[0]),
+        logit_soft_cap=fields.optional_number("final_logit_softcapping", caps[1]),
+        post_norm=True,
+        **_shared(fields, activation),
+        **features,
+    )
+
+
+def _shared(fields: Fields, activation: str) -> dict[str, Any]:
+    bias = fields.flag("attention_bias", False)
+    return {
+        "activation": activation,
+        "tie_embeddings": fields.flag("tie_word_embeddings", True),
+        "norm_offset": 1.0,
+        "embedding_multiplier": fields.size("hidden_size") ** 0.5,
+        "qkv_bias": bias,
+        "o_bias": bias,
+    }

@@ -1,0 +1,20 @@
+"""IBM Granite: a Llama with four multipliers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from converters.families.fields import Fields
+from converters.families.llama import llama_config
+from lmdeploy_jax.models.config import DecoderConfig
+
+
+def granite_config(fields: Fields) -> DecoderConfig:
+    """HF `GraniteConfig`."""
+    return replace(
+        llama_config(fields),
+        attention_scale=fields.number("attention_multiplier", 1.0),
+        embedding_multiplier=fields.number("embedding_multiplier", 1.0),
+        residual_multiplier=fields.number("residual_multiplier", 1.0),
+        logit_multiplier=1.0 / fields.number("logits_scaling", 1.0),
+    )

@@ -1,0 +1,32 @@
+"""SmolLM3: a Llama in which every fourth layer has no RoPE."""
+
+from __future__ import annotations
+
+from converters.families.common import FULL, SLIDING, decoder_config, head_size, layer_windows
+from converters.families.fields import Fields
+from converters.families.rope import read_rope
+from lmdeploy_jax.models.config import DecoderConfig
+
+
+def smollm3_config(fields: Fields) -> DecoderConfig:
+    """HF `SmolLM3Config`; in `no_rope_layers`, 1 is a layer with RoPE. Windows, if used, are on the others."""
+    head_dim, layers = head_size(fields), fields.size("num_hidden_layers")
+    interval = fields.size("no_rope_layer_interval", 4)
+    rotated = fields.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]
+    if len(rotated) < layers:
+        raise fields.unsupported("no_rope_layers", rotated, f"{layers} entries")
+    used = fields.flag("use_sliding_window", False)
+    window = fields.optional_size("sliding_window", None) if used else None
+    default = [FULL if window is None or rotated[i] else SLIDING for i in range(layers)]
+    bias = fields.flag("attention_bias", False)
+    return decoder_config(
+        fields,
+        head_dim=head_dim,
+        rope=read_rope(fields, head_dim, theta=2000000.0),
+        rope_layers=tuple(bool(flag) for flag in rotated[:layers]),
+        windows=layer_windows(fields, default, window),
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=fields.flag("mlp_bias", False),
+    )
