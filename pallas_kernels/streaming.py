@@ -1,7 +1,7 @@
-"""Attention over paged K and V as plain XLA operations: the path of any device, and the oracle of the kernels.
+"""Attention over paged K and V as plain XLA operations: the path of any device, the oracle of the kernels.
 
-Pages are streamed a few at a time through an online softmax (Milakov and Gimelshein, 2018). The number of steps is
-read from the positions at run time, so the cost follows the real context and one program serves every length.
+Pages are streamed a few at a time through an online softmax (Milakov and Gimelshein, 2018). The number of steps
+is read from the positions at run time: the cost follows the real context, and one program serves every length.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def attend_paged(
     *,
     group: int,
 ) -> jax.Array:
-    """Attention of B independent blocks of N query rows each, the queries of one KV head sharing its block.
+    """Attention of B independent blocks of N query rows for each KV head.
 
-    q [B, KH, N, D]; tables int32 [B, M], each block's pages; positions int32 [B, N], where -1 sees nothing and
-    comes out as zeros; sinks f32 [KH, N] or None. Returns f32 [B, KH, N, D].
-    Blocks run `group` at a time, each group for as many steps as its longest block needs; blocks after the last
-    live one cost nothing.
+    q [B, KH, N, D]; tables int32 [B, M], each block's pages; positions int32 [B, N], where -1 sees nothing
+    and comes out as zeros; sinks f32 [KH, N] or None. Returns f32 [B, KH, N, D].
+    Blocks run `group` at a time, each group for as many steps as its longest block needs; groups after the
+    last live block cost nothing.
     """
     blocks = q.shape[0]
     if blocks <= group:
@@ -95,7 +95,13 @@ def _page_range(positions: jax.Array, page_size: int, window: int | None) -> tup
 
 def _read_pages(pages: jax.Array, indices: jax.Array) -> jax.Array:
     """[pages, KH, P, D] at int32 [B, C] -> f32 [B, C, KH, P, D]."""
-    return pages.at[indices].get(mode="promise_in_bounds").astype(jnp.float32)
+    if pages.dtype == jnp.float32:
+        return pages.at[indices].get(mode="promise_in_bounds")
+    # As bits: XLA for CPUs would widen the whole cache to f32 in order to gather 16-bit floats from it. The
+    # barrier keeps the view of the bits inside the loop, where it costs nothing.
+    pages, indices = lax.optimization_barrier((pages, indices))
+    bits = lax.bitcast_convert_type(pages, jnp.uint16).at[indices].get(mode="promise_in_bounds")
+    return lax.bitcast_convert_type(bits, pages.dtype).astype(jnp.float32)
 
 
 def _visible(positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:

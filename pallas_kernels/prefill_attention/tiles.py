@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-TILE_ROWS = {"xla": 16, "pallas": 128, "pallas_interpret": 128}
+TILE_ROWS = {"xla": 8, "pallas": 128, "pallas_interpret": 128}
 
 
 def tile_rows(backend: str) -> int:

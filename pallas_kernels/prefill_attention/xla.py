@@ -49,7 +49,7 @@ def prefill_attention(
 
 
 def _tile_row_of(tokens: int, tiles: jax.Array, rows: int) -> jax.Array:
-    """For each packed query row, the row of the tiles' outputs that holds it; past the end where none does."""
+    """For each packed query row, the row of the tiles' outputs that holds it; past the end if none does."""
     offset = jnp.arange(tokens, dtype=jnp.int32)[:, None] - tiles[:, 1]  # [T, W]
     inside = (offset >= 0) & (offset < tiles[:, 2])
     index = jnp.arange(tiles.shape[0], dtype=jnp.int32) * rows + offset
