@@ -128,3 +128,11 @@ def test_banned_tokens_are_never_drawn() -> None:
     logits[:, 123] = -50.0
     batch = make_batch(ROWS, seed=np.arange(ROWS))
     np.testing.assert_array_equal(sample_jit(jnp.asarray(logits), batch), 123)
+
+
+def test_the_gpu_program_has_no_loop() -> None:
+    """A while loop would break the step's CUDA graph apart."""
+    shapes = jax.ShapeDtypeStruct((4, VOCAB), jnp.float32), make_batch(4)
+    for platform, loops in (("cuda", False), ("cpu", True)):
+        text = jax.jit(sample).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.while" in text) == loops, platform
