@@ -1,0 +1,58 @@
+"""Training of tiny-chat's tokenizer: a byte-level BPE with Qwen's special tokens. Needs transformers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from pydoc_data.topics import topics  # plain English that comes with every Python
+from typing import TYPE_CHECKING, Any
+
+from . import words
+from .tasks import answer_text, training_conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+VOCAB_SIZE = 2560
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+
+# Words with one sign or space before them, single digits, runs of signs, line breaks, spaces (as GPT-4 and Qwen split).
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+
+
+def corpus(seed: int, conversations: int = 20_000) -> list[str]:
+    """What the merges are learned from: conversations of the tasks, and some plain English."""
+    rng = random.Random(seed)
+    texts: list[str] = list(topics.values())
+    for _ in range(conversations):
+        conversation = training_conversation(rng)
+        texts += [answer_text(message) for message in conversation.messages]
+        texts += [str(tool["function"]).replace("'", '"') for tool in conversation.tools or ()]
+    texts += [f" {word}" for word in (*words.WORDS, *words.NAMES, *words.CITIES)] * 100
+    texts += ['"parameters": {"type": "object", "properties": {', '"function", "arguments", "description"'] * 1000
+    return texts + ["system\n", "user\n", "assistant\n", "</tools>\nCall a tool like this:\n"] * 500
+
+
+def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """A fresh tokenizer with the chat template in it; the same seed gives the same vocabulary."""
+    import tokenizers as tk
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = tk.Tokenizer(tk.models.BPE())
+    split = tk.pre_tokenizers.Split(tk.Regex(PATTERN), behavior="isolated")
+    level: Any = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = tk.pre_tokenizers.Sequence([split, level])
+    bpe.decoder = tk.decoders.ByteLevel()
+    alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tk.trainers.BpeTrainer(vocab_size=VOCAB_SIZE - len(SPECIAL + ADDED), initial_alphabet=alphabet,
+                                     show_progress=False)  # fmt: skip
+    bpe.train_from_iterator(corpus(seed), trainer)
+    bpe.add_special_tokens(list(SPECIAL))
+    bpe.add_tokens([tk.AddedToken(token, normalized=False) for token in ADDED])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048,
+        clean_up_tokenization_spaces=False, chat_template=TEMPLATE.read_text(),
+    )  # fmt: skip
