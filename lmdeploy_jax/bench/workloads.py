@@ -1,7 +1,7 @@
 """Fixed work: the same prompts (token ids) and output lengths for every engine and machine.
 
-`random.Random` is stable across Python versions. Ids lie in [300, 30000): valid for every shape in `configs/models`
-and never a special token.
+`random.Random` is stable across Python versions. Ids lie in [300, 30000): valid for every shape in
+`configs/models` and never a special token.
 """
 
 from __future__ import annotations

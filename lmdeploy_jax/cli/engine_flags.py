@@ -1,4 +1,4 @@
-"""Flags of the engine, one for each field of `JaxEngineConfig`: no flag is without a field, no field without a flag."""
+"""Flags of the engine: one for each field of `JaxEngineConfig`."""
 
 from __future__ import annotations
 

@@ -20,17 +20,19 @@ class UsageError(ConfigError):
 
 
 class FlagSet:
-    """The flags of one command. Separate from absl's global FLAGS, so that no library's flag is offered by accident."""
+    """The flags of one command, apart from absl's global FLAGS: no library's flag is offered by accident."""
 
     def __init__(self) -> None:
         self.values = absl_flags.FlagValues()
         self.values.set_gnu_getopt(True)  # flags may follow positional arguments
-        self._sections: dict[str, list[str]] = {}
+        self._sections: dict[str, dict[str, str]] = {}  # title -> flag -> help
 
-    def add(self, section: str, define: Callable[..., Any], name: str, default: Any, text: str, **rest: Any) -> None:
+    def add(
+        self, section: str, define: Callable[..., Any], name: str, default: Any, text: str, **rest: Any
+    ) -> None:
         """Define a flag through one of absl's DEFINE functions and list it under `section` in the help."""
         define(name=name, default=default, help=text, flag_values=self.values, **rest)
-        self._sections.setdefault(section, []).append(name)
+        self._sections.setdefault(section, {})[name] = text
 
     def parse(self, argv: list[str]) -> list[str]:
         """Set the flags from `argv` and return the positional arguments. Raises `UsageError`."""
@@ -50,8 +52,9 @@ class FlagSet:
         """One paragraph a section, one entry a flag, with type and default."""
         width = min(100, shutil.get_terminal_size().columns)
         parts = []
-        for title, names in self._sections.items():
-            parts.append(f"{title}:\n" + "\n".join(_describe(self.values[name], width) for name in names))
+        for title, texts in self._sections.items():
+            entries = [_describe(self.values[name], text, width) for name, text in texts.items()]
+            parts.append("\n".join([f"{title}:", *entries]))
         return "\n\n".join(parts)
 
 
@@ -131,10 +134,11 @@ def _nested(path: str, value: str) -> str:
     return json.dumps(leaf)
 
 
-def _describe(flag: absl_flags.Flag[Any], width: int) -> str:
+def _describe(flag: absl_flags.Flag[Any], text: str, width: int) -> str:
     name = flag.name.replace("_", "-")
     head = f"  --[no]{name}" if flag.boolean else f"  --{name} {_type_name(flag)}"
-    text = flag.help if flag.default is None else f"{flag.help} (default: {_default_text(flag.default)})"
+    if flag.default is not None:
+        text += f" (default: {_default_text(flag.default)})"
     body = textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return f"{head}\n{body}"
 
@@ -148,4 +152,4 @@ def _type_name(flag: absl_flags.Flag[Any]) -> str:
 
 
 def _default_text(value: Any) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else repr(value) if value == "" else str(value)
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)

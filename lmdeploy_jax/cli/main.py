@@ -1,4 +1,4 @@
-"""The command line: `lmdeploy_jax COMMAND ...`. Commands are imported when they are run, and JAX later still."""
+"""The command line: `lmdeploy_jax COMMAND ...`. A command is imported when it is run, and JAX later still."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def _overview() -> str:
             "Commands:",
             *lines,
             "",
-            f"{PROGRAM} COMMAND --help lists a command's arguments. Flags may be written --flag-name or --flag_name,",
-            "--flag=value or --flag value; --noflag turns a boolean flag off.",
+            f"{PROGRAM} COMMAND --help lists a command's arguments. Flags may be written --flag-name or",
+            "--flag_name, --flag=value or --flag value; --noflag turns a boolean flag off.",
             "",
             "  -h, --help     this text",
             "  -v, --version  the version",
@@ -102,7 +102,9 @@ def _fail(error: BaseException, code: int) -> int:
     message = str(error)
     if isinstance(error, ImportError):
         message = f"a dependency cannot be imported: {error}. `{PROGRAM} check_env` shows what is installed."
-    if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone: nothing to say, and nowhere to say it
+    if isinstance(
+        error, BrokenPipeError
+    ):  # the reader of a pipe has gone: nothing to say, and nowhere to say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code
     print(f"{PROGRAM}: {message}", file=sys.stderr)

@@ -1,0 +1,62 @@
+"""The bandwidth limit of decoding: bytes that a step must read, and how fast the device can read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lmdeploy_jax.models.config import DecoderConfig
+
+COLUMNS = 8192
+REPEATS = 10
+
+
+def matrix_parameters(config: DecoderConfig) -> int:
+    """Weights that every decode step reads whole: all matrices but an untied embedding (read by row)."""
+    attention = 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    return config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size
+
+
+def step_bytes(
+    config: DecoderConfig, itemsize: int, kv_bytes_per_token: float, context_tokens: float
+) -> float:
+    """Bytes a decode step reads at least: the weights, and the KV cache of `context_tokens` tokens in all."""
+    return matrix_parameters(config) * itemsize + kv_bytes_per_token * context_tokens
+
+
+def measure(devices: int = 1) -> float:
+    """Bytes a second that `devices` devices read together.
+
+    The faster of two plain JAX programs over an array far larger than any cache of the first device: its
+    sum, and its product with a vector. The best of several repetitions counts.
+    """
+    on_cpu = jax.devices()[0].platform == "cpu"
+    dtype = jnp.float32 if on_cpu else jnp.bfloat16
+    rows = (256 << 20 if on_cpu else 2 << 30) // (COLUMNS * jnp.dtype(dtype).itemsize)
+    matrix = jax.block_until_ready(jax.jit(lambda: jnp.ones((rows, COLUMNS), dtype))())
+    vector = jnp.ones(COLUMNS, dtype)
+    seconds = min(_best(_total, matrix), _best(_product, matrix, vector))
+    return devices * matrix.nbytes / seconds
+
+
+def _total(matrix: jax.Array) -> jax.Array:
+    return jnp.sum(matrix, dtype=jnp.float32)
+
+
+def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    return matrix @ vector
+
+
+def _best(function: Callable[..., jax.Array], *args: jax.Array) -> float:
+    compiled = jax.jit(function).lower(*args).compile()
+    jax.block_until_ready(compiled(*args))
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

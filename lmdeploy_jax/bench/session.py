@@ -1,0 +1,79 @@
+"""One engine under test: started once, warmed up, run over workloads; each run gives one line of figures."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmdeploy_jax.bench import bandwidth, report
+from lmdeploy_jax.bench.run import Run, run
+from lmdeploy_jax.bench.workloads import Job
+from lmdeploy_jax.cache.pages import PAGE_SIZE
+from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.engine.compile import CompileCounter
+from lmdeploy_jax.engine.engine import Engine
+
+GIB = 2**30
+
+
+class Session:
+    """An engine with what its start cost. `bytes_per_second` is the bandwidth that steps are held against."""
+
+    def __init__(self, model: str | Path, config: JaxEngineConfig, bytes_per_second: float) -> None:
+        counter = CompileCounter()
+        start = time.perf_counter()
+        self.engine = Engine(model, config, progress=sys.stderr.isatty())
+        self.startup = {
+            "start_s": round(time.perf_counter() - start, 2),
+            "compile_s": round(counter.seconds, 2),  # summed over threads: more than the wall time it took
+            "compilations": counter.count,
+        }
+        self._counter = counter
+        self._bandwidth = bytes_per_second
+
+    def throughput(self, jobs: list[Job]) -> dict[str, Any]:
+        """All jobs at once."""
+        compiled = self._counter.count
+        result = run(self.engine, jobs)
+        figures = report.summary(jobs, result)
+        step = report.step_seconds(jobs, result)
+        if step is not None and len(jobs) <= self.engine.max_batch_size:
+            figures["step_ms"] = round(1e3 * step, 3)
+            figures["bandwidth_share"] = round(self._limit(jobs) / step, 3)
+        return figures | self._machine(compiled)
+
+    def latency(self, jobs: list[Job]) -> dict[str, Any]:
+        """One job after the other."""
+        compiled = self._counter.count
+        runs = [run(self.engine, [job]) for job in jobs]
+        together = Run(sum(r.wall for r in runs), [trace for r in runs for trace in r.traces])
+        figures = report.summary(jobs, together) | {"between_tokens_ms": report.between_tokens(together)}
+        steps = [report.step_seconds([job], r) for job, r in zip(jobs, runs, strict=True)]
+        limits = [self._limit([job]) for job in jobs]
+        pairs = [(limit, step) for limit, step in zip(limits, steps, strict=True) if step is not None]
+        if pairs:
+            figures["bandwidth_share"] = round(sum(p[0] for p in pairs) / sum(p[1] for p in pairs), 3)
+        return figures | self._machine(compiled)
+
+    def _limit(self, jobs: list[Job]) -> float:
+        """Seconds that the reads of a mean decode step take at full bandwidth."""
+        config = self.engine.model_config
+        per_token = self.engine.memory.page_bytes / PAGE_SIZE
+        heads = config.kv_heads(self.engine.config.tp)
+        itemsize = round(per_token / (2 * config.num_layers * heads * config.head_dim))
+        return bandwidth.step_bytes(config, itemsize, per_token, report.mean_context(jobs)) / self._bandwidth
+
+    def _machine(self, compiled_before: int) -> dict[str, Any]:
+        stats = jax.devices()[0].memory_stats() or {}
+        figures: dict[str, Any] = {
+            "peak_host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2),
+            "compilations_while_serving": self._counter.count - compiled_before,
+        }
+        if "peak_bytes_in_use" in stats:
+            figures["peak_device_gib"] = round(stats["peak_bytes_in_use"] / GIB, 2)
+        return figures

@@ -1,0 +1,71 @@
+"""Model shapes for benchmarks: HF configs kept as data in `configs/models`, and the tensors they call for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdeploy_jax
+from lmdeploy_jax.errors import ConfigError
+
+FOLDER = Path(lmdeploy_jax.__file__).parent.parent / "configs" / "models"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a random checkpoint: normal values, or ones for a norm's scale."""
+
+    name: str
+    shape: tuple[int, ...]
+    ones: bool = False
+
+
+def names() -> list[str]:
+    """The shapes that can be made."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def read(name: str) -> dict[str, Any]:
+    """The HF config of shape `name`. Raises ConfigError for an unknown one."""
+    if name not in names():
+        raise ConfigError(f"shape {name!r} is unknown; there are {', '.join(names())}")
+    config: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return config
+
+
+def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors of a Llama, Qwen2 or Qwen3 checkpoint, in the order of the layers."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    yield Tensor("model.embed_tokens.weight", (vocab, hidden))
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        yield Tensor(prefix + "input_layernorm.weight", (hidden,), ones=True)
+        yield Tensor(prefix + "post_attention_layernorm.weight", (hidden,), ones=True)
+        yield from _attention(config, prefix + "self_attn.")
+        yield from _mlp(config, prefix + "mlp.")
+    yield Tensor("model.norm.weight", (hidden,), ones=True)
+    if not config["tie_word_embeddings"]:
+        yield Tensor("lm_head.weight", (vocab, hidden))
+
+
+def _attention(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        yield Tensor(f"{prefix}{name}.weight", (rows, hidden))
+        if config["model_type"] == "qwen2":
+            yield Tensor(f"{prefix}{name}.bias", (rows,))
+    yield Tensor(prefix + "o_proj.weight", (hidden, queries))
+    if config["model_type"] == "qwen3":
+        yield Tensor(prefix + "q_norm.weight", (head_dim,), ones=True)
+        yield Tensor(prefix + "k_norm.weight", (head_dim,), ones=True)
+
+
+def _mlp(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    yield Tensor(prefix + "gate_proj.weight", (inner, hidden))
+    yield Tensor(prefix + "up_proj.weight", (inner, hidden))
+    yield Tensor(prefix + "down_proj.weight", (hidden, inner))

@@ -1,0 +1,141 @@
+"""`bench throughput|latency MODEL`: fixed work through the engine, one JSON line a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags as absl_flags
+
+from lmdeploy_jax.bench import checkpoint, shapes
+from lmdeploy_jax.bench.workloads import MAX_LEN, WORKLOADS, Job, make
+from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
+from lmdeploy_jax.cli.flags import FlagSet, UsageError
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.bench.session import Session
+
+DEFAULT_WORKLOADS = {"throughput": "b1,b32,b128,mix256", "latency": "b1"}
+USAGE = "bench throughput|latency MODEL [FLAGS]"
+ABOUT = f"""MODEL is a checkpoint folder, a hub id, or one of these shapes, for which a checkpoint of random
+weights is made: {", ".join(shapes.names())}.
+
+Every run is greedy and ignores stop ids; the prefix cache is off unless asked for. A first, unreported run
+warms up. Figures go to standard output as JSON lines, everything else to standard error.
+
+throughput  all requests of a workload at once: tokens a second, time a step, share of the bandwidth limit
+latency     the requests one after another: time to the first token and between tokens, with percentiles"""
+
+
+def define(flags: FlagSet) -> None:
+    """The flags of the command."""
+    section = "Work"
+    add, text, number = flags.add, absl_flags.DEFINE_string, absl_flags.DEFINE_integer
+    about = (
+        f"comma-separated list of {', '.join(WORKLOADS)}; without it b1,b32,b128,mix256, or b1 for latency"
+    )
+    add(section, text, "workloads", None, about)
+    add(section, number, "reps", 2, "repetitions of each workload", lower_bound=1)
+    add(section, number, "seed", 0, "seed of the prompts and of random weights")
+    add(
+        section,
+        absl_flags.DEFINE_float,
+        "bandwidth",
+        None,
+        "memory bandwidth in GB/s; without it measured once",
+    )
+    add(
+        section,
+        text,
+        "checkpoint_dir",
+        None,
+        "where random checkpoints are kept; without it the cache folder",
+    )
+    add(section, text, "out", None, "file to which the JSON lines are appended too")
+    add_engine_flags(flags, {"enable_prefix_caching": False, "session_len": MAX_LEN})
+
+
+def run(flags: FlagSet, args: list[str]) -> int:
+    """Run the workloads and print the figures."""
+    mode, model = _positional(args)
+    names = _workloads(flags["workloads"] or DEFAULT_WORKLOADS[mode])
+    config = engine_config(flags)
+    folder = _checkpoint(model, flags["checkpoint_dir"], flags["seed"])
+
+    from lmdeploy_jax.bench.session import Session  # JAX is imported here
+
+    bandwidth, how = _bandwidth(flags["bandwidth"], config.tp)
+    _say(f"starting the engine on {folder}")
+    session = Session(folder, config, bandwidth)
+    common = {"engine": "lmdeploy_jax", "model": model, "mode": mode, **_device()}
+    common |= {"bandwidth_gb_s": round(bandwidth / 1e9, 1), "bandwidth_is": how, **session.startup}
+    try:
+        for name in names:
+            for line in _measure(session, mode, make(name, flags["seed"]), flags["reps"]):
+                _write(common | {"workload": name} | line, flags["out"])
+    finally:
+        session.engine.close()
+    return 0
+
+
+def _measure(session: Session, mode: str, jobs: list[Job], reps: int) -> Iterator[dict[str, Any]]:
+    once = session.throughput if mode == "throughput" else session.latency
+    once(jobs)  # warm-up
+    for rep in range(reps):
+        yield {"rep": rep, **once(jobs)}
+
+
+def _positional(args: list[str]) -> tuple[str, str]:
+    if len(args) != 2 or args[0] not in DEFAULT_WORKLOADS:
+        raise UsageError(
+            f"usage: lmdeploy_jax {USAGE}; MODEL may be one of the shapes {', '.join(shapes.names())}"
+        )
+    return args[0], args[1]
+
+
+def _workloads(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in WORKLOADS]
+    if unknown or not names:
+        raise UsageError(f"--workloads={text}: choose from {', '.join(WORKLOADS)}")
+    return names
+
+
+def _checkpoint(model: str, root: str | None, seed: int) -> str:
+    """A random checkpoint where MODEL names a shape, else MODEL itself."""
+    if model not in shapes.names() or Path(model).is_dir():
+        return model
+    folder = Path(root) if root else Path("~/.cache/lmdeploy_jax/bench").expanduser()
+    _say(f"random checkpoint of shape {model} in {folder}")
+    return str(checkpoint.make(model, folder, seed=seed))
+
+
+def _bandwidth(given: float | None, devices: int) -> tuple[float, str]:
+    from lmdeploy_jax.bench.bandwidth import measure
+
+    if given is not None:
+        return given * 1e9, "given"
+    _say("measuring the memory bandwidth")
+    return measure(devices), "measured"
+
+
+def _device() -> dict[str, Any]:
+    import jax
+
+    device = jax.devices()[0]
+    return {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}
+
+
+def _write(line: dict[str, Any], out: str | None) -> None:
+    text = json.dumps(line)
+    print(text, flush=True)
+    if out:
+        with open(out, "a") as file:
+            file.write(text + "\n")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
