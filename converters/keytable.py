@@ -176,8 +176,8 @@ def _bind_leaf(
             )
     surplus = [name for part, (name, _) in sources.items() if part not in assembly.sources]
     problems.extend(f"extra tensor {name}: {target} has no place for it" for name in surplus)
-    names = {part: name for part, (name, _) in sources.items()}
-    return Leaf(reader, tuple(shape), assembly, names) if len(problems) == before else None
+    parts = {part: name for part, (name, _) in sources.items()}
+    return Leaf(reader, tuple(shape), assembly, parts) if len(problems) == before else None
 
 
 # --- Rules read backwards, to name a tensor that is not there -----------------------------------------------

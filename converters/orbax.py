@@ -4,7 +4,7 @@
     OUT/config.json, tokenizer files, chat template: copies
     OUT/weights/             Orbax: one uncompressed Zarr array a weight
 
-Nothing is fused, cast or renamed on loading, which makes it faster than reading the original.
+The weights are files of the arrays' own bytes, so loading maps them: nothing is fused, cast or copied.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from converters.device import spec_sharding
+from converters.device import Placement, load_parallel, spec_sharding
+from converters.zarr import map_array
 from lmdeploy_jax.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -30,7 +32,6 @@ MANIFEST = "lmdeploy_jax.json"
 WEIGHTS = "weights"
 COPIED = ("*.json", "*.model", "*.jinja", "*.txt")
 NOT_COPIED = ("*.safetensors.index.json", MANIFEST)
-CHUNK_BYTES = 64 << 20  # a device that wants a part of a weight reads whole chunks
 CONVERT_AGAIN = "convert the original checkpoint again"
 
 
@@ -93,21 +94,40 @@ def load(folder: str | os.PathLike[str], specs: Mapping[str, jax.ShapeDtypeStruc
     Raises CheckpointError where the checkpoint is damaged or holds other weights than `specs` asks for.
     """
     root = pathlib.Path(folder).absolute()
-    _check_leaves(root, read_manifest(root)["leaves"], specs)
+    leaves = read_manifest(root)["leaves"]
+    _check_leaves(root, leaves, specs)
+    weights = root / WEIGHTS
+    try:
+        maps = {name: _map(weights / name, leaf) for name, leaf in leaves.items()}
+        if all(array is not None for array in maps.values()):
+            return load_parallel({name: _placement(maps[name], spec) for name, spec in specs.items()})
+        return _restore(weights, specs)
+    except (CheckpointError, jax.errors.JaxRuntimeError):  # the latter: a device is out of memory
+        raise
+    except Exception as error:  # Orbax raises bare exceptions for what it finds in the files
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise CheckpointError(f"{weights}: damaged ({reason}); {CONVERT_AGAIN}") from error
+
+
+def _map(folder: pathlib.Path, leaf: Mapping[str, Any]) -> np.ndarray | None:
+    return map_array(folder, tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
+
+
+def _placement(array: np.ndarray, spec: jax.ShapeDtypeStruct) -> Placement:
+    return Placement(
+        spec.shape, spec.dtype, spec_sharding(spec), lambda index: np.ascontiguousarray(array[index])
+    )
+
+
+def _restore(weights: pathlib.Path, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """By Orbax itself, for weights that were sharded when they were saved: one chunk a shard."""
     args = {
         name: ocp.ArrayRestoreArgs(dtype=spec.dtype, sharding=spec_sharding(spec), global_shape=spec.shape)
         for name, spec in specs.items()
     }
-    try:
-        with ocp.Checkpointer(_handler(specs)) as checkpointer:
-            request = ocp.args.PyTreeRestore(item=dict(specs), restore_args=args)
-            arrays = checkpointer.restore(root / WEIGHTS, args=request)
-    except jax.errors.JaxRuntimeError:  # a device out of memory, not the checkpoint
-        raise
-    except Exception as error:  # Orbax raises bare exceptions for what it finds in the files
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise CheckpointError(f"{root / WEIGHTS}: damaged ({reason}); {CONVERT_AGAIN}") from error
-    return {name: arrays[name] for name in specs}
+    with ocp.Checkpointer(_handler(specs)) as checkpointer:
+        request = ocp.args.PyTreeRestore(item=dict(specs), restore_args=args)
+        return checkpointer.restore(weights, args=request)
 
 
 def _check_target(target: pathlib.Path, source: pathlib.Path, force: bool) -> None:
@@ -127,9 +147,8 @@ def _copy_small_files(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _save_weights(folder: pathlib.Path, leaves: Mapping[str, jax.Array]) -> None:
-    save_args = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in leaves}
     with ocp.Checkpointer(_handler(leaves)) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(leaves), save_args=save_args))
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(leaves)))
 
 
 def _handler(leaves: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> ocp.PyTreeCheckpointHandler:
@@ -137,7 +156,6 @@ def _handler(leaves: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> ocp.PyTr
     largest = max(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves.values())
     return ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,
-        use_zarr3=True,
         use_compression=False,
         restore_concurrent_gb=2 + 2 * largest // 10**9,
     )

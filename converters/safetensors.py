@@ -140,7 +140,7 @@ def _read_rows(
 
 
 def _read_bytes(fd: int, info: TensorInfo, offset: int, out: np.ndarray) -> None:
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     while view:
         try:
             count = os.preadv(fd, [view], offset)
