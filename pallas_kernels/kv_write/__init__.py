@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.kv_write import xla
+from pallas_kernels.kv_write import pallas, xla
 from pallas_kernels.options import check_cache
 from pallas_kernels.registry import check_backend
 
@@ -27,7 +27,9 @@ def kv_write(
     check_backend(backend)
     check_cache(k_pages, v_pages)
     _check_rows(k_pages, k, v, slots)
-    return xla.kv_write(k_pages, v_pages, k, v, slots)
+    if backend == "xla":
+        return xla.kv_write(k_pages, v_pages, k, v, slots)
+    return pallas.kv_write(k_pages, v_pages, k, v, slots, interpret=backend == "pallas_interpret")
 
 
 def _check_rows(k_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> None:

@@ -33,7 +33,9 @@ def _write_in_loop(
     return lax.fori_loop(0, slots.shape[0], write, (k_pages, v_pages))
 
 
-def _update(pages: jax.Array, rows: jax.Array, token: jax.Array, at: tuple[jax.Array | int, ...]) -> jax.Array:
+def _update(
+    pages: jax.Array, rows: jax.Array, token: jax.Array, at: tuple[jax.Array | int, ...]
+) -> jax.Array:
     row = lax.dynamic_index_in_dim(rows, token)[:, :, None]  # [1, KH, 1, D]
     if pages.dtype != jnp.bfloat16:
         return lax.dynamic_update_slice(pages, row, at)

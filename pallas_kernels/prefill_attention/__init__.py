@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.options import AttentionOptions, check_cache, check_heads
-from pallas_kernels.prefill_attention import xla
+from pallas_kernels.prefill_attention import pallas, xla
 from pallas_kernels.prefill_attention.tiles import build_tiles, max_tiles, tile_rows
 from pallas_kernels.registry import check_backend
 
@@ -39,4 +39,8 @@ def prefill_attention(
     if tiles.ndim != 2 or tiles.shape[1] != 4:
         raise ValueError(f"tiles has shape {tiles.shape}; it must be [tiles, 4], as build_tiles makes it")
     options = AttentionOptions(scale, window, soft_cap)
-    return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options)
+    if backend == "xla":
+        return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options)
+    return pallas.prefill_attention(
+        q, k_pages, v_pages, page_table, tiles, sinks, options, interpret=backend == "pallas_interpret"
+    )

@@ -1,0 +1,90 @@
+"""Pieces that the Pallas attention kernels share: loads of a page, and one step of the online softmax."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.options import MASKED, AttentionOptions
+
+LOG2E = math.log2(math.e)  # logits are kept in base 2: the hardware's exponential is exp2
+
+State = tuple[jax.Array, jax.Array, jax.Array]  # running maximum [N], denominator [N], output [N, D]
+
+
+def load_page(ref: jax.Ref, page: jax.Array, head: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    """One head's page of a cache [pages, KH, P, D] -> [P, D padded to a power of two].
+
+    Padding columns, and rows from `valid` on, come out as zeros: what an unused slot holds never counts.
+    """
+    page_size, head_dim = ref.shape[2:]
+    padded = pl.next_power_of_2(head_dim)  # Triton's blocks have no other sizes
+    if valid is None and padded == head_dim:
+        return ref[page, head]
+    row = jnp.arange(page_size, dtype=jnp.int32)[:, None]
+    column = jnp.arange(padded, dtype=jnp.int32)[None, :]
+    mask = jnp.broadcast_to(column < head_dim, (page_size, padded))
+    if valid is not None:
+        mask &= row < valid
+    return plt.load(ref.at[page, head, row, column], mask=mask, other=0)
+
+
+def initial_state(rows: int, head_dim: int) -> State:
+    """The state of a softmax over no keys."""
+    return (
+        jnp.full((rows,), MASKED, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, head_dim), jnp.float32),
+    )
+
+
+def attend_page(
+    state: State,
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    visible: jax.Array | None,
+    options: AttentionOptions,
+) -> State:
+    """Adds a page of keys and values [P, D] to the softmax of q [N, D]; `visible` [N, P], None: all.
+
+    A row must see a key sooner or later: until then it gathers weights that its first visible key decays to 0.
+    """
+    maximum, denominator, out = state
+    logits = _dot(q, keys.T)
+    if options.soft_cap is None:
+        logits = logits * (options.scale * LOG2E)
+    else:
+        logits = jnp.tanh(logits * (options.scale / options.soft_cap)) * (options.soft_cap * LOG2E)
+    if visible is not None:
+        logits = jnp.where(visible, logits, MASKED)
+    new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=1))
+    decay = jnp.exp2(maximum - new_maximum)
+    weights = jnp.exp2(logits - new_maximum[:, None])
+    new_out = out * decay[:, None] + _dot(weights.astype(values.dtype), values)
+    return new_maximum, denominator * decay + jnp.sum(weights, axis=1), new_out
+
+
+def add_sink(state: State, sink: jax.Array) -> State:
+    """Adds a key with logit `sink` [N] and a value of zero."""
+    maximum, denominator, out = state
+    sink = sink * LOG2E
+    new_maximum = jnp.maximum(maximum, sink)
+    decay = jnp.exp2(maximum - new_maximum)
+    return new_maximum, denominator * decay + jnp.exp2(sink - new_maximum), out * decay[:, None]
+
+
+def normalised(state: State) -> jax.Array:
+    """The softmax's output [N, D]; zeros for a row that saw nothing."""
+    _, denominator, out = state
+    return out / jnp.maximum(denominator, 1e-30)[:, None]
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b, accumulated in f32; float32 inputs are not rounded to TF32."""
+    return plt.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)

@@ -1,0 +1,168 @@
+"""Ragged prefill attention in Pallas (Triton backend): FlashAttention-2 over pages.
+
+A program takes a block of rows of one tile and one KV head: each row is a (query, query head of that KV head)
+pair, so that K and V are read once for all of them and short chunks still fill the tensor cores. Pages that every
+row sees whole run unmasked; those at the causal diagonal and at the edge of the window run masked.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.blocks import State, add_sink, attend_page, initial_state, load_page, normalised
+from pallas_kernels.launch import Launch, launch
+from pallas_kernels.options import AttentionOptions
+from pallas_kernels.prefill_attention.tiles import TILE_ROWS
+
+SMALL_BLOCK = 16  # rows of the block that serves decode rows and other short chunks
+
+
+def prefill_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    tiles: jax.Array,
+    sinks: jax.Array | None,
+    options: AttentionOptions,
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """See `pallas_kernels.prefill_attention.prefill_attention`."""
+    kv_heads = k_pages.shape[1]
+    group = q.shape[1] // kv_heads
+    block, num_stages = _tuning(q.shape[2], k_pages.dtype)
+    blocks = pl.cdiv(TILE_ROWS["pallas"], block // group)
+    # The output starts as zeros, which the rows of no tile keep.
+    how = Launch("prefill_attention", (blocks, kv_heads, tiles.shape[0]), 8, num_stages, aliases={0: 0})
+    kernel = functools.partial(_kernel, block=block, group=group, options=options)
+    inputs = (jnp.zeros_like(q), q, k_pages, v_pages, page_table, tiles, sinks)
+    return launch(kernel, how, jax.ShapeDtypeStruct(q.shape, q.dtype), *inputs, interpret=interpret)
+
+
+def _tuning(head_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
+    """Rows of a block and pipeline stages."""
+    if dtype == jnp.float32:
+        return 32, 2
+    return (128, 5) if head_dim <= 128 else (64, 3)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What one program computes: `size` rows, each a (query, head), of the tile's queries from `first` on."""
+
+    size: int
+    group: int
+    kv_head: jax.Array
+    table_row: jax.Array
+    start: jax.Array  # of the tile, in the packed queries
+    count: jax.Array  # of the tile's queries
+    position: jax.Array  # of the tile's first query
+    first: jax.Array  # query of the tile
+
+
+def _kernel(
+    _zeros: jax.Ref,
+    q_ref: jax.Ref,
+    k_ref: jax.Ref,
+    v_ref: jax.Ref,
+    table_ref: jax.Ref,
+    tiles_ref: jax.Ref,
+    sinks_ref: jax.Ref | None,
+    o_ref: jax.Ref,
+    *,
+    block: int,
+    group: int,
+    options: AttentionOptions,
+) -> None:
+    index, kv_head, tile = (pl.program_id(axis) for axis in range(3))
+    table_row, start, count, position = (tiles_ref[tile, column] for column in range(4))
+    first = index * (block // group)
+
+    def run(size: int) -> None:
+        part = _Block(size, group, kv_head, table_row, start, count, position, first)
+        _attend_block(q_ref, k_ref, v_ref, table_ref, sinks_ref, o_ref, part, options)
+
+    short = count <= SMALL_BLOCK // group
+    pl.when((first < count) & ~short)(lambda: run(block))
+    pl.when((first < count) & short)(lambda: run(SMALL_BLOCK))
+
+
+def _attend_block(
+    q_ref: jax.Ref,
+    k_ref: jax.Ref,
+    v_ref: jax.Ref,
+    table_ref: jax.Ref,
+    sinks_ref: jax.Ref | None,
+    o_ref: jax.Ref,
+    part: _Block,
+    options: AttentionOptions,
+) -> None:
+    head_dim = q_ref.shape[2]
+    row = jnp.arange(part.size, dtype=jnp.int32)
+    query = part.first + lax.div(row, part.group)
+    valid = (row < part.size // part.group * part.group) & (query < part.count)
+    head = part.kv_head * part.group + lax.rem(row, part.group)
+    column = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)[None, :]
+    mask = valid[:, None] & (column < head_dim)
+    at = ((part.start + query)[:, None], head[:, None], column)
+    q = plt.load(q_ref.at[at], mask=mask, other=0).astype(k_ref.dtype)
+    state = _attend_pages(q, k_ref, v_ref, table_ref, part.position + query, part, options)
+    if sinks_ref is not None:
+        state = add_sink(state, plt.load(sinks_ref.at[head], mask=valid, other=0.0))
+    plt.store(o_ref.at[at], normalised(state).astype(o_ref.dtype), mask=mask)
+
+
+def _attend_pages(
+    q: jax.Array,
+    k_ref: jax.Ref,
+    v_ref: jax.Ref,
+    table_ref: jax.Ref,
+    positions: jax.Array,
+    part: _Block,
+    options: AttentionOptions,
+) -> State:
+    page_size = k_ref.shape[2]
+    oldest = part.position + part.first
+    newest = part.position + jnp.minimum(part.first + part.size // part.group, part.count) - 1
+
+    def step(index: jax.Array, state: State, *, masked: bool) -> State:
+        page = table_ref[part.table_row, index]
+        keys = load_page(k_ref, page, part.kv_head)
+        if not masked:
+            return attend_page(state, q, keys, load_page(v_ref, page, part.kv_head), None, options)
+        values = load_page(v_ref, page, part.kv_head, newest + 1 - index * page_size)
+        key = index * page_size + jnp.arange(page_size, dtype=jnp.int32)
+        age = positions[:, None] - key[None, :]
+        visible = age >= 0 if options.window is None else (age >= 0) & (age < options.window)
+        return attend_page(state, q, keys, values, visible, options)
+
+    masked, unmasked = (functools.partial(step, masked=flag) for flag in (True, False))
+    begin, whole_begin, whole_end, end = _page_ranges(oldest, newest, page_size, options.window)
+    state = initial_state(*q.shape)
+    if options.window is not None:
+        state = lax.fori_loop(begin, whole_begin, masked, state)
+    state = lax.fori_loop(whole_begin, whole_end, unmasked, state)
+    return lax.fori_loop(whole_end, end, masked, state)
+
+
+def _page_ranges(
+    oldest: jax.Array, newest: jax.Array, page_size: int, window: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Pages that queries at positions `oldest` to `newest` see: (first, first whole, past the whole, past all)."""
+    zero = jnp.int32(0)
+    end = lax.div(newest, page_size) + 1
+    whole_end = lax.div(oldest + 1, page_size)
+    if window is None:
+        return zero, zero, whole_end, end
+    begin = lax.div(jnp.maximum(oldest - window + 1, zero), page_size)
+    whole_begin = lax.div(jnp.maximum(newest - window + 1, zero) + page_size - 1, page_size)
+    whole_end = jnp.maximum(whole_end, begin)
+    return begin, jnp.minimum(whole_begin, whole_end), whole_end, end
