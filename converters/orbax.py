@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from converters.device import Placement, load_parallel, spec_sharding
+from converters.device import Placement, Progress, load_parallel, spec_sharding
 from converters.zarr import map_array
 from lmdeploy_jax.errors import CheckpointError
 
@@ -88,7 +88,11 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def load(folder: str | os.PathLike[str], specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def load(
+    folder: str | os.PathLike[str],
+    specs: Mapping[str, jax.ShapeDtypeStruct],
+    progress: Progress | None = None,
+) -> dict[str, jax.Array]:
     """The weights named in `specs`, of their dtypes, straight to their shardings.
 
     Raises CheckpointError where the checkpoint is damaged or holds other weights than `specs` asks for.
@@ -98,9 +102,10 @@ def load(folder: str | os.PathLike[str], specs: Mapping[str, jax.ShapeDtypeStruc
     _check_leaves(root, leaves, specs)
     weights = root / WEIGHTS
     try:
-        maps = {name: _map(weights / name, leaf) for name, leaf in leaves.items()}
-        if all(array is not None for array in maps.values()):
-            return load_parallel({name: _placement(maps[name], spec) for name, spec in specs.items()})
+        maps = {n: array for n, leaf in leaves.items() if (array := _map(weights / n, leaf)) is not None}
+        if len(maps) == len(leaves):
+            placements = {name: _placement(maps[name], spec) for name, spec in specs.items()}
+            return load_parallel(placements, progress=progress)
         return _restore(weights, specs)
     except (CheckpointError, jax.errors.JaxRuntimeError):  # the latter: a device is out of memory
         raise

@@ -1,7 +1,7 @@
 """Plain Zarr v2 arrays (https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html) as memory maps.
 
-An uncompressed array of one chunk is a file of the array's bytes. A map of it can be handed to the devices with
-no copy in between; on a CPU it becomes the weight itself.
+An uncompressed array of one chunk is a file of the array's bytes. A map of it can be handed to the devices
+with no copy in between; on a CPU it becomes the weight itself.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lmdeploy_jax.errors import CheckpointError
 def map_array(folder: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
     """The array stored in `folder`, read-only; None where it is not stored plainly in one chunk.
 
-    Raises CheckpointError where the file's size does not fit `shape` and `dtype`, OSError where it is missing.
+    Raises CheckpointError where the file's size does not fit `shape`, OSError where it is missing.
     """
-    if not shape or not math.prod(shape) or not _is_plain(folder, shape):
+    if not shape or not math.prod(shape) or not _is_plain(folder, shape, dtype):
         return None
     chunk = folder / ".".join("0" * len(shape))
     expected = math.prod(shape) * dtype.itemsize
@@ -30,11 +30,12 @@ def map_array(folder: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> 
     return np.memmap(chunk, dtype, mode="r", shape=shape)
 
 
-def _is_plain(folder: pathlib.Path, shape: tuple[int, ...]) -> bool:
+def _is_plain(folder: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
     file = folder / ".zarray"
     if not file.exists():
         return False
     meta: Any = json.loads(file.read_bytes())
     plain = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None}
     layout = {"shape": list(shape), "chunks": list(shape), "dimension_separator": "."}
-    return isinstance(meta, dict) and all(meta.get(key) == value for key, value in (plain | layout).items())
+    named = isinstance(meta, dict) and meta.get("dtype") in (dtype.str, dtype.name)
+    return named and all(meta.get(key) == value for key, value in (plain | layout).items())
