@@ -212,7 +212,7 @@ def _missing(folder: Path) -> str:
     slow += [p.name for p in sorted(folder.glob("tokenization_*.py"))]
     if slow:
         return (
-            f"{folder} has neither tokenizer.json nor tokenizer.model, only {', '.join(slow)}: it needs "
-            f"Python code to be read. Write a tokenizer.json once, where transformers is installed: {SAVE_FAST}."
+            f"{folder} has neither tokenizer.json nor tokenizer.model, only {', '.join(slow)}, which "
+            f"needs Python code to be read. Where transformers is installed, run {SAVE_FAST}."
         )
     return f"{folder} has neither tokenizer.json nor tokenizer.model. Download the tokenizer's files into it."
