@@ -24,7 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from converters.device import Placement, Progress, load_parallel, spec_sharding
-from converters.zarr import map_array
+from converters.headers import TensorInfo
+from converters.zarr import find_array, read_array
 from lmdeploy_jax.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -102,9 +103,9 @@ def load(
     _check_leaves(root, leaves, specs)
     weights = root / WEIGHTS
     try:
-        maps = {n: array for n, leaf in leaves.items() if (array := _map(weights / n, leaf)) is not None}
-        if len(maps) == len(leaves):
-            placements = {name: _placement(maps[name], spec) for name, spec in specs.items()}
+        found = {n: info for n, leaf in leaves.items() if (info := _find(weights / n, leaf)) is not None}
+        if len(found) == len(leaves):
+            placements = {name: _placement(found[name], spec) for name, spec in specs.items()}
             return load_parallel(placements, progress=progress)
         return _restore(weights, specs)
     except (CheckpointError, jax.errors.JaxRuntimeError):  # the latter: a device is out of memory
@@ -114,14 +115,13 @@ def load(
         raise CheckpointError(f"{weights}: damaged ({reason}); {CONVERT_AGAIN}") from error
 
 
-def _map(folder: pathlib.Path, leaf: Mapping[str, Any]) -> np.ndarray | None:
-    return map_array(folder, tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
+def _find(folder: pathlib.Path, leaf: Mapping[str, Any]) -> TensorInfo | None:
+    return find_array(folder, tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
 
 
-def _placement(array: np.ndarray, spec: jax.ShapeDtypeStruct) -> Placement:
-    return Placement(
-        spec.shape, spec.dtype, spec_sharding(spec), lambda index: np.ascontiguousarray(array[index])
-    )
+def _placement(info: TensorInfo, spec: jax.ShapeDtypeStruct) -> Placement:
+    dtype = np.dtype(spec.dtype)
+    return Placement(spec.shape, dtype, spec_sharding(spec), lambda index: read_array(info, index, dtype))
 
 
 def _restore(weights: pathlib.Path, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -73,8 +73,7 @@ class CheckpointReader:
             raise ValueError(f"{name}: slice {index} of shape {sizes(ranges)} does not fit {out.shape}")
         if self._files.get(info.file) is None:
             raise CheckpointError(f"{info.file}: the checkpoint has been closed; open it again")
-        if out.size:
-            _fill(self._files[info.file], info, info.offset, info.shape, ranges, out)
+        fill(self._files[info.file], info, ranges, out)
 
     def close(self) -> None:
         """Closes the files; reading afterwards raises CheckpointError."""
@@ -102,6 +101,12 @@ class CheckpointReader:
 def _close_all(files: dict[pathlib.Path, int]) -> None:
     while files:
         os.close(files.popitem()[1])
+
+
+def fill(fd: int, info: TensorInfo, ranges: Ranges, out: np.ndarray) -> None:
+    """Reads the block `ranges` of the tensor at `info` into `out`, converted to its dtype."""
+    if out.size:
+        _fill(fd, info, info.offset, info.shape, ranges, out)
 
 
 def _fill(

@@ -13,21 +13,34 @@ from typing import Any
 
 import numpy as np
 
+from converters.headers import TensorInfo
+from converters.safetensors import fill
+from converters.slicing import Index, aligned_empty, as_ranges, is_whole, sizes
 from lmdeploy_jax.errors import CheckpointError
 
 
-def map_array(folder: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
-    """The array stored in `folder`, read-only; None where it is not stored plainly in one chunk.
+def find_array(folder: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> TensorInfo | None:
+    """Where the array in `folder` lies; None where it is not stored plainly in one chunk.
 
     Raises CheckpointError where the file's size does not fit `shape`, OSError where it is missing.
     """
     if not shape or not math.prod(shape) or not _is_plain(folder, shape, dtype):
         return None
-    chunk = folder / ".".join("0" * len(shape))
-    expected = math.prod(shape) * dtype.itemsize
-    if (size := chunk.stat().st_size) != expected:
-        raise CheckpointError(f"{chunk}: damaged: {size} bytes, {list(shape)} of {dtype} takes {expected}")
-    return np.memmap(chunk, dtype, mode="r", shape=shape)
+    info = TensorInfo(shape, dtype, folder / ".".join("0" * len(shape)), 0)
+    if (size := info.file.stat().st_size) != info.nbytes:
+        raise CheckpointError(f"{info.file}: damaged: {size} bytes, {list(shape)} takes {info.nbytes}")
+    return info
+
+
+def read_array(info: TensorInfo, index: Index, dtype: np.dtype) -> np.ndarray:
+    """A slice of the array as `dtype`: a map of the file where that is all of it as it is, else a copy."""
+    ranges = as_ranges(index, info.shape)
+    if dtype == info.dtype and is_whole(ranges, info.shape):
+        return np.memmap(info.file, dtype, mode="r", shape=info.shape)
+    out = aligned_empty(sizes(ranges), dtype)
+    with info.file.open("rb", buffering=0) as file:
+        fill(file.fileno(), info, ranges, out)
+    return out
 
 
 def _is_plain(folder: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
