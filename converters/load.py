@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from converters import orbax
 from converters.device import load_leaves
 from converters.families import build_config, family_of
 from converters.keytable import bind
+from converters.regroup import load_converted
 from converters.safetensors import CheckpointReader
 from lmdeploy_jax.errors import CheckpointError, ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
@@ -58,6 +61,11 @@ class LoadedModel:
         return self.skeleton.config
 
     @property
+    def named_leaves(self) -> dict[str, jax.Array]:
+        """The leaves by name, as a converted checkpoint holds them."""
+        return dict(zip(self.skeleton.specs, self.leaves, strict=True))
+
+    @property
     def kv_heads(self) -> int:
         """KV heads that the caches hold: the config's, or more where `tp` asks for copies."""
         return self.skeleton.kv_heads
@@ -95,15 +103,29 @@ def load_model(
     Everything is checked before anything is allocated. Raises CheckpointError and ConfigError.
     """
     raw, where = _read_json(folder, hf_overrides)
-    family = family_of(raw, where)
+    rules = family_of(raw, where).rules
     config = build_config(raw, where) if config is None else config
-    with CheckpointReader(folder) as reader:
-        wanted = pick_dtype(dtype, raw, _platform(mesh))
-        skeleton = build_skeleton(config, wanted, Kernels(backend, mesh))
-        shapes = {name: spec.shape for name, spec in skeleton.specs.items()}
-        leaves = bind(family.rules(config, skeleton.kv_heads), reader, shapes)
-        arrays = load_leaves(leaves, skeleton.specs, on_progress)
+    wanted = pick_dtype(dtype, stored_dtype(folder), _platform(mesh))
+    skeleton = build_skeleton(config, wanted, Kernels(backend, mesh))
+    if orbax.is_converted(folder):
+        arrays = _load_converted(folder, skeleton, on_progress)
+    else:
+        with CheckpointReader(folder) as reader:
+            shapes = {name: spec.shape for name, spec in skeleton.specs.items()}
+            leaves = bind(rules(config, skeleton.kv_heads), reader, shapes)
+            arrays = load_leaves(leaves, skeleton.specs, on_progress)
     return LoadedModel(skeleton, tuple(arrays[name] for name in skeleton.specs), wanted)
+
+
+def _load_converted(
+    folder: str | os.PathLike[str], skeleton: Skeleton, on_progress: Progress | None
+) -> dict[str, jax.Array]:
+    saved = build_skeleton(skeleton.config, jnp.dtype("float32"), Kernels()).specs
+    arrays = load_converted(folder, saved, skeleton.specs)
+    if on_progress is not None:
+        total = sum(array.nbytes for array in arrays.values())
+        on_progress(total, total)
+    return arrays
 
 
 def build_skeleton(config: DecoderConfig, dtype: jnp.dtype, kernels: Kernels) -> Skeleton:
@@ -119,19 +141,27 @@ def build_skeleton(config: DecoderConfig, dtype: jnp.dtype, kernels: Kernels) ->
     return Skeleton(config, kv_heads, graphdef, jax.tree.structure(state), specs)
 
 
-def pick_dtype(dtype: str, raw: Mapping[str, Any], platform: str) -> jnp.dtype:
-    """The model's dtype for a `dtype` option, a config and a platform. Raises ConfigError for an unknown name."""
+def pick_dtype(dtype: str, stored: jnp.dtype, platform: str) -> jnp.dtype:
+    """The model's dtype for a `dtype` option, the checkpoint's dtype and a platform; ConfigError for an unknown name."""
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
         return jnp.dtype(dtype)
     if platform == "cpu":
         return jnp.dtype("float32")  # matrix products in 16 bits are an order of magnitude slower there
-    return jnp.dtype("float16" if _stored_dtype(raw) == "float16" else "bfloat16")
+    return stored if stored.itemsize == 2 else jnp.dtype("bfloat16")
 
 
-def _stored_dtype(raw: Mapping[str, Any]) -> str:
-    return str(raw.get("dtype") or raw.get("torch_dtype") or "").removeprefix("torch.")
+def stored_dtype(folder: str | os.PathLike[str]) -> jnp.dtype:
+    """The dtype of a checkpoint's largest weight. Raises CheckpointError."""
+    if orbax.is_converted(folder):
+        weights = orbax.read_manifest(folder)["leaves"].values()
+        return jnp.dtype(max(weights, key=lambda weight: math.prod(weight["shape"]))["dtype"])
+    with CheckpointReader(folder) as reader:
+        infos = [reader.info(name) for name in reader.names()]
+    if not infos:
+        raise CheckpointError(f"{folder}: the checkpoint holds no tensors; download it again")
+    return jnp.dtype(max(infos, key=lambda info: info.nbytes).dtype)
 
 
 def _spec(name: str, variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
