@@ -1,0 +1,71 @@
+"""`convert MODEL OUT`: a checkpoint in this project's own form, which every command accepts as MODEL."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from lmdeploy_jax.cli.engine_flags import HELP
+from lmdeploy_jax.cli.flags import FlagSet, UsageError
+
+USAGE = "convert MODEL OUT [FLAGS]"
+ABOUT = """Reads the Hugging Face checkpoint MODEL (a folder or a hub id) and writes an Orbax checkpoint into
+the folder OUT, with config, tokenizer and chat template beside it. Every command takes OUT as MODEL."""
+
+
+def define(flags: FlagSet) -> None:
+    """The flags of the command."""
+    add, text = flags.add, absl_flags.DEFINE_string
+    choices = {"enum_values": ["auto", "float32", "float16", "bfloat16"]}
+    about = "type in which the weights are written; auto keeps the checkpoint's"
+    add("Conversion", absl_flags.DEFINE_enum, "dtype", "auto", about, **choices)
+    add("Conversion", absl_flags.DEFINE_boolean, "force", False, "replace OUT where it is not empty")
+    add("Conversion", text, "revision", None, HELP["revision"])
+    add("Conversion", text, "download_dir", None, HELP["download_dir"])
+
+
+def run(flags: FlagSet, args: list[str]) -> int:
+    """Convert, and print sizes and times."""
+    if len(args) != 2:
+        raise UsageError(f"usage: lmdeploy_jax {USAGE}")
+    model, out = args
+
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the weights only pass through: no GPU need hold them
+
+    from converters import orbax
+    from converters.hub import resolve_model
+    from converters.load import load_model, stored_dtype
+    from lmdeploy_jax.engine.progress import loading_bar
+
+    start = time.perf_counter()
+    folder = resolve_model(model, revision=flags["revision"], download_dir=flags["download_dir"])
+    _check_out(Path(out), flags["force"])
+    dtype = str(stored_dtype(folder)) if flags["dtype"] == "auto" else flags["dtype"]
+    with loading_bar(sys.stderr.isatty()) as on_progress:
+        loaded = load_model(folder, dtype=dtype, on_progress=on_progress)
+    read = time.perf_counter()
+    leaves = dict(zip(loaded.skeleton.specs, loaded.leaves, strict=True))
+    size = sum(leaf.nbytes for leaf in loaded.leaves)
+    print(f"read {folder}: {len(leaves)} weights, {_gb(size)} in {dtype}, {read - start:.1f} s", flush=True)
+    orbax.save(out, leaves, {"dtype": dtype, "source": model}, folder, force=flags["force"])
+    print(f"wrote {out}: {_gb(_folder_bytes(Path(out)))} on disk, {time.perf_counter() - read:.1f} s")
+    return 0
+
+
+def _check_out(out: Path, force: bool) -> None:
+    """Refuse before the long read what the writer would refuse after it."""
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise UsageError(f"{out} is not empty; name a new folder, or give --force to replace it.")
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
