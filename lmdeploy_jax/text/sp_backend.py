@@ -34,7 +34,8 @@ class SentencePieceBackend:
         self.base_size = self._model.vocab_size()
         self._added = self._collect_added(settings)
         self._ids = {token.content: i for i, token in self._added.items()}
-        self._pattern = _pattern(self._added.values())
+        self._matched = sorted(self._added, key=lambda i: len(self._added[i].content), reverse=True)
+        self._pattern = _pattern(self._added[i] for i in self._matched)
         self.size = max(self.base_size, 1 + max(self._added, default=-1))
         self._bos = self._ids[self.named["bos_token"]] if self._adds(config, "bos_token", True) else None
         self._eos = self._ids[self.named["eos_token"]] if self._adds(config, "eos_token", False) else None
@@ -67,12 +68,12 @@ class SentencePieceBackend:
 
     def _body(self, text: str) -> Iterator[int]:
         """Ids of the text without BOS and EOS."""
-        parts = self._pattern.split(text) if self._pattern else [text]
-        for i, part in enumerate(parts):  # every second part is an added token
-            if i % 2:
-                yield self._ids.get(part, self._ids.get(part.strip(), -1))
-            elif part:
-                yield from (self._rest if i else self._first).encode(part, out_type=int)
+        start, model = 0, self._first
+        for match in self._pattern.finditer(text):
+            yield from model.encode(text[start : match.start()], out_type=int)
+            yield self._matched[(match.lastindex or 0) - 1]
+            start, model = match.end(), self._rest
+        yield from model.encode(text[start:], out_type=int)
 
     def _piece(self, token_id: int) -> bytes:
         token = self.id_to_token(token_id)
@@ -115,7 +116,8 @@ class SentencePieceBackend:
         return named
 
     def _adds(self, config: dict[str, Any], name: str, default: bool) -> bool:
-        return name in self.named and bool(config.get(f"add_{name}", default))
+        value = config.get(f"add_{name}")
+        return name in self.named and (default if value is None else bool(value))
 
 
 def _prefix_models(
@@ -126,21 +128,21 @@ def _prefix_models(
     if not prefixed:
         return model, model, False
     never = config.get("add_prefix_space") is False
-    if not never and config.get("legacy", True):
+    if not never and config.get("legacy") is not False:
         return model, model, True
     bare = _processor(model.serialized_model_proto() + _NO_DUMMY_PREFIX)
     return (bare, bare, False) if never else (model, bare, True)
 
 
-def _pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str] | None:
-    """One capturing group that matches any added token, the longest first."""
-    ordered = sorted(tokens, key=lambda token: len(token.content), reverse=True)
-    alternatives = [
-        rf"\s*{body}" * t.lstrip or body
-        for t in ordered
-        for body in [re.escape(t.content) + r"\s*" * t.rstrip]
-    ]
-    return re.compile(f"({'|'.join(alternatives)})") if alternatives else None
+def _pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
+    """Matches any added token, one capturing group for each in the order given."""
+    alternatives = []
+    for token in tokens:
+        body = f"({re.escape(token.content)})"
+        if token.single_word:
+            body = rf"(?<!\w){body}(?!\w)"
+        alternatives.append((r"\s*" if token.lstrip else "") + body + (r"\s*" if token.rstrip else ""))
+    return re.compile("|".join(alternatives) or "(?!)")  # (?!) never matches
 
 
 def _load(path: Path) -> sentencepiece.SentencePieceProcessor:

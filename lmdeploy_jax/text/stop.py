@@ -36,6 +36,8 @@ class StopMatcher:
         """
         if self._done:
             return "", None
+        if not self._state and self._automaton.cannot_start_in(text):
+            return text, None
         state, end, stop = self._automaton.scan(self._state, text)
         seen = self._held + text[:end]
         if stop is not None:
@@ -64,6 +66,10 @@ class _Automaton:
     stop: list[str | None] = field(
         default_factory=lambda: [None]
     )  # longest stop string that ends in this state
+
+    def cannot_start_in(self, text: str) -> bool:
+        """Whether the text has no stop string's first character: most text, told at C speed."""
+        return self.next[0].keys().isdisjoint(text)
 
     def scan(self, state: int, text: str) -> tuple[int, int, str | None]:
         """The state after `text`, the number of characters read, the stop string that ended the reading."""

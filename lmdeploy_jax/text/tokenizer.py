@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Protocol, cast
 
-from lmdeploy_jax.errors import CheckpointError
+from lmdeploy_jax.errors import CheckpointError, RequestError
 from lmdeploy_jax.text.detokenize import DetokenizeState, IncrementalDetokenizer, open_stream
 from lmdeploy_jax.text.pieces import ByteDecoding
 from lmdeploy_jax.text.settings import SAVE_FAST, TokenizerSettings, read_eos_ids, read_settings
@@ -96,8 +96,9 @@ class Tokenizer:
         """Ids of `s`, with the special tokens that the checkpoint puts around a text.
 
         A second leading BOS (a chat template wrote one too) is dropped with a warning; `add_bos=False` drops
-        both.
+        both. Raises `RequestError` for a text with lone surrogates.
         """
+        _check_unicode(s)
         ids = self._backend.encode(s, add_special_tokens)
         bos = self.bos_token_id
         if bos is None or ids[:1] != [bos]:
@@ -184,6 +185,16 @@ class Tokenizer:
                 "the tokenizer adds one. This is said once.",
                 self.bos_token,
             )
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The text is not valid Unicode: a lone surrogate {text[error.start]!a} stands at character "
+            f"{error.start}. Send complete characters."
+        ) from error
 
 
 def _folder(model_path: str | Path) -> Path:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from lmdeploy_jax.errors import CheckpointError
+from lmdeploy_jax.errors import CheckpointError, RequestError
 from lmdeploy_jax.text import Tokenizer
 
 FUZZ = settings(
@@ -203,6 +203,27 @@ def test_call_and_offset(byte_level: Path) -> None:
     assert ours("Hello world").input_ids == ids
     assert ours(["Hello world", "x"]).input_ids == [ids, ours.encode("x")]
     assert ours.decode(ids, offset=2) == ours.decode(ids[2:])
+
+
+def test_lone_surrogates_are_refused(byte_level: Path, internlm2: Path) -> None:
+    for path in (byte_level, internlm2):
+        with pytest.raises(RequestError, match=r"lone surrogate .*ud83d' stands at character 2"):
+            Tokenizer(path).encode("ab\ud83dc")
+
+
+def test_added_tokens_swallow_space_as_in_transformers(sp_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((sp_model / "tokenizer.model").read_bytes())
+    flags = [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}, {"single_word": True}, {}]
+    plain = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    added = {str(500 + i): plain | {"content": f"<t{i}>"} | flag for i, flag in enumerate(flags)}
+    config = {"bos_token": "<s>", "eos_token": "</s>", "legacy": False, "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = Tokenizer(tmp_path), LlamaTokenizer.from_pretrained(tmp_path)
+    for i in range(len(flags)):
+        for text in (f"ab <t{i}> cd", f"ab<t{i}>cd", f"ab  <t{i}>\n\ncd"):
+            assert ours.encode(text, add_special_tokens=False) == theirs.encode(
+                text, add_special_tokens=False
+            ), text
 
 
 def test_missing_and_broken_files_are_explained(tmp_path: Path) -> None:
