@@ -102,15 +102,23 @@ def _own_template(tokenizer: Tokenizer, folder: Path) -> HfChatTemplate | None:
 
 
 def _source(folder: Path) -> str | dict[str, str] | None:
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+    files = _files(folder)
+    if files:
+        return files
     in_file = read_json(folder / "chat_template.json")
     source = in_file.get("chat_template") if isinstance(in_file, dict) else in_file
     source = source or read_object(folder / "tokenizer_config.json").get("chat_template")
     if not source or isinstance(source, str):
         return source or None
     return _by_name(source, folder)
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """chat_template.jinja and additional_chat_templates/NAME.jinja."""
+    found = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        found["default"] = folder / "chat_template.jinja"
+    return {name: path.read_text(encoding="utf-8") for name, path in found.items()}
 
 
 def _by_name(source: Any, folder: Path) -> dict[str, str]:

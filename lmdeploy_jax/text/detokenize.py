@@ -61,18 +61,23 @@ class _ByteStream:
 
     def __init__(self, decoding: ByteDecoding, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._pieces = decoding.visible if skip_special_tokens else decoding.pieces
-        self._decoder = codecs.getincrementaldecoder("utf-8")(decoding.errors)
+        self._errors = decoding.errors
+        self._unfinished = b""  # the beginning of a character
+        self._strip = False
+        self.feed(prompt_ids[-_CONTEXT:])
         self._strip = decoding.strip_space and not any(self._pieces[i] for i in prompt_ids)
-        self._decoder.decode(b"".join([self._pieces[i] for i in prompt_ids[-_CONTEXT:]]))
 
     def feed(self, ids: Sequence[int]) -> str:
         pieces = self._pieces
-        return self._new(self._decoder.decode(b"".join([pieces[i] for i in ids])))
+        return self._decode(b"".join([pieces[i] for i in ids]), False)
 
     def finish(self) -> str:
-        return self._new(self._decoder.decode(b"", final=True))
+        return self._decode(b"", True)
 
-    def _new(self, text: str) -> str:
+    def _decode(self, data: bytes, final: bool) -> str:
+        data = self._unfinished + data
+        text, used = codecs.utf_8_decode(data, self._errors, final)
+        self._unfinished = data[used:]
         if self._strip and text:
             self._strip = False
             return text.removeprefix(" ")

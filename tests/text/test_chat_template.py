@@ -11,7 +11,13 @@ import pytest
 
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.text import Tokenizer
-from lmdeploy_jax.text.chat_template import BuiltinTemplate, ChatTemplateConfig, builtin, select
+from lmdeploy_jax.text.chat_template import (
+    BuiltinTemplate,
+    ChatTemplateConfig,
+    HfChatTemplate,
+    builtin,
+    select,
+)
 from tests.text.samples import USER
 
 
@@ -67,8 +73,14 @@ def test_the_checkpoints_own_jinja_wherever_it_stands(byte_level: Path, tmp_path
     }
     for name, (files, expected) in cases.items():
         template = select(*checkpoint(byte_level, tmp_path / name, **files))
+        assert isinstance(template, HfChatTemplate)
         assert template.render([USER]) == expected
         assert template.stop_words == ("<|im_end|>",)
+    extra = tmp_path / "file" / "additional_chat_templates"
+    extra.mkdir()
+    (extra / "tool_use.jinja").write_text("with tools")
+    template = select(Tokenizer(tmp_path / "file"), tmp_path / "file")
+    assert (template.render([USER]), template.render([USER], tools=[{}])) == ("in file", "with tools")
 
 
 def test_the_users_choice_wins(byte_level: Path, tmp_path: Path) -> None:
