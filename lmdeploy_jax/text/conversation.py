@@ -16,6 +16,8 @@ MEDIA_PARTS = {
     "audio": "audio", "audio_url": "audio", "input_audio": "audio",
 }  # fmt: skip
 
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
 Message = dict[str, Any]
 
 
@@ -48,10 +50,18 @@ def _normalise(message: Mapping[str, Any], where: str) -> Message:
     if calls and role != "assistant":
         raise RequestError(f"{where}: only the assistant calls tools, not {role!r}.")
     content = _content(message.get("content"), where)
-    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    rest = {key: value for key, value in _with_thought(message).items() if key != "tool_calls"}
     if calls:
         return rest | {"content": content, "tool_calls": calls}
     return rest | {"content": content or ""}
+
+
+def _with_thought(message: Mapping[str, Any]) -> Message:
+    """A thought goes by three names. Templates read the first one, gpt-oss's the second; so in HF."""
+    thought = next((message[name] for name in REASONING_FIELDS if message.get(name) is not None), None)
+    return (
+        dict(message) if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+    )
 
 
 def _content(content: Any, where: str) -> str | None:

@@ -62,6 +62,13 @@ def test_bad_messages_are_named_by_position(message: Any, words: str) -> None:
         normalise_messages([USER, message])
 
 
+def test_thoughts_go_by_the_names_that_templates_read() -> None:
+    (message,) = normalise_messages(
+        [{"role": "assistant", "content": "4", "reasoning": "2+2", "reasoning_content": None}]
+    )
+    assert (message["reasoning_content"], message["thinking"]) == ("2+2", "2+2")
+
+
 def test_an_empty_conversation_is_refused() -> None:
     with pytest.raises(RequestError, match="at least one message"):
         normalise_messages([])
