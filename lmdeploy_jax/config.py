@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lmdeploy_jax.errors import ConfigError
@@ -11,15 +13,20 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 BACKENDS = ("auto", "pallas", "xla")
 PAGE_SIZE = 64  # tokens a page; the kernels are written for it
 
+logger = logging.getLogger("lmdeploy_jax")
+
 
 @dataclass
 class JaxEngineConfig:
     """How a model is loaded and run. Raises `ConfigError` for a value that cannot work.
 
-    cache_max_entry_count: share of the free memory given to the KV cache if < 1, else an absolute number of bytes.
+    cache_max_entry_count: share of the free memory given to the KV cache if < 1, else an absolute number of
+        bytes.
     max_batch_size, max_prefill_token_num, session_len: None lets the engine choose by device and model.
     hf_overrides: nested dict merged over the checkpoint's config.json.
-    compile_cache_dir: where compiled programs are kept between runs; None is the user's cache folder, "" is off.
+    eager_mode: compile each program when it is first needed, not all ahead: quick to start, slow at first.
+    compile_cache_dir: where compiled programs are kept between runs; None is the user's cache folder, "" is
+        off.
     """
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -35,6 +42,7 @@ class JaxEngineConfig:
     download_dir: str | None = None
     hf_overrides: dict[str, Any] | None = None
     compile_cache_dir: str | None = None
+    eager_mode: bool = False
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -45,8 +53,8 @@ class JaxEngineConfig:
                 _positive(name, getattr(self, name))
         if self.cache_block_seq_len != PAGE_SIZE:
             raise ConfigError(
-                f"cache_block_seq_len={self.cache_block_seq_len!r} is not supported: pages hold {PAGE_SIZE} tokens. "
-                "Leave the field out."
+                f"cache_block_seq_len={self.cache_block_seq_len!r} is not supported: pages hold {PAGE_SIZE} "
+                "tokens. Leave the field out."
             )
         share = self.cache_max_entry_count
         if not isinstance(share, int | float) or isinstance(share, bool) or not share > 0:
@@ -64,3 +72,222 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}={value!r} is invalid: it must be a positive integer.")
+
+
+class _LmdeployConfig:
+    """What LMDeploy's two engine configs share: which fields carry over, are refused or are ignored.
+
+    A field is carried over to `JaxEngineConfig`, or refused when its value would change the results or the
+    use of the hardware and cannot be honoured, or ignored with a warning when it only tunes LMDeploy's own
+    engines.
+    """
+
+    _carried: dict[str, str]  # our field -> theirs
+    _refused: dict[str, tuple[tuple[object, ...], str]]  # field -> (values that are fine, what to do instead)
+
+    def __post_init__(self) -> None:
+        for name, (fine, remedy) in self._refused.items():
+            value = getattr(self, name)
+            if value not in fine:
+                raise ConfigError(f"{type(self).__name__}.{name}={value!r} is not supported: {remedy}")
+        share = self.cache_max_entry_count  # type: ignore[attr-defined]
+        if isinstance(share, int | float) and share >= 1:
+            raise ConfigError(
+                f"cache_max_entry_count={share!r} is a number of blocks in LMDeploy, which is not supported: "
+                "give a share of the free memory in (0, 1), or a number of bytes in a JaxEngineConfig."
+            )
+        self._carry_over()
+
+    def _carry_over(self) -> JaxEngineConfig:
+        return JaxEngineConfig(**{ours: getattr(self, theirs) for ours, theirs in self._carried.items()})
+
+    def to_jax(self) -> JaxEngineConfig:
+        """The same instructions for this engine. Warns of each field that has no meaning here."""
+        known = {*self._carried.values(), *self._refused} - {"device_type"}  # JAX picks the device
+        for f in fields(self):  # type: ignore[arg-type]
+            if f.name not in known and getattr(self, f.name) != f.default:
+                logger.warning(
+                    "%s.%s=%r has no meaning here and is ignored.",
+                    type(self).__name__,
+                    f.name,
+                    getattr(self, f.name),
+                )
+        return self._carry_over()
+
+
+_CARRIED = {
+    name: name
+    for name in (
+        "dtype",
+        "tp",
+        "session_len",
+        "max_batch_size",
+        "cache_max_entry_count",
+        "enable_prefix_caching",
+        "max_prefill_token_num",
+        "revision",
+        "download_dir",
+        "hf_overrides",
+    )
+}
+_ONE_DEVICE_GROUP = ((1,), "only tensor parallelism (tp) is implemented.")
+_REFUSED = {
+    "model_format": ((None, "hf"), "quantised checkpoints cannot be loaded yet."),
+    "quant_policy": ((0, None), "the KV cache cannot be quantised yet; leave the field out."),
+    "dp": _ONE_DEVICE_GROUP,
+    "ep": _ONE_DEVICE_GROUP,
+    "empty_init": ((False,), "an engine without weights has no use here."),
+}
+
+
+@dataclass
+class TurbomindEngineConfig(_LmdeployConfig):
+    """LMDeploy's TurboMind options, translated by `to_jax`. An unknown field is a TypeError.
+
+    Two defaults differ: prefix caching is on, and `max_prefill_token_num` is left to the engine.
+    """
+
+    _carried = _CARRIED | {"cache_block_seq_len": "cache_block_seq_len"}
+    _refused = _REFUSED | {
+        "cp": _ONE_DEVICE_GROUP,
+        "nnodes": _ONE_DEVICE_GROUP,
+        "node_rank": ((0,), "only one node is implemented."),
+        "devices": ((None,), "choose GPUs before the process starts, with CUDA_VISIBLE_DEVICES."),
+        "rope_scaling_factor": (
+            (0.0,),
+            'give hf_overrides={"rope_scaling": {...}} as in the model\'s config.json.',
+        ),
+        "use_logn_attn": ((False,), "logn attention is not implemented."),
+    }
+
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    model_format: str | None = None
+    tp: int = 1
+    dp: int = 1
+    cp: int = 1
+    ep: int = 1
+    device_num: int | None = None
+    attn_tp_size: int | None = None
+    attn_cp_size: int | None = None
+    attn_dp_size: int | None = None
+    mlp_tp_size: int | None = None
+    mlp_dp_size: int | None = None
+    outer_dp_size: int | None = None
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str | None = None
+    devices: Sequence[int] | None = None
+    session_len: int | None = None
+    max_batch_size: int | None = None
+    cache_max_entry_count: float = 0.8
+    cache_chunk_size: int = -1
+    cache_block_seq_len: int = PAGE_SIZE
+    enable_prefix_caching: bool = True
+    cache_checkpoint_interval: int = 4096
+    cache_prompt: str = "auto"
+    cache_prompt_boundary_skip: int = 1
+    cache_generation: str = "auto"
+    quant_policy: int = 0
+    rope_scaling_factor: float = 0.0
+    use_logn_attn: bool = False
+    download_dir: str | None = None
+    revision: str | None = None
+    max_prefill_token_num: int | None = None
+    num_tokens_per_iter: int = 0
+    max_prefill_iters: int = 1
+    async_: int = 1
+    empty_init: bool = False
+    language_model_only: bool = False
+    communicator: str = "nccl"
+    hf_overrides: dict[str, Any] | None = None
+    enable_metrics: bool = True
+
+
+@dataclass
+class PytorchEngineConfig(_LmdeployConfig):
+    """LMDeploy's PyTorch-engine options, translated by `to_jax`.
+
+    Two defaults differ: prefix caching is on, and `max_prefill_token_num` is left to the engine.
+    `device_type` "cuda" means the device that JAX finds. `role` and `migration_backend` are the names of
+    LMDeploy's enum members.
+    """
+
+    _carried = _CARRIED | {"cache_block_seq_len": "block_size"}
+    _refused = _REFUSED | {
+        "dp_rank": ((0,), "only tensor parallelism (tp) is implemented."),
+        "num_gpu_blocks": ((0,), "give cache_max_entry_count, in bytes if need be, in a JaxEngineConfig."),
+        "adapters": ((None, {}), "LoRA adapters cannot be loaded yet."),
+        "device_type": (("cuda", "gpu", "cpu", "auto"), "JAX runs here on CUDA GPUs and on CPUs."),
+        "custom_module_map": ((None, {}), "PyTorch modules cannot be used here."),
+        "logprobs_mode": ((None, "raw_logprobs"), "log-probabilities are always those of the raw logits."),
+        "enable_return_routed_experts": ((False,), "routed experts are not reported."),
+        "dllm_block_length": ((None,), "diffusion language models are not implemented."),
+        "dllm_denoising_steps": ((None,), "diffusion language models are not implemented."),
+        "role": (("Hybrid",), "prefill and decode run in one engine."),
+    }
+
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    tp: int = 1
+    dp: int = 1
+    dp_rank: int = 0
+    ep: int = 1
+    session_len: int | None = None
+    max_batch_size: int | None = None
+    attn_tp_size: int | None = None
+    mlp_tp_size: int | None = None
+    moe_tp_size: int | None = None
+    cache_max_entry_count: float = 0.8
+    prefill_interval: int = 16
+    block_size: int = PAGE_SIZE
+    kernel_block_size: int = -1
+    num_cpu_blocks: int = 0
+    num_gpu_blocks: int = 0
+    adapters: dict[str, str] | None = None
+    max_prefill_token_num: int | None = None
+    cudagraph_capture_batch_sizes: Sequence[int] | None = None
+    thread_safe: bool = False
+    enable_prefix_caching: bool = True
+    prefix_cache_state_budget: int = 0
+    prefix_cache_decode_state_interval: int = 0
+    device_type: str = "cuda"
+    eager_mode: bool = False
+    custom_module_map: dict[str, str] | None = None
+    download_dir: str | None = None
+    revision: str | None = None
+    quant_policy: int = 0
+    distributed_executor_backend: str | None = None
+    empty_init: bool = False
+    enable_microbatch: bool = False
+    enable_eplb: bool = False
+    enable_mp_engine: bool = False
+    mp_engine_backend: str = "mp"
+    model_format: str | None = None
+    enable_metrics: bool = True
+    hf_overrides: dict[str, Any] | None = None
+    language_model_only: bool = False
+    logprobs_mode: str | None = None
+    enable_return_routed_experts: bool = False
+    enable_transfer_obj_ref: bool = False
+    dllm_block_length: int | None = None
+    dllm_unmasking_strategy: str = "low_confidence_dynamic"
+    dllm_denoising_steps: int | None = None
+    dllm_confidence_threshold: float = 0.85
+    role: str = "Hybrid"
+    migration_backend: str = "DLSlime"
+
+
+EngineConfig = JaxEngineConfig | TurbomindEngineConfig | PytorchEngineConfig
+
+
+def engine_config(config: EngineConfig | None) -> JaxEngineConfig:
+    """This engine's config from any of the accepted ones; None is the defaults. Raises `ConfigError`."""
+    if config is None:
+        return JaxEngineConfig()
+    if isinstance(config, JaxEngineConfig):
+        return config
+    if isinstance(config, TurbomindEngineConfig | PytorchEngineConfig):
+        return config.to_jax()
+    raise ConfigError(
+        f"backend_config is a {type(config).__name__}: give a JaxEngineConfig, TurbomindEngineConfig or "
+        "PytorchEngineConfig."
+    )

@@ -42,6 +42,12 @@ class ContextLengthError(RequestError):
     code = "context_length_exceeded"
 
 
+class RequestConflictError(RequestError):
+    """A session has an answer under way and cannot start another."""
+
+    code = "request_conflict"
+
+
 class EngineError(LmdeployError, RuntimeError):
     """The engine cannot go on, or has been closed."""
 

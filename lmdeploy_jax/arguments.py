@@ -1,0 +1,115 @@
+"""What a call of the pipeline is given: checked, and brought to one list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.messages import GenerationConfig
+from lmdeploy_jax.session import Session
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.engine.frontend import PromptOptions
+    from lmdeploy_jax.text.prompts import Prompt
+
+Configs = GenerationConfig | Sequence[GenerationConfig] | None
+_TEMPLATE_WORDS = (
+    "enable_thinking",
+    "reasoning_effort",
+)  # variables of chat templates with a name of their own
+KEYWORDS = ("input_ids", "tools", "chat_template_kwargs", *_TEMPLATE_WORDS)
+
+
+def prompt_options(do_preprocess: bool, adapter_name: str | None, kwargs: Mapping[str, Any]) -> PromptOptions:
+    """Raises TypeError for an unknown keyword, `RequestError` for one that cannot be honoured."""
+    from lmdeploy_jax.engine.frontend import PromptOptions
+
+    _refuse_unknown(kwargs)
+    if adapter_name is not None:
+        raise RequestError(
+            f"adapter_name={adapter_name!r} is not supported: LoRA adapters cannot be loaded yet."
+        )
+    variables = dict(kwargs.get("chat_template_kwargs") or {})
+    variables |= {name: kwargs[name] for name in _TEMPLATE_WORDS if kwargs.get(name) is not None}
+    tools = kwargs.get("tools") or None
+    if not do_preprocess and (tools or variables):
+        raise RequestError(
+            "do_preprocess=False leaves out the chat template: tools and template variables have no effect."
+        )
+    return PromptOptions(do_preprocess, tools, variables)
+
+
+def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+    settings = {f.name for f in fields(GenerationConfig)}
+    for name in kwargs:
+        if name not in KEYWORDS:
+            hint = f": give gen_config=GenerationConfig({name}=...)" if name in settings else ""
+            raise TypeError(f"unexpected keyword argument {name!r}{hint}. Known are {', '.join(KEYWORDS)}.")
+
+
+def given_prompts(prompts: Any, kwargs: Mapping[str, Any]) -> tuple[list[Prompt | RequestError], bool]:
+    """The prompts as a list, and whether a single one was meant. A bad prompt stands as its error.
+
+    Raises ValueError for a form that is no prompt at all, and unless exactly one of prompts and input_ids
+    is given.
+    """
+    input_ids = kwargs.get("input_ids")
+    if (prompts is None) == (input_ids is None):
+        raise ValueError("You must specify exactly one of messages or input_ids.")
+    if prompts is not None:
+        return _normalised(prompts)
+    lists, single = id_lists(input_ids)
+    return _normalised(lists[0] if single else lists)
+
+
+def _normalised(prompts: Any) -> tuple[list[Prompt | RequestError], bool]:
+    from lmdeploy_jax.text.prompts import normalise_prompts
+
+    try:
+        items, single = normalise_prompts(prompts)
+        return list(items), single
+    except RequestError as error:
+        if isinstance(prompts, list) and not isinstance(prompts[0], Mapping):
+            return [_normalised(prompt)[0][0] for prompt in prompts], False
+        return [error], True
+
+
+def id_lists(input_ids: Any) -> tuple[list[list[int]], bool]:
+    """Sequences of token ids as lists, and whether a single one was meant. Raises ValueError otherwise."""
+    rows = input_ids.tolist() if hasattr(input_ids, "tolist") else list(input_ids)
+    if rows and _are_ids(rows):
+        return [rows], True
+    lists = [list(row) for row in rows if not isinstance(row, str | Mapping) and isinstance(row, Iterable)]
+    if len(lists) != len(rows) or not all(map(_are_ids, lists)):
+        raise ValueError("input_ids must be a list of token ids, or a list of such lists.")
+    return lists, False
+
+
+def _are_ids(row: list[Any]) -> bool:
+    return all(hasattr(i, "__index__") for i in row)
+
+
+def aligned_configs(gen_config: Configs, count: int) -> list[GenerationConfig]:
+    """One config for each prompt. Raises ValueError for a list of another length."""
+    if gen_config is None or isinstance(gen_config, GenerationConfig):
+        return [gen_config or GenerationConfig()] * count
+    if len(gen_config) != count:
+        raise ValueError(
+            "input gen_config length differs from the length of prompts. "
+            f"Got {len(gen_config)} configs and {count} prompts."
+        )
+    return list(gen_config)
+
+
+def aligned_sessions(sessions: Session | Sequence[Session] | None, count: int) -> list[Session | None]:
+    """One session, or None, for each prompt. Raises ValueError for another number of them."""
+    if sessions is None:
+        return [None] * count
+    given: list[Session | None] = [sessions] if isinstance(sessions, Session) else list(sessions)
+    if len(given) != count:
+        raise ValueError(
+            f"prompts and sessions should have the same length. Got {count} prompts and {len(given)} sessions"
+        )
+    return given

@@ -1,0 +1,46 @@
+"""One prompt's pieces for an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from lmdeploy_jax.engine.answer import error_response
+from lmdeploy_jax.engine.frontend import Frontend, PromptOptions
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.text.prompts import Prompt
+
+
+async def pieces(
+    frontend: Frontend,
+    prompt: Prompt | RequestError,
+    config: GenerationConfig,
+    options: PromptOptions,
+    *,
+    stream: bool = True,
+) -> AsyncIterator[Response]:
+    """The pieces of a prompt's answers. Leaving early, by cancellation too, aborts the request."""
+    inbox: asyncio.Queue[Response] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def post(piece: Response) -> None:
+        loop.call_soon_threadsafe(inbox.put_nowait, piece)
+
+    try:
+        if isinstance(prompt, RequestError):
+            raise prompt
+        ids = await asyncio.to_thread(frontend.encode, prompt, options)
+        request_id = frontend.submit(ids, config, post, stream=stream)
+    except RequestError as error:
+        yield error_response(error, 0)
+        return
+    left = config.n
+    try:
+        while left:
+            piece = await inbox.get()
+            left -= piece.finish_reason is not None
+            yield piece
+    finally:
+        if left:
+            frontend.abort(request_id)

@@ -1,0 +1,115 @@
+"""Text on one side, the engine's token ids on the other. The pipeline and the server are built on it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lmdeploy_jax.engine.answer import OutputOptions
+from lmdeploy_jax.engine.output import OutputProcessor, Sink
+from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
+from lmdeploy_jax.engine.request import Request
+from lmdeploy_jax.errors import EngineError
+from lmdeploy_jax.logs import REQUEST, shortened
+from lmdeploy_jax.messages import GenerationConfig
+from lmdeploy_jax.text.chat_template import ChatTemplate
+from lmdeploy_jax.text.prompts import Prompt
+from lmdeploy_jax.text.settings import read_object
+from lmdeploy_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lmdeploy_jax.engine.engine import Engine
+
+logger = logging.getLogger("lmdeploy_jax")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a prompt becomes token ids. Without `chat` it is raw text, messages their contents joined."""
+
+    chat: bool = True
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class Frontend:
+    """An engine with its tokenizer and chat template. Every method may be called from any thread."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate, max_log_len: int | None = None
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.template = template
+        self.limits = ModelLimits(
+            session_len=engine.session_len,
+            vocab_size=engine.vocab_size,
+            encode=partial(tokenizer.encode, add_bos=False, add_special_tokens=False),
+            eos_ids=frozenset(tokenizer.eos_token_ids) | _config_eos_ids(engine.folder),
+            template_stops=tuple(template.stop_words),
+            is_special=tokenizer.is_special,
+        )
+        self._max_log_len = max_log_len
+        self._outputs = OutputProcessor(tokenizer, self.abort)
+
+    def encode(self, prompt: Prompt, options: PromptOptions) -> list[int]:
+        """The prompt's token ids, through the chat template unless `options` say no.
+
+        Raises `RequestError` for a conversation that the template refuses.
+        """
+        if prompt.token_ids is not None:
+            return list(prompt.token_ids)
+        messages = [dict(m) for m in prompt.messages or ()]
+        if not options.chat:
+            text = prompt.text if prompt.text is not None else "".join(m["content"] or "" for m in messages)
+            return self.tokenizer.encode(text)
+        if prompt.text is not None:
+            messages = [{"role": "user", "content": prompt.text}]
+        text = self.template.render(messages, tools=options.tools, **options.template_kwargs)
+        bos = self.tokenizer.bos_token
+        return self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+
+    def submit(
+        self, prompt: list[int], config: GenerationConfig, sink: Sink, *, index: int = 0, stream: bool = True
+    ) -> int:
+        """Start `config.n` answers; returns the request's id.
+
+        `sink` is called on a worker's thread: with pieces if `stream`, else with each complete answer. Each
+        of the `n` answers ends with one finish_reason. Raises `RequestError` and `EngineError`, and then
+        calls no sink.
+        """
+        options = OutputOptions(config, stops(config, self.limits), stream, index)
+        params = sampling_params(config, prompt, self.limits)
+        request = Request(prompt, params, self._outputs.listener(prompt, options, sink))
+        if logger.isEnabledFor(REQUEST):
+            text = shortened(self.tokenizer.decode(prompt, skip_special_tokens=False), self._max_log_len)
+            ids = shortened(prompt, self._max_log_len)
+            logger.log(
+                REQUEST, "request %d: prompt=%r ids=%s config=%s", request.request_id, text, ids, config
+            )
+        self.engine.submit(request)
+        return request.request_id
+
+    def abort(self, request_id: int, choice: int | None = None) -> None:
+        """End a request, or one of its answers. What has ended already is left alone."""
+        try:
+            self.engine.abort(request_id, choice)
+        except EngineError:
+            logger.debug("request %d has ended with the engine", request_id)
+
+    def close(self) -> None:
+        """Close the engine; what still runs ends with finish_reason "abort"."""
+        self.engine.close()
+        self._outputs.close()
+
+
+def _config_eos_ids(folder: Path) -> frozenset[int]:
+    """config.json's ids, which HF goes by where there is no generation_config.json."""
+    if (folder / "generation_config.json").is_file():
+        return frozenset()
+    ids = read_object(folder / "config.json").get("eos_token_id")
+    return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))

@@ -1,0 +1,146 @@
+"""Between the engine's thread and the readers: a worker that turns tokens into Responses."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lmdeploy_jax.engine.answer import Answer, OutputOptions
+from lmdeploy_jax.engine.request import StepOutput
+from lmdeploy_jax.messages import Response
+from lmdeploy_jax.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("lmdeploy_jax")
+
+Sink = Callable[[Response], None]  # called on the worker's thread; must not block
+Abort = Callable[[int, int | None], None]  # (request id, which of its sequences)
+
+
+class OutputProcessor:
+    """One worker thread that turns `StepOutput`s into `Response`s.
+
+    Outputs that wait are taken together, so that a worker that falls behind does less work for each token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, abort: Abort) -> None:
+        self.tokenizer = tokenizer
+        self.abort = abort
+        self._inbox: queue.SimpleQueue[tuple[_Listener, StepOutput] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="lmdeploy_jax output", daemon=True)
+        self._thread.start()
+
+    def listener(
+        self, prompt: Sequence[int], options: OutputOptions, sink: Sink
+    ) -> Callable[[StepOutput], None]:
+        """A request's `on_output`. Each answer reaches `sink` as pieces, the last with a finish_reason."""
+        return _Listener(self, prompt, options, sink).receive
+
+    def put(self, listener: _Listener, out: StepOutput) -> None:
+        self._inbox.put((listener, out))
+
+    def close(self) -> None:
+        """Deliver what has been handed in, then stop."""
+        self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        going = True
+        while going:
+            outs: dict[tuple[_Listener, int], list[StepOutput]] = {}
+            going = self._take(outs)
+            for (listener, _), same in outs.items():
+                listener.process(merged(same))
+
+    def _take(self, outs: dict[tuple[_Listener, int], list[StepOutput]]) -> bool:
+        """Everything that waits, by sequence; sleeps if nothing does. False once closed."""
+        item = self._inbox.get()
+        while item is not None:
+            listener, out = item
+            outs.setdefault((listener, out.index), []).append(out)
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                return True
+        return False
+
+
+class _Listener:
+    """A request's answers, and where they are told."""
+
+    def __init__(
+        self, processor: OutputProcessor, prompt: Sequence[int], options: OutputOptions, sink: Sink
+    ) -> None:
+        self._processor = processor
+        self._sink = sink
+        self._answers = [
+            Answer(processor.tokenizer, prompt, options, choice) for choice in range(options.config.n)
+        ]
+        self._whole = not options.stream
+        # Where nobody reads along, tokens become text once, at the end.
+        self._collect = self._whole and not options.stops.strings
+        self._waiting: list[list[StepOutput]] = [[] for _ in self._answers]
+        self._told: list[Response | None] = [None for _ in self._answers]
+
+    def receive(self, out: StepOutput) -> None:
+        """Called on the engine's thread."""
+        if self._collect:
+            waiting = self._waiting[out.index]
+            waiting.append(out)
+            if out.finish_reason is None:
+                return
+            out = merged(waiting)
+        self._processor.put(self, out)
+
+    def process(self, out: StepOutput) -> None:
+        answer = self._answers[out.index]
+        if answer.done:
+            return
+        try:
+            piece = answer.feed(out)
+        except Exception as error:  # one answer's fault must not end the others
+            logger.exception("answer %d of request %d failed", out.index, out.request_id)
+            piece = answer.failed(error)
+        if answer.done and out.finish_reason is None:
+            self._processor.abort(out.request_id, out.index)
+        self._tell(out, piece)
+
+    def _tell(self, out: StepOutput, piece: Response) -> None:
+        if self._whole:
+            told = self._told[out.index]
+            piece = self._told[out.index] = piece if told is None else told.extend(piece)
+            if piece.finish_reason is None:
+                return
+        try:
+            self._sink(piece)
+        except Exception:
+            logger.exception("the reader of request %d failed; it is aborted", out.request_id)
+            self._answers[out.index].done = True
+            self._processor.abort(out.request_id, out.index)
+
+
+def merged(outs: Sequence[StepOutput]) -> StepOutput:
+    """Several outputs of one sequence, in order, as one."""
+    if len(outs) == 1:
+        return outs[0]
+    last = outs[-1]
+    return replace(
+        last,
+        token_ids=[token for out in outs for token in out.token_ids],
+        logprobs=[entry for out in outs for entry in out.logprobs],
+        prompt_logprobs=next((o.prompt_logprobs for o in outs if o.prompt_logprobs is not None), None),
+        logits=_stacked(out.logits for out in outs),
+        hidden=_stacked(out.hidden for out in outs),
+        cached_tokens=max(out.cached_tokens for out in outs),
+    )
+
+
+def _stacked(rows: Iterable[Any]) -> Any:
+    present = [r for r in rows if r is not None]
+    return np.concatenate(present) if present else None

@@ -1,0 +1,316 @@
+"""`pipeline()`: a model that takes prompts and gives answers, in batches, streams and conversations.
+
+Importing this module imports neither jax nor a tokenizer; opening a model does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmdeploy_jax.arguments import Configs, given_prompts, id_lists, prompt_options
+from lmdeploy_jax.config import EngineConfig, JaxEngineConfig, engine_config
+from lmdeploy_jax.errors import ConfigError, EngineError, RequestError
+from lmdeploy_jax.logs import set_level
+from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.session import Session, Turn
+from lmdeploy_jax.stream import ResponseStream, start, turn, with_bar
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.text import ChatTemplateConfig, Tokenizer
+
+Ids = Sequence[int]
+
+
+def pipeline(
+    model_path: str | Path = "tiny-chat",
+    backend_config: EngineConfig | None = None,
+    chat_template_config: ChatTemplateConfig | str | None = None,
+    log_level: str = "WARNING",
+    max_log_len: int | None = None,
+    trust_remote_code: bool = False,
+    speculative_config: object = None,
+    allowed_media_domains: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Pipeline:
+    """Open a model: load, plan the memory, compile. The arguments are those of `Pipeline`."""
+    return Pipeline(
+        model_path,
+        backend_config,
+        chat_template_config,
+        log_level,
+        max_log_len,
+        trust_remote_code,
+        speculative_config,
+        allowed_media_domains,
+        **kwargs,
+    )
+
+
+class Pipeline:
+    """A model, ready to answer. Usable from several threads at once, in a notebook, and as a context manager.
+
+    model_path: a checkpoint folder, a hub id, or an embedded model's name.
+    backend_config: a `JaxEngineConfig`, or one of LMDeploy's two, which is translated.
+    chat_template_config: a built-in name, a .json or .jinja file, a `ChatTemplateConfig`; None is the
+        checkpoint's own.
+    log_level, max_log_len: how much is logged; at level REQUEST each prompt, its first `max_log_len`
+        characters.
+    progress: whether loading and compiling show bars.
+    trust_remote_code, speculative_config, allowed_media_domains, vision_config: not supported; refused when
+        set.
+
+    Raises ConfigError, CheckpointError or UnsupportedModelError; TypeError for an unknown argument.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path = "tiny-chat",
+        backend_config: EngineConfig | None = None,
+        chat_template_config: ChatTemplateConfig | str | None = None,
+        log_level: str = "WARNING",
+        max_log_len: int | None = None,
+        trust_remote_code: bool = False,
+        speculative_config: object = None,
+        allowed_media_domains: Sequence[str] | None = None,
+        *,
+        vision_config: object = None,
+        progress: bool = True,
+        **unknown: Any,
+    ) -> None:
+        set_level(log_level)
+        _refuse_unknown(unknown)
+        _refuse("trust_remote_code", trust_remote_code, "Python code of a checkpoint is never run")
+        _refuse("speculative_config", speculative_config, "speculative decoding is not implemented")
+        _refuse("vision_config", vision_config, "vision models are not implemented")
+        _refuse("allowed_media_domains", allowed_media_domains, "images are not implemented")
+        config = engine_config(backend_config)
+        self._frontend = _open(model_path, config, chat_template_config, max_log_len, progress)
+
+    @classmethod
+    def over(cls, frontend: Frontend) -> Pipeline:
+        """A pipeline over an engine that is already open. Closing the pipeline closes the engine."""
+        self = cls.__new__(cls)
+        self._frontend = frontend
+        return self
+
+    @property
+    def frontend(self) -> Frontend:
+        """Engine, tokenizer and chat template behind this pipeline."""
+        return self._frontend
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._frontend.tokenizer
+
+    def infer(
+        self,
+        prompts: Any = None,
+        gen_config: Configs = None,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+        use_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> Response | list[Response]:
+        """Answer one prompt, or several in their order.
+
+        prompts: a text, a message, a conversation (list of messages), token ids, or a list of such.
+        gen_config: one for all prompts, or a list with one for each.
+        do_preprocess: False passes texts on as they are, without the chat template.
+        use_tqdm: show a progress bar.
+        kwargs: `input_ids` in the place of prompts; `tools`, `enable_thinking`, `reasoning_effort` and
+            `chat_template_kwargs` for the chat template.
+
+        A prompt that cannot be served answers with finish_reason "error", and the others go on. Raises
+        ValueError for a form that is no prompt and for lists of different lengths, TypeError for an unknown
+        argument. An exception, Ctrl-C too, aborts what has been submitted.
+        """
+        options = prompt_options(do_preprocess, adapter_name, kwargs)
+        items, single = given_prompts(prompts, kwargs)
+        stream = start(self._frontend, items, gen_config, None, options, stream=False)
+        answers: list[list[Response]] = [[] for _ in items]
+        with stream:
+            for answer in with_bar(stream) if use_tqdm else stream:
+                answers[answer.index].append(answer)
+        responses = [_with_choices(answer) for answer in answers]
+        return responses[0] if single else responses
+
+    def __call__(
+        self, prompts: Any = None, gen_config: Configs = None, **kwargs: Any
+    ) -> Response | list[Response]:
+        """The same as `infer`."""
+        return self.infer(prompts, gen_config, **kwargs)
+
+    def stream_infer(
+        self,
+        prompts: Any = None,
+        sessions: Session | Sequence[Session] | None = None,
+        gen_config: Configs = None,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+        stream_response: bool = True,
+        **kwargs: Any,
+    ) -> ResponseStream:
+        """Answer as `infer` does, in pieces as they come. Work starts with the call.
+
+        A piece holds what is new; `.index` tells its prompt and `.choice` its answer, and the last piece of
+        each answer carries the finish_reason. sessions: one for each prompt, through which it can be
+        aborted.
+        stream_response: False gives one piece, the complete answer, for each.
+        """
+        options = prompt_options(do_preprocess, adapter_name, kwargs)
+        items, _ = given_prompts(prompts, kwargs)
+        return start(self._frontend, items, gen_config, sessions, options, stream=stream_response)
+
+    async def async_stream(
+        self,
+        prompt: Any = None,
+        gen_config: GenerationConfig | None = None,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+        stream_response: bool = True,
+        **kwargs: Any,
+    ) -> AsyncIterator[Response]:
+        """The pieces of one prompt's answers, without blocking the event loop.
+
+        Cancelling the task, or closing the iterator, aborts the request. A prompt that cannot be served
+        gives one piece with finish_reason "error".
+        """
+        from lmdeploy_jax.async_stream import pieces
+
+        options = prompt_options(do_preprocess, adapter_name, kwargs)
+        items, single = given_prompts(prompt, kwargs)
+        if not single:
+            raise ValueError("async_stream takes one prompt; start one for each of several.")
+        config = gen_config or GenerationConfig()
+        async for piece in pieces(self._frontend, items[0], config, options, stream=stream_response):
+            yield piece
+
+    def chat(
+        self,
+        prompt: Turn,
+        session: Session | None = None,
+        gen_config: GenerationConfig | None = None,
+        stream_response: bool = False,
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> Session | Iterator[Response]:
+        """The next turn of a conversation, whose history is sent again with every turn.
+
+        prompt: the user's text, a message, or several messages (a system prompt, a tool's results).
+        session: as `session()` or an earlier `chat` gave it; None starts a new one.
+        Returns the session with its `response` and `history` brought up to date, or when streaming an
+        iterator of pieces; closing it, or an exception, aborts the answer. Only complete turns enter the
+        history. Raises `RequestConflictError` if the session is still answering.
+        """
+        session = session or self.session()
+        config = gen_config or session.gen_config or GenerationConfig()
+        if config.n != 1:
+            raise RequestError(f"n={config.n}: a conversation goes on from one answer; use infer.")
+        options = prompt_options(True, adapter_name, kwargs)
+        items, _ = given_prompts(session.messages(prompt), kwargs)
+        stream = start(self._frontend, items, config, session, options, stream=stream_response)
+        session.prompt, session.response = prompt, None
+        pieces = turn(session, prompt, stream)
+        if stream_response:
+            return pieces
+        for _ in pieces:
+            pass
+        return session
+
+    def session(self, gen_config: GenerationConfig | None = None) -> Session:
+        """A new, empty conversation."""
+        return Session(gen_config)
+
+    def get_ppl(self, input_ids: Ids | Sequence[Ids]) -> list[float]:
+        """The mean cross-entropy of each sequence's tokens after its first, in nats.
+
+        input_ids: one sequence of at least two token ids, or several. Raises `RequestError` for one that is
+            too short or too long.
+        """
+        sequences, _ = id_lists(input_ids)
+        short = next((i for i, ids in enumerate(sequences) if len(ids) < 2), None)
+        if short is not None:
+            raise RequestError(
+                f"input_ids[{short}] has {len(sequences[short])} tokens: get_ppl needs at least 2."
+            )
+        config = GenerationConfig(max_new_tokens=1, prompt_logprobs=0, ignore_eos=True)
+        losses = [math.nan for _ in sequences]
+        with ResponseStream(self._frontend, stream=False) as stream:
+            for i, ids in enumerate(sequences):
+                stream.submit(i, ids, config)
+            for answer in stream:
+                losses[answer.index] = _cross_entropy(sequences[answer.index], answer)
+        return losses
+
+    def get_reward_score(self, input_ids: Ids | Sequence[Ids]) -> list[float]:
+        """Always raises ValueError: no reward model is supported."""
+        from lmdeploy_jax.text.settings import read_object
+
+        config = read_object(self._frontend.engine.folder / "config.json")
+        raise ValueError(f"{config.get('architectures', ['This'])[0]} is not in reward model list: []")
+
+    def close(self) -> None:
+        """Abort what runs and free the engine. May be called twice."""
+        self._frontend.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _open(
+    model: str | Path,
+    config: JaxEngineConfig,
+    template: ChatTemplateConfig | str | None,
+    max_log_len: int | None,
+    progress: bool,
+) -> Frontend:
+    from lmdeploy_jax.engine.engine import Engine
+    from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.text.chat_template import select
+    from lmdeploy_jax.text.tokenizer import Tokenizer
+
+    engine = Engine(model, config, progress=progress)
+    try:
+        tokenizer = Tokenizer(engine.folder)
+        return Frontend(engine, tokenizer, select(tokenizer, engine.folder, template), max_log_len)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _refuse(name: str, value: object, reason: str) -> None:
+    if value:
+        raise ConfigError(f"{name}={value!r} is not supported: {reason}. Leave it out.")
+
+
+def _refuse_unknown(unknown: dict[str, Any]) -> None:
+    engine_fields = {f.name for f in fields(JaxEngineConfig)}
+    for name, value in unknown.items():
+        hint = f": give backend_config=JaxEngineConfig({name}={value!r})" if name in engine_fields else ""
+        raise TypeError(f"pipeline() got an unexpected keyword argument {name!r}{hint}")
+
+
+def _with_choices(answers: list[Response]) -> Response:
+    """One prompt's complete answers as its first with the others in `choices`."""
+    first, *others = sorted(answers, key=lambda answer: answer.choice)
+    first.choices = others
+    return first
+
+
+def _cross_entropy(ids: list[int], answer: Response) -> float:
+    if answer.prompt_logprobs is None:
+        raise EngineError(
+            f"No perplexity: the request ended with {answer.finish_reason}, {answer.error_message}."
+        )
+    scores = [
+        entry[token] for token, entry in zip(ids, answer.prompt_logprobs, strict=True) if entry is not None
+    ]
+    return -math.fsum(scores) / len(scores)

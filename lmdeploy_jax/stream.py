@@ -1,0 +1,174 @@
+"""The pieces of several prompts' answers, as they come."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lmdeploy_jax.arguments import Configs, aligned_configs, aligned_sessions
+from lmdeploy_jax.errors import EngineError, RequestConflictError, RequestError
+from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.session import Session, Turn
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.engine.frontend import Frontend, PromptOptions
+    from lmdeploy_jax.text.prompts import Prompt
+
+logger = logging.getLogger("lmdeploy_jax")
+
+
+class ResponseStream:
+    """Iterates over pieces in the order in which they come; `.index` tells the prompt, `.choice` the answer.
+
+    What is still running when it is closed, left by an exception or garbage collected is aborted.
+    """
+
+    def __init__(self, frontend: Frontend, *, stream: bool = True) -> None:
+        self._frontend = frontend
+        self._stream = stream
+        self._pieces: queue.SimpleQueue[Response] = queue.SimpleQueue()
+        self._left: dict[int, int] = {}  # answers that have not ended, of each prompt
+        self._requests: dict[int, int] = {}
+        self._sessions: dict[int, Session] = {}
+
+    def submit(
+        self, index: int, prompt: list[int], config: GenerationConfig, session: Session | None = None
+    ) -> None:
+        """Start a prompt's answers. Raises what `Frontend.submit` does, and RequestConflictError."""
+        if session is not None:
+            session.begin(lambda: self.abort(index))
+            self._sessions[index] = session
+        try:
+            self._requests[index] = self._frontend.submit(
+                prompt, config, self._pieces.put, index=index, stream=self._stream
+            )
+        except BaseException:
+            self._forget(index)
+            raise
+        self._left[index] = config.n
+
+    def add(self, piece: Response) -> None:
+        """Put in the whole answer to a prompt that could not be submitted."""
+        self._left[piece.index] = 1
+        self._pieces.put(piece)
+
+    @property
+    def answers_left(self) -> int:
+        return sum(self._left.values())
+
+    def abort(self, index: int) -> None:
+        """End one prompt's answers; their last pieces still come."""
+        if index in self._requests:
+            self._frontend.abort(self._requests[index])
+
+    def close(self) -> None:
+        """Abort what is still running and drop its pieces."""
+        for index in list(self._left):
+            self.abort(index)
+            self._forget(index)
+
+    def __iter__(self) -> Iterator[Response]:
+        return self
+
+    def __next__(self) -> Response:
+        while self._left:
+            piece = self._pieces.get()
+            if piece.index in self._left:
+                self._count(piece)
+                return piece
+        raise StopIteration
+
+    def __enter__(self) -> ResponseStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _count(self, piece: Response) -> None:
+        if piece.finish_reason is not None:
+            self._left[piece.index] -= 1
+            if not self._left[piece.index]:
+                self._forget(piece.index)
+
+    def _forget(self, index: int) -> None:
+        self._left.pop(index, None)
+        self._requests.pop(index, None)
+        session = self._sessions.pop(index, None)
+        if session is not None:
+            session.end()
+
+
+def start(
+    frontend: Frontend,
+    items: Sequence[Prompt | RequestError],
+    gen_config: Configs,
+    sessions: Session | Sequence[Session] | None,
+    options: PromptOptions,
+    *,
+    stream: bool,
+) -> ResponseStream:
+    """Submit each prompt as soon as it is encoded; one that cannot be served becomes an answer."""
+    configs = aligned_configs(gen_config, len(items))
+    owners = aligned_sessions(sessions, len(items))
+    running = ResponseStream(frontend, stream=stream)
+    try:
+        for i, item in enumerate(items):
+            _submit(running, frontend, i, item, configs[i], owners[i], options)
+    except BaseException:
+        running.close()
+        raise
+    return running
+
+
+def _submit(
+    running: ResponseStream,
+    frontend: Frontend,
+    index: int,
+    item: Prompt | RequestError,
+    config: GenerationConfig,
+    owner: Session | None,
+    options: PromptOptions,
+) -> None:
+    from lmdeploy_jax.engine.answer import error_response
+
+    try:
+        if isinstance(item, RequestError):
+            raise item
+        running.submit(index, frontend.encode(item, options), config, owner)
+    except (EngineError, RequestConflictError):
+        raise
+    except Exception as error:
+        if not isinstance(error, RequestError):
+            logger.exception("prompt %d failed", index)
+        running.add(error_response(error, index))
+
+
+def turn(session: Session, prompt: Turn, stream: ResponseStream) -> Iterator[Response]:
+    """A turn's pieces; the session learns the answer when they end, or stop being read."""
+    answer: Response | None = None
+    try:
+        with stream:
+            for piece in stream:
+                answer = replace(piece) if answer is None else answer.extend(piece)
+                yield piece
+        if answer is not None and answer.finish_reason in ("stop", "length"):
+            session.history.append((prompt, answer.text))
+    finally:
+        session.response = answer
+
+
+def with_bar(stream: ResponseStream) -> Iterator[Response]:
+    """The same pieces, with a progress bar that counts answers."""
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("Answers", total=stream.answers_left)
+        for piece in stream:
+            progress.advance(task, piece.finish_reason is not None)
+            yield piece
