@@ -78,7 +78,7 @@ class LoadedModel:
 def read_config(
     folder: str | os.PathLike[str], hf_overrides: Mapping[str, Any] | None = None
 ) -> DecoderConfig:
-    """The `DecoderConfig` of a checkpoint folder; `hf_overrides` is laid over its `config.json`, nested dicts too.
+    """The `DecoderConfig` of a checkpoint folder; `hf_overrides` is laid over its `config.json`, nested too.
 
     Raises CheckpointError, and UnsupportedModelError for what is not implemented.
     """
@@ -98,8 +98,9 @@ def load_model(
 ) -> LoadedModel:
     """Reads a checkpoint onto the mesh's devices (default: JAX's first), shard by shard.
 
-    `dtype` "auto" is float32 on a CPU; elsewhere the checkpoint's 16-bit type, and bfloat16 for float32. `config`
-    replaces what `config.json` says; `on_progress(bytes done, bytes in all)` may be called from any thread.
+    `dtype` "auto" is float32 on a CPU; elsewhere the checkpoint's 16-bit type, and bfloat16 for float32.
+    `config` replaces what `config.json` says; `on_progress(bytes done, bytes in all)` may be called from any
+    thread. Converted checkpoints (see `orbax`) are read too.
     Everything is checked before anything is allocated. Raises CheckpointError and ConfigError.
     """
     raw, where = _read_json(folder, hf_overrides)
@@ -142,7 +143,7 @@ def build_skeleton(config: DecoderConfig, dtype: jnp.dtype, kernels: Kernels) ->
 
 
 def pick_dtype(dtype: str, stored: jnp.dtype, platform: str) -> jnp.dtype:
-    """The model's dtype for a `dtype` option, the checkpoint's dtype and a platform; ConfigError for an unknown name."""
+    """The model's dtype for a `dtype` option, the checkpoint's dtype and a platform. Raises ConfigError."""
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")

@@ -12,7 +12,7 @@ from converters.families.gemma import gemma2_config, gemma2_rules, gemma3_config
 from converters.families.granite import granite_config
 from converters.families.internlm import internlm2_config, internlm3_config
 from converters.families.llama import llama_config
-from converters.families.mistral import mistral_config
+from converters.families.mistral import ministral_config, mistral_config
 from converters.families.phi3 import phi3_config
 from converters.families.qwen import qwen2_config, qwen3_config
 from converters.families.seed_oss import seed_oss_config
@@ -34,7 +34,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(llama_config),
     "MistralForCausalLM": Family(mistral_config),
-    "MinistralForCausalLM": Family(mistral_config),
+    "MinistralForCausalLM": Family(ministral_config),
     "Qwen2ForCausalLM": Family(qwen2_config),
     "Qwen3ForCausalLM": Family(qwen3_config),
     "InternLM2ForCausalLM": Family(internlm2_config, internlm2_rules),
@@ -55,20 +55,21 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
     names = raw.get("architectures")
     if not isinstance(names, list) or not names:
         raise CheckpointError(
-            f"{where}: architectures is {names!r}; it must list the model class, as transformers writes it"
+            f"{where}: architectures is {names!r}; it must list the model's class, as transformers writes it"
         )
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
     raise UnsupportedModelError(
-        f"{where}: architecture {', '.join(map(str, names))} is not supported; supported: {', '.join(FAMILIES)}"
+        f"{where}: architecture {', '.join(map(str, names))} is not supported; "
+        f"supported: {', '.join(FAMILIES)}"
     )
 
 
 def build_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     """A config's `DecoderConfig`; `where` names the config in errors.
 
-    Raises UnsupportedModelError for an unknown architecture and for fields that ask for what is not implemented.
+    Raises UnsupportedModelError for an unknown architecture, and fields that ask for what is missing here.
     """
     fields = Fields(raw, where)
     config = family_of(raw, where).config(fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from converters.families.fields import LENGTH_FIELDS, Fields
+from converters.families.fields import LENGTHS, Fields
 from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
 
 ACTIVATION_NAMES = {
@@ -28,7 +28,7 @@ def decoder_config(
     windows: Sequence[int | None] | None = None,
     **features: Any,
 ) -> DecoderConfig:
-    """A `DecoderConfig` of the fields that every family names alike; `features` overrides and adds to them."""
+    """A `DecoderConfig` of the fields that all families name alike, and of `features`, which prevail."""
     heads, layers = fields.size("num_attention_heads"), fields.size("num_hidden_layers")
     kv_heads = fields.size("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -65,7 +65,7 @@ def head_size(fields: Fields, default: int | None = None) -> int:
 
 def longest_sequence(fields: Fields) -> int:
     """The least of the lengths that the config names; rope scaling is not multiplied in."""
-    return min((fields.size(name) for name in LENGTH_FIELDS if fields.get(name)), default=DEFAULT_LENGTH)
+    return min((fields.size(name) for name in LENGTHS if fields.get(name)), default=DEFAULT_LENGTH)
 
 
 def layer_windows(fields: Fields, default: Sequence[str], window: int | None) -> tuple[int | None, ...]:

@@ -12,37 +12,41 @@ log = logging.getLogger("lmdeploy_jax")
 T = TypeVar("T")
 REQUIRED: Any = object()
 
-HARMLESS = frozenset(
-    "architectures model_type auto_map torch_dtype dtype transformers_version use_cache initializer_range "
-    "pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id attention_dropout "
-    "residual_dropout resid_pdrop embd_pdrop hidden_dropout attn_implementation pretraining_tp "
-    "tie_encoder_decoder is_decoder is_encoder_decoder return_dict output_attentions output_hidden_states "
-    "output_router_logits cache_implementation task_specific_params problem_type id2label label2id finetuning_task "
-    "keys_to_ignore_at_inference gradient_checkpointing rope_theta rope_scaling rope_parameters "
-    "original_max_position_embeddings use_bfloat16 unsloth_version unsloth_fixed chunk_size_feed_forward".split()
-)
-"""Fields that do not change a forward pass, and those of RoPE, which `rope.py` reads itself."""
 
-LENGTH_FIELDS = (
-    "max_position_embeddings n_positions max_seq_len seq_length model_max_length max_sequence_length "
-    "max_seq_length seq_len"
-).split()
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
-MATHS = frozenset(
-    "quantization_config compression_config sliding_window use_sliding_window max_window_layers layer_types "
-    "sliding_window_pattern attention_bias qkv_bias bias use_bias mlp_bias attention_out_bias qk_norm use_qk_norm "
-    "qk_layernorm use_qkv_bias clip_qkv partial_rotary_factor rotary_pct rotary_percent no_rope_layers "
-    "no_rope_layer_interval rope_local_base_freq rope_interleaved embedding_multiplier residual_multiplier "
-    "logits_scaling attention_multiplier logit_scale scale_emb scale_depth dim_model_base mup_width_scale "
-    "attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar use_bidirectional_attention is_causal "
-    "attn_temperature_tuning attention_chunk_size parallel_attn alibi use_alibi use_parallel_residual num_experts "
-    "num_local_experts n_routed_experts moe_intermediate_size kv_lora_rank q_lora_rank attention_sink num_meta_tokens "
-    "layernorm_type norm_type use_gated_attention head_gate attention_gate layer_scale use_layer_scale "
-    "num_nextn_predict_layers tie_word_embeddings use_mrope mrope_section".split()
-)
-"""Fields known to change a forward pass in one family or another: a family that does not read them refuses them."""
 
-NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, [], {}, "")
+HARMLESS = _words("""
+    architectures model_type auto_map torch_dtype dtype transformers_version use_cache initializer_range
+    pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id attention_dropout
+    residual_dropout resid_pdrop embd_pdrop hidden_dropout attn_implementation pretraining_tp
+    tie_encoder_decoder is_decoder is_encoder_decoder return_dict output_attentions output_hidden_states
+    cache_implementation task_specific_params problem_type id2label label2id finetuning_task
+    keys_to_ignore_at_inference gradient_checkpointing use_bfloat16 unsloth_version unsloth_fixed
+    rope_theta rope_scaling rope_parameters original_max_position_embeddings partial_rotary_factor
+""")
+"""Fields that do not change a forward pass, and those of RoPE, of which `rope.py` takes care."""
+
+LENGTHS = _words("""
+    max_position_embeddings n_positions max_seq_len seq_length model_max_length max_sequence_length
+    max_seq_length seq_len
+""")
+"""Names under which a config may give its longest sequence."""
+
+MATHS = _words("""
+    quantization_config compression_config tie_word_embeddings sliding_window use_sliding_window
+    max_window_layers layer_types sliding_window_pattern attention_bias qkv_bias bias use_bias use_qkv_bias
+    mlp_bias attention_out_bias qk_norm use_qk_norm qk_layernorm clip_qkv rotary_pct rotary_percent
+    no_rope_layers no_rope_layer_interval rope_local_base_freq rope_interleaved use_mrope mrope_section
+    embedding_multiplier residual_multiplier logits_scaling attention_multiplier logit_scale scale_emb
+    scale_depth dim_model_base mup_width_scale attn_logit_softcapping final_logit_softcapping
+    query_pre_attn_scalar use_bidirectional_attention attn_temperature_tuning attention_chunk_size
+    parallel_attn use_parallel_residual alibi use_alibi attention_sink num_meta_tokens layernorm_type
+    norm_type use_gated_attention attention_gate layer_scale use_layer_scale num_experts num_local_experts
+    n_routed_experts moe_intermediate_size kv_lora_rank q_lora_rank num_nextn_predict_layers
+""")
+"""Fields known to change a forward pass in some family: one that does not read them refuses them."""
 
 
 class Fields:
@@ -72,6 +76,13 @@ class Fields:
             raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a number")
         return float(value)
 
+    def flag(self, name: str, default: bool) -> bool:
+        """true or false; `default` where it is absent or null."""
+        value = self._present(name, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be true or false")
+        return value
+
     def optional_number(self, name: str, default: float | None) -> float | None:
         """A number or null; `default` only where it is absent."""
         return None if self.get(name, default) is None else self.number(name, default)
@@ -80,13 +91,6 @@ class Fields:
         """A positive integer or null; `default` only where it is absent."""
         return None if self.get(name, default) is None else self.size(name, default)
 
-    def flag(self, name: str, default: bool) -> bool:
-        """true or false; `default` where it is absent or null."""
-        value = self._present(name, default)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be true or false")
-        return value
-
     def require(self, name: str, allowed: Mapping[str, T], default: str) -> T:
         """What `allowed` gives for the value; UnsupportedModelError for any other value."""
         value = self._present(name, default)
@@ -94,20 +98,27 @@ class Fields:
             raise self.unsupported(name, value, f"one of {', '.join(allowed)}")
         return allowed[value]
 
+    def table(self, name: str) -> Mapping[str, Any]:
+        """A nested object, as it stands; empty where it is absent or null."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be an object")
+        return value or {}
+
     def unsupported(self, name: str, value: Any, supported: str) -> UnsupportedModelError:
         """The error that says which field has a value that this project does not implement."""
-        return UnsupportedModelError(
-            f"{self.where}: {name} is {value!r}, which is not supported; supported: {supported}"
-        )
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else shown[:200] + "..."
+        return UnsupportedModelError(f"{self.where}: {name}={shown} is not supported; supported: {supported}")
 
     def finish(self) -> None:
         """Refuses unread fields that change the maths; logs those that nobody knows."""
-        rest = {k: v for k, v in self.raw.items() if k not in self._read | HARMLESS}
-        rest = {k: v for k, v in rest.items() if not any(v == n for n in NEUTRAL)}
-        for name, value in rest.items():
+        unread = self.raw.keys() - self._read - HARMLESS - LENGTHS
+        rest = sorted(name for name in unread if not _is_neutral(self.raw[name]))
+        for name in rest:
             if name in MATHS:
-                raise self.unsupported(name, value, "null, or the field left out, for this architecture")
-        unknown = sorted(name for name in rest if name not in LENGTH_FIELDS and not name.startswith("_"))
+                raise self.unsupported(name, self.raw[name], "this architecture without that field")
+        unknown = [name for name in rest if not name.startswith("_")]
         if unknown:
             log.warning("%s: fields without a meaning here are ignored: %s", self.where, ", ".join(unknown))
 
@@ -116,3 +127,8 @@ class Fields:
         if value is None and default is REQUIRED:
             raise CheckpointError(f"{self.where}: {name} is missing")
         return default if value is None else value
+
+
+def _is_neutral(value: Any) -> bool:
+    """Whether a value says that a feature is off: null, false, empty, or a multiplier of 1."""
+    return not value or (value == 1 and not isinstance(value, bool))

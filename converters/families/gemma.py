@@ -1,5 +1,8 @@
-"""Gemma 1, 2 and 3 (text): norms with weight 1 + w, scaled embeddings, GELU; later norms on both sides of a block,
-windows on some layers, soft caps (2), norms on q and k and a second RoPE for the layers with windows (3)."""
+"""Gemma 1, 2 and 3 (text): norms with weight 1 + w, scaled embeddings, GELU.
+
+Gemma 2 adds norms behind each block, windows on some layers and soft caps; Gemma 3 has no soft caps but norms
+on q and k, and a RoPE of its own for the layers with windows.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,7 @@ def gemma_config(fields: Fields) -> DecoderConfig:
     """HF `GemmaConfig`."""
     head_dim = head_size(fields, 256)
     activation = fields.require("hidden_act", TANH_GELU, "gelu_pytorch_tanh")
-    # Older configs say it again; transformers reads the field above.
-    fields.get("hidden_activation")
+    fields.get("hidden_activation")  # older configs say it again; transformers reads the field above
     return decoder_config(
         fields, head_dim=head_dim, rope=read_rope(fields, head_dim), **_shared(fields, activation)
     )
@@ -50,18 +52,21 @@ def gemma3_config(fields: Fields) -> DecoderConfig:
     """HF `Gemma3TextConfig`: every sixth layer sees everything, with a RoPE of its own."""
     head_dim = head_size(fields, 256)
     pattern = fields.size("sliding_window_pattern", 6)
-    ropes = fields.get("rope_parameters") or {}
-    full, local = dict(ropes.get(FULL) or {}), dict(ropes.get(SLIDING) or {})
-    full |= fields.get("rope_scaling") or {}
-    theta = float(full.get("rope_theta") or fields.number("rope_theta", 1e6))
-    local_theta = float(local.get("rope_theta") or fields.number("rope_local_base_freq", 1e4))
+    ropes = fields.table("rope_parameters")
+    if not ropes.keys() <= {FULL, SLIDING}:
+        raise fields.unsupported(
+            "rope_parameters", ropes, f"{FULL} and {SLIDING}, each with its own settings"
+        )
+    full, local = {**(ropes.get(FULL) or {}), **fields.table("rope_scaling")}, ropes.get(SLIDING) or {}
+    theta = full.get("rope_theta") or fields.number("rope_theta", 1e6)
+    local_theta = local.get("rope_theta") or fields.number("rope_local_base_freq", 1e4)
     return _double_norm(
         fields,
         head_dim,
-        rope_from(fields, full, head_dim, theta, {}),
+        rope_from(fields, full, head_dim, theta),
         pattern,
         caps=(None, None),
-        local_rope=rope_from(fields, local, head_dim, local_theta, {}),
+        local_rope=rope_from(fields, local, head_dim, local_theta),
         qk_norm=True,
     )
 

@@ -18,7 +18,7 @@ def internlm2_config(fields: Fields) -> DecoderConfig:
 
 
 def internlm3_config(fields: Fields) -> DecoderConfig:
-    """`InternLM3Config` of the checkpoints' own code (`qkv_bias`, `bias`) and of HF (`attention_bias`, `mlp_bias`)."""
+    """`InternLM3Config` of the checkpoints (`qkv_bias`, `bias`) or of HF (`attention_bias`, `mlp_bias`)."""
     head_dim = head_size(fields)
     qkv_bias = fields.flag("qkv_bias", fields.flag("attention_bias", False))
     bias = fields.flag("bias", fields.flag("mlp_bias", False))

@@ -9,7 +9,15 @@ from lmdeploy_jax.models.config import DecoderConfig
 
 
 def mistral_config(fields: Fields) -> DecoderConfig:
-    """HF `MistralConfig`, `MinistralConfig`. A config without the field has a window of 4096."""
+    """HF `MistralConfig`, whose layers are all alike."""
+    config = ministral_config(fields)
+    if len(set(config.windows)) > 1:
+        raise fields.unsupported("layer_types", fields.get("layer_types"), "the same for all layers")
+    return config
+
+
+def ministral_config(fields: Fields) -> DecoderConfig:
+    """HF `MinistralConfig`. A config that does not name a window has one of 4096."""
     head_dim = head_size(fields)
     window = fields.optional_size("sliding_window", 4096)
     default = [FULL if window is None else SLIDING] * fields.size("num_hidden_layers")

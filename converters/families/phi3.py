@@ -1,4 +1,4 @@
-"""Phi-3, 3.5 and Phi-4 (mini): q, k and v in one tensor, gate and up in one, longrope, perhaps half of a head rotated."""
+"""Phi-3, 3.5 and Phi-4: q, k and v in one tensor, gate and up in one, longrope, on a part of each head."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from lmdeploy_jax.models.config import DecoderConfig
 
 
 def phi3_config(fields: Fields) -> DecoderConfig:
-    """HF `Phi3Config`. "su" and "yarn" are old names of longrope there; a window, where there is one, is everywhere."""
+    """HF `Phi3Config`; "su" and "yarn" are old names of longrope there. A window is one of all layers."""
     head_dim = head_size(fields)
-    rope = read_rope(fields, head_dim, partial=True, aliases={"su": "longrope", "yarn": "longrope"})
+    aliases = {"su": "longrope", "yarn": "longrope"}
+    rope = read_rope(fields, head_dim, partial=True, aliases=aliases, original=4096)
     window = fields.optional_size("sliding_window", None)
     windows = (window,) * fields.size("num_hidden_layers")
     return decoder_config(fields, head_dim=head_dim, rope=rope, windows=windows)

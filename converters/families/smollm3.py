@@ -9,7 +9,7 @@ from lmdeploy_jax.models.config import DecoderConfig
 
 
 def smollm3_config(fields: Fields) -> DecoderConfig:
-    """HF `SmolLM3Config`; in `no_rope_layers`, 1 is a layer with RoPE. Windows, if used, are on the others."""
+    """HF `SmolLM3Config`: a 1 in `no_rope_layers` is a layer with RoPE; windows are on the others."""
     head_dim, layers = head_size(fields), fields.size("num_hidden_layers")
     interval = fields.size("no_rope_layer_interval", 4)
     rotated = fields.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]

@@ -15,7 +15,7 @@ from lmdeploy_jax.models.rope import Rotation, rotate
 
 
 class Attention(nnx.Module):
-    """q, k and v in one product, laid out by KV head: `[KH, G + 2, D, E]` is G query heads, then k, then v."""
+    """q, k and v in one product, laid out by KV head: `[KH, G + 2, D, E]`, G query heads, then k, then v."""
 
     def __init__(
         self, config: DecoderConfig, window: int | None, *, dtype: jnp.dtype, kernels: Kernels

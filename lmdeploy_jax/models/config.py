@@ -35,7 +35,7 @@ class RopeConfig:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether frequencies change with the sequence's length (`Batch.rope_lens`), not only with the position."""
+        """Whether frequencies change with the sequence's length (`Batch.rope_lens`)."""
         return self.kind in ("dynamic", "longrope")
 
 
@@ -92,6 +92,7 @@ class DecoderConfig:
         if tp % self.num_kv_heads == 0 and groups % repeats == 0:
             return tp
         raise ConfigError(
-            f"tp={tp} cannot share out {self.num_heads} attention heads in {self.num_kv_heads} KV heads evenly; "
-            f"choose a tp that divides {self.num_kv_heads}, or a multiple of it that divides {self.num_heads}"
+            f"tp={tp} cannot share out {self.num_heads} attention heads in {self.num_kv_heads} KV heads "
+            f"evenly; choose a tp that divides {self.num_kv_heads}, or a multiple of it that divides "
+            f"{self.num_heads}"
         )

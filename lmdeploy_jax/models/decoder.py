@@ -74,9 +74,9 @@ class Decoder(nnx.Module):
         )
 
     def __call__(self, caches: tuple[Cache, ...], batch: Batch) -> tuple[Array, tuple[Cache, ...]]:
-        """One forward pass: -> hidden states [T, E] after the final norm, and the caches with the new keys and values.
+        """One forward pass: -> hidden states [T, E] after the final norm, and caches with the new tokens.
 
-        caches: one (k, v) a layer, each [pages, KH, page size, D].
+        `caches` is one (k, v) a layer, each [pages, KH, page size, D].
         """
         x = self.embedding.lookup(batch.tokens)
         if self.config.embedding_multiplier != 1.0:

@@ -43,7 +43,7 @@ class Kernels:
     def attend(
         self, q: Array, k: Array, v: Array, cache: Cache, batch: Batch, kind: AttentionKind
     ) -> tuple[Array, Cache]:
-        """Writes k, v [T, KH, D] into the cache, then attends with q [T, KH, G, D] -> [T, KH, G, D], cache."""
+        """Writes k, v [T, KH, D] to the cache, then attends with q [T, KH, G, D] -> [T, KH, G, D], cache."""
 
         def local(q: Array, k: Array, v: Array, cache: Cache, batch: Batch) -> tuple[Array, Cache]:
             return self._attend_local(q, k, v, cache, batch, kind)

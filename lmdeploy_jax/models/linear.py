@@ -1,8 +1,7 @@
-"""Matrix products with weights in HuggingFace's [out, in] orientation, `out` and `in` each one axis or several."""
+"""Matrix products with weights in HuggingFace's [out, in] order, `out` and `in` each one axis or several."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -43,4 +42,4 @@ class Linear(nnx.Module):
 
 def soft_cap(x: Array, cap: float | None) -> Array:
     """Bounds x smoothly to (-cap, cap); None leaves it alone."""
-    return x if cap is None else cap * jax.numpy.tanh(x / cap)
+    return x if cap is None else cap * jnp.tanh(x / cap)

@@ -10,7 +10,7 @@ from lmdeploy_jax.models.linear import param
 
 
 class RMSNorm(nnx.Module):
-    """Normalises the last axis in float32. With an `offset` the weight is applied in float32 too, as Gemma does."""
+    """Normalises the last axis in float32; with an `offset`, the weight is applied in float32 too (Gemma)."""
 
     def __init__(
         self, size: int, eps: float, offset: float, *, dtype: jnp.dtype, axis: str | None = None

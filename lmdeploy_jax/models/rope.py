@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., 2021) and their context extensions, as HF's `modeling_rope_utils.py`.
+"""Rotary position embeddings (Su et al., 2021) and their extensions, as in HF's `modeling_rope_utils.py`.
 
 cos and sin are computed once a step, in float32, for all layers.
 """
@@ -30,7 +30,7 @@ def rotation(rope: RopeConfig, positions: Array, lengths: Array) -> Rotation:
 
 
 def rotate(x: Array, by: Rotation) -> Array:
-    """Rotates the leading `2 * by.cos.shape[-1]` elements of each head; x [T, ..., D], halves paired as in HF."""
+    """Rotates the leading elements of each head, the first half paired with the second; x [T, ..., D]."""
     half = by.cos.shape[-1]
     shape = (x.shape[0], *(1,) * (x.ndim - 2), half)
     cos, sin = by.cos.reshape(shape), by.sin.reshape(shape)
@@ -88,7 +88,7 @@ def _llama3(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
-    """YaRN (Peng et al., 2023): as llama3, blended over the index of the frequency instead of over its value."""
+    """YaRN (Peng et al., 2023): as llama3, blended over the frequency's index instead of over its value."""
     low, high = (_yarn_boundary(rope, beta) for beta in (rope.beta_fast, rope.beta_slow))
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)

@@ -23,8 +23,8 @@ RULES: Mapping[str, str | None] = {
 def partition_spec(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh) -> PartitionSpec:
     """The spec of the weight `name` whose axes are called `axes`.
 
-    Raises ConfigError where a mesh axis would cut an axis unevenly, ValueError where a mesh axis is used twice or a
-    logical axis has no rule.
+    Raises ConfigError where a mesh axis would cut an axis unevenly, ValueError where a mesh axis is used
+    twice or a logical axis has no rule.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{name}: {len(axes)} axis names {axes} for shape {shape}")
@@ -36,7 +36,8 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh) ->
         count = axis_size(mesh, axis) if axis is not None else 1
         if size % count:
             raise ConfigError(
-                f"{name}: its {label} axis of {size} cannot be cut in {count} equal parts; choose a {axis} that divides it"
+                f"{name}: its {label} axis of {size} cannot be cut in {count} equal parts; "
+                f"choose a {axis} that divides it"
             )
     return PartitionSpec(*used)
 

@@ -1,4 +1,4 @@
-"""Runs a loaded decoder over a paged cache: packed chunks, then one token a sequence. Two compiled shapes in all."""
+"""Runs a loaded decoder over a paged cache in two compiled shapes: packed chunks, one token a sequence."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PagedRunner:
         return np.asarray(logits)
 
     def ragged(self, chunks: Sequence[tuple[int, int, Sequence[int], int]]) -> list[np.ndarray]:
-        """Chunks (sequence, first position, ids, prompt length) in one packed step -> each one's logits [count, V]."""
+        """Packed chunks (sequence, first position, ids, prompt length) -> each one's logits [count, V]."""
         counts = [len(ids) for _, _, ids, _ in chunks]
         starts = np.cumsum([0, *counts])
         tokens, positions, lengths, slots = np.zeros((4, TOKENS), np.int32)
@@ -57,20 +57,15 @@ class PagedRunner:
             lengths[at] = np.maximum(positions[at] + 1, prompt)
             slots[at] = self._slots(row, positions[at])
             kv_lens[row] = first + len(ids)
-        rows_of = tile_rows("xla")
-        tiles = build_tiles(
-            [c[0] for c in chunks],
-            starts[:-1],
-            counts,
-            [c[1] for c in chunks],
-            rows_of,
-            max_tiles(TOKENS, self.rows, rows_of),
-        )
+        rows, firsts = zip(*((row, first) for row, first, _, _ in chunks), strict=True)
+        height = tile_rows("xla")
+        width = max_tiles(TOKENS, self.rows, height)
+        tiles = build_tiles(rows, starts[:-1], counts, firsts, height, width)
         logits = self.run(Batch(tokens, positions, lengths, slots, self.table, kv_lens, tiles))
-        return [logits[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return np.split(logits, starts[1:])[:-1]
 
     def decode(self, tokens: dict[int, tuple[int, int]]) -> dict[int, np.ndarray]:
-        """One token for each sequence {row: (token, position)}; the other rows are padding -> {row: logits [V]}."""
+        """One token for each sequence {row: (token, position)}, the other rows padding -> {row: logits}."""
         ids, positions, slots, kv_lens = np.zeros((4, self.rows), np.int32)
         table = np.zeros_like(self.table)
         for row, (token, position) in tokens.items():

@@ -1,4 +1,4 @@
-"""Logits equal transformers', for every family and feature, through the real loader: whole, chunked, decoding."""
+"""Logits equal those of transformers for every family and feature, loaded as users load them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.models.paged import PagedRunner
 from tests.oracle import CONFIGS, hf_logits, save_checkpoint
 
 LONG, SHORT, DECODED = 130, 37, 3
-# Families whose decode step differs in more than sizes; the others decode as chunks of one token, compiled already.
+# Where the decode step differs in more than sizes. The others decode in chunks of one token, compiled already.
 DECODE_PROGRAM = {
     "llama",
     "llama_head80",
