@@ -27,7 +27,7 @@ class Session:
     def __init__(self, model: str | Path, config: JaxEngineConfig, bytes_per_second: float) -> None:
         counter = CompileCounter()
         start = time.perf_counter()
-        self.engine = Engine(model, config, progress=sys.stderr.isatty())
+        self.engine = Engine(model, config, progress=sys.stdout.isatty())
         self.startup = {
             "start_s": round(time.perf_counter() - start, 2),
             "compile_s": round(counter.seconds, 2),  # summed over threads: more than the wall time it took

@@ -1,4 +1,4 @@
-"""`check_env`: what is installed, which devices are seen, what works on them, and what to do about the rest."""
+"""`check_env`: what is installed, which devices are seen, what works, and what to do about the rest."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lmdeploy_jax.cli import probes
 from lmdeploy_jax.cli.flags import FlagSet, UsageError
 
 USAGE = "check_env [--dump-file FILE]"
-ABOUT = """Prints versions, settings, devices with their memory, and the kernel backends that work here. Each part
-is looked at on its own: a broken installation is described, with the remedy where it is known. The exit code
-is 1 where a problem was found."""
+ABOUT = """Prints versions, settings, devices with their memory, and the kernel backends that work here. Each
+part is looked at on its own: a broken installation is described, with the remedy where it is known. The exit
+code is 1 where a problem was found."""
 CUDA13_DRIVER = 580  # oldest driver for CUDA 13; CUDA 12 asks for 525
 
 

@@ -1,0 +1,141 @@
+"""`chat [MODEL]`: talk to a model in the terminal, or get one answer with --prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from absl import flags as absl_flags
+
+from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
+from lmdeploy_jax.cli.flags import FlagSet, UsageError
+from lmdeploy_jax.cli.generation_flags import add_generation_flags, generation_config
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.messages import GenerationConfig, Response
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.pipeline import Pipeline
+
+DEFAULT_MODEL = "tiny-chat"
+INPUT_PROMPT = "\ndouble enter to end input >>> "
+USAGE = "chat [MODEL] [FLAGS]"
+ABOUT = f"""MODEL is a checkpoint folder, a hub id, or the output of `lmdeploy_jax convert`; without it the
+embedded demonstration model {DEFAULT_MODEL}.
+
+An empty line ends a message. `exit` or Ctrl-C at the prompt quits, `end` forgets the conversation, Ctrl-C
+during an answer drops that turn. Without flags, sampling is as the checkpoint's generation_config.json says."""
+
+
+def define(flags: FlagSet) -> None:
+    """The flags of the command."""
+    text, section = absl_flags.DEFINE_string, "Conversation"
+    about = "variable of the chat template; for models that think before they answer"
+    flags.add(section, text, "prompt", None, "print the answer to this message and quit")
+    flags.add(section, text, "system", None, "system prompt")
+    flags.add(section, absl_flags.DEFINE_boolean, "enable_thinking", None, about)
+    flags.add(section, text, "chat_template", None, "a built-in template's name, or a .json or .jinja file")
+    flags.add(section, text, "log_level", "WARNING", "CRITICAL, ERROR, WARNING, INFO, REQUEST or DEBUG")
+    add_generation_flags(flags)
+    add_engine_flags(flags)
+
+
+def run(flags: FlagSet, args: list[str]) -> int:
+    """Answer --prompt, or talk until the user has had enough."""
+    if len(args) > 1:
+        raise UsageError(
+            f"chat takes one model, but was given {' '.join(args)!r}. A text goes after --prompt."
+        )
+    config = engine_config(flags)
+    generation_config(flags)  # wrong values are told before the model is loaded
+
+    from lmdeploy_jax.pipeline import Pipeline
+
+    model = args[0] if args else DEFAULT_MODEL
+    template, level = flags["chat_template"], flags["log_level"]
+    with Pipeline(model, config, template, level, progress=sys.stdout.isatty()) as pipe:
+        gen_config = generation_config(flags, pipe.frontend.engine.folder)
+        conversation = Conversation(pipe, gen_config, flags["system"], flags["enable_thinking"])
+        if flags["prompt"] is not None:
+            conversation.answer(flags["prompt"])
+        else:
+            _talk(conversation)
+    return 0
+
+
+class Conversation:
+    """A session with its settings; answers are printed as they come."""
+
+    def __init__(
+        self, pipe: Pipeline, gen_config: GenerationConfig, system: str | None, enable_thinking: bool | None
+    ) -> None:
+        self._pipe = pipe
+        self._session = pipe.session(gen_config)
+        self._system = system
+        self._enable_thinking = enable_thinking
+
+    def answer(self, text: str) -> None:
+        """Stream the answer to standard output. Raises `RequestError` where there is none."""
+        last: Response | None = None
+        stream = self._pipe.chat(
+            self._turn(text), self._session, stream_response=True, enable_thinking=self._enable_thinking
+        )
+        for last in stream:  # type: ignore[assignment,union-attr]
+            print(last.text, end="", flush=True)
+        print(flush=True)
+        if last is not None and last.finish_reason == "error":
+            raise RequestError(last.error_message or "the request failed")
+        if last is not None and last.finish_reason == "length":
+            print("[the answer was cut off: it reached the length limit]", file=sys.stderr)
+
+    def forget(self) -> None:
+        """Start anew; the system prompt stays."""
+        self._session.reset()
+
+    def _turn(self, text: str) -> Any:
+        if self._system is None or self._session.history:
+            return text
+        return [{"role": "system", "content": self._system}, {"role": "user", "content": text}]
+
+
+def _talk(conversation: Conversation) -> None:
+    """Read a message, print the answer, and again."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")  # arrow keys and history for input()
+        print(
+            "An empty line ends a message. exit: quit, end: forget the conversation, Ctrl-C: stop an answer."
+        )
+    while (text := _read_message()) is not None:
+        if text == "end":
+            conversation.forget()
+            print("[the conversation was forgotten]", file=sys.stderr)
+        elif text:
+            _answer(conversation, text)
+
+
+def _answer(conversation: Conversation, text: str) -> None:
+    """One turn, whose failure or abortion does not end the conversation."""
+    try:
+        conversation.answer(text)
+    except RequestError as error:
+        print(f"[{error} `end` starts a new conversation.]", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\n[aborted: this turn was dropped]", file=sys.stderr)
+
+
+def _read_message() -> str | None:
+    """Lines up to an empty one, or one of the commands; None to quit."""
+    lines: list[str] = []
+    prompt = INPUT_PROMPT if sys.stdin.isatty() else ""
+    try:
+        while (line := input("" if lines else prompt)) != "":
+            if not lines and line.strip() in ("exit", "end"):
+                return None if line.strip() == "exit" else "end"
+            lines.append(line)
+    except KeyboardInterrupt:
+        return None
+    except EOFError:
+        return "\n".join(lines) if lines else None
+    return "\n".join(lines)

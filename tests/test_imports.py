@@ -1,0 +1,169 @@
+"""Who may import whom: the layers of the project, and the libraries that stay behind one door."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(
+    path for top in ("lmdeploy_jax", "pallas_kernels", "converters") for path in (ROOT / top).rglob("*.py")
+)
+
+# Lower numbers are imported by higher ones, never the other way round. The longest matching prefix counts.
+LAYERS = {
+    "lmdeploy_jax.errors": 0,
+    "lmdeploy_jax.messages": 1,
+    "lmdeploy_jax.config": 1,
+    "lmdeploy_jax.logs": 1,
+    "lmdeploy_jax.assets": 1,
+    "pallas_kernels": 2,
+    "lmdeploy_jax.text": 2,
+    "lmdeploy_jax.session": 2,
+    "lmdeploy_jax.arguments": 3,
+    "lmdeploy_jax.cache": 2,
+    "lmdeploy_jax.parallel": 2,
+    "lmdeploy_jax.sampling": 3,
+    "lmdeploy_jax.models": 3,
+    "converters": 4,
+    "lmdeploy_jax.engine": 5,
+    "lmdeploy_jax": 6,  # the package's own face, and every other module that lies directly in it
+    "lmdeploy_jax.bench": 7,
+    "lmdeploy_jax.cli": 8,
+    "lmdeploy_jax.__main__": 9,
+}
+WITHOUT_JAX = (
+    "lmdeploy_jax.errors",
+    "lmdeploy_jax.messages",
+    "lmdeploy_jax.config",
+    "lmdeploy_jax.logs",
+    "lmdeploy_jax.text",
+    "lmdeploy_jax.cache.pages",
+    "lmdeploy_jax.cache.prefix",
+    "lmdeploy_jax.engine.request",
+    "lmdeploy_jax.engine.scheduler",
+)
+TRAINING = "lmdeploy_jax.assets."  # makes the embedded model; nothing at run time imports it
+ENVIRONMENT_READERS = {
+    "lmdeploy_jax.engine.compile",  # the user's cache folder, as the XDG standard has it
+    "lmdeploy_jax.cli.probes",  # reports the variables that change how JAX works
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules (and names from modules, which may be modules) that a file imports, at any depth."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def within(module: str, parents: tuple[str, ...]) -> bool:
+    return any(module == parent or module.startswith(parent + ".") for parent in parents)
+
+
+def layer(module: str) -> int | None:
+    parts = module.split(".")
+    known = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((LAYERS[name] for name in known if name in LAYERS), None)
+
+
+def offences(path: Path) -> Iterator[str]:
+    """Everything in one file that breaks a rule."""
+    name = module_name(path)
+    for target in set(imports(path)):
+        line = f"{name} imports {target}"
+        top = target.split(".")[0]
+        above, own = layer(target), layer(name)
+        if above is not None and own is not None and above > own and target != "lmdeploy_jax":
+            yield f"{line}: against the direction of imports"
+        if own == 1 and top == "lmdeploy_jax" and above == 1 and not within(target, (parent(name),)):
+            yield f"{line}: it may import errors only"
+        if top == "jax" and within(name, WITHOUT_JAX):
+            yield f"{line}: it works without JAX"
+        if target.startswith("jax._src"):
+            yield f"{line}: public JAX API only"
+        if top in ("jax_triton", "triton") and path.name != "triton.py":
+            yield f"{line}: only triton.py files may"
+        if top in ("torch", "transformers") and not name.startswith(TRAINING):
+            yield f"{line}: a library of the tests"
+
+
+def parent(name: str) -> str:
+    """`lmdeploy_jax.assets` for its modules, the module itself for single files."""
+    return ".".join(name.split(".")[:2])
+
+
+def test_imports_follow_the_table() -> None:
+    assert sorted(line for path in SOURCES for line in offences(path)) == []
+
+
+def test_the_package_and_the_command_line_start_without_jax() -> None:
+    code = (
+        "import sys, lmdeploy_jax, lmdeploy_jax.cli.main as main; "
+        "main.main(['--help']); main.main(['chat', '--help']); main.main(['bench', '--help']); "
+        "heavy = {'jax', 'flax', 'tokenizers', 'orbax'} & sys.modules.keys(); print(heavy, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()"
+
+
+def test_nothing_at_run_time_imports_the_training_code() -> None:
+    for path in SOURCES:
+        if not module_name(path).startswith(TRAINING):
+            assert not [target for target in imports(path) if target.startswith(TRAINING + "train")], path
+
+
+def test_environment_variables_are_not_configuration() -> None:
+    readers = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+                readers.add(module_name(path))
+    assert readers <= ENVIRONMENT_READERS
+
+
+def test_dependencies_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {_distribution(text) for text in project["dependencies"]}
+    provided = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+    own = {"lmdeploy_jax", "pallas_kernels", "converters"}
+    for path in SOURCES:
+        if module_name(path).startswith(TRAINING) or path.name == "triton.py":
+            continue
+        for target in imports(path):
+            top = target.split(".")[0]
+            if top and top not in own and top not in sys.stdlib_module_names:
+                assert provided.get(top, top.replace("_", "-")) in declared, f"{path} imports {top}"
+
+
+def _distribution(requirement: str) -> str:
+    for mark in "[<>=!~; ":
+        requirement = requirement.split(mark)[0]
+    return requirement
+
+
+def test_the_rules_can_be_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    bad = tmp_path / "lmdeploy_jax" / "text" / "bad.py"
+    bad.parent.mkdir(parents=True)
+    bad.write_text("import jax._src\nimport torch\nimport triton\nfrom ..engine import engine\n")
+    assert len(list(offences(bad))) >= 5
