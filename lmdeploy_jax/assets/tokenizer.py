@@ -7,8 +7,7 @@ from pathlib import Path
 from pydoc_data.topics import topics  # plain English that comes with every Python
 from typing import TYPE_CHECKING, Any
 
-from . import words
-from .tasks import answer_text, training_conversation
+from .tasks import answer_text, training_conversation, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -17,8 +16,11 @@ VOCAB_SIZE = 2560
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
-# Words with one sign or space before them, single digits, runs of signs, line breaks, spaces (as GPT-4 and Qwen split).
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Words with a sign or space before them, single digits, runs of signs, line breaks, spaces (as Qwen splits).
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
@@ -32,7 +34,10 @@ def corpus(seed: int, conversations: int = 20_000) -> list[str]:
         texts += [answer_text(message) for message in conversation.messages]
         texts += [str(tool["function"]).replace("'", '"') for tool in conversation.tools or ()]
     texts += [f" {word}" for word in (*words.WORDS, *words.NAMES, *words.CITIES)] * 100
-    texts += ['"parameters": {"type": "object", "properties": {', '"function", "arguments", "description"'] * 1000
+    texts += [
+        '"parameters": {"type": "object", "properties": {',
+        '"function", "arguments", "description"',
+    ] * 1000
     return texts + ["system\n", "user\n", "assistant\n", "</tools>\nCall a tool like this:\n"] * 500
 
 

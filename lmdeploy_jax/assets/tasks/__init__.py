@@ -1,7 +1,7 @@
 """What tiny-chat is trained and judged on: training conversations, held-out examples, and the grader.
 
-Everything is drawn from a seed. A question belongs either to training or to the held-out tenth, by a hash of its
-words alone (for sums: of the two numbers), so that neither side ever sees the other's.
+Everything is drawn from a seed. A question belongs either to training or to the held-out tenth, by a hash of
+its words alone (for sums: of the two numbers), so that neither side ever sees the other's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 
 from . import dialogues
 from .dialogues import Dialogue, Message, Step
-from .generators import SIMPLE
+from .simple import SIMPLE
+from .styles import system_dialogue
+from .tools import tool_dialogue
 
 HELD_OUT_SHARE = 10  # one question in ten is kept from training
 
@@ -27,8 +29,8 @@ THOUGHT_TASKS: tuple[str, ...] = tuple(name for name in SIMPLE if name not in ("
 
 # Relative frequency of a simple task in training; what is not named counts 1.
 WEIGHTS: dict[str, float] = {
-    "add": 2.5, "subtract": 2.5, "reverse": 2.0, "spell": 1.2, "units": 1.2, "json": 1.2, "other": 2.0, "days": 0.7,
-    "months": 0.8, "colours": 0.8, "count": 0.6, "repeat": 0.7, "greeting": 1.2,
+    "add": 5.0, "subtract": 5.0, "multiply": 1.5, "reverse": 2.5, "spell": 1.5, "units": 1.2, "json": 1.2,
+    "other": 2.0, "days": 0.7, "months": 0.8, "colours": 0.8, "count": 0.6, "repeat": 0.7, "greeting": 1.2,
 }  # fmt: skip
 
 
@@ -36,8 +38,8 @@ WEIGHTS: dict[str, float] = {
 class Example:
     """A prompt with the only right answer.
 
-    `messages` are in OpenAI's form and end with a user or tool message; `answer` is what must follow them: text, or the
-    `<tool_call>` blocks. `template` holds the keyword arguments for the chat template.
+    `messages` are in OpenAI's form and end with a user or tool message; `answer` is what must follow:
+    text, or the `<tool_call>` blocks. `template` holds the keyword arguments for the chat template.
     """
 
     task: str
@@ -57,7 +59,7 @@ class Conversation:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a question is kept from training: by its letters, digits and signs, whatever its case and punctuation."""
+    """Whether a question is kept from training, whatever its case and punctuation."""
     return hashlib.sha256(_plain(key).encode()).digest()[0] * HELD_OUT_SHARE < 256
 
 
@@ -68,18 +70,18 @@ def _plain(key: str) -> str:
 def answer_text(message: Message) -> str:
     """The text by which the model gives this assistant message, without its thoughts."""
     calls = message.get("tool_calls") or ()
-    blocks = (f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>" for call in calls)
-    return message["content"] or "\n".join(blocks)
+    bodies = (json.dumps(call["function"], ensure_ascii=False) for call in calls)
+    return message["content"] or "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
 
 
 def draw(rng: random.Random, task: str, turns: int) -> Dialogue:
     """One dialogue of the task, with about `turns` questions."""
     if task == "system":
-        return dialogues.system_dialogue(rng, turns)
+        return system_dialogue(rng, turns)
     if task == "memory":
         return dialogues.memory_dialogue(rng, rng.randint(0, turns - 1))
     if task in ("tools", "tool_answer"):
-        return dialogues.tool_dialogue(rng, turns)
+        return tool_dialogue(rng, turns)
     if task == "think":
         return dialogues.thinking_dialogue(rng, SIMPLE[rng.choice(THOUGHT_TASKS)])
     return dialogues.simple_dialogue(rng, (SIMPLE[task],))
@@ -90,20 +92,22 @@ def training_conversation(rng: random.Random) -> Conversation:
     while True:
         dialogue = _training_dialogue(rng)
         if not any(is_held_out(step.key) for step in dialogue.steps):
-            return Conversation(tuple(_messages(dialogue.opening, dialogue.steps)), dialogue.tools, dialogue.template)
+            messages = tuple(_messages(dialogue.opening, dialogue.steps))
+            return Conversation(messages, dialogue.tools, dialogue.template)
 
 
 def _training_dialogue(rng: random.Random) -> Dialogue:
     roll = rng.random()
-    if roll < 0.17:
+    if roll < 0.13:
         return draw(rng, "system", rng.randint(1, 5))
-    if roll < 0.26:
+    if roll < 0.21:
         return draw(rng, "memory", rng.randint(1, 4))
-    if roll < 0.37:
+    if roll < 0.31:
         return draw(rng, "tools", rng.randint(1, 4))
-    if roll < 0.48:
+    if roll < 0.40:
         return draw(rng, "think", 1)
-    names = rng.choices(list(SIMPLE), [WEIGHTS.get(name, 1.0) for name in SIMPLE], k=rng.choice((1, 1, 2, 4, 8, 8)))
+    weights = [WEIGHTS.get(name, 1.0) for name in SIMPLE]
+    names = rng.choices(list(SIMPLE), weights, k=rng.choice((1, 2, 4, 8, 12, 12)))
     steps = (_training_step(rng, name) for name in names)
     return Dialogue(tuple(steps), dialogues.maybe_plain_system(rng))
 
@@ -123,9 +127,9 @@ def _messages(opening: tuple[Message, ...], steps: tuple[Step, ...]) -> Iterator
 
 
 def held_out(task: str, count: int, seed: int = 0, draws: int = 20_000) -> list[Example]:
-    """Up to `count` different held-out examples of one task; the last question of each is unknown to training.
+    """Up to `count` different held-out examples of one task, each ending with a question unknown to training.
 
-    A task with few questions may have fewer than `count` in the held-out tenth: at most `draws` dialogues are tried.
+    A task with few questions may have fewer in the held-out tenth: at most `draws` dialogues are tried.
 
     Raises:
         ValueError: an unknown task.
@@ -189,7 +193,8 @@ def _same_json(expected: str, text: str) -> bool:
 def grade(example: Example, text: str) -> bool:
     """Whether the model's output (no end-of-turn token) is exactly right.
 
-    Tool calls and JSON are compared parsed; with thinking enabled a thought must come first, and only what follows counts.
+    Tool calls and JSON are compared parsed; with thinking enabled a thought must come first, and only what
+    follows it counts.
     """
     thought, answer = split_thought(text)
     if bool(thought) != bool(example.template.get("enable_thinking")):
