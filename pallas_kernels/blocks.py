@@ -53,7 +53,7 @@ def attend_page(
 ) -> State:
     """Adds a page of keys and values [P, D] to the softmax of q [N, D]; `visible` [N, P], None: all.
 
-    A row must see a key sooner or later: until then it gathers weights that its first visible key decays to 0.
+    A row must see a key sooner or later: the weights it gathers until then decay to 0 at the first one.
     """
     maximum, denominator, out = state
     logits = _dot(q, keys.T)

@@ -19,7 +19,7 @@ warnings.filterwarnings(
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: its grid, Triton's tuning numbers, and outputs that reuse an input's memory."""
+    """How a kernel is launched: its grid, Triton's tuning numbers, outputs that reuse an input's memory."""
 
     name: str
     grid: tuple[int, ...]
@@ -53,9 +53,9 @@ def launch(
 
 
 def _check_offsets(array: jax.Array) -> None:
-    """Pallas keeps 32-bit signed offsets up to 4 GiB: of one-byte elements, those past 2 GiB turn negative."""
+    """Up to 4 GiB Pallas keeps signed 32-bit offsets: one-byte elements past 2 GiB get negative ones."""
     if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
         raise ValueError(
-            f"an array of {array.size} one-byte elements cannot be addressed by a Pallas kernel: keep it at or "
-            "below 2 GiB (fewer cache pages, or more GPUs), or above 4 GiB"
+            f"an array of {array.size} one-byte elements cannot be addressed by a Pallas kernel: keep it at "
+            "most 2 GiB (fewer cache pages, or more GPUs), or above 4 GiB"
         )

@@ -1,11 +1,72 @@
-"""Which implementation serves an op on a device, and why one does not."""
+"""Which implementation serves the ops on a device, and why the hand-written kernels do not."""
 
 from __future__ import annotations
 
+import importlib.util
+
 BACKENDS = ("xla", "pallas", "pallas_interpret")
+"""What the ops take as `backend`; `pallas_interpret` runs the Pallas kernels anywhere, slowly, for tests."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_HEAD_DIM = 256
+MAX_GROUP = 16
+MIN_COMPUTE_CAPABILITY = 8.0
 
 
 def check_backend(backend: str) -> None:
     """Raises ValueError unless `backend` names an implementation."""
     if backend not in BACKENDS:
         raise ValueError(f"kernel backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+
+
+def why_not(
+    platform: str,
+    head_dim: int | None = None,
+    *,
+    dtype: str = "bfloat16",
+    group: int = 1,
+    compute_capability: float | None = None,
+) -> str | None:
+    """Why the Pallas kernels cannot serve, or None if they can.
+
+    `platform` as `jax.Device.platform` has it; `group` is query heads a KV head; `compute_capability` as
+    `jax.Device.compute_capability` has it (None: not checked), and head_dim None leaves the model out.
+    """
+    if platform not in ("gpu", "cuda"):
+        return f"Pallas kernels need an NVIDIA GPU; the platform is {platform}"
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "this version of JAX has no Triton backend for Pallas"
+    if compute_capability is not None and compute_capability < MIN_COMPUTE_CAPABILITY:
+        return f"compute capability {compute_capability} is below {MIN_COMPUTE_CAPABILITY} (Ampere)"
+    if dtype not in DTYPES:
+        return f"a KV cache of {dtype} is none of {', '.join(DTYPES)}"
+    if head_dim is not None and not 16 <= head_dim <= MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is outside 16 to {MAX_HEAD_DIM}"
+    if group > MAX_GROUP:
+        return f"{group} query heads a KV head are more than {MAX_GROUP}"
+    return None
+
+
+def resolve(
+    backend: str,
+    platform: str,
+    head_dim: int | None = None,
+    *,
+    dtype: str = "bfloat16",
+    group: int = 1,
+    compute_capability: float | None = None,
+) -> str:
+    """The backend to pass to the ops: `auto` takes `pallas` where `why_not` has no objection, else `xla`.
+
+    Raises ValueError for an unknown name, and for `pallas` where it cannot serve.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"kernel backend {backend!r} is unknown; choose auto or one of {', '.join(BACKENDS)}"
+        )
+    if backend in ("xla", "pallas_interpret"):
+        return backend
+    reason = why_not(platform, head_dim, dtype=dtype, group=group, compute_capability=compute_capability)
+    if backend == "pallas" and reason is not None:
+        raise ValueError(f"backend pallas cannot be used here: {reason}; use backend auto or xla")
+    return "xla" if reason else "pallas"

@@ -1,7 +1,8 @@
 """Attention over paged K and V as plain XLA operations: the path of any device, the oracle of the kernels.
 
-Pages are streamed a few at a time through an online softmax (Milakov and Gimelshein, 2018). The number of steps
-is read from the positions at run time: the cost follows the real context, and one program serves every length.
+Pages are streamed a few at a time through an online softmax (Milakov and Gimelshein, 2018). The number of
+steps is read from the positions at run time: the cost follows the real context, and one program serves every
+length.
 """
 
 from __future__ import annotations
@@ -68,13 +69,16 @@ def _attend_group(
 ) -> jax.Array:
     page_size = k_pages.shape[2]
     first, steps = _page_range(positions, page_size, options.window)
+    newest = jnp.max(positions, axis=1)[:, None, None]
     q = q.astype(jnp.float32) * options.scale
 
     def step(index: jax.Array, state: State) -> State:
         columns = first[:, None] + index * CHUNK_PAGES + jnp.arange(CHUNK_PAGES, dtype=jnp.int32)  # [B, C]
         pages = jnp.take_along_axis(tables, columns, axis=1, mode="clip")
-        keys, values = _read_pages(k_pages, pages), _read_pages(v_pages, pages)
         key_positions = columns[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)  # [B, C, P]
+        keys, values = _read_pages(k_pages, pages), _read_pages(v_pages, pages)
+        # Whatever unused slots hold, NaN too, must not count: a weight of zero alone would keep a NaN.
+        values = jnp.where((key_positions <= newest)[:, :, None, :, None], values, 0.0)
         visible = _visible(positions, key_positions, options.window)
         return _online_softmax(state, q, keys, values, visible, options.soft_cap)
 

@@ -21,8 +21,8 @@ def kv_write(
     """Writes T tokens' keys and values into the cache and returns the cache.
 
     k_pages, v_pages [pages, KH, PAGE_SIZE, D]; k, v [T, KH, D], cast to the cache's dtype; slots int32 [T],
-    the flat index `page * PAGE_SIZE + offset`. Rows that pad the batch carry slots of page 0, which may repeat.
-    In place where the caller donates the cache. Raises ValueError for shapes that do not fit.
+    the flat index `page * PAGE_SIZE + offset`. Rows that pad the batch carry slots of page 0, which may
+    repeat. In place where the caller donates the cache. Raises ValueError for shapes that do not fit.
     """
     check_backend(backend)
     check_cache(k_pages, v_pages)

@@ -1,7 +1,7 @@
 """Decode attention in Pallas (Triton backend): split-KV, one program a (KV head, split, sequence).
 
-Flash-decoding (Dao et al., 2023): each split runs an online softmax over its share of the sequence's own pages,
-and a second kernel merges the splits by their log-sum-exp. The query heads of a KV head are the rows of one tile.
+Flash-decoding (Dao et al., 2023): each split runs an online softmax over its share of the sequence's own
+pages, and a second kernel merges the splits by their log-sum-exp. A tile's rows are the query heads of one KV head.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def paged_attention(
 
 
 def split_count(tiles: int, table_width: int) -> int:
-    """How many programs share one sequence's pages: a power of two that fills the device, at least a page each."""
+    """Programs that share a sequence's pages: a power of two that fills the device, at least a page each."""
     wanted = min(TARGET_PROGRAMS // max(tiles, 1), MAX_SPLITS, table_width)
     return 1 << max(wanted, 1).bit_length() - 1
 
@@ -100,7 +100,7 @@ def _split_kernel(
 
 
 class _HeadRows:
-    """The tile of this program's query heads: row i is the i-th query head of the KV head, padded to MIN_ROWS."""
+    """The tile of this program's query heads: row i is query head i of the KV head, padded to MIN_ROWS."""
 
     def __init__(self, q_ref: jax.Ref, k_ref: jax.Ref) -> None:
         heads, head_dim = q_ref.shape[1:]

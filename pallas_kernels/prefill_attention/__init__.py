@@ -29,8 +29,8 @@ def prefill_attention(
 
     q [T, H, D]; k_pages, v_pages [pages, KH, PAGE_SIZE, D]; page_table int32 [S, M], padded with 0; tiles
     int32 [W, 4] from `build_tiles` with this backend's `tile_rows`. A row at position p sees keys at
-    positions p-window < j <= p. `sinks` f32 [H] adds a logit to each head's softmax denominator. Softmax in f32.
-    Returns [T, H, D] in q's dtype; rows that no tile covers are zeros.
+    positions p-window < j <= p. `sinks` f32 [H] adds a logit to each head's softmax denominator. Softmax in
+    f32. Returns [T, H, D] in q's dtype; rows that no tile covers are zeros.
     Raises ValueError for shapes or options that do not fit.
     """
     check_backend(backend)

@@ -1,8 +1,8 @@
 """Ragged prefill attention in Pallas (Triton backend): FlashAttention-2 over pages.
 
 A program takes a block of rows of one tile and one KV head: each row is a (query, query head of that KV head)
-pair, so that K and V are read once for all of them and short chunks still fill the tensor cores. Pages that every
-row sees whole run unmasked; those at the causal diagonal and at the edge of the window run masked.
+pair, so that K and V are read once for all of them and short chunks still fill the tensor cores. Pages that
+every row sees whole run unmasked; those at the causal diagonal and at the edge of the window run masked.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def prefill_attention(
 def _tuning(head_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
     """Rows of a block and pipeline stages."""
     if dtype == jnp.float32:
-        return 32, 2
+        return (32, 2) if head_dim <= 128 else (16, 2)
     return (128, 5) if head_dim <= 128 else (64, 3)
 
 
@@ -156,7 +156,7 @@ def _attend_pages(
 def _page_ranges(
     oldest: jax.Array, newest: jax.Array, page_size: int, window: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Pages that queries at positions `oldest` to `newest` see: (first, first whole, past the whole, past all)."""
+    """Pages that queries `oldest` to `newest` see: (first, first whole, past the whole, past all)."""
     zero = jnp.int32(0)
     end = lax.div(newest, page_size) + 1
     whole_end = lax.div(oldest + 1, page_size)

@@ -1,0 +1,153 @@
+"""A paged batch with a ragged set of sequences, and attention over it as a full softmax in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
+
+PAGE_SIZE = 64
+LENGTHS = (
+    0,
+    1,
+    63,
+    64,
+    65,
+    200,
+    0,
+    33,
+    130,
+    17,
+    64,
+    5,
+    0,
+    100,
+    2,
+    128,
+    129,
+    90,
+    7,
+)  # two groups of the XLA path
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A test case: head counts, dtype and the options of the attention op."""
+
+    name: str
+    group: int = 2
+    kv_heads: int = 2
+    head_dim: int = 32
+    dtype: str = "float32"
+    lengths: tuple[int, ...] = LENGTHS
+    options: dict[str, float] = field(default_factory=dict)
+    sinks: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class PagedBatch:
+    """Sequences of the given lengths in a cache where every slot that holds no token is NaN."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.rng = shape, np.random.default_rng(0)
+        sequences, pages = len(shape.lengths), -(-max(shape.lengths) // PAGE_SIZE)
+        self.lengths = np.asarray(shape.lengths, np.int32)
+        used = np.arange(pages) * PAGE_SIZE < self.lengths[:, None]
+        order = 1 + self.rng.permutation(sequences * pages).reshape(sequences, pages)
+        self.table = np.where(used, order, 0).astype(np.int32)
+        cache = (sequences * pages + 1, shape.kv_heads, PAGE_SIZE, shape.head_dim)
+        self.k_pages, self.v_pages = (np.full(cache, np.nan, np.float32) for _ in range(2))
+        self.keys, self.values = ([self._sequence(n) for n in shape.lengths] for _ in range(2))
+        for row in range(sequences):
+            self._fill(self.k_pages, self.keys[row], row)
+            self._fill(self.v_pages, self.values[row], row)
+        self.sinks = self.draw(shape.kv_heads * shape.group) if shape.sinks else None
+
+    def draw(self, *size: int) -> np.ndarray:
+        """Normal numbers, exact in the case's dtype."""
+        values = self.rng.standard_normal(size).astype(jnp.dtype(self.shape.dtype))
+        return values.astype(np.float32)
+
+    def queries(self, rows: int) -> np.ndarray:
+        """[rows, H, D]."""
+        return self.draw(rows, self.shape.kv_heads * self.shape.group, self.shape.head_dim)
+
+    def chunks(self) -> tuple[list[int], np.ndarray, list[int], list[int]]:
+        """A chunk that ends each live sequence: (rows, starts, counts, positions). The first row stays free."""
+        rows = [row for row, length in enumerate(self.shape.lengths) if length]
+        counts = [int(self.rng.integers(1, self.shape.lengths[row] + 1)) for row in rows]
+        counts[-1] = 1  # a decode row among the chunks
+        positions = [self.shape.lengths[row] - count for row, count in zip(rows, counts, strict=True)]
+        return rows, 1 + np.cumsum([0, *counts[:-1]]), counts, positions
+
+    def reference(self, q: np.ndarray, row: int, position: int) -> np.ndarray:
+        """Full softmax of q [H, D] at `position` of sequence `row` -> [H, D]."""
+        return np.stack([self._head(q[head], row, position, head) for head in range(q.shape[0])])
+
+    def device(self, *arrays: np.ndarray) -> list[jax.Array]:
+        """Float arrays in the case's dtype, the others as they are."""
+        return [jnp.asarray(x, self.shape.dtype if x.dtype == np.float32 else x.dtype) for x in arrays]
+
+    def _sequence(self, length: int) -> np.ndarray:
+        return self.draw(length, self.shape.kv_heads, self.shape.head_dim)
+
+    def _fill(self, pages: np.ndarray, tokens: np.ndarray, row: int) -> None:
+        for position, token in enumerate(tokens):
+            pages[self.table[row, position // PAGE_SIZE], :, position % PAGE_SIZE] = token
+
+    def _head(self, q: np.ndarray, row: int, position: int, head: int) -> np.ndarray:
+        options, kv_head = self.shape.options, head // self.shape.group
+        first = max(position + 1 - options["window"], 0) if "window" in options else 0
+        logits = self.keys[row][first : position + 1, kv_head].astype(np.float64) @ q * options["scale"]
+        if "soft_cap" in options:
+            logits = options["soft_cap"] * np.tanh(logits / options["soft_cap"])
+        weights = np.exp(logits)
+        denominator = weights.sum() + (0 if self.sinks is None else np.exp(self.sinks[head]))
+        return weights @ self.values[row][first : position + 1, kv_head] / denominator
+
+
+def decode_case(
+    op: Callable[..., jax.Array], batch: PagedBatch, backend: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(output, reference) of decode attention over the batch."""
+    q = batch.queries(len(batch.lengths))
+    arrays = batch.device(q, batch.k_pages, batch.v_pages, batch.table, batch.lengths)
+    out = _jitted(op, batch, backend)(*arrays)
+    expected = np.zeros(q.shape)
+    for row, length in enumerate(batch.lengths):
+        if length:
+            expected[row] = batch.reference(q[row], row, length - 1)
+    return np.asarray(out, np.float64), expected
+
+
+def prefill_case(
+    op: Callable[..., jax.Array], batch: PagedBatch, backend: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(output, reference) of prefill attention over the batch; no tile covers the first and last rows."""
+    rows, starts, counts, positions = batch.chunks()
+    tokens = sum(counts) + 7
+    q = batch.queries(tokens)
+    width = max_tiles(tokens, len(batch.lengths), tile_rows(backend))
+    tiles = build_tiles(rows, starts, counts, positions, tile_rows(backend), width)
+    out = _jitted(op, batch, backend)(*batch.device(q, batch.k_pages, batch.v_pages, batch.table, tiles))
+    expected = np.zeros(q.shape)
+    for row, start, count, position in zip(rows, starts, counts, positions, strict=True):
+        for i in range(count):
+            expected[start + i] = batch.reference(q[start + i], row, position + i)
+    return np.asarray(out, np.float64), expected
+
+
+def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
+
+
+def _jitted(op: Callable[..., jax.Array], batch: PagedBatch, backend: str) -> Callable[..., jax.Array]:
+    sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
+    return jax.jit(lambda *arrays: op(*arrays, **batch.shape.options, sinks=sinks, backend=backend))
