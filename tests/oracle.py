@@ -1,6 +1,6 @@
-"""The oracle of every model test: tiny random checkpoints that HuggingFace transformers itself saves and runs.
+"""The oracle of model tests: tiny random checkpoints that HuggingFace transformers itself saves and runs.
 
-`save_checkpoint(name, folder)` writes one of `CONFIGS`; `hf_logits` and `hf_greedy` run it in float32 on one thread.
+`save_checkpoint(name, folder)` writes one of `CONFIGS`; `hf_logits` and `hf_greedy` run it in float32.
 Weights are drawn wide, norms and biases too, so that a feature left out changes the logits visibly.
 """
 
@@ -39,7 +39,7 @@ SMALL: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """A transformers config class's prefix, what it is given besides `SMALL`, and a rewriting of what it saves."""
+    """A transformers class's prefix, what its config gets besides `SMALL`, a rewriting of what it saves."""
 
     family: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -55,11 +55,8 @@ def _yarn(**settings: Any) -> dict[str, Any]:
 
 
 def _longrope(half: int, **settings: Any) -> dict[str, Any]:
-    factors = {
-        "short_factor": [1.0 + 0.1 * i for i in range(half)],
-        "long_factor": [2.0 + i for i in range(half)],
-    }
-    return _rope("longrope", **factors, **settings)
+    short, long = [1.0 + 0.1 * i for i in range(half)], [2.0 + i for i in range(half)]
+    return _rope("longrope", short_factor=short, long_factor=long, **settings)
 
 
 LLAMA3 = _rope(
@@ -91,7 +88,7 @@ def _internlm3(path: Path) -> None:
 
 
 def _internlm2(path: Path) -> None:
-    """InternLM2's published layout: per KV head its query heads, key and value; its own names, old RoPE fields."""
+    """InternLM2's published layout: per KV head its query heads, key, value; own names, old RoPE fields."""
     config = json.loads((path / "config.json").read_text())
     rope = config["rope_parameters"]
     scaling = {"type": rope["rope_type"], "factor": rope["factor"]} if "factor" in rope else None
@@ -200,7 +197,7 @@ CONFIGS: Mapping[str, Spec] = {
 
 
 def save_checkpoint(name: str, folder: str | Path) -> Path:
-    """Saves the tiny checkpoint `name` of `CONFIGS` in `folder`, with the same weights every time; returns the folder."""
+    """Saves the checkpoint `name` of `CONFIGS` in a folder, the same weights every time; returns `folder`."""
     spec, path = CONFIGS[name], Path(folder)
     config = getattr(transformers, f"{spec.family}Config")(**SMALL | spec.options, dtype="float32")
     torch.manual_seed(sum(map(ord, name)))
@@ -227,15 +224,13 @@ def _load(folder: str | Path) -> Any:
     path = Path(folder)
     path = path / ORACLE if (path / ORACLE).is_dir() else path
     # Loaded anew each time: dynamic RoPE keeps the longest sequence that a model has seen.
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval()
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
 
 
 @torch.no_grad()
 def hf_logits(folder: str | Path, ids: Sequence[int], prompt: int | None = None) -> np.ndarray:
-    """Logits f32 [len(ids), V]: the first `prompt` ids (default: all) in one pass, the others one by one, cached."""
+    """Logits f32 [len(ids), V]: the first `prompt` ids (default: all) in one pass, then one by one."""
     model = _load(folder)
     tokens = torch.tensor(list(ids))[None]
     prompt = len(ids) if prompt is None else prompt

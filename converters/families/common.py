@@ -77,3 +77,9 @@ def layer_windows(fields: Fields, default: Sequence[str], window: int | None) ->
     if window is None and SLIDING in types:
         raise fields.unsupported("sliding_window", None, f"a size, as layer_types has {SLIDING!r}")
     return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def used_window(fields: Fields, default: int | None) -> int | None:
+    """`sliding_window`, where `use_sliding_window` says that it counts."""
+    window = fields.optional_size("sliding_window", default)
+    return window if fields.flag("use_sliding_window", False) else None

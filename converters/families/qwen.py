@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converters.families.common import FULL, SLIDING, decoder_config, head_size, layer_windows
+from converters.families.common import FULL, SLIDING, decoder_config, head_size, layer_windows, used_window
 from converters.families.fields import Fields
 from converters.families.rope import read_rope
 from lmdeploy_jax.models.config import DecoderConfig
@@ -33,8 +33,7 @@ def qwen3_config(fields: Fields) -> DecoderConfig:
 
 def _windows(fields: Fields) -> tuple[int | None, ...]:
     """With `use_sliding_window`, the layers from `max_window_layers` on have a window."""
-    used = fields.flag("use_sliding_window", False)
-    window = fields.optional_size("sliding_window", 4096) if used else None
+    window = used_window(fields, 4096)
     first, layers = fields.get("max_window_layers", 28), fields.size("num_hidden_layers")
     default = [SLIDING if window is not None and i >= first else FULL for i in range(layers)]
     return layer_windows(fields, default, window)

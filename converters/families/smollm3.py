@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converters.families.common import FULL, SLIDING, decoder_config, head_size, layer_windows
+from converters.families.common import FULL, SLIDING, decoder_config, head_size, layer_windows, used_window
 from converters.families.fields import Fields
 from converters.families.rope import read_rope
 from lmdeploy_jax.models.config import DecoderConfig
@@ -15,8 +15,7 @@ def smollm3_config(fields: Fields) -> DecoderConfig:
     rotated = fields.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]
     if len(rotated) < layers:
         raise fields.unsupported("no_rope_layers", rotated, f"{layers} entries")
-    used = fields.flag("use_sliding_window", False)
-    window = fields.optional_size("sliding_window", None) if used else None
+    window = used_window(fields, None)
     default = [FULL if window is None or rotated[i] else SLIDING for i in range(layers)]
     bias = fields.flag("attention_bias", False)
     return decoder_config(

@@ -10,7 +10,7 @@ from tests.models.paged import PagedRunner
 from tests.oracle import CONFIGS, hf_logits, save_checkpoint
 
 LONG, SHORT, DECODED = 130, 37, 3
-# Where the decode step differs in more than sizes. The others decode in chunks of one token, compiled already.
+# Where the decode step differs in more than sizes. The others decode in chunks of one token.
 DECODE_PROGRAM = {
     "llama",
     "llama_head80",

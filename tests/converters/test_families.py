@@ -1,0 +1,149 @@
+"""config.json -> DecoderConfig: old and new spellings, and refusals that name the field and its value."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from converters.families import FAMILIES, build_config
+from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
+from lmdeploy_jax.models.config import DecoderConfig
+
+BASE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 257,
+    "max_position_embeddings": 4096,
+}
+
+
+def build(architecture: str = "LlamaForCausalLM", **fields: object) -> DecoderConfig:
+    return build_config({**BASE, "architectures": [architecture], **fields}, "config.json")
+
+
+def test_old_and_new_rope_fields_mean_the_same():
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    length = {"original_max_position_embeddings": 512}
+    old = build(rope_theta=500000.0, rope_scaling={"rope_type": "llama3", **scaling, **length})
+    older = build(rope_theta=500000, rope_scaling={"type": "llama3", **scaling, **length})
+    new = build(rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **scaling, **length})
+    assert old == older == new
+    assert (new.rope.kind, new.rope.theta, new.rope.original_max_position) == ("llama3", 500000.0, 512)
+
+
+def test_yarn_and_longrope_derive_what_is_left_out():
+    yarn = build(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}).rope
+    assert yarn.attention_factor == pytest.approx(1.1386294)
+    assert (yarn.beta_fast, yarn.beta_slow, yarn.truncate) == (32.0, 1.0, True)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    phi = build(
+        "Phi3ForCausalLM", rope_scaling={"type": "su", **factors}, original_max_position_embeddings=256
+    ).rope
+    assert (phi.kind, phi.factor, phi.depends_on_length) == ("longrope", 16.0, True)
+    assert phi.attention_factor == pytest.approx(1.2247449)
+
+
+def test_windows_come_from_every_spelling():
+    assert build("MistralForCausalLM", sliding_window=None).windows == (None,) * 4
+    assert build("MistralForCausalLM").windows == (4096,) * 4
+    some = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
+    assert build("Qwen2ForCausalLM", **some).windows == (None, None, None, 9)
+    assert build("Qwen2ForCausalLM", **some | {"use_sliding_window": False}).windows == (None,) * 4
+    types = ["sliding_attention", "full_attention"] * 2
+    assert build("Qwen3ForCausalLM", **some, layer_types=types).windows == (9, None) * 2
+    assert build("Gemma2ForCausalLM", sliding_window=5).windows == (5, None) * 2
+
+
+def test_sizes_that_are_left_out_are_derived():
+    config = build(num_key_value_heads=None)
+    assert (config.num_kv_heads, config.head_dim, config.attention_scale) == (4, 16, 0.25)
+    assert build("Qwen3ForCausalLM").head_dim == 128
+    assert build(seq_length=1024).max_position == 1024
+    assert build(max_position_embeddings=None).max_position == 2048
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "rope_type='spiral' is not supported"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [4, 4]}},
+            "mrope_section in rope",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
+        ({"hidden_act": "relu2"}, "hidden_act='relu2' is not supported; supported: one of silu"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config={'quant_method': 'awq'}"),
+        ({"sliding_window": 128}, "sliding_window=128"),
+        ({"clip_qkv": True}, "clip_qkv=True"),
+        ({"num_local_experts": 8}, "num_local_experts=8"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "num_attention_heads=5"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(fields, message):
+    with pytest.raises(UnsupportedModelError, match=r"config\.json: ") as caught:
+        build(**fields)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "message"),
+    [
+        ("MistralForCausalLM", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types="),
+        ("Qwen2ForCausalLM", {"layer_types": ["full_attention"]}, "4 entries"),
+        ("Qwen2ForCausalLM", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+        (
+            "Phi3ForCausalLM",
+            {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}},
+            "short_factor=None",
+        ),
+        ("Gemma3ForCausalLM", {"rope_parameters": {"rope_theta": 1.0}}, "rope_parameters="),
+        ("Gemma2ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused_by_name(architecture, fields, message):
+    with pytest.raises(UnsupportedModelError) as caught:
+        build(architecture, **fields)
+    assert message in str(caught.value)
+
+
+def test_an_unknown_architecture_is_named_with_those_that_are_known():
+    with pytest.raises(
+        UnsupportedModelError, match="architecture MambaForCausalLM is not supported"
+    ) as caught:
+        build("MambaForCausalLM")
+    assert all(name in str(caught.value) for name in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": None}, "architectures is None"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; it must be a positive integer"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; it must be a number"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_parameters: factor is missing"),
+    ],
+)
+def test_a_damaged_config_is_named(fields, message):
+    with pytest.raises(CheckpointError) as caught:
+        build(**fields)
+    assert message in str(caught.value)
+
+
+def test_fields_that_nobody_knows_are_logged_and_off_switches_ignored(caplog):
+    with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
+        build(_name_or_path="x", use_cache=True, attention_sink=None, num_experts=0, favourite_colour="blue")
+    assert [record.message for record in caplog.records] == [
+        "config.json: fields without a meaning here are ignored: favourite_colour"
+    ]

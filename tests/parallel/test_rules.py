@@ -1,0 +1,76 @@
+"""Logical axes to mesh axes, and the errors where a mesh does not fit."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
+from lmdeploy_jax.parallel.mesh import AXES, axis_size, make_mesh
+from lmdeploy_jax.parallel.rules import partition_spec
+
+MESH = AbstractMesh((1, 4, 1), AXES)
+
+
+def test_axes_follow_their_rules():
+    spec = partition_spec("qkv", (4, 3, 16, 64), ("kv_heads", None, None, "embed"), MESH)
+    assert spec == PartitionSpec("tp", None, None, None)
+    assert partition_spec("down", (64, 96), ("embed", "mlp"), MESH) == PartitionSpec(None, "tp")
+
+
+def test_an_uneven_cut_is_a_config_error_that_names_the_weight():
+    with pytest.raises(ConfigError, match=r"down: its mlp axis of 98 cannot be cut in 4"):
+        partition_spec("down", (64, 98), ("embed", "mlp"), MESH)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (("vocab", "mlp"), "use a mesh axis twice"),
+        (("vocab", "colour"), "logical axis 'colour' has no rule"),
+        (("vocab",), "1 axis names"),
+    ],
+)
+def test_wrong_axes_are_found(axes, message):
+    with pytest.raises(ValueError, match=message):
+        partition_spec("head", (8, 8), axes, MESH)
+
+
+def test_mesh_takes_the_first_devices_and_refuses_too_few():
+    mesh = make_mesh(1)
+    assert (axis_size(mesh, "dp"), axis_size(mesh, "tp"), axis_size(None, "tp")) == (1, 1, 1)
+    count = len(jax.devices()) + 1
+    with pytest.raises(ConfigError, match=rf"tp={count} needs as many devices"):
+        make_mesh(count)
+
+
+def decoder(heads: int, kv_heads: int) -> DecoderConfig:
+    return DecoderConfig(
+        hidden_size=64,
+        num_layers=1,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=16,
+        intermediate_size=64,
+        vocab_size=16,
+        max_position=64,
+        rope=RopeConfig(16),
+        windows=(None,),
+        rope_layers=(True,),
+        attention_scale=0.25,
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tp", "expected"), [(8, 8, 4, 8), (8, 2, 2, 2), (8, 2, 4, 4), (8, 1, 8, 8)]
+)
+def test_kv_heads_are_repeated_up_to_tp(heads, kv_heads, tp, expected):
+    assert decoder(heads, kv_heads).kv_heads(tp) == expected
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tp"), [(14, 2, 4), (6, 3, 2), (12, 3, 4)])
+def test_heads_that_cannot_be_shared_out_are_a_config_error(heads, kv_heads, tp):
+    with pytest.raises(ConfigError, match=f"tp={tp} cannot share out {heads} attention heads"):
+        decoder(heads, kv_heads).kv_heads(tp)

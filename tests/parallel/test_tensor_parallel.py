@@ -1,0 +1,44 @@
+"""Tensor parallelism on virtual CPU devices: the same logits, no weight or cache sent between devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[int, dict]:
+    """Findings for tied embeddings, biases, an odd vocabulary, and fewer KV heads than devices."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.parallel.tp_program", "qwen2"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {line["tp"]: line for line in lines}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_logits_equal_transformers(found, tp):
+    assert found[tp]["error"] < 1e-4
+
+
+def test_kv_heads_are_repeated_where_devices_are_more(found):
+    assert [found[tp]["kv_heads"] for tp in (1, 2, 4)] == [2, 2, 4]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_converted_checkpoint_loads_alike(found, tp):
+    assert found[tp]["converted_alike"]
+
+
+def test_only_activations_are_communicated(found):
+    """Two sums a layer and one for the embedding, [rows, E] each; then the logits."""
+    assert Counter(found[4]["collectives"]) == {"all-reduce f32[3,64]": 5, "all-gather f32[3,260]": 1}

@@ -1,0 +1,67 @@
+"""Run by test_tensor_parallel.py with four virtual CPU devices: prints one JSON line of findings a case."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+
+import jax
+import numpy as np
+
+from converters import orbax
+from converters.load import LoadedModel, load_model
+from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.parallel.mesh import make_mesh
+from tests.models.paged import PagedRunner
+from tests.oracle import hf_logits, save_checkpoint
+
+PROMPT, TOTAL = 70, 72
+
+
+def logits(model: LoadedModel, ids: list[int], mesh: jax.sharding.Mesh) -> tuple[np.ndarray, PagedRunner]:
+    runner = PagedRunner(model, mesh=mesh)
+    (prefill,) = runner.ragged([(0, 0, ids[:PROMPT], PROMPT)])
+    decoded = [runner.decode({0: (ids[i], i)})[0] for i in range(PROMPT, TOTAL)]
+    return np.concatenate([prefill, decoded]), runner
+
+
+def collectives(runner: PagedRunner) -> list[str]:
+    """Kind and shape of each collective in a decode step."""
+    ints = np.zeros(runner.rows, np.int32)
+    batch = Batch(ints, ints, ints, ints, runner.table, ints)
+    text = runner.step.lower(runner.model.leaves, runner.caches, batch).compile().as_text()
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return [f"{kind} {shape}" for shape, kind in re.findall(rf"= (\S+?)(?:\{{\S*)? ({kinds})\(", text)]
+
+
+def compare(name: str, folder: str) -> None:
+    path = save_checkpoint(name, f"{folder}/hf")
+    ids = np.random.default_rng(0).integers(3, 257, TOTAL).tolist()
+    want = hf_logits(path, ids, PROMPT)
+    single = load_model(path)
+    converted = orbax.save(f"{folder}/converted", single.named_leaves, {}, path)
+    for tp in (1, 2, 4):
+        mesh = make_mesh(tp)
+        model = load_model(path, mesh=mesh)
+        got, runner = logits(model, ids, mesh)
+        again = load_model(converted, mesh=mesh)
+        alike = [
+            x.sharding == y.sharding and np.array_equal(x, y)
+            for x, y in zip(model.leaves, again.leaves, strict=True)
+        ]
+        found = {
+            "tp": tp,
+            "kv_heads": model.kv_heads,
+            "error": float(np.abs(got - want).max() / np.abs(want).max()),
+            "converted_alike": all(alike),
+            "collectives": collectives(runner) if tp == 4 else [],
+        }
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    with tempfile.TemporaryDirectory() as scratch:
+        compare(sys.argv[1], scratch)
