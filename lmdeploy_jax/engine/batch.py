@@ -131,8 +131,8 @@ class StepPacker:
         for chunk, offset in zip(chunks, offsets, strict=True):
             self._put_tokens(field, chunk, int(offset))
         field["positions"][:total] = positions
-        prompts = np.fromiter((c.sequence.num_prompt for c in chunks), np.int32, n)
-        field["rope_lens"][:total] = np.maximum(positions + 1, np.repeat(prompts, counts))
+        lens = np.fromiter((c.sequence.rope_len for c in chunks), np.int32, n)
+        field["rope_lens"][:total] = np.maximum(positions + 1, np.repeat(lens, counts))
         field["kv_slots"][:total] = self._kv_slots(np.repeat(slots, counts), positions)
         field["kv_lens"][:n] = starts + counts
         field["last"][:n] = offsets + counts - 1

@@ -27,12 +27,11 @@ class Buckets:
 
 
 def plan(platform: str, max_batch_size: int, max_tokens: int) -> Buckets:
-    """Buckets for a device kind. A CPU computes every padding row in full, so its steps are finer at the low end."""
-    least = 16 if platform == "cpu" else 64
-    decode = _ladder(1, max_batch_size, 2 if platform != "cpu" else 4)
-    if platform == "cpu" and max_batch_size > 16:
-        decode = tuple(sorted({*decode, *(n for n in (32,) if n < max_batch_size)}))
-    return Buckets(decode, _ladder(1, max_batch_size, 8), _ladder(least, max(max_tokens, max_batch_size), 4))
+    """Buckets for a device kind. On a CPU programs are slow to compile and padding is cheap, so they are few."""
+    tokens = max(max_tokens, max_batch_size)
+    if platform == "cpu":
+        return Buckets(_ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64), _ladder(32, tokens, 8))
+    return Buckets(_ladder(1, max_batch_size, 2), _ladder(1, max_batch_size, 8), _ladder(64, tokens, 4))
 
 
 def _ladder(first: int, last: int, factor: int) -> tuple[int, ...]:

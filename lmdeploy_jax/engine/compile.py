@@ -78,6 +78,18 @@ def compile_all(programs: Mapping[Key, Program], *, progress: bool) -> dict[Key,
     return compiled
 
 
+class LazyPrograms(dict[Key, jax.stages.Compiled]):
+    """Compiles each program when it is first asked for."""
+
+    def __init__(self, programs: Mapping[Key, Program]) -> None:
+        super().__init__()
+        self._programs = programs
+
+    def __missing__(self, key: Key) -> jax.stages.Compiled:
+        self[key] = compiled = self._programs[key].compile()
+        return compiled
+
+
 def _bar(enabled: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, transient=True, disable=not enabled)

@@ -42,7 +42,7 @@ class Engine:
         self.scheduler = parts.scheduler
         self._runner = parts.runner
         self._sequences: dict[int, list[Sequence]] = {}  # live sequences of each request
-        self._flight: deque[list[Drawn]] = deque()
+        self._flight: deque[Drawn] = deque()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -135,29 +135,24 @@ class Engine:
                 while self._flight:
                     self._read(self._flight.popleft())
 
-    def _dispatch(self, step: Step) -> list[Drawn]:
+    def _dispatch(self, step: Step) -> Drawn:
         for sequence in step.admitted:
             self._runner.begin(sequence)
         return self._runner.dispatch(step)
 
-    def _read(self, calls: list[Drawn]) -> None:
-        for drawn in calls:
-            tokens, packed = read_tokens(drawn)
-            for i, (sequence, _) in enumerate(drawn.draws):
-                if sequence.finished:
-                    continue  # it ended while this token was under way
-                if sequence in drawn.errors:
-                    self._end(
-                        sequence,
-                        StepOutput(sequence.request.request_id, sequence.index),
-                        drawn.errors[sequence],
-                    )
-                    continue
-                out = output_of(sequence, drawn, i, tokens[i], packed)
-                out.finish_reason, out.stop_token = accept(sequence, tokens[i], self.session_len)
-                if out.finish_reason:
-                    self._retire(sequence)
-                self._emit(sequence.request, out)
+    def _read(self, drawn: Drawn) -> None:
+        tokens, packed = read_tokens(drawn)
+        for i, (sequence, _) in enumerate(drawn.draws):
+            if sequence.finished:
+                continue  # it ended while this token was under way
+            if sequence in drawn.errors:
+                self._fail(sequence, drawn.errors[sequence])
+                continue
+            out = output_of(sequence, drawn, i, tokens[i], packed)
+            out.finish_reason, out.stop_token = accept(sequence, tokens[i], self.session_len)
+            if out.finish_reason:
+                self._retire(sequence)
+            self._emit(sequence.request, out)
 
     def _add(self, request: Request) -> None:
         first = self.scheduler.add(request)
@@ -176,8 +171,8 @@ class Engine:
                 self._retire(sequence)
                 self._emit(sequence.request, out)
 
-    def _end(self, sequence: Sequence, out: StepOutput, error: BaseException) -> None:
-        out.finish_reason, out.error = "error", error
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        out = StepOutput(sequence.request.request_id, sequence.index, finish_reason="error", error=error)
         self._retire(sequence)
         self._emit(sequence.request, out)
 

@@ -35,6 +35,7 @@ class ProgramBuilder:
             made["greedy", rows] = self._head(steps.head_greedy, rows)
         for rows in self.buckets.sampling:
             made["sample", rows] = self._head(steps.head_sample, rows)
+            made["logits", rows] = self._head_logits(rows)
             made["full", rows] = self._head_full(rows)
         for tokens in self.buckets.tokens:
             made["ragged", tokens] = self._ragged(tokens)
@@ -62,17 +63,16 @@ class ProgramBuilder:
         args = (self._leaves, self._rows, self._pending, self._ints(layout.size))
         return Program(partial(step, self.model.merge, layout), args, self._replicated, donate=(2,))
 
+    def _head_logits(self, rows: int) -> Program:
+        layout = self.packer.head_layout(rows)
+        args = (self._leaves, self._rows, self._ints(layout.size))
+        return Program(partial(steps.head_logits, self.model.merge, layout), args, self._replicated)
+
     def _head_full(self, rows: int) -> Program:
         layout = self.packer.head_layout(rows)
-        args = (self._leaves, self._rows, self._pending, self._history, self._ints(layout.size))
-        function = partial(steps.head_full, self.model.merge, layout)
-        return Program(function, args, self._replicated, donate=(2, 3))
-
-    def _head_host(self) -> Program:
-        layout = self.packer.head_layout(REPORT_ROWS)
-        logits = self._spec((REPORT_ROWS, self.model.config.vocab_size), jnp.float32)
+        logits = self._spec((rows, self.model.config.vocab_size), jnp.float32)
         args = (logits, logits, self._pending, self._history, self._ints(layout.size))
-        return Program(partial(steps.head_host, layout), args, self._replicated, donate=(2, 3))
+        return Program(partial(steps.head_full, layout), args, self._replicated, donate=(2, 3))
 
     # -- rows that are reported on, and state -------------------------------------------------------------
 
@@ -84,9 +84,9 @@ class ProgramBuilder:
         taken = self._hidden(REPORT_ROWS)
         logits = partial(steps.row_logits, self.model.merge)
         logprobs = partial(steps.row_logprobs, self.model.merge)
-        made["logits", REPORT_ROWS] = Program(logits, (self._leaves, taken), self._replicated)
+        made["row_logits", REPORT_ROWS] = Program(logits, (self._leaves, taken), self._replicated)
         args = (self._leaves, taken, self._ints(REPORT_ROWS))
-        made["logprobs", REPORT_ROWS] = Program(logprobs, args, self._replicated)
+        made["row_logprobs", REPORT_ROWS] = Program(logprobs, args, self._replicated)
         return made
 
     def _state_programs(self) -> dict[Key, Program]:
@@ -97,7 +97,6 @@ class ProgramBuilder:
         started = (self._history, scalar, self._ints(vocab), bias)
         zeros = partial(jax.tree.map, lambda spec: jnp.zeros(spec.shape, spec.dtype), self._history)
         return {
-            ("host", REPORT_ROWS): self._head_host(),
             ("copy", 0): Program(steps.copy_pages, copied, self.cache.shardings, donate=(0,)),
             ("new_history", 0): Program(zeros, (), self._replicated),
             ("set_history", 0): Program(steps.set_history, started, self._replicated, donate=(0,)),

@@ -148,6 +148,7 @@ class Sequence:
     cached: int = 0  # prompt tokens that came from the prefix cache
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # prefix hash of each full page registered so far
+    rope_floor: int = 0  # least length that length-dependent RoPE takes the sequence for
     slot: int = -1
     table_len: int = 0  # pages that the slot's row of the host page table holds already
     pending: bool = False  # the last token stands in the slot's cell of the device's pending array
@@ -163,6 +164,11 @@ class Sequence:
     @property
     def num_prompt(self) -> int:
         return len(self.request.prompt)
+
+    @property
+    def rope_len(self) -> int:
+        """Length that length-dependent RoPE is scaled for where a token's own position does not exceed it."""
+        return max(self.num_prompt, self.rope_floor)
 
     @property
     def length(self) -> int:

@@ -12,7 +12,10 @@ from lmdeploy_jax.messages import FinishReason
 
 
 def read_tokens(drawn: Drawn) -> tuple[list[int], np.ndarray | None]:
-    """Waits for a call: its tokens, and the packed log-probabilities where it has them."""
+    """Waits for a step: its tokens, and the packed log-probabilities where it has them."""
+    if not drawn.draws:
+        drawn.tokens.block_until_ready()
+        return [], None
     values = np.asarray(drawn.tokens)
     packed = values if values.ndim == 2 else None
     return (values if packed is None else values[:, 0]).tolist(), packed

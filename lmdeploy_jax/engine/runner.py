@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,8 @@ from converters.load import LoadedModel
 from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets, fit
-from lmdeploy_jax.engine.compile import Key, compile_all
+from lmdeploy_jax.engine.compile import Key
 from lmdeploy_jax.engine.host_logits import change_logits
-from lmdeploy_jax.engine.programs import ProgramBuilder
 from lmdeploy_jax.engine.request import Sequence
 from lmdeploy_jax.engine.scheduler import Chunk, Step
 from lmdeploy_jax.sampling.penalties import bias_row, count_row
@@ -26,7 +26,10 @@ Draws = list[tuple[Sequence, int]]  # sequences with the row of hidden states th
 
 @dataclass
 class Drawn:
-    """One sampling call under way: `tokens` i32 [R], or packed with log-probabilities [R, 2 + 2k]."""
+    """A step under way: `tokens` i32 [R], or packed with log-probabilities [R, 2 + 2k].
+
+    Without draws (a prompt's earlier chunks) `tokens` is only something to wait for.
+    """
 
     draws: Draws
     tokens: Any
@@ -45,15 +48,12 @@ class Runner:
         buckets: Buckets,
         packer: StepPacker,
         cache: CacheSpec,
-        *,
-        progress: bool,
+        programs: Mapping[Key, jax.stages.Compiled],
     ) -> None:
         self.model = model
         self.buckets = buckets
         self.packer = packer
-        self._programs = compile_all(
-            ProgramBuilder(model, packer, buckets, cache, mesh).all(), progress=progress
-        )
+        self._programs = programs
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._leaves = model.leaves
         self._caches = cache.allocate()
@@ -100,17 +100,14 @@ class Runner:
 
     # -- steps --------------------------------------------------------------------------------------------
 
-    def dispatch(self, step: Step) -> list[Drawn]:
-        """Start a step on the device; results are read from the returned calls later."""
+    def dispatch(self, step: Step) -> Drawn:
+        """Start a step on the device; its result is read later."""
         rows = self._forward(step)
         self._copy_pages(step.copies)
-        on_host = [d for d in step.sampled if d[0].params.needs_host]
-        on_device = [d for d in step.sampled if not d[0].params.needs_host]
-        drawn = [self._draw(on_device, rows)] if on_device else []
-        for i in range(0, len(on_host), REPORT_ROWS):
-            drawn.append(self._draw_on_host(on_host[i : i + REPORT_ROWS], rows))
-        for call in drawn:
-            self._attach_rows(call, rows)
+        if not step.sampled:
+            return Drawn([], rows)
+        drawn = self._draw(step.sampled, rows)
+        self._attach_rows(drawn, rows)
         return drawn
 
     def _forward(self, step: Step) -> Any:
@@ -142,36 +139,27 @@ class Runner:
 
     def _draw(self, draws: Draws, rows: Any) -> Drawn:
         variant = _variant(draws)
-        sizes = self.buckets.decode if variant == "greedy" else self.buckets.sampling
-        size = fit(sizes, len(draws))
-        flat = self.packer.pack_head(draws, size)
         if variant == "full":
-            self._need_history()
-            self._lift_early_ban(draws)
-            tokens, self._pending, self._history = self._run(
-                "full", size, self._leaves, rows, self._pending, self._history, flat
-            )
-        else:
-            tokens, self._pending = self._run(variant, size, self._leaves, rows, self._pending, flat)
+            return self._draw_full(draws, rows)
+        size = fit(self.buckets.decode if variant == "greedy" else self.buckets.sampling, len(draws))
+        flat = self.packer.pack_head(draws, size)
+        tokens, self._pending = self._run(variant, size, self._leaves, rows, self._pending, flat)
         tokens.copy_to_host_async()
         return Drawn(draws, tokens)
 
-    def _draw_on_host(self, draws: Draws, rows: Any) -> Drawn:
-        raw = self._logits(self._take(rows, [row for _, row in draws]))
-        changed = np.array(raw)
-        errors: dict[Sequence, Exception] = {}
-        for i, (sequence, _) in enumerate(draws):
-            try:
-                changed[i] = change_logits(changed[i], sequence)
-            except Exception as error:  # the user's code; it ends this sequence and no other
-                errors[sequence] = error
-        local = [(sequence, i) for i, (sequence, _) in enumerate(draws)]
-        flat = self.packer.pack_head(local, REPORT_ROWS)
+    def _draw_full(self, draws: Draws, rows: Any) -> Drawn:
+        size = fit(self.buckets.sampling, len(draws))
+        flat = self._put(self.packer.pack_head(draws, size))
+        raw = self._run("logits", size, self._leaves, rows, flat)
+        logits, errors = raw, {}
+        if any(sequence.params.needs_host for sequence, _ in draws):
+            logits, errors = change_logits(np.array(raw), [sequence for sequence, _ in draws])
         self._need_history()
         self._lift_early_ban(draws)
         tokens, self._pending, self._history = self._run(
-            "host", REPORT_ROWS, raw, changed, self._pending, self._history, flat
+            "full", size, raw, logits, self._pending, self._history, flat
         )
+        tokens.copy_to_host_async()
         return Drawn(draws, tokens, errors=errors)
 
     # -- hidden states and logits that are reported -------------------------------------------------------
@@ -204,7 +192,7 @@ class Runner:
                 targets = np.zeros(REPORT_ROWS, np.int32)
                 following = sequence.tokens[first + 1 : first + 1 + count]
                 targets[: len(following)] = following
-                packed = self._run("logprobs", REPORT_ROWS, self._leaves, taken, targets)
+                packed = self._run("row_logprobs", REPORT_ROWS, self._leaves, taken, targets)
                 report.logprobs.append(np.asarray(packed)[: len(following)])
             if params.logits == "all":
                 report.logits.append(np.array(self._logits(taken))[:count])
@@ -217,7 +205,7 @@ class Runner:
         return self._run("take", hidden.shape[0], hidden, padded)
 
     def _logits(self, taken: Any) -> Any:
-        return self._run("logits", REPORT_ROWS, self._leaves, taken)
+        return self._run("row_logits", REPORT_ROWS, self._leaves, taken)
 
     # -- device -------------------------------------------------------------------------------------------
 
@@ -241,6 +229,6 @@ class Runner:
 def _variant(draws: Draws) -> str:
     """The cheapest head that serves every sequence of the call."""
     params = [sequence.params for sequence, _ in draws]
-    if any(p.reshapes_logits or p.logprobs is not None for p in params):
+    if any(p.reshapes_logits or p.needs_host or p.logprobs is not None for p in params):
         return "full"
     return "greedy" if all(p.greedy for p in params) else "sample"

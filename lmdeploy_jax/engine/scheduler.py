@@ -47,13 +47,22 @@ class Scheduler:
 
     `max_tokens` bounds a step, `max_batch_size` the sequences that hold a slot. All pages of a prompt are taken
     when it is admitted, so only decoding can run out of them; then the latest sequence is preempted and computed
-    again later.
+    again later. So is, at once, a sequence that outgrows `rope_switch`, see `RopeConfig.switch_length`.
     """
 
-    def __init__(self, cache: PrefixCache, *, max_batch_size: int, max_tokens: int, session_len: int) -> None:
+    def __init__(
+        self,
+        cache: PrefixCache,
+        *,
+        max_batch_size: int,
+        max_tokens: int,
+        session_len: int,
+        rope_switch: int | None = None,
+    ) -> None:
         self.cache = cache
         self.max_tokens = max_tokens
         self.session_len = session_len
+        self.rope_switch = rope_switch
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -118,9 +127,16 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.remaining != 1 or sequence.status is not Status.RUNNING or not self._ready(sequence):
                 continue
-            if self._make_room(sequence):
-                chunks.append(_chunk(sequence, 1))
+            if self._outgrows(sequence):
+                self._preempt(sequence)
+                sequence.rope_floor = sequence.length
+            elif self._make_room(sequence):
+                chunks.append(self._plan(sequence, 1))
         return chunks
+
+    def _outgrows(self, sequence: Sequence) -> bool:
+        switch = self.rope_switch
+        return switch is not None and sequence.rope_len <= switch < sequence.length
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A page for the sequence's next token; false where the sequence itself had to give way."""
@@ -138,7 +154,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in self.running:
             if sequence.remaining > 1 and budget > 0:
-                chunks.append(_chunk(sequence, min(sequence.remaining, budget)))
+                chunks.append(self._plan(sequence, min(sequence.remaining, budget)))
                 budget -= chunks[-1].count
         return chunks
 
@@ -147,9 +163,17 @@ class Scheduler:
         while self.waiting and budget > 0 and self._take_in(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            chunks.append(_chunk(sequence, min(sequence.remaining, budget)))
+            chunks.append(self._plan(sequence, min(sequence.remaining, budget)))
             budget -= chunks[-1].count
         return chunks
+
+    def _plan(self, sequence: Sequence, count: int) -> Chunk:
+        """The next `count` tokens. Pages they fill can be shared at once, by sequences of the same step too: in
+        every layer all keys and values of a step are written before any is read."""
+        end = sequence.computed + count
+        self.cache.register(sequence.tokens, end, sequence.pages, sequence.hashes)
+        from_device = end == sequence.length and sequence.pending
+        return Chunk(sequence, sequence.computed, count, from_device)
 
     def _take_in(self, sequence: Sequence) -> bool:
         """Give a waiting sequence and its siblings slots and the pages of the whole prompt, or nothing."""
@@ -207,7 +231,6 @@ class Scheduler:
         for row, chunk in enumerate(chunks):
             sequence = chunk.sequence
             sequence.computed += chunk.count
-            self.cache.register(sequence.tokens, sequence.computed, sequence.pages, sequence.hashes)
             if sequence.remaining == 0:
                 self._fork(sequence, step)
                 for drawn in (sequence, *sequence.siblings):
@@ -228,8 +251,3 @@ class Scheduler:
             sibling.pages, sibling.hashes = first.pages[:full] + own, list(first.hashes)
             sibling.computed, sibling.cached, sibling.status = first.computed, first.cached, Status.RUNNING
             self.running.append(sibling)
-
-
-def _chunk(sequence: Sequence, count: int) -> Chunk:
-    reaches_end = sequence.computed + count == sequence.length
-    return Chunk(sequence, sequence.computed, count, from_device=reaches_end and sequence.pending)

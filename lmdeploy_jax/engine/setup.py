@@ -20,7 +20,8 @@ from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine import buckets as bucket_plan
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import Buckets
-from lmdeploy_jax.engine.compile import use_cache
+from lmdeploy_jax.engine.compile import LazyPrograms, compile_all, use_cache
+from lmdeploy_jax.engine.programs import ProgramBuilder
 from lmdeploy_jax.engine.progress import loading_bar
 from lmdeploy_jax.engine.runner import Runner
 from lmdeploy_jax.engine.scheduler import Scheduler
@@ -31,7 +32,7 @@ from pallas_kernels.prefill_attention import tile_rows
 from pallas_kernels.registry import why_not
 
 log = logging.getLogger("lmdeploy_jax")
-DEFAULTS = {"cpu": (64, 1024), "gpu": (256, 8192)}  # sequences, tokens a step
+DEFAULTS = {"cpu": (32, 1024), "gpu": (256, 8192)}  # sequences, tokens a step
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,15 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     spec = CacheSpec(
         model_config.num_layers, memory.num_pages, loaded.kv_heads, model_config.head_dim, loaded.dtype, mesh
     )
-    runner = Runner(loaded, mesh, buckets, packer, spec, progress=progress)
+    wanted = ProgramBuilder(loaded, packer, buckets, spec, mesh).all()
+    programs = LazyPrograms(wanted) if config.eager_mode else compile_all(wanted, progress=progress)
+    runner = Runner(loaded, mesh, buckets, packer, spec, programs)
     scheduler = Scheduler(
         PrefixCache(memory.num_pages, enabled=_caches_prefixes(config, model_config)),
         max_batch_size=buckets.max_batch_size,
         max_tokens=buckets.max_tokens,
         session_len=session_len,
+        rope_switch=model_config.rope.switch_length,
     )
     return Parts(folder, model_config, session_len, memory, buckets, scheduler, runner)
 

@@ -1,9 +1,9 @@
 """The programs of the engine, as pure functions over arrays.
 
-A *backbone* runs the decoder and is compiled per number of tokens; a *head* turns hidden rows into tokens and is
-compiled per number of rows. Cut there, the sizes add instead of multiplying. Between them stands `rows`
-[max_batch_size, E], the hidden state of each of the step's sequences. `pending` [slots + 1] holds each slot's last
-token, so that the next step can start before the host has seen it.
+A *backbone* runs the decoder and is compiled per number of tokens; a *head* turns hidden rows into tokens and
+is compiled per number of rows. Cut there, the sizes add instead of multiplying. Between them stands `rows`
+[max_batch_size, E], the hidden state of each of the step's sequences. `pending` [slots + 1] holds each slot's
+last token, so that the next step can start before the host has seen it.
 """
 
 from __future__ import annotations
@@ -68,25 +68,20 @@ def head_sample(
     return tokens, pending.at[field["slots"]].set(tokens)
 
 
+def head_logits(merge: Merge, layout: Layout, leaves: Leaves, rows: Array, flat: Array) -> Array:
+    """-> logits f32 [R, V], for `head_full`."""
+    return merge(leaves).logits(rows[layout.views(flat)["rows"]])
+
+
 def head_full(
-    merge: Merge, layout: Layout, leaves: Leaves, rows: Array, pending: Array, history: History, flat: Array
+    layout: Layout, raw: Array, logits: Array, pending: Array, history: History, flat: Array
 ) -> tuple[Array, Array, History]:
-    """Penalties, biases, sampling and log-probabilities: -> packed i32 [R, 2 + 2k], pending, history."""
+    """Penalties, biases, sampling and log-probabilities: -> packed i32 [R, 2 + 2k], pending, history.
+
+    Draws from `logits` [R, V]; the log-probabilities are those of `raw` [R, V], which is the same array unless
+    Python has changed the logits in between.
+    """
     field = layout.views(flat)
-    logits = merge(leaves).logits(rows[field["rows"]])
-    return _reshape_and_sample(logits, logits, pending, history, field)
-
-
-def head_host(
-    layout: Layout, raw: Array, changed: Array, pending: Array, history: History, flat: Array
-) -> tuple[Array, Array, History]:
-    """As `head_full`, from logits [R, V] that the host has `changed`; log-probabilities are the `raw` ones'."""
-    return _reshape_and_sample(raw, changed, pending, history, layout.views(flat))
-
-
-def _reshape_and_sample(
-    raw: Array, logits: Array, pending: Array, history: History, field: dict[str, Array]
-) -> tuple[Array, Array, History]:
     batch, slots = sampling_batch(field), field["slots"]
     logits = apply_penalties(logits, history.counts[slots], batch) + history.bias[slots]
     tokens = sample(logits, batch)

@@ -38,6 +38,11 @@ class RopeConfig:
         """Whether frequencies change with the sequence's length (`Batch.rope_lens`)."""
         return self.kind in ("dynamic", "longrope")
 
+    @property
+    def switch_length(self) -> int | None:
+        """Length beyond which a sequence's keys are all rotated anew (longrope's other set of factors)."""
+        return self.original_max_position if self.kind == "longrope" else None
+
 
 @dataclass(frozen=True)
 class DecoderConfig:

@@ -1,0 +1,39 @@
+"""Greedy tokens of the whole engine equal those of transformers, family by family."""
+
+import pytest
+
+from lmdeploy_jax.engine.engine import Engine
+from tests.engine.conftest import COUNT
+from tests.engine.harness import config, tokens
+from tests.oracle import hf_greedy, save_checkpoint
+
+FAMILIES = (
+    "llama_mqa",
+    "llama_llama3",
+    "llama_dynamic",
+    "llama_head80",
+    "yi",
+    "mistral_window",
+    "qwen2",
+    "qwen2_window",
+    "qwen3",
+    "qwen3_everything",
+    "internlm2_dynamic",
+    "internlm3",
+    "phi3_longrope",
+)
+
+
+def test_llama(engine, prompts, expected):
+    assert tokens(engine, prompts) == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name, tmp_path, compile_cache, prompts):
+    folder = save_checkpoint(name, tmp_path / name)
+    engine = Engine(folder, config(compile_cache), progress=False)
+    try:
+        ours = tokens(engine, prompts)
+    finally:
+        engine.close()
+    assert ours == [hf_greedy(folder, prompt, COUNT) for prompt in prompts]

@@ -1,0 +1,224 @@
+"""The scheduler alone, against a device that exists only as a set of computed positions."""
+
+import random
+
+import pytest
+
+from lmdeploy_jax.cache.pages import PAGE_SIZE
+from lmdeploy_jax.cache.prefix import PrefixCache
+from lmdeploy_jax.engine.request import Request, SamplingParams, Sequence
+from lmdeploy_jax.engine.scheduler import DrainFirst, Scheduler, Step
+
+SESSION = 512
+
+
+def make(pages=40, batch=4, tokens=128, **kw) -> Scheduler:
+    return Scheduler(PrefixCache(pages, **kw), max_batch_size=batch, max_tokens=tokens, session_len=SESSION)
+
+
+def request(prompt, new=8, **params) -> Request:
+    tokens = list(range(prompt)) if isinstance(prompt, int) else prompt
+    return Request(tokens, SamplingParams(max_new_tokens=new, **params), on_output=lambda out: None)
+
+
+def read(scheduler: Scheduler, step: Step, token=7) -> None:
+    """What the engine does with a step's results."""
+    for sequence, _ in step.sampled:
+        if sequence.finished:
+            continue
+        sequence.unread -= 1
+        sequence.tokens.append(token)
+        if len(sequence.tokens) - sequence.num_prompt >= sequence.params.max_new_tokens:
+            scheduler.finish(sequence)
+
+
+def run(scheduler: Scheduler, ahead=1) -> list[Step]:
+    """Schedule until nothing is left, `ahead` steps before reading."""
+    steps, flight = [], []
+    for _ in range(10_000):
+        if not scheduler.has_work:
+            return steps
+        try:
+            step = scheduler.schedule()
+        except DrainFirst:
+            while flight:
+                read(scheduler, flight.pop(0))
+            continue
+        if step:
+            assert step.num_tokens <= scheduler.max_tokens
+            steps.append(step)
+            flight.append(step)
+        if flight and (step is None or len(flight) > ahead):
+            read(scheduler, flight.pop(0))
+        scheduler.check_integrity()
+    raise AssertionError("the scheduler makes no progress")
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_then_decoded():
+    scheduler = make()
+    scheduler.add(request(300, new=3))
+    steps = run(scheduler)
+    assert [s.num_tokens for s in steps] == [128, 128, 44, 1, 1]
+    assert [s.decode_only for s in steps] == [False, False, False, True, True]
+    assert [len(s.sampled) for s in steps] == [0, 0, 1, 1, 1]
+
+
+def test_running_sequences_go_on_while_a_prompt_is_computed():
+    scheduler = make()
+    scheduler.add(request(10, new=50))
+    read(scheduler, scheduler.schedule())
+    scheduler.add(request(200, new=2))
+    step = scheduler.schedule()
+    assert [c.count for c in step.chunks] == [1, 127]
+    assert not step.decode_only
+    assert len(step.sampled) == 1
+
+
+def test_a_token_is_drawn_before_the_last_one_is_read():
+    scheduler = make()
+    sequence = scheduler.add(request(10, new=4))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert second.chunks[0].from_device
+    assert sequence.unread == 2
+    assert second.chunks[0].start == 10
+    read(scheduler, first)
+    read(scheduler, second)
+    assert sequence.tokens[10:] == [7, 7]
+
+
+def test_nothing_is_drawn_beyond_the_wanted_length():
+    scheduler = make()
+    scheduler.add(request(10, new=1))
+    step = scheduler.schedule()
+    assert scheduler.schedule() is None
+    read(scheduler, step)
+    assert not scheduler.has_work
+
+
+def test_a_second_request_shares_the_first_ones_pages():
+    scheduler = make(tokens=256)
+    scheduler.add(request(200))
+    second = scheduler.add(request(200))
+    step = scheduler.schedule()  # in the very same step
+    assert [c.count for c in step.chunks] == [200, 200 - 3 * PAGE_SIZE]
+    assert second.cached == 3 * PAGE_SIZE
+    assert second.pages[:3] == step.chunks[0].sequence.pages[:3]
+    read(scheduler, step)
+    run(scheduler)
+
+
+def test_a_fully_cached_prompt_still_computes_its_last_token():
+    scheduler = make()
+    scheduler.add(request(2 * PAGE_SIZE, new=1))
+    run(scheduler)
+    again = scheduler.add(request(2 * PAGE_SIZE, new=1))
+    step = scheduler.schedule()
+    assert step is not None
+    assert again.cached == PAGE_SIZE
+    assert step.num_tokens == PAGE_SIZE
+
+
+def test_generated_pages_are_cached_for_the_next_turn():
+    scheduler = make()
+    first = scheduler.add(request(60, new=100))
+    run(scheduler)
+    second = scheduler.add(request([*first.tokens, 1, 2, 3]))
+    run(scheduler)
+    assert second.cached == 2 * PAGE_SIZE
+
+
+def test_n_sequences_share_the_prefill_and_copy_the_last_page():
+    scheduler = make()
+    first = scheduler.add(request(100, n=3))
+    siblings = list(first.siblings)
+    step = scheduler.schedule()
+    assert step.num_tokens == 100
+    assert [s for s, _ in step.sampled] == [first, *siblings]
+    assert {row for _, row in step.sampled} == {0}
+    assert [source for source, _ in step.copies] == [first.pages[1]] * 2
+    assert len({s.pages[1] for s in (first, *siblings)}) == 3
+    assert len({s.pages[0] for s in (first, *siblings)}) == 1
+    read(scheduler, step)
+    run(scheduler)
+    assert scheduler.cache.pool.used == 0
+
+
+def test_n_sequences_on_a_page_boundary_copy_nothing():
+    scheduler = make()
+    scheduler.add(request(2 * PAGE_SIZE, n=2))
+    step = scheduler.schedule()
+    assert step.copies == []
+
+
+def test_the_latest_sequence_gives_way_when_pages_run_out():
+    scheduler = make(pages=7, batch=3, enabled=False)
+    sequences = [scheduler.add(request([i] * 60, new=120)) for i in range(3)]
+    run(scheduler)
+    assert scheduler.preemptions > 0
+    assert all(len(s.tokens) == 180 for s in sequences)
+    assert scheduler.cache.pool.used == 0
+
+
+def test_requests_start_in_order_of_arrival():
+    scheduler = make(batch=2)
+    order = [scheduler.add(request([i] * 10, new=5)) for i in range(5)]
+    admitted: list[Sequence] = []
+    for step in run(scheduler):
+        admitted += step.admitted
+    assert admitted == order
+
+
+def test_a_sequence_that_python_must_see_waits_for_its_token():
+    scheduler = make()
+    scheduler.add(request(10, banned_sequences=((1, 2),)))
+    step = scheduler.schedule()
+    assert scheduler.schedule() is None
+    read(scheduler, step)
+    assert scheduler.schedule() is not None
+
+
+def test_prompts_that_are_reported_on_are_computed_in_full():
+    scheduler = make()
+    scheduler.add(request(200))
+    run(scheduler)
+    again = scheduler.add(request(200, prompt_logprobs=1))
+    run(scheduler)
+    assert again.cached == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_load_with_aborts_returns_every_page(seed):
+    rnd = random.Random(seed)
+    scheduler = make(
+        pages=rnd.choice([12, 20, 60]), batch=rnd.choice([1, 3, 8]), tokens=rnd.choice([16, 100])
+    )
+    flight: list[Step] = []
+    live: list[Sequence] = []
+    for turn in range(1500):
+        if rnd.random() < 0.1 and turn < 1000:
+            prompt = [rnd.randrange(2)] * rnd.choice([1, 5, 63, 64, 65, 150])
+            n = rnd.choice([1, 1, 2]) if scheduler.cache.pool.num_pages > 15 else 1
+            n = min(n, len(scheduler._slots) + len(scheduler.running))
+            first = scheduler.add(request(prompt, new=rnd.randrange(1, 90), n=n))
+            live += [first, *first.siblings]
+        if rnd.random() < 0.05 and live:
+            sequence = rnd.choice(live)
+            whole = [s for s in live if s.request is sequence.request and not s.finished]
+            for s in whole:
+                scheduler.finish(s)
+        try:
+            step = scheduler.schedule()
+        except DrainFirst:
+            while flight:
+                read(scheduler, flight.pop(0))
+            continue
+        if step:
+            flight.append(step)
+        if flight and (step is None or len(flight) > 1):
+            read(scheduler, flight.pop(0))
+        scheduler.check_integrity()
+    for step in flight:
+        read(scheduler, step)
+    run(scheduler)
+    assert scheduler.cache.pool.used == 0
+    assert not scheduler.running
