@@ -198,6 +198,7 @@ def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        nested = isinstance(value, Mapping) and isinstance(below, Mapping)
-        merged[key] = _overlay(below, value) if nested else value
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = _overlay(below, value)
+        merged[key] = value
     return merged

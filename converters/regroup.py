@@ -1,7 +1,7 @@
 """Converted weights for more tensor parallelism than they were saved for.
 
-A converted checkpoint holds each KV head once and no padding. Where `tp` exceeds the KV heads, or does not divide the
-vocabulary, the few weights concerned are read whole and rearranged on the devices.
+A converted checkpoint holds each KV head once and no padding. Where `tp` exceeds the KV heads, or does not divide
+the vocabulary, the few weights concerned are read whole and rearranged on the devices.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _rearrangement(name: str, shape: tuple[int, ...]) -> Callable[[Array], Array
 
 
 def repeat_kv_heads(qkv: Array, kv_heads: int) -> Array:
-    """[KH, G + 2, D, ...] -> [kv_heads, G' + 2, D, ...]: copies of each k and v head share out its query heads."""
+    """[KH, G + 2, D, ...] -> [kv_heads, G' + 2, D, ...]: copies of each k and v head share its queries."""
     count, width, *rest = qkv.shape
     copies = kv_heads // count
     queries = qkv[:, :-2].reshape(kv_heads, (width - 2) // copies, *rest)

@@ -58,8 +58,8 @@ def rope_from(
 ) -> RopeConfig:
     """The RoPE that `given` describes, turning `dim` elements of each head; lengths come from `fields`."""
     named = given.get("rope_type") or given.get("type") or "default"
-    kind = (aliases or {}).get(named, named)
-    if kind not in ROPE_KINDS:
+    kind = ROPE_KINDS.get((aliases or {}).get(named, named))
+    if kind is None:
         raise fields.unsupported("rope_type", named, ", ".join(ROPE_KINDS))
     said = {key: value for key, value in given.items() if value is not None and key not in COMMON}
     for key in sorted(said.keys() - KEYS[kind]):

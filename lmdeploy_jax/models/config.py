@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lmdeploy_jax.errors import ConfigError
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-ROPE_KINDS: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh")
+ROPE_KINDS: Mapping[str, RopeKind] = {kind: kind for kind in get_args(RopeKind)}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from jax import Array
@@ -64,14 +65,9 @@ class Kernels:
         tokens, kv_heads, groups, head_dim = q.shape
         k_pages, v_pages = kv_write(*cache, k, v, batch.slots, backend=self.backend)
         flat = q.reshape(tokens, kv_heads * groups, head_dim)
-        options = {
-            "scale": kind.scale,
-            "window": kind.window,
-            "soft_cap": kind.soft_cap,
-            "backend": self.backend,
-        }
         if batch.tiles is None:
-            out = paged_attention(flat, k_pages, v_pages, batch.page_table, batch.kv_lens, **options)
+            attend = partial(paged_attention, flat, k_pages, v_pages, batch.page_table, batch.kv_lens)
         else:
-            out = prefill_attention(flat, k_pages, v_pages, batch.page_table, batch.tiles, **options)
+            attend = partial(prefill_attention, flat, k_pages, v_pages, batch.page_table, batch.tiles)
+        out = attend(scale=kind.scale, window=kind.window, soft_cap=kind.soft_cap, backend=self.backend)
         return out.reshape(q.shape), (k_pages, v_pages)

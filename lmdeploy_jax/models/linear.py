@@ -32,7 +32,7 @@ class Linear(nnx.Module):
     ) -> None:
         self.spec = spec
         self.weight = param(shape, dtype, axes)
-        bias_shape, bias_axes = (tuple(x[d] for d in bias_dims) for x in (shape, axes))
+        bias_shape, bias_axes = tuple(shape[d] for d in bias_dims), tuple(axes[d] for d in bias_dims)
         self.bias = param(bias_shape, dtype, bias_axes) if bias_dims else None
 
     def __call__(self, x: Array) -> Array:
