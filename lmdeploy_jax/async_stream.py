@@ -24,8 +24,11 @@ async def pieces(
     inbox: asyncio.Queue[Response] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
+    reading = True
+
     def post(piece: Response) -> None:
-        loop.call_soon_threadsafe(inbox.put_nowait, piece)
+        if reading:  # else the loop may be closed already
+            loop.call_soon_threadsafe(inbox.put_nowait, piece)
 
     try:
         if isinstance(prompt, RequestError):
@@ -42,5 +45,6 @@ async def pieces(
             left -= piece.finish_reason is not None
             yield piece
     finally:
+        reading = False
         if left:
             frontend.abort(request_id)

@@ -27,6 +27,7 @@ def set_level(level: str | int) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
         logger.addHandler(handler)
+        logger.propagate = False  # libraries that set up the root logger later would print every line again
 
 
 def shortened(text: str | Sequence[int], limit: int | None) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ class ResponseStream:
     ) -> None:
         """Start a prompt's answers. Raises what `Frontend.submit` does, and RequestConflictError."""
         if session is not None:
-            session.begin(lambda: self.abort(index))
+            session.begin(_aborter(weakref.ref(self), index))
             self._sessions[index] = session
         try:
             self._requests[index] = self._frontend.submit(
@@ -102,6 +103,17 @@ class ResponseStream:
         session = self._sessions.pop(index, None)
         if session is not None:
             session.end()
+
+
+def _aborter(stream: weakref.ref[ResponseStream], index: int) -> Callable[[], None]:
+    """How a session aborts its prompt, without keeping alive a stream that nobody reads."""
+
+    def abort() -> None:
+        running = stream()
+        if running is not None:
+            running.abort(index)
+
+    return abort
 
 
 def start(

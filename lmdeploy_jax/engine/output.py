@@ -41,6 +41,11 @@ class OutputProcessor:
         """A request's `on_output`. Each answer reaches `sink` as pieces, the last with a finish_reason."""
         return _Listener(self, prompt, options, sink).receive
 
+    @property
+    def caught_up(self) -> bool:
+        """Whether nothing waits to be taken."""
+        return self._inbox.empty()
+
     def put(self, listener: _Listener, out: StepOutput) -> None:
         self._inbox.put((listener, out))
 

@@ -1,0 +1,127 @@
+"""An engine without a model: a script says which tokens each sequence gets, one a step."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from lmdeploy_jax.engine.request import Request, StepOutput, TokenLogprobs
+from lmdeploy_jax.errors import EngineError
+
+Script = Callable[[Request, int], Iterable[int]]  # (request, which sequence) -> its tokens
+STEP = 0.001  # seconds
+WIDTH = 4  # of the rows given out as logits and hidden states
+
+
+class FakeEngine:
+    """The engine's interface. `gate` cleared holds it before its next step; `seen` keeps every request."""
+
+    def __init__(
+        self, folder: Path, script: Script, *, session_len: int = 512, vocab_size: int = 2560
+    ) -> None:
+        self.folder, self.session_len, self.vocab_size = folder, session_len, vocab_size
+        self.script = script
+        self.seen: list[Request] = []
+        self.aborted: list[tuple[int, int | None]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._live: dict[tuple[int, int], _Run] = {}
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        self.seen.append(request)
+        self._post(lambda: self._add(request))
+
+    def abort(self, request_id: int, index: int | None = None) -> None:
+        self.aborted.append((request_id, index))
+        self._post(lambda: self._abort(request_id, index))
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def idle(self) -> bool:
+        return not self._live and not self._inbox
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            if self._closed:
+                raise EngineError("The engine has been closed.")
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _add(self, request: Request) -> None:
+        for i in range(request.params.n):
+            self._live[request.request_id, i] = _Run(request, i, iter(self.script(request, i)))
+
+    def _abort(self, request_id: int, index: int | None) -> None:
+        for key in [k for k in self._live if k[0] == request_id and index in (None, k[1])]:
+            run = self._live.pop(key)
+            run.request.on_output(StepOutput(*key, finish_reason="abort"))
+
+    def _loop(self) -> None:
+        while self._take():
+            for key, run in list(self._live.items()):
+                out = run.step()
+                if out.finish_reason:
+                    del self._live[key]
+                run.request.on_output(out)
+        for request_id, _ in list(self._live):
+            self._abort(request_id, None)
+
+    def _take(self) -> bool:
+        with self._wake:
+            while not (self._inbox or self._closed or (self._live and self.gate.is_set())):
+                self._wake.wait(0.002)
+            commands = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        for command in commands:
+            command()
+        time.sleep(STEP)
+        return not self._closed
+
+
+class _Run:
+    def __init__(self, request: Request, index: int, tokens: Iterable[int]) -> None:
+        self.request, self.index, self.tokens, self.count = request, index, iter(tokens), 0
+
+    def step(self) -> StepOutput:
+        params = self.request.params
+        out = StepOutput(self.request.request_id, self.index)
+        try:
+            token = next(self.tokens)
+        except Exception as error:
+            out.finish_reason, out.error = "error", error
+            return out
+        self.count += 1
+        out.token_ids = [token]
+        self._report(out, token)
+        if token in params.stop_token_ids:
+            out.finish_reason, out.stop_token = "stop", token
+        elif self.count >= params.max_new_tokens:
+            out.finish_reason = "length"
+        return out
+
+    def _report(self, out: StepOutput, token: int) -> None:
+        """Log-probabilities and rows that name their token."""
+        params = self.request.params
+        if params.logprobs is not None:
+            out.logprobs = [TokenLogprobs(-float(token), {7: -0.5})]
+        if params.prompt_logprobs is not None and self.count == 1:
+            rest = [TokenLogprobs(-float(i), {}) for i in self.request.prompt[1:]]
+            out.prompt_logprobs = [None, *rest]
+        if params.logits:
+            out.logits = np.full((1, WIDTH), token, np.float32)
+        if params.hidden:
+            out.hidden = np.full((1, WIDTH), -token, np.float32)
