@@ -1,7 +1,7 @@
 """Decode attention in Pallas (Triton backend): split-KV, one program a (KV head, split, sequence).
 
-Flash-decoding (Dao et al., 2023): each split runs an online softmax over its share of the sequence's own
-pages, and a second kernel merges the splits by their log-sum-exp. A tile's rows are the query heads of one KV head.
+Flash-decoding (Dao et al., 2023): each split runs an online softmax over its share of a sequence's own pages,
+and a second kernel merges the splits by their log-sum-exp. A tile's rows are the query heads of one KV head.
 """
 
 from __future__ import annotations

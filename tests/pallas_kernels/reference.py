@@ -80,7 +80,7 @@ class PagedBatch:
         return self.draw(rows, self.shape.kv_heads * self.shape.group, self.shape.head_dim)
 
     def chunks(self) -> tuple[list[int], np.ndarray, list[int], list[int]]:
-        """A chunk that ends each live sequence: (rows, starts, counts, positions). The first row stays free."""
+        """A chunk that ends each live sequence: (rows, starts, counts, positions); row 0 stays free."""
         rows = [row for row, length in enumerate(self.shape.lengths) if length]
         counts = [int(self.rng.integers(1, self.shape.lengths[row] + 1)) for row in rows]
         counts[-1] = 1  # a decode row among the chunks

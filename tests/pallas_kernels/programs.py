@@ -1,0 +1,104 @@
+"""Programs around the kernels, as shapes only, to lower or compile where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.prefill_attention import max_tiles, prefill_attention, tile_rows
+
+SEQUENCES, TABLE_WIDTH, TOKENS, PAGES = 16, 32, 256, 128
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shapes of attention in a model, and the options that its kernels are built with."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    dtype: str
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dtype}-{self.head_dim}"
+
+    def options(self) -> dict[str, object]:
+        sinks = jnp.zeros(self.heads, jnp.float32) if self.sinks else None
+        return {"scale": 0.1, "window": self.window, "soft_cap": self.soft_cap, "sinks": sinks}
+
+    def cache(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((PAGES, self.kv_heads, 64, self.head_dim), self.dtype)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step of `layers` layers over donated caches: call `function(caches, x, *rest)` with `specs`."""
+
+    function: Callable[..., tuple[list, jax.Array]]
+    specs: tuple[object, ...]
+
+
+def decode_step(model: Model, layers: int) -> Program:
+    """KV write and decode attention, layer after layer."""
+
+    def step(caches: list, x: jax.Array, slots: jax.Array, table: jax.Array, lens: jax.Array) -> tuple:
+        def attend(x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return paged_attention(x, k, v, table, lens, **model.options(), backend="pallas")
+
+        return _layers(model, caches, x, slots, attend)
+
+    return _program(model, layers, step, SEQUENCES, (_int32(SEQUENCES, TABLE_WIDTH), _int32(SEQUENCES)))
+
+
+def prefill_step(model: Model, layers: int) -> Program:
+    """KV write and prefill attention, layer after layer."""
+
+    def step(caches: list, x: jax.Array, slots: jax.Array, table: jax.Array, tiles: jax.Array) -> tuple:
+        def attend(x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return prefill_attention(x, k, v, table, tiles, **model.options(), backend="pallas")
+
+        return _layers(model, caches, x, slots, attend)
+
+    width = max_tiles(TOKENS, SEQUENCES, tile_rows("pallas"))
+    return _program(model, layers, step, TOKENS, (_int32(SEQUENCES, TABLE_WIDTH), _int32(width, 4)))
+
+
+@contextmanager
+def as_on_h200() -> Iterator[None]:
+    """Inside, Pallas lowers its kernels as it would on an H200: from JAX 0.11 on it asks for the device."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+def _layers(
+    model: Model, caches: list, x: jax.Array, slots: jax.Array, attend: Callable[..., jax.Array]
+) -> tuple[list, jax.Array]:
+    written = []
+    for k_pages, v_pages in caches:
+        k, v = x[:, : model.kv_heads], x[:, -model.kv_heads :]
+        k_pages, v_pages = kv_write(k_pages, v_pages, k, v, slots, backend="pallas")
+        x = x + attend(x, k_pages, v_pages)
+        written.append((k_pages, v_pages))
+    return written, x
+
+
+def _program(
+    model: Model, layers: int, step: Callable[..., tuple], rows: int, rest: tuple[object, ...]
+) -> Program:
+    x = jax.ShapeDtypeStruct((rows, model.heads, model.head_dim), model.dtype)
+    return Program(step, ([(model.cache(), model.cache())] * layers, x, _int32(rows), *rest))
+
+
+def _int32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -1,0 +1,45 @@
+"""Steps around the kernels, compiled for an H200 where JAX's CUDA plugin is installed; no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pallas_kernels.h200 import ENVIRONMENT, PROGRAMS
+
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+KERNELS = {"decode": {"kv_write", "paged_attention"}, "prefill": {"kv_write", "prefill_attention"}}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict]:
+    if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS):
+        pytest.skip("needs JAX's CUDA plugin: pip install 'jax[cuda13]'")
+    command = [sys.executable, "-m", "tests.pallas_kernels.h200"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {line["program"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_step_is_one_command_buffer_without_copies(reports: dict[str, dict], name: str) -> None:
+    report = reports[name]
+    assert report["caches_aliased"]
+    assert report["cache_copies"] == 0
+    assert report["outside_command_buffer"] == []
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_do_not_spill(reports: dict[str, dict], name: str) -> None:
+    kernels = reports[name]["kernels"]
+    if not kernels:
+        pytest.skip("needs ptxas: pip install nvidia-cuda-nvcc")
+    assert KERNELS[name.split()[0]] <= kernels.keys()
+    assert {kernel: facts["spilled"] for kernel, facts in kernels.items() if facts["spilled"]} == {}
