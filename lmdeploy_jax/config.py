@@ -212,7 +212,7 @@ class PytorchEngineConfig(_LmdeployConfig):
     LMDeploy's enum members.
     """
 
-    _carried = _CARRIED | {"cache_block_seq_len": "block_size"}
+    _carried = _CARRIED | {"cache_block_seq_len": "block_size", "eager_mode": "eager_mode"}
     _refused = _REFUSED | {
         "dp_rank": ((0,), "only tensor parallelism (tp) is implemented."),
         "num_gpu_blocks": ((0,), "give cache_max_entry_count, in bytes if need be, in a JaxEngineConfig."),

@@ -43,7 +43,7 @@ def test_defaults_are_this_engines_defaults(kind, caplog):
         (TurbomindEngineConfig, "communicator", "native"),
         (TurbomindEngineConfig, "num_tokens_per_iter", 4096),
         (TurbomindEngineConfig, "cache_chunk_size", 2),
-        (PytorchEngineConfig, "eager_mode", True),
+        (PytorchEngineConfig, "enable_mp_engine", True),
         (PytorchEngineConfig, "prefill_interval", 4),
         (PytorchEngineConfig, "cudagraph_capture_batch_sizes", [1, 2]),
         (PytorchEngineConfig, "device_type", "cpu"),

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import math
+import signal
 import subprocess
 import sys
 import threading
@@ -322,6 +323,16 @@ def test_interrupting_infer_aborts_what_was_submitted(opened, monkeypatch):
         pipe.infer(["a", "b", "c"])
     wait_until(lambda: engine.idle)
     assert sorted(engine.aborted) == [(r.request_id, None) for r in engine.seen[:2]]
+
+
+def test_ctrl_c_reaches_an_infer_that_waits(opened):
+    pipe, engine = opened(lambda request, index: ENDLESS)
+    main = threading.get_ident()
+    threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        pipe.infer(["a", "b"], GenerationConfig(max_new_tokens=None))
+    wait_until(lambda: engine.idle)
+    assert sorted(engine.aborted) == [(r.request_id, None) for r in engine.seen]
 
 
 def test_sessions_abort_their_own_prompt(opened):
