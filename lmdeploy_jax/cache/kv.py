@@ -44,7 +44,9 @@ class CacheSpec:
         return NamedSharding(self.mesh, PartitionSpec(None, "tp"))
 
     def allocate(self) -> tuple[tuple[Array, Array], ...]:
-        """Zeros: a page's unwritten rows are multiplied by zero probabilities, and zero times garbage may be NaN."""
+        """Zeros: a page's unwritten rows are multiplied by zero probabilities, and zero times garbage may be
+        NaN.
+        """
         zeros = jax.jit(partial(jnp.zeros, self.specs[0][0].shape, self.dtype), out_shardings=self._sharding)
         return tuple((zeros(), zeros()) for _ in range(self.num_layers))
 
@@ -87,7 +89,8 @@ class MemoryPlan:
 def plan_memory(
     *, share: float, free: int, reserved: int, page: int, most_tokens: int, on_cpu: bool
 ) -> MemoryPlan:
-    """Pages for `share` (a fraction of free memory below 1, bytes from 1 on), never more than `most_tokens` need.
+    """Pages for `share` (a fraction of free memory below 1, bytes from 1 on), never more than `most_tokens`
+    need.
 
     Raises ConfigError where not even two pages fit.
     """
@@ -98,7 +101,8 @@ def plan_memory(
     plan = MemoryPlan(free, reserved, page, pages)
     if pages < 2:
         raise ConfigError(
-            f"cache_max_entry_count={share!r} leaves no room for the KV cache: a page takes {page * 1e-6:.1f} MB and "
-            f"at least 2 are needed ({plan}). Raise it, or free memory (fewer max_batch_size, a smaller model, tp)."
+            f"cache_max_entry_count={share!r} leaves no room for the KV cache: a page takes "
+            f"{page * 1e-6:.1f} MB and at least 2 are needed ({plan}). Raise it, or free memory "
+            "(a smaller max_batch_size or model, a larger tp)."
         )
     return plan

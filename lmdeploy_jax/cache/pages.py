@@ -17,8 +17,8 @@ def pages_for(tokens: int) -> int:
 class PagePool:
     """Reference-counted pages 1 .. num_pages - 1.
 
-    A page nobody refers to is either free, or *idle*: kept for the prefix cache until the space is needed, the
-    longest unused first. `forget` is told of each idle page that is taken away.
+    A page nobody refers to is either free, or *idle*: kept for the prefix cache until the space is needed,
+    the longest unused first. `forget` is told of each idle page that is taken away.
     """
 
     def __init__(self, num_pages: int, forget: Callable[[int], None] = lambda page: None) -> None:

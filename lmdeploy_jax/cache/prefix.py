@@ -18,7 +18,9 @@ def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class PrefixCache:
-    """Owns the page pool and knows which pages hold which prefix. With `enabled=False` it only counts pages."""
+    """Owns the page pool and knows which pages hold which prefix. With `enabled=False` it only counts
+    pages.
+    """
 
     def __init__(self, num_pages: int, *, enabled: bool = True) -> None:
         self.enabled = enabled

@@ -1,7 +1,7 @@
 """Packing a step into one int32 array on the host, and unpacking it inside the compiled step.
 
-One array means one transfer. Floats travel as their bits. Every call makes a fresh array: a host buffer must not be
-rewritten while its copy to the device may still be under way.
+One array means one transfer. Floats travel as their bits. Every call makes a fresh array: a host buffer must
+not be rewritten while its copy to the device may still be under way.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ class Buckets:
 
 
 def plan(platform: str, max_batch_size: int, max_tokens: int) -> Buckets:
-    """Buckets for a device kind. On a CPU programs are slow to compile and padding is cheap, so they are few."""
+    """Buckets for a device kind. On a CPU programs are slow to compile and padding is cheap, so they are
+    few.
+    """
     tokens = max(max_tokens, max_batch_size)
     if platform == "cpu":
         return Buckets(_ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64), _ladder(32, tokens, 8))

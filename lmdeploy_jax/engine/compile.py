@@ -63,7 +63,9 @@ def use_cache(folder: str | None) -> None:
 
 
 def compile_all(programs: Mapping[Key, Program], *, progress: bool) -> dict[Key, jax.stages.Compiled]:
-    """Compile every program; the largest are begun first. Raises what the first failing compilation raises."""
+    """Compile every program; the largest are begun first. Raises what the first failing compilation
+    raises.
+    """
     start = time.perf_counter()
     compiled: dict[Key, jax.stages.Compiled] = {}
     workers = min(16, os.cpu_count() or 1)

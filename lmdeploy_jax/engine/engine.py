@@ -84,7 +84,8 @@ class Engine:
             raise RequestError("The prompt holds no tokens; at least one is needed.")
         if len(prompt) >= self.session_len:
             raise ContextLengthError(
-                f"Input length ({len(prompt)}) must be smaller than the model context length ({self.session_len})."
+                f"Input length ({len(prompt)}) must be smaller than the model context length "
+                f"({self.session_len})."
             )
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             bad = next(t for t in prompt if not 0 <= t < self.vocab_size)

@@ -15,7 +15,8 @@ def change_logits(
 ) -> tuple[np.ndarray, dict[Sequence, Exception]]:
     """Apply to row i of `logits` f32 [R, V] what sequence i asks for; all its tokens must be known.
 
-    Returns the logits and, by sequence, what its processors raised: user code ends its own sequence, no other.
+    Returns the logits and, by sequence, what its processors raised: user code ends its own sequence, no
+    other.
     """
     errors: dict[Sequence, Exception] = {}
     for i, sequence in enumerate(sequences):

@@ -111,12 +111,6 @@ class Request:
 class Status(enum.Enum):
     WAITING = enum.auto()
     RUNNING = enum.auto()
-    FINISHED = enum.auto()
-
-
-class Status(enum.Enum):
-    WAITING = enum.auto()
-    RUNNING = enum.auto()
     FORKING = enum.auto()  # holds a slot, waits for its sibling's prefill
     FINISHED = enum.auto()
 
@@ -134,10 +128,10 @@ class PromptReport:
 class Sequence:
     """One continuation of a request, as the scheduler sees it.
 
-    The host runs ahead of the device: `unread` tokens have been sampled but not read back yet, so the sequence is
-    `length` tokens long although only `tokens` are known. `computed` counts the tokens whose keys and values are
-    in the cache once every dispatched step has run; a step computes tokens `computed .. computed + n`, and samples
-    when that reaches `length`.
+    The host runs ahead of the device: `unread` tokens have been sampled but not read back yet, so the
+    sequence is `length` tokens long although only `tokens` are known. `computed` counts the tokens whose keys
+    and values are in the cache once every dispatched step has run; a step computes tokens `computed ..
+    computed + n`, and samples when that reaches `length`.
     """
 
     request: Request

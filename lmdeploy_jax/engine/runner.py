@@ -64,7 +64,9 @@ class Runner:
     # -- a sequence gets its slot -------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:
-        """Set up the slot of an admitted sequence: sampling parameters, and its history where one is needed."""
+        """Set up the slot of an admitted sequence: sampling parameters, and its history where one is
+        needed.
+        """
         params, slot = sequence.params, sequence.slot
         self.packer.set_params(slot, params, params.seed + sequence.index)
         if params.reshapes_logits:

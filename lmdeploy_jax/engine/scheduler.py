@@ -39,15 +39,18 @@ class Step:
 
 
 class DrainFirst(Exception):
-    """A sequence must be preempted whose last tokens are not read yet: read all steps, then schedule again."""
+    """A sequence must be preempted whose last tokens are not read yet: read all steps, then schedule
+    again.
+    """
 
 
 class Scheduler:
     """Continuous batching: running sequences first, then prompts in order of arrival, within a token budget.
 
-    `max_tokens` bounds a step, `max_batch_size` the sequences that hold a slot. All pages of a prompt are taken
-    when it is admitted, so only decoding can run out of them; then the latest sequence is preempted and computed
-    again later. So is, at once, a sequence that outgrows `rope_switch`, see `RopeConfig.switch_length`.
+    `max_tokens` bounds a step, `max_batch_size` the sequences that hold a slot. All pages of a prompt are
+    taken when it is admitted, so only decoding can run out of them; then the latest sequence is preempted and
+    computed again later. So is, at once, a sequence that outgrows `rope_switch`, see
+    `RopeConfig.switch_length`.
     """
 
     def __init__(
@@ -168,8 +171,11 @@ class Scheduler:
         return chunks
 
     def _plan(self, sequence: Sequence, count: int) -> Chunk:
-        """The next `count` tokens. Pages they fill can be shared at once, by sequences of the same step too: in
-        every layer all keys and values of a step are written before any is read."""
+        """The next `count` tokens.
+
+        Pages they fill can be shared at once, by sequences of the same step too: in every layer all keys and
+        values of a step are written before any is read.
+        """
         end = sequence.computed + count
         self.cache.register(sequence.tokens, end, sequence.pages, sequence.hashes)
         from_device = end == sequence.length and sequence.pending

@@ -80,7 +80,9 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
 
 
 def choose_backend(wanted: str, platform: str, model: DecoderConfig) -> str:
-    """`auto` is `pallas` where device and model allow, else `xla`. Raises ConfigError for what was asked for by name."""
+    """`auto` is `pallas` where device and model allow, else `xla`. Raises ConfigError for what was asked for
+    by name.
+    """
     reason = why_not(platform, model.head_dim)
     if wanted == "auto":
         if reason and platform != "cpu":

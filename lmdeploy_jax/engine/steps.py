@@ -78,8 +78,8 @@ def head_full(
 ) -> tuple[Array, Array, History]:
     """Penalties, biases, sampling and log-probabilities: -> packed i32 [R, 2 + 2k], pending, history.
 
-    Draws from `logits` [R, V]; the log-probabilities are those of `raw` [R, V], which is the same array unless
-    Python has changed the logits in between.
+    Draws from `logits` [R, V]; the log-probabilities are those of `raw` [R, V], which is the same array
+    unless Python has changed the logits in between.
     """
     field = layout.views(flat)
     batch, slots = sampling_batch(field), field["slots"]
