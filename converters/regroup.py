@@ -1,7 +1,7 @@
 """Converted weights for more tensor parallelism than they were saved for.
 
-A converted checkpoint holds each KV head once and no padding. Where `tp` exceeds the KV heads, or does not divide
-the vocabulary, the few weights concerned are read whole and rearranged on the devices.
+A converted checkpoint holds each KV head once and no padding. Where `tp` exceeds the KV heads, or does not
+divide the vocabulary, the few weights concerned are read whole and rearranged on the devices.
 """
 
 from __future__ import annotations

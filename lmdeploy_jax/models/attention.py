@@ -25,20 +25,20 @@ class Attention(nnx.Module):
         self.kernels = kernels
         self.kind = AttentionKind(config.attention_scale, window, config.attention_soft_cap)
         self.qkv = Linear(
-            "te,kgde->tkgd",
-            (kv_heads, groups + 2, head_dim, config.hidden_size),
+            (kv_heads, groups + 2, head_dim),
+            (config.hidden_size,),
             ("kv_heads", None, None, "embed"),
+            bias=config.qkv_bias,
             dtype=dtype,
-            bias_dims=(0, 1, 2) if config.qkv_bias else (),
         )
         self.q_norm = _head_norm(config, dtype) if config.qk_norm else None
         self.k_norm = _head_norm(config, dtype) if config.qk_norm else None
         self.o = Linear(
-            "tkgd,ekgd->te",
-            (config.hidden_size, kv_heads, groups, head_dim),
+            (config.hidden_size,),
+            (kv_heads, groups, head_dim),
             ("embed", "kv_heads", None, None),
+            bias=config.o_bias,
             dtype=dtype,
-            bias_dims=(0,) if config.o_bias else (),
         )
 
     def __call__(self, x: Array, cache: Cache, batch: Batch, turn: Rotation | None) -> tuple[Array, Cache]:

@@ -35,7 +35,7 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(config, window, dtype=dtype, kernels=kernels)
         self.attention_post_norm = norm(config.post_norm)
         self.mlp_norm = norm(config.pre_norm)
-        self.mlp = GatedMLP(config, dtype=dtype)
+        self.mlp = GatedMLP(config, dtype=dtype, kernels=kernels)
         self.mlp_post_norm = norm(config.post_norm)
 
     def __call__(self, x: Array, cache: Cache, batch: Batch, turn: Rotation | None) -> tuple[Array, Cache]:

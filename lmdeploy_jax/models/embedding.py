@@ -35,7 +35,7 @@ class Embedding(nnx.Module):
 
     def attend(self, hidden: Array) -> Array:
         """hidden [R, E] -> [R, V], padding included: the product with every row, as an output head."""
-        return product("re,ve->rv", hidden, self.weight[...])
+        return product(hidden, self.weight[...])
 
 
 def _lookup_shard(table: Array, tokens: Array) -> Array:

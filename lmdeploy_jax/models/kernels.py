@@ -17,7 +17,7 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import prefill_attention
 
 Cache = tuple[Array, Array]
-HEADS = PartitionSpec(None, "tp")
+SECOND = PartitionSpec(None, "tp")  # KV heads of activations and caches
 WHOLE = PartitionSpec()
 
 
@@ -51,12 +51,12 @@ class Kernels:
 
         if self.tp == 1:
             return local(q, k, v, cache, batch)
-        in_specs = (HEADS, HEADS, HEADS, HEADS, WHOLE)
+        in_specs = (SECOND, SECOND, SECOND, SECOND, WHOLE)
         return self._over_heads(local, in_specs)(q, k, v, cache, batch)
 
     def _over_heads(self, function: Callable, in_specs: tuple[PartitionSpec, ...]) -> Callable:
         return jax.shard_map(
-            function, mesh=self.mesh, in_specs=in_specs, out_specs=(HEADS, HEADS), check_vma=False
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=(SECOND, SECOND), check_vma=False
         )
 
     def _attend_local(

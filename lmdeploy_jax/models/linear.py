@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+Axes = tuple[str | None, ...]
 
-def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: tuple[str | None, ...]) -> nnx.Param:
+
+def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes) -> nnx.Param:
     """A weight with the logical name of each of its axes, which `parallel.rules` maps to the mesh."""
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
-def product(spec: str, x: Array, weight: Array) -> Array:
-    """einsum. float32 stays float32 on GPUs, whose default would be TF32."""
+def product(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """x [T, *in], weight [*out, *in], bias [*out] -> [T, *out].
+
+    As one product of matrices: on CPUs, XLA copies a weight of more axes before it multiplies. float32 stays
+    float32 on GPUs, whose default would be TF32.
+    """
+    tokens, out_shape = x.shape[0], weight.shape[: weight.ndim - x.ndim + 1]
+    rows = x.reshape(tokens, -1)
+    matrix = weight.reshape(prod(out_shape), -1)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(spec, x, weight, precision=precision)
+    flat = lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())), precision=precision)
+    out = flat.reshape(tokens, *out_shape)
+    return out if bias is None else out + bias
 
 
 class Linear(nnx.Module):
-    """`einsum(spec, x, weight) + bias`; the bias has the weight's axes named in `bias_axes`."""
+    """A weight [*out, *inner] and perhaps a bias [*out]; `axes` are the weight's."""
 
     def __init__(
-        self,
-        spec: str,
-        shape: tuple[int, ...],
-        axes: tuple[str | None, ...],
-        *,
-        dtype: jnp.dtype,
-        bias_dims: tuple[int, ...] = (),
+        self, out: tuple[int, ...], inner: tuple[int, ...], axes: Axes, *, bias: bool, dtype: jnp.dtype
     ) -> None:
-        self.spec = spec
-        self.weight = param(shape, dtype, axes)
-        bias_shape, bias_axes = tuple(shape[d] for d in bias_dims), tuple(axes[d] for d in bias_dims)
-        self.bias = param(bias_shape, dtype, bias_axes) if bias_dims else None
+        self.weight = param((*out, *inner), dtype, axes)
+        self.bias = param(out, dtype, axes[: len(out)]) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        out = product(self.spec, x, self.weight[...])
-        return out if self.bias is None else out + self.bias[...]
+        """x [T, *inner] -> [T, *out]."""
+        return product(x, self.weight[...], None if self.bias is None else self.bias[...])
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:

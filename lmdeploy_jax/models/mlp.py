@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from lmdeploy_jax.models.config import DecoderConfig
-from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.kernels import SECOND, WHOLE, Kernels
+from lmdeploy_jax.models.linear import Linear, product
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -23,24 +25,28 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 class GatedMLP(nnx.Module):
     """`down(activation(gate(x)) * up(x))`, gate and up in one product."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype) -> None:
-        inner, hidden = config.intermediate_size, config.hidden_size
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, kernels: Kernels) -> None:
+        inner, hidden, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
         self.activation = config.activation
-        self.gate_up = Linear(
-            "te,nie->tni",
-            (2, inner, hidden),
-            (None, "mlp", "embed"),
-            dtype=dtype,
-            bias_dims=(0, 1) if config.mlp_bias else (),
-        )
-        self.down = Linear(
-            "ti,ei->te",
-            (hidden, inner),
-            ("embed", "mlp"),
-            dtype=dtype,
-            bias_dims=(0,) if config.mlp_bias else (),
-        )
+        self.kernels = kernels
+        self.gate_up = Linear((2, inner), (hidden,), (None, "mlp", "embed"), bias=bias, dtype=dtype)
+        self.down = Linear((hidden,), (inner,), ("embed", "mlp"), bias=bias, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
-        gate_up = self.gate_up(x)  # [T, 2, I]
+        """x [T, E] -> [T, E]."""
+        gate_up = self._gate_up(x)  # [T, 2, I]
         return self.down(ACTIVATION_FUNCTIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1])
+
+    def _gate_up(self, x: Array) -> Array:
+        if self.kernels.tp == 1:
+            return self.gate_up(x)
+        # Each device multiplies with its own rows of both; in one matrix of all, those are not one block.
+        weight, bias = self.gate_up.weight[...], self.gate_up.bias
+        args = (x, weight) if bias is None else (x, weight, bias[...])
+        return jax.shard_map(
+            product,
+            mesh=self.kernels.mesh,
+            in_specs=(WHOLE, SECOND, SECOND)[: len(args)],
+            out_specs=PartitionSpec(None, None, "tp"),
+            check_vma=False,
+        )(*args)

@@ -1,0 +1,91 @@
+"""What XLA makes of a decode step: nothing large is copied, caches are updated in place, layers are traced once."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from converters.load import build_skeleton
+from lmdeploy_jax.models import attention
+from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
+from lmdeploy_jax.models.kernels import Kernels
+
+LAYERS = 4
+CONFIG = DecoderConfig(
+    hidden_size=96,
+    num_layers=LAYERS,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=160,
+    vocab_size=331,
+    max_position=128,
+    rope=RopeConfig(16),
+    windows=(None, None, 8, 8),
+    rope_layers=(True,) * LAYERS,
+    attention_scale=0.25,
+    qkv_bias=True,
+)
+CACHE = (9, 2, 64, 16)
+
+
+@pytest.fixture(scope="module")
+def program():
+    """(times a layer was traced, optimised HLO) of a decode step of three rows."""
+    skeleton = build_skeleton(CONFIG, jnp.dtype("float32"), Kernels())
+    traced = []
+
+    def step(leaves, caches, batch):
+        decoder = skeleton.merge(leaves)
+        hidden, caches = decoder(caches, batch)
+        return decoder.logits(hidden), caches
+
+    def counting_rotate(x, by, real=attention.rotate):
+        traced.append(x.shape)
+        return real(x, by)
+
+    row = jax.ShapeDtypeStruct((3,), jnp.int32)
+    table = jax.ShapeDtypeStruct((3, 2), jnp.int32)
+    batch = Batch(row, row, row, row, table, row)
+    caches = ((jax.ShapeDtypeStruct(CACHE, jnp.float32),) * 2,) * LAYERS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "rotate", counting_rotate)
+        lowered = jax.jit(step, donate_argnums=1).lower(tuple(skeleton.specs.values()), caches, batch)
+    return len(traced), lowered.compile().as_text()
+
+
+def test_layers_alike_are_traced_once(program):
+    kinds = len(set(CONFIG.windows))
+    assert program[0] == 2 * kinds  # q and k
+
+
+def test_no_weight_or_cache_is_copied_or_transposed(program):
+    """CPU programs have copied n-d weights before each product: eight times the step's time."""
+    smallest = min(prod(CACHE), CONFIG.hidden_size**2)
+    moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", program[1])
+    assert [shape for shape in moved if prod(map(int, shape.split(","))) >= smallest] == []
+
+
+def test_caches_are_updated_in_place(program):
+    header = program[1].splitlines()[0]
+    assert len(re.findall(r"(?:may|must)-alias", header)) == 2 * LAYERS
+
+
+def test_embedding_multiplier_keeps_the_dtype():
+    """Gemma scales by sqrt(hidden size), rounded to the weights' dtype first."""
+    config = DecoderConfig(**{**CONFIG.__dict__, "embedding_multiplier": 96**0.5, "logit_multiplier": 0.5})
+    skeleton = build_skeleton(config, jnp.dtype("bfloat16"), Kernels())
+    row = jax.ShapeDtypeStruct((3,), jnp.int32)
+    batch = Batch(row, row, row, row, jax.ShapeDtypeStruct((3, 2), jnp.int32), row)
+    caches = ((jax.ShapeDtypeStruct(CACHE, jnp.bfloat16),) * 2,) * LAYERS
+    leaves = tuple(skeleton.specs.values())
+    hidden, written = jax.eval_shape(lambda x, c, b: skeleton.merge(x)(c, b), leaves, caches, batch)
+    logits = jax.eval_shape(lambda x, h: skeleton.merge(x).logits(h), leaves, hidden)
+    assert (hidden.dtype, logits.dtype, logits.shape) == (jnp.bfloat16, np.float32, (3, 331))
+    assert written[0][0].dtype == jnp.bfloat16
