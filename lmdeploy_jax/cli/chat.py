@@ -25,7 +25,7 @@ ABOUT = f"""MODEL is a checkpoint folder, a hub id, or the output of `lmdeploy_j
 embedded demonstration model {DEFAULT_MODEL}.
 
 An empty line ends a message. `exit` or Ctrl-C at the prompt quits, `end` forgets the conversation, Ctrl-C
-during an answer drops that turn. Without flags, sampling is as the checkpoint's generation_config.json says."""
+during an answer drops that turn. Sampling follows the checkpoint's generation_config.json and the flags."""
 
 
 def define(flags: FlagSet) -> None:
@@ -78,11 +78,12 @@ class Conversation:
     def answer(self, text: str) -> None:
         """Stream the answer to standard output. Raises `RequestError` where there is none."""
         last: Response | None = None
-        stream = self._pipe.chat(
+        stream: Any = self._pipe.chat(
             self._turn(text), self._session, stream_response=True, enable_thinking=self._enable_thinking
         )
-        for last in stream:  # type: ignore[assignment,union-attr]
-            print(last.text, end="", flush=True)
+        with contextlib.closing(stream):  # Ctrl-C between two pieces aborts the request too
+            for last in stream:
+                print(last.text, end="", flush=True)
         print(flush=True)
         if last is not None and last.finish_reason == "error":
             raise RequestError(last.error_message or "the request failed")

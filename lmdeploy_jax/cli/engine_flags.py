@@ -23,6 +23,7 @@ HELP = {
     "cache_block_seq_len": "tokens a page of the KV cache; the kernels are written for 64",
     "enable_prefix_caching": "reuse the KV cache of prompts that begin alike",
     "max_prefill_token_num": "most prompt tokens in one step; without it chosen by device",
+    "eager_mode": "compile each program when a step first needs it instead of all at the start",
     "backend": "kernels; auto picks by device, turbomind and pytorch are aliases of pallas and xla",
     "revision": "branch, tag or commit on the Hugging Face hub",
     "download_dir": "folder for downloads from the hub",
@@ -37,7 +38,7 @@ def add_engine_flags(flags: FlagSet, defaults: dict[str, Any] | None = None) -> 
     for field in fields(JaxEngineConfig):
         default = (defaults or {}).get(field.name, field.default)
         define, rest = _definition(field.name, hints[field.name])
-        flags.add(SECTION, define, field.name, default, HELP[field.name], **rest)
+        flags.add(SECTION, define, field.name, default, HELP.get(field.name, ""), **rest)
 
 
 def engine_config(flags: FlagSet) -> JaxEngineConfig:

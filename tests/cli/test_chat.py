@@ -1,0 +1,119 @@
+"""`chat` over the embedded model: it prints what the pipeline answers, and survives interruptions."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from lmdeploy_jax.cli import chat
+from lmdeploy_jax.cli.chat import Conversation
+from lmdeploy_jax.cli.main import main
+from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.pipeline import Pipeline
+
+CONFIG = GenerationConfig(max_new_tokens=6)
+SMALL = JaxEngineConfig(session_len=192, max_batch_size=2, max_prefill_token_num=64, eager_mode=True)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[Pipeline]:
+    with Pipeline("tiny-chat", SMALL, progress=False) as opened:
+        yield opened
+
+
+@pytest.fixture
+def conversation(pipe: Pipeline) -> Conversation:
+    return Conversation(pipe, CONFIG, system=None, enable_thinking=None)
+
+
+def answer_to(pipe: Pipeline, *messages: str, system: str | None = None) -> str:
+    """The pipeline's answer to a conversation whose first messages it has answered the same way."""
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    text = ""
+    for message in messages:
+        turns.append({"role": "user", "content": message})
+        response = pipe.infer(turns, CONFIG)
+        assert isinstance(response, Response)
+        text = response.text
+        turns.append({"role": "assistant", "content": text})
+    return text
+
+
+def talk(conversation: Conversation, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    chat._talk(conversation)
+
+
+def test_two_turns_and_a_fresh_start(
+    pipe: Pipeline,
+    conversation: Conversation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    talk(conversation, "Say hi.\n\nWhat is\n2 + 3?\n\nend\n\nWhat is\n2 + 3?\n\nexit\n\n", monkeypatch)
+    expected = [
+        answer_to(pipe, "Say hi."),
+        answer_to(pipe, "Say hi.", "What is\n2 + 3?"),
+        answer_to(pipe, "What is\n2 + 3?"),
+    ]
+    assert capsys.readouterr().out == "".join(text + "\n" for text in expected)
+
+
+def test_the_end_of_input_sends_what_was_typed(
+    pipe: Pipeline,
+    conversation: Conversation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    talk(conversation, "Say hi.", monkeypatch)
+    assert capsys.readouterr().out == answer_to(pipe, "Say hi.") + "\n"
+
+
+def test_system_prompt(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = Conversation(pipe, CONFIG, system="Answer in one word.", enable_thinking=None)
+    conversation.answer("Say hi.")
+    assert capsys.readouterr().out == answer_to(pipe, "Say hi.", system="Answer in one word.") + "\n"
+
+
+def test_ctrl_c_drops_the_turn(
+    pipe: Pipeline,
+    conversation: Conversation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "print", interrupted, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.answer("Say hi.")
+    assert not conversation._session.active
+    assert conversation._session.history == []
+    capsys.readouterr()
+    conversation.answer("What is 2 + 3?")
+    assert capsys.readouterr().out == answer_to(pipe, "What is 2 + 3?") + "\n"
+
+
+def test_a_turn_that_is_too_long_is_told(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(conversation, "word " * 500 + "\n\nexit\n", monkeypatch)
+    assert "context length" in capsys.readouterr().err
+    assert conversation._session.history == []
+
+
+def test_one_shot(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--max-batch-size=2", "--max-prefill-token-num=64", "--session-len=192", "--eager-mode"]
+    assert main(["chat", "--prompt", "Say hi.", "--max-new-tokens", "6", *flags]) == 0
+    assert capsys.readouterr().out == answer_to(pipe, "Say hi.") + "\n"
+
+
+def test_one_shot_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--max-batch-size=2", "--max-prefill-token-num=64", "--session-len=64", "--eager-mode"]
+    assert main(["chat", "--prompt", "word " * 200, *flags]) == 1
+    assert "context length" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""`check_env`: reports what is there, and explains what is broken instead of breaking."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lmdeploy_jax
+from lmdeploy_jax.cli import check_env, probes
+from lmdeploy_jax.cli.main import main
+
+ROOT = Path(lmdeploy_jax.__file__).parent.parent
+H100 = "0, NVIDIA H100, 550.54.15, 81559 MiB, 4 MiB, 9.0"
+H200 = "0, NVIDIA H200, 580.159, 143771 MiB, 4 MiB, 9.0"
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    packages = dict.fromkeys(probes.PACKAGES, "1.2.3") | changes.pop("packages", {})
+    sound = {"packages": packages, "NVIDIA GPUs": [], "JAX": {"devices": ["cpu:0 cpu"]}}
+    return sound | changes
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check_env", "--dump-file", str(tmp_path / "env.json")]) == 0
+    text = capsys.readouterr().out
+    dumped = json.loads((tmp_path / "env.json").read_text())
+    assert dumped["lmdeploy_jax"] == lmdeploy_jax.__version__
+    assert dumped["packages"]["jax"] in text
+    assert dumped["JAX"]["devices"][0] in text
+    assert dumped["JAX"]["kernel backends"]["xla"] == "usable"
+    assert "GPU" in dumped["JAX"]["kernel backends"]["pallas"] or "usable" in text
+    assert dumped["problems"] == []
+    lines = check_env.yaml_lines(dumped, quote=True)
+    assert yaml.safe_load("\n".join(lines)) == {key: value or "none" for key, value in dumped.items()} | {
+        key: value for key, value in dumped.items() if value in ([], {})
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("raise ImportError('libcudart.so.12: cannot open shared object file')", "libcudart.so.12"),
+        ("import os; os.abort()", "exit code"),
+    ],
+)
+def test_a_broken_jax_is_described(tmp_path: Path, body: str, text: str) -> None:
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text(body)
+    done = subprocess.run(
+        [sys.executable, "-m", "lmdeploy_jax", "check_env"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == ""
+    problems = done.stdout.split("problems:")[1]
+    assert text in problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"packages": {"jax": probes.MISSING}}, "jax is not installed"),
+        ({"packages": {"jax-cuda12-plugin": "0.9.9"}}, "jax-cuda12-plugin 0.9.9 does not fit jaxlib 1.2.3"),
+        ({"NVIDIA GPUs": [H100]}, "lmdeploy_jax[cuda12]"),
+        ({"NVIDIA GPUs": [H200]}, "lmdeploy_jax[cuda13]"),
+        ({"JAX": "error: JAX ended with exit code -6"}, "exit code -6"),
+        ({"JAX": {"devices": "error: RuntimeError: no device"}}, "no device"),
+    ],
+)
+def test_problems_name_the_remedy(changes: dict[str, Any], text: str) -> None:
+    found = list(check_env.problems(report(**changes)))
+    assert len(found) == 1
+    assert text in found[0]
+
+
+def test_a_sound_installation_has_no_problems() -> None:
+    assert list(check_env.problems(report())) == []
+    seen = {"devices": ["gpu:0 NVIDIA H200"]}
+    assert list(check_env.problems(report(**{"NVIDIA GPUs": [H200], "JAX": seen}))) == []

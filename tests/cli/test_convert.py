@@ -1,0 +1,45 @@
+"""`convert`: the written checkpoint holds the same weights, and nothing is overwritten unasked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from converters.load import load_model
+from lmdeploy_jax.bench import checkpoint
+from lmdeploy_jax.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint.make("tiny-qwen2", tmp_path_factory.mktemp("models"))
+
+
+def test_converted_weights_are_the_originals(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "converted"
+    assert main(["convert", str(model), str(out)]) == 0
+    assert "bfloat16" in capsys.readouterr().out
+    before, after = load_model(model, dtype="bfloat16"), load_model(out, dtype="bfloat16")
+    assert list(before.skeleton.specs) == list(after.skeleton.specs)
+    for old, new in zip(before.leaves, after.leaves, strict=True):
+        np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
+    with safe_open(model / "model-00001-of-00001.safetensors", "np") as file:  # not through our own reader
+        largest = max(after.leaves, key=lambda leaf: leaf.size)
+        np.testing.assert_array_equal(np.asarray(largest), file.get_tensor("model.embed_tokens.weight"))
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+def test_a_full_folder_is_kept_unless_forced(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    assert main(["convert", str(model), str(tmp_path)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    assert main(["convert", str(model), str(tmp_path), "--force"]) == 0
+    assert (tmp_path / "config.json").exists()

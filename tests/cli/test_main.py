@@ -1,0 +1,70 @@
+"""The program's front door: help, version, exit codes, and no tracebacks for mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lmdeploy_jax
+from lmdeploy_jax.cli.main import COMMANDS, main
+
+ROOT = Path(lmdeploy_jax.__file__).parent.parent
+
+
+def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["-h"], ["--help"], ["help"]):
+        assert main(argv) == 0
+        text = capsys.readouterr().out
+        assert all(name in text for name in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["-v"], ["--version"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out == f"lmdeploy_jax {lmdeploy_jax.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: lmdeploy_jax {command}")
+    assert "  --" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [
+        (["talk"], 2, "Unknown command 'talk'"),
+        (["chat", "--tpp", "2"], 2, "tpp"),
+        (["chat", "a", "b"], 2, "one model"),
+        (["chat", "--temperature", "9"], 1, "temperature"),
+        (["chat", "--tp", "0"], 1, "tp"),
+        (["chat", "/no/such/folder"], 1, "/no/such/folder"),
+        (["convert", "only-one"], 2, "usage"),
+        (["convert", "/no/such/folder", "/no/such/out"], 1, "/no/such/folder"),
+        (["bench", "throughput"], 2, "usage"),
+        (["bench", "throughput", "tiny-llama", "--workloads", "b7"], 2, "b7"),
+        (["check_env", "--dump-file", "x.pkl"], 2, "x.pkl"),
+        (["check-env", "x"], 2, "no argument"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    argv: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == code
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert out.err.startswith("lmdeploy_jax: ")
+    assert text in out.err
+    assert out.err.count("\n") == 1
+
+
+def test_module_and_closed_pipe() -> None:
+    command = f"{sys.executable} -m lmdeploy_jax chat --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "usage: lmdeploy_jax chat [MODEL] [FLAGS]\n"
+    assert done.stderr == ""

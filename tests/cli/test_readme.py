@@ -1,0 +1,38 @@
+"""What the README says about code is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import lmdeploy_jax
+from converters.families import FAMILIES
+from lmdeploy_jax.cli.main import COMMANDS
+
+ROOT = Path(lmdeploy_jax.__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_models_is_the_code() -> None:
+    assert set(re.findall(r"`(\w+ForCausalLM)`", README)) == set(FAMILIES)
+
+
+def test_the_table_of_commands_is_the_code() -> None:
+    assert set(re.findall(r"^\| `lmdeploy_jax (\w+)", README, re.M)) == set(COMMANDS)
+
+
+def test_the_map_names_every_folder() -> None:
+    text = (ROOT / "WORKSPACE.md").read_text()
+    for top in ("lmdeploy_jax", "pallas_kernels", "converters"):
+        for folder in (ROOT / top).iterdir():
+            if (folder / "__init__.py").exists():
+                assert f"{folder.name}/" in text, folder
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    steps = [line for line in script.splitlines() if re.match(r"python3 |\"\$venv", line)]
+    command = " && ".join(steps).replace('"$venv"', ".venv")
+    command = re.sub(r'"\$venv(/bin/\w+)"', r".venv\1", command)
+    assert command.endswith("pytest")
+    assert command in README
