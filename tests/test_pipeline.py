@@ -163,9 +163,9 @@ def test_a_bad_prompt_fails_alone(opened):
     pipe, _ = opened(echo, session_len=40)
     bad_message = [{"role": "wizard", "content": "hi"}]
     long = "one two " * 60
-    answers = pipe.infer(["good", bad_message, long, [99999], "too"], **RAW)
-    assert [a.finish_reason for a in answers] == ["stop", "error", "error", "error", "stop"]
-    assert [a.index for a in answers] == list(range(5))
+    answers = pipe.infer(["good", bad_message, long, [99999], "too", "broken \ud800"], **RAW)
+    assert [a.finish_reason for a in answers] == ["stop", "error", "error", "error", "stop", "error"]
+    assert [a.index for a in answers] == list(range(6))
     assert [a.error_code for a in answers[1:4]] == [
         "invalid_request",
         "context_length_exceeded",

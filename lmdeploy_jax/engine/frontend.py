@@ -82,8 +82,9 @@ class Frontend:
         of the `n` answers ends with one finish_reason. Raises `RequestError` and `EngineError`, and then
         calls no sink.
         """
-        options = OutputOptions(config, stops(config, self.limits), stream, index)
-        params = sampling_params(config, prompt, self.limits)
+        ends = stops(config, self.limits)
+        params = sampling_params(config, prompt, self.limits, ends.ids)
+        options = OutputOptions(config, ends, stream, index)
         request = Request(prompt, params, self._outputs.listener(prompt, options, sink))
         if logger.isEnabledFor(REQUEST):
             text = shortened(self.tokenizer.decode(prompt, skip_special_tokens=False), self._max_log_len)

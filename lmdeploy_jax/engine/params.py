@@ -38,8 +38,10 @@ class Stops:
     words: dict[int, str]
 
 
-def sampling_params(config: GenerationConfig, prompt: Sequence[int], limits: ModelLimits) -> SamplingParams:
-    """The engine's instructions for one prompt.
+def sampling_params(
+    config: GenerationConfig, prompt: Sequence[int], limits: ModelLimits, stop_ids: frozenset[int]
+) -> SamplingParams:
+    """The engine's instructions for one prompt. `stop_ids` are those of `stops`.
 
     Greedy unless `do_sample` with a temperature above 0; a missing seed is drawn, seeds are taken modulo
     2**32. `max_new_tokens` is cut to the rest of the context. Raises `ContextLengthError` where nothing is
@@ -62,7 +64,7 @@ def sampling_params(config: GenerationConfig, prompt: Sequence[int], limits: Mod
         repetition_penalty=config.repetition_penalty,
         presence_penalty=config.presence_penalty,
         frequency_penalty=config.frequency_penalty,
-        stop_token_ids=stops(config, limits).ids,
+        stop_token_ids=stop_ids,
         banned_token_ids=banned_ids,
         banned_sequences=banned_sequences,
         logit_bias=_logit_bias(config, limits),
@@ -110,7 +112,8 @@ def _check_prompt(prompt: Sequence[int], limits: ModelLimits) -> None:
             f"Input length ({len(prompt)}) must be smaller than the model context length "
             f"({limits.session_len})."
         )
-    _check_ids("The prompt", prompt, limits)
+    if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
+        _check_ids("The prompt", prompt, limits)
 
 
 def _check_ids(name: str, ids: Iterable[int], limits: ModelLimits) -> None:

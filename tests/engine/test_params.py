@@ -22,7 +22,8 @@ PROMPT = [5, 6, 7]
 
 
 def params(prompt: list[int] = PROMPT, **fields: object) -> SamplingParams:
-    return sampling_params(GenerationConfig(**fields), prompt, LIMITS)  # type: ignore[arg-type]
+    config = GenerationConfig(**fields)  # type: ignore[arg-type]
+    return sampling_params(config, prompt, LIMITS, stops(config, LIMITS).ids)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +106,8 @@ def test_a_special_token_as_stop_word_stops_by_id_and_keeps_its_name():
 
 
 def test_ignore_eos_leaves_only_stop_words():
-    config = GenerationConfig(stop_token_ids=[15], stop_words=["one"], ignore_eos=True)
-    assert stops(config, LIMITS).strings == ("one",)
-    assert sampling_params(config, PROMPT, LIMITS).stop_token_ids == frozenset()
+    got = stops(GenerationConfig(stop_token_ids=[15], stop_words=["one"], ignore_eos=True), LIMITS)
+    assert (got.ids, got.strings) == (frozenset(), ("one",))
 
 
 def test_bad_words_are_banned_with_and_without_a_space():
