@@ -26,7 +26,6 @@ LAYERS = {
     "pallas_kernels": 2,
     "lmdeploy_jax.text": 2,
     "lmdeploy_jax.session": 2,
-    "lmdeploy_jax.arguments": 3,
     "lmdeploy_jax.cache": 2,
     "lmdeploy_jax.parallel": 2,
     "lmdeploy_jax.sampling": 3,

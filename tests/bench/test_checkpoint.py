@@ -1,0 +1,71 @@
+"""Random checkpoints: transformers loads them, and their values do not depend on how they were written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from converters.load import read_config
+from lmdeploy_jax.bench import checkpoint, shapes
+from lmdeploy_jax.errors import ConfigError
+
+
+def values(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-qwen3"])
+def test_transformers_loads_every_tensor(name: str, tmp_path: Path) -> None:
+    folder = checkpoint.make(name, tmp_path)
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.isfinite(model(torch.tensor([[300, 301]])).logits.float()).all()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("Grüße").input_ids) == "Grüße"
+
+
+def test_distribution_and_shards(tmp_path: Path) -> None:
+    whole = values(checkpoint.make("tiny-llama", tmp_path / "whole"))
+    folder = checkpoint.make("tiny-llama", tmp_path / "cut", shard_bytes=1 << 20)
+    cut = values(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    embedding = whole["model.embed_tokens.weight"].float()
+    assert abs(float(embedding.std()) - 0.02) < 1e-4
+    assert abs(float(embedding.mean())) < 1e-4
+    assert torch.equal(whole["model.norm.weight"], torch.ones(256, dtype=torch.bfloat16))
+
+
+def test_an_existing_checkpoint_is_kept_and_an_unfinished_one_is_not(tmp_path: Path) -> None:
+    folder = checkpoint.make("tiny-qwen2", tmp_path)
+    before = (folder / "config.json").stat().st_mtime_ns
+    assert checkpoint.make("tiny-qwen2", tmp_path) == folder
+    assert (folder / "config.json").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-qwen2"]
+
+
+def test_unknown_shape(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="llama3-8b"):
+        checkpoint.make("llama9", tmp_path)
+
+
+@pytest.mark.parametrize("name", shapes.names())
+def test_shapes_count_what_transformers_counts(name: str, tmp_path: Path) -> None:
+    config = shapes.read(name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    ours = sum(int(np.prod(tensor.shape)) for tensor in shapes.tensors(config))
+    assert ours == sum(parameter.numel() for parameter in model.parameters())
+    assert read_config(tmp_path).num_layers == config["num_hidden_layers"]
