@@ -76,7 +76,7 @@ class JsonObject(absl_flags.ArgumentParser):
 
 def define_json(**rest: Any) -> Any:
     """Define a flag of JSON objects; several, and dotted ones, are merged by `merged`."""
-    return absl_flags.DEFINE_multi(JsonObject(), None, **rest)
+    return absl_flags.DEFINE_multi(JsonObject(), absl_flags.ArgumentSerializer(), **rest)
 
 
 def merged(objects: list[dict[str, Any]] | None) -> dict[str, Any] | None:
