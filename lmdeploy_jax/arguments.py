@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.errors import ConfigError, RequestError
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.session import Session
 
@@ -20,6 +21,20 @@ _TEMPLATE_WORDS = (
     "reasoning_effort",
 )  # variables of chat templates with a name of their own
 KEYWORDS = ("input_ids", "tools", "chat_template_kwargs", *_TEMPLATE_WORDS)
+
+
+def refuse(name: str, value: object, reason: str) -> None:
+    """Raises `ConfigError` for an argument of LMDeploy's that is set but cannot work."""
+    if value:
+        raise ConfigError(f"{name}={value!r} is not supported: {reason}. Leave it out.")
+
+
+def refuse_unknown_fields(unknown: Mapping[str, Any]) -> None:
+    """Raises TypeError for arguments that `pipeline()` does not have."""
+    engine_fields = {f.name for f in fields(JaxEngineConfig)}
+    for name, value in unknown.items():
+        hint = f": give backend_config=JaxEngineConfig({name}={value!r})" if name in engine_fields else ""
+        raise TypeError(f"pipeline() got an unexpected keyword argument {name!r}{hint}")
 
 
 def prompt_options(do_preprocess: bool, adapter_name: str | None, kwargs: Mapping[str, Any]) -> PromptOptions:

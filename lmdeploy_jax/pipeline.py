@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdeploy_jax.arguments import Configs, given_prompts, id_lists, prompt_options
+from lmdeploy_jax.arguments import (
+    Configs,
+    given_prompts,
+    id_lists,
+    prompt_options,
+    refuse,
+    refuse_unknown_fields,
+)
 from lmdeploy_jax.config import EngineConfig, JaxEngineConfig, engine_config
-from lmdeploy_jax.errors import ConfigError, EngineError, RequestError
+from lmdeploy_jax.errors import EngineError, RequestError
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.session import Session, Turn
@@ -83,11 +89,11 @@ class Pipeline:
         **unknown: Any,
     ) -> None:
         set_level(log_level)
-        _refuse_unknown(unknown)
-        _refuse("trust_remote_code", trust_remote_code, "Python code of a checkpoint is never run")
-        _refuse("speculative_config", speculative_config, "speculative decoding is not implemented")
-        _refuse("vision_config", vision_config, "vision models are not implemented")
-        _refuse("allowed_media_domains", allowed_media_domains, "images are not implemented")
+        refuse_unknown_fields(unknown)
+        refuse("trust_remote_code", trust_remote_code, "Python code of a checkpoint is never run")
+        refuse("speculative_config", speculative_config, "speculative decoding is not implemented")
+        refuse("vision_config", vision_config, "vision models are not implemented")
+        refuse("allowed_media_domains", allowed_media_domains, "images are not implemented")
         config = engine_config(backend_config)
         self._frontend = _open(model_path, config, chat_template_config, max_log_len, progress)
 
@@ -284,18 +290,6 @@ def _open(
     except BaseException:
         engine.close()
         raise
-
-
-def _refuse(name: str, value: object, reason: str) -> None:
-    if value:
-        raise ConfigError(f"{name}={value!r} is not supported: {reason}. Leave it out.")
-
-
-def _refuse_unknown(unknown: dict[str, Any]) -> None:
-    engine_fields = {f.name for f in fields(JaxEngineConfig)}
-    for name, value in unknown.items():
-        hint = f": give backend_config=JaxEngineConfig({name}={value!r})" if name in engine_fields else ""
-        raise TypeError(f"pipeline() got an unexpected keyword argument {name!r}{hint}")
 
 
 def _with_choices(answers: list[Response]) -> Response:
