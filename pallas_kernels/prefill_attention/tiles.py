@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pallas_kernels.registry import check_backend
+
 TILE_ROWS = {"xla": 8, "pallas": 128, "pallas_interpret": 128}
 
 
 def tile_rows(backend: str) -> int:
-    """Most query rows that one tile of `backend` may hold."""
+    """Most query rows that one tile of `backend` may hold. Raises ValueError for an unknown backend."""
+    check_backend(backend)
     return TILE_ROWS[backend]
 
 
