@@ -60,13 +60,16 @@ def gemma3_config(fields: Fields) -> DecoderConfig:
     full, local = {**(ropes.get(FULL) or {}), **fields.table("rope_scaling")}, ropes.get(SLIDING) or {}
     theta = full.get("rope_theta") or fields.number("rope_theta", 1e6)
     local_theta = local.get("rope_theta") or fields.number("rope_local_base_freq", 1e4)
+    local_rope = rope_from(fields, local, head_dim, local_theta)
+    if local_rope.depends_on_length:
+        raise fields.unsupported(f"rope_type of {SLIDING}", local_rope.kind, "kinds that ignore the length")
     return _double_norm(
         fields,
         head_dim,
         rope_from(fields, full, head_dim, theta),
         pattern,
         caps=(None, None),
-        local_rope=rope_from(fields, local, head_dim, local_theta),
+        local_rope=local_rope,
         qk_norm=True,
     )
 

@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """hidden [R, E] -> f32 [R, V]."""
         head = self.embedding if self.lm_head is None else self.lm_head
-        logits = head.attend(hidden)[:, : self.config.vocab_size].astype(jnp.float32)
+        logits = head.attend(hidden)[:, : self.config.vocab_size]
         return soft_cap(logits * self.config.logit_multiplier, self.config.logit_soft_cap)
 
     def _turns(self, batch: Batch) -> list[Rotation | None]:

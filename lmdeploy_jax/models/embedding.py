@@ -34,8 +34,8 @@ class Embedding(nnx.Module):
         )(table, tokens)
 
     def attend(self, hidden: Array) -> Array:
-        """hidden [R, E] -> [R, V], padding included: the product with every row, as an output head."""
-        return product(hidden, self.weight[...])
+        """hidden [R, E] -> f32 [R, V], padding included: the product with every row, as an output head."""
+        return product(hidden, self.weight[...], out_dtype=jnp.float32)
 
 
 def _lookup_shard(table: Array, tokens: Array) -> Array:

@@ -7,6 +7,7 @@ from math import prod
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 Axes = tuple[str | None, ...]
 
@@ -16,17 +17,22 @@ def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
-def product(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """x [T, *in], weight [*out, *in], bias [*out] -> [T, *out].
+def product(
+    x: Array, weight: Array, bias: Array | None = None, *, out_dtype: DTypeLike | None = None
+) -> Array:
+    """x [T, *in], weight [*out, *in], bias [*out] -> [T, *out], in x's dtype or `out_dtype`.
 
     As one product of matrices: on CPUs, XLA copies a weight of more axes before it multiplies. float32 stays
     float32 on GPUs, whose default would be TF32.
     """
     tokens, out_shape = x.shape[0], weight.shape[: weight.ndim - x.ndim + 1]
-    rows = x.reshape(tokens, -1)
-    matrix = weight.reshape(prod(out_shape), -1)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    flat = lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())), precision=precision)
+    flat = lax.dot_general(
+        x.reshape(tokens, -1),
+        weight.reshape(prod(out_shape), -1),
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=out_dtype,
+    )
     out = flat.reshape(tokens, *out_shape)
     return out if bias is None else out + bias
 

@@ -58,6 +58,30 @@ def test_windows_come_from_every_spelling():
     assert build("Gemma2ForCausalLM", sliding_window=5).windows == (5, None) * 2
 
 
+def test_gemma3_reads_both_ropes_from_old_and_new_fields():
+    old = build(
+        "Gemma3ForCausalLM",
+        rope_theta=1e6,
+        rope_local_base_freq=1e4,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        sliding_window=512,
+        sliding_window_pattern=3,
+    )
+    new = build(
+        "Gemma3ForCausalLM",
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        sliding_window=512,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    )
+    assert old == new
+    assert (old.windows, old.rope.kind, old.rope.theta) == ((512, 512, None, 512), "linear", 1e6)
+    assert old.local_rope is not None
+    assert (old.local_rope.kind, old.local_rope.theta) == ("default", 1e4)
+
+
 def test_sizes_that_are_left_out_are_derived():
     config = build(num_key_value_heads=None)
     assert (config.num_kv_heads, config.head_dim, config.attention_scale) == (4, 16, 0.25)

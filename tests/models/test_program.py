@@ -1,4 +1,4 @@
-"""What XLA makes of a decode step: no weight is copied, caches are updated in place, layers are traced once."""
+"""What XLA makes of a decode step: no weight copied, caches updated in place, layers traced once."""
 
 from __future__ import annotations
 
