@@ -28,9 +28,13 @@ class Session:
         counter = CompileCounter()
         start = time.perf_counter()
         self.engine = Engine(model, config, progress=sys.stdout.isatty())
+        startup = self.engine.startup
         self.startup = {
+            "backend": startup.backend,
             "start_s": round(time.perf_counter() - start, 2),
-            "compile_s": round(counter.seconds, 2),  # summed over threads: more than the wall time it took
+            "weights_gb": round(startup.weight_bytes / 1e9, 3),
+            "load_s": round(startup.load_seconds, 2),
+            "compile_s": round(startup.compile_seconds, 2),
             "compilations": counter.count,
         }
         self._counter = counter

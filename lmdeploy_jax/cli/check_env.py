@@ -17,6 +17,7 @@ USAGE = "check_env [--dump-file FILE]"
 ABOUT = """Prints versions, settings, devices with their memory, and the kernel backends that work here. Each
 part is looked at on its own: a broken installation is described, with the remedy where it is known. The exit
 code is 1 where a problem was found."""
+PLUGINS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 CUDA13_DRIVER = 580  # oldest driver for CUDA 13; CUDA 12 asks for 525
 
 
@@ -52,13 +53,24 @@ def problems(report: dict[str, Any]) -> Iterator[str]:
     devices = jax["devices"]
     if isinstance(devices, str):
         yield f"JAX finds no device. {devices}"
-    elif isinstance(gpus, list) and gpus and not any(d.startswith(("gpu", "cuda")) for d in devices):
-        yield f"there are {len(gpus)} NVIDIA GPUs, but JAX sees none. Run: pip install '{_extra(gpus)}'"
+    elif not any(device.startswith(("gpu", "cuda")) for device in devices):
+        yield from _without_gpu(packages, gpus, jax.get("messages", []))
+
+
+def _without_gpu(packages: dict[str, str], gpus: Any, messages: list[str]) -> Iterator[str]:
+    """Why JAX sees no GPU, where it should see one."""
+    plugins = [name for name in PLUGINS if packages[name] != probes.MISSING]
+    found = len(gpus) if isinstance(gpus, list) else 0
+    if found and not plugins:
+        yield f"there are {found} NVIDIA GPUs, but JAX has no plugin. Run: pip install '{_extra(gpus)}'"
+    elif found or (plugins and messages):
+        said = "; ".join(messages) or "it gives no reason"
+        yield f"{plugins[0]} is installed, but JAX sees no GPU ({found} are here): {said}"
 
 
 def _mismatches(packages: dict[str, str]) -> Iterator[str]:
     jaxlib = packages["jaxlib"]
-    for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"):
+    for name in PLUGINS:
         if packages[name] not in (probes.MISSING, jaxlib):
             extra = f"lmdeploy_jax[{name.split('-')[1]}]"
             yield f"{name} {packages[name]} does not fit jaxlib {jaxlib}. Run: pip install -U '{extra}'"

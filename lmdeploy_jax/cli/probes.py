@@ -117,9 +117,17 @@ def _jax() -> dict[str, Any] | str:
         check=False,
     )
     if done.returncode:
-        return f"error: JAX ended with exit code {done.returncode}: {done.stderr.strip()[-1000:]}"
+        return f"error: JAX ended with exit code {done.returncode}: {_messages(done.stderr)}"
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if _messages(done.stderr):  # such as a plugin that could not be loaded
+        answer["messages"] = _messages(done.stderr)
     return answer
+
+
+def _messages(stderr: str) -> list[str]:
+    """What was said on standard error, without the lines of tracebacks."""
+    frames = (" ", "^", "Traceback", "The above exception")
+    return [line for line in stderr.splitlines() if line and not line.startswith(frames)][-10:]
 
 
 def _output(command: list[str]) -> str:

@@ -37,6 +37,7 @@ class Engine:
         self.model_config = parts.model_config
         self.session_len = parts.session_len
         self.memory = parts.memory
+        self.startup = parts.startup
         self.vocab_size = parts.model_config.vocab_size
         self.max_batch_size = parts.buckets.max_batch_size
         self.scheduler = parts.scheduler

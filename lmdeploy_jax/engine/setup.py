@@ -36,6 +36,16 @@ DEFAULTS = {"cpu": (32, 1024), "gpu": (256, 8192)}  # sequences, tokens a step
 
 
 @dataclass(frozen=True)
+class Startup:
+    """What starting an engine took: wall seconds to load and to compile, and how much was loaded."""
+
+    backend: str
+    weight_bytes: int
+    load_seconds: float
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
 class Parts:
     """What an engine is made of."""
 
@@ -46,6 +56,7 @@ class Parts:
     buckets: Buckets
     scheduler: Scheduler
     runner: Runner
+    startup: Startup
 
 
 def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Parts:
@@ -56,7 +67,9 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     platform = mesh.devices.flat[0].platform
     model_config = read_config(folder, config.hf_overrides)
     backend = choose_backend(config.backend, platform, model_config)
+    begun = time.perf_counter()
     loaded = _load(folder, config, mesh, backend, progress)
+    loading = time.perf_counter() - begun
     buckets = _buckets(config, platform)
     session_len = config.session_len or model_config.max_position
     memory = _plan(config, loaded, mesh, buckets, session_len)
@@ -66,8 +79,11 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     spec = CacheSpec(
         model_config.num_layers, memory.num_pages, loaded.kv_heads, model_config.head_dim, loaded.dtype, mesh
     )
+    begun = time.perf_counter()
     wanted = ProgramBuilder(loaded, packer, buckets, spec, mesh).all()
     programs = LazyPrograms(wanted) if config.eager_mode else compile_all(wanted, progress=progress)
+    weight_bytes = sum(leaf.nbytes for leaf in loaded.leaves)
+    startup = Startup(backend, weight_bytes, loading, time.perf_counter() - begun)
     runner = Runner(loaded, mesh, buckets, packer, spec, programs)
     scheduler = Scheduler(
         PrefixCache(memory.num_pages, enabled=_caches_prefixes(config, model_config)),
@@ -76,7 +92,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         session_len=session_len,
         rope_switch=model_config.rope.switch_length,
     )
-    return Parts(folder, model_config, session_len, memory, buckets, scheduler, runner)
+    return Parts(folder, model_config, session_len, memory, buckets, scheduler, runner, startup)
 
 
 def choose_backend(wanted: str, platform: str, model: DecoderConfig) -> str:

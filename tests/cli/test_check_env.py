@@ -22,13 +22,14 @@ H200 = "0, NVIDIA H200, 580.159, 143771 MiB, 4 MiB, 9.0"
 
 
 def report(**changes: Any) -> dict[str, Any]:
-    packages = dict.fromkeys(probes.PACKAGES, "1.2.3") | changes.pop("packages", {})
+    packages = dict.fromkeys(probes.PACKAGES, "1.2.3") | dict.fromkeys(check_env.PLUGINS, probes.MISSING)
+    packages |= changes.pop("packages", {})
     sound = {"packages": packages, "NVIDIA GPUs": [], "JAX": {"devices": ["cpu:0 cpu"]}}
     return sound | changes
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check_env", "--dump-file", str(tmp_path / "env.json")]) == 0
+    code = main(["check_env", "--dump-file", str(tmp_path / "env.json")])
     text = capsys.readouterr().out
     dumped = json.loads((tmp_path / "env.json").read_text())
     assert dumped["lmdeploy_jax"] == lmdeploy_jax.__version__
@@ -36,7 +37,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dumped["JAX"]["devices"][0] in text
     assert dumped["JAX"]["kernel backends"]["xla"] == "usable"
     assert "GPU" in dumped["JAX"]["kernel backends"]["pallas"] or "usable" in text
-    assert dumped["problems"] == []
+    assert code == (1 if dumped["problems"] else 0)
     lines = check_env.yaml_lines(dumped, quote=True)
     assert yaml.safe_load("\n".join(lines)) == {key: value or "none" for key, value in dumped.items()} | {
         key: value for key, value in dumped.items() if value in ([], {})
@@ -74,6 +75,14 @@ def test_a_broken_jax_is_described(tmp_path: Path, body: str, text: str) -> None
         ({"packages": {"jax-cuda12-plugin": "0.9.9"}}, "jax-cuda12-plugin 0.9.9 does not fit jaxlib 1.2.3"),
         ({"NVIDIA GPUs": [H100]}, "lmdeploy_jax[cuda12]"),
         ({"NVIDIA GPUs": [H200]}, "lmdeploy_jax[cuda13]"),
+        (
+            {
+                "packages": {"jax-cuda13-plugin": "1.2.3"},
+                "NVIDIA GPUs": [H200],
+                "JAX": {"devices": ["cpu:0 cpu"], "messages": ["RuntimeError: Unable to load cuPTI."]},
+            },
+            "Unable to load cuPTI",
+        ),
         ({"JAX": "error: JAX ended with exit code -6"}, "exit code -6"),
         ({"JAX": {"devices": "error: RuntimeError: no device"}}, "no device"),
     ],
