@@ -1,6 +1,6 @@
 """Attention over paged K and V as plain XLA operations: the path of any device, the oracle of the kernels.
 
-Pages are streamed a few at a time through an online softmax (Milakov and Gimelshein, 2018). The number of
+Pages are streamed one at a time through an online softmax (Milakov and Gimelshein, 2018). The number of
 steps is read from the positions at run time: the cost follows the real context, and one program serves every
 length.
 """
@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.options import MASKED, AttentionOptions
-
-CHUNK_PAGES = 2  # pages a step: longer chunks read past short contexts, shorter ones pay more loop overhead
 
 State = tuple[jax.Array, jax.Array, jax.Array]  # running maximum, denominator [B, K, N], output [B, K, N, D]
 
@@ -69,16 +67,16 @@ def _attend_group(
 ) -> jax.Array:
     page_size = k_pages.shape[2]
     first, steps = _page_range(positions, page_size, options.window)
-    newest = jnp.max(positions, axis=1)[:, None, None]
+    newest = jnp.max(positions, axis=1)[:, None]
     q = q.astype(jnp.float32) * options.scale
 
     def step(index: jax.Array, state: State) -> State:
-        columns = first[:, None] + index * CHUNK_PAGES + jnp.arange(CHUNK_PAGES, dtype=jnp.int32)  # [B, C]
-        pages = jnp.take_along_axis(tables, columns, axis=1, mode="clip")
-        key_positions = columns[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)  # [B, C, P]
+        column = first + index
+        pages = jnp.take_along_axis(tables, column[:, None], axis=1, mode="clip")[:, 0]
+        key_positions = column[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)  # [B, P]
         keys, values = _read_pages(k_pages, pages), _read_pages(v_pages, pages)
         # Whatever unused slots hold, NaN too, must not count: a weight of zero alone would keep a NaN.
-        values = jnp.where((key_positions <= newest)[:, :, None, :, None], values, 0.0)
+        values = jnp.where((key_positions <= newest)[:, None, :, None], values, 0.0)
         visible = _visible(positions, key_positions, options.window)
         return _online_softmax(state, q, keys, values, visible, options.soft_cap)
 
@@ -87,18 +85,17 @@ def _attend_group(
 
 
 def _page_range(positions: jax.Array, page_size: int, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """First page [B] that any row of a block sees, and the number of chunks that covers every block."""
+    """First page [B] that any row of a block sees, and the number of pages that covers every block."""
     newest = jnp.max(positions, axis=1)
     first = jnp.zeros_like(newest)
     if window is not None:
         oldest = jnp.min(jnp.where(positions < 0, newest[:, None], positions), axis=1)
         first = jnp.maximum(oldest - window + 1, 0) // page_size
-    pages = newest // page_size - first + 1
-    return first, jnp.max((pages + CHUNK_PAGES - 1) // CHUNK_PAGES)
+    return first, jnp.max(newest // page_size - first + 1)
 
 
 def _read_pages(pages: jax.Array, indices: jax.Array) -> jax.Array:
-    """[pages, KH, P, D] at int32 [B, C] -> f32 [B, C, KH, P, D]."""
+    """[pages, KH, P, D] at int32 [B] -> f32 [B, KH, P, D]."""
     if pages.dtype == jnp.float32:
         return pages.at[indices].get(mode="promise_in_bounds")
     # As bits: XLA for CPUs would widen the whole cache to f32 in order to gather 16-bit floats from it. The
@@ -109,12 +106,12 @@ def _read_pages(pages: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _visible(positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
-    """Which keys [B, C, P] the rows [B, N] see -> bool [B, C, 1, N, P]."""
-    age = positions[:, None, :, None] - key_positions[:, :, None, :]
+    """Which keys [B, P] the rows [B, N] see -> bool [B, 1, N, P]."""
+    age = positions[:, :, None] - key_positions[:, None, :]
     visible = age >= 0
     if window is not None:
         visible &= age < window
-    return visible[:, :, None]
+    return visible[:, None]
 
 
 def _initial_state(q: jax.Array, sinks: jax.Array | None) -> State:
@@ -129,16 +126,14 @@ def _initial_state(q: jax.Array, sinks: jax.Array | None) -> State:
 def _online_softmax(
     state: State, q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, soft_cap: float | None
 ) -> State:
-    # Pages stay a batch axis of both products: no transpose of what was read.
     maximum, denominator, out = state
     highest = lax.Precision.HIGHEST
-    logits = jnp.einsum("bknd,bckpd->bcknp", q, keys, precision=highest)
+    logits = jnp.einsum("bknd,bkpd->bknp", q, keys, precision=highest)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     logits = jnp.where(visible, logits, MASKED)
-    new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=(1, 4)))
-    weights = jnp.where(visible, jnp.exp(logits - new_maximum[:, None, :, :, None]), 0.0)
+    new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=-1))
+    weights = jnp.where(visible, jnp.exp(logits - new_maximum[..., None]), 0.0)
     decay = jnp.exp(maximum - new_maximum)
-    partial = jnp.einsum("bcknp,bckpd->bcknd", weights, values, precision=highest)
-    new_out = out * decay[..., None] + jnp.sum(partial, axis=1)
-    return new_maximum, denominator * decay + jnp.sum(weights, axis=(1, 4)), new_out
+    new_out = out * decay[..., None] + jnp.einsum("bknp,bkpd->bknd", weights, values, precision=highest)
+    return new_maximum, denominator * decay + jnp.sum(weights, axis=-1), new_out
