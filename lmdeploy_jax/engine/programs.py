@@ -85,8 +85,8 @@ class ProgramBuilder:
         logits = partial(steps.row_logits, self.model.merge)
         logprobs = partial(steps.row_logprobs, self.model.merge)
         made["row_logits", REPORT_ROWS] = Program(logits, (self._leaves, taken), self._replicated)
-        args = (self._leaves, taken, self._ints(REPORT_ROWS))
-        made["row_logprobs", REPORT_ROWS] = Program(logprobs, args, self._replicated)
+        scored = (self._leaves, taken, self._ints(REPORT_ROWS))
+        made["row_logprobs", REPORT_ROWS] = Program(logprobs, scored, self._replicated)
         return made
 
     def _state_programs(self) -> dict[Key, Program]:
@@ -131,7 +131,8 @@ class ProgramBuilder:
     @property
     def _history(self) -> steps.History:
         shape = (self.buckets.max_batch_size + 1, self.model.config.vocab_size)
-        return steps.History(self._spec(shape, jnp.int32), self._spec(shape, jnp.float32))
+        specs: tuple[Any, Any] = (self._spec(shape, jnp.int32), self._spec(shape, jnp.float32))
+        return steps.History(*specs)
 
     @property
     def _leaves(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -153,7 +153,8 @@ class Runner:
         size = fit(self.buckets.sampling, len(draws))
         flat = self._put(self.packer.pack_head(draws, size))
         raw = self._run("logits", size, self._leaves, rows, flat)
-        logits, errors = raw, {}
+        logits: Any = raw
+        errors: dict[Sequence, Exception] = {}
         if any(sequence.params.needs_host for sequence, _ in draws):
             logits, errors = change_logits(np.array(raw), [sequence for sequence, _ in draws])
         self._need_history()
