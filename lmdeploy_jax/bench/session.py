@@ -74,8 +74,9 @@ class Session:
 
     def _machine(self, compiled_before: int) -> dict[str, Any]:
         stats = jax.devices()[0].memory_stats() or {}
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
         figures: dict[str, Any] = {
-            "peak_host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2),
+            "peak_host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB, 2),
             "compilations_while_serving": self._counter.count - compiled_before,
         }
         if "peak_bytes_in_use" in stats:

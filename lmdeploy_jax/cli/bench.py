@@ -39,7 +39,7 @@ def define(flags: FlagSet) -> None:
     )
     add(section, text, "workloads", None, about)
     add(section, number, "reps", 2, "repetitions of each workload", lower_bound=1)
-    add(section, number, "seed", 0, "seed of the prompts and of random weights")
+    add(section, number, "seed", 0, "seed of the prompts")
     add(
         section,
         absl_flags.DEFINE_float,
@@ -63,7 +63,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
     mode, model = _positional(args)
     names = _workloads(flags["workloads"] or DEFAULT_WORKLOADS[mode])
     config = engine_config(flags)
-    folder = _checkpoint(model, flags["checkpoint_dir"], flags["seed"])
+    folder = _checkpoint(model, flags["checkpoint_dir"])
 
     from lmdeploy_jax.bench.session import Session  # JAX is imported here
 
@@ -104,13 +104,15 @@ def _workloads(text: str) -> list[str]:
     return names
 
 
-def _checkpoint(model: str, root: str | None, seed: int) -> str:
+def _checkpoint(model: str, root: str | None) -> str:
     """A random checkpoint where MODEL names a shape, else MODEL itself."""
     if model not in shapes.names() or Path(model).is_dir():
         return model
-    folder = Path(root) if root else Path("~/.cache/lmdeploy_jax/bench").expanduser()
+    from lmdeploy_jax.engine.compile import default_cache_dir
+
+    folder = Path(root) if root else default_cache_dir().parent / "bench"
     _say(f"random checkpoint of shape {model} in {folder}")
-    return str(checkpoint.make(model, folder, seed=seed))
+    return str(checkpoint.make(model, folder))
 
 
 def _bandwidth(given: float | None, devices: int) -> tuple[float, str]:

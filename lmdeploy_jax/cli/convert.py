@@ -34,7 +34,9 @@ def run(flags: FlagSet, args: list[str]) -> int:
     model, out = args
 
     import jax
+    from absl import logging as absl_logging
 
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns of what this checkpoint does without
     jax.config.update("jax_platforms", "cpu")  # the weights only pass through: no GPU need hold them
 
     from converters import orbax

@@ -41,10 +41,6 @@ class FlagSet:
         except (absl_flags.Error, ValueError) as error:
             raise UsageError(str(error)) from error
 
-    def given(self, name: str) -> bool:
-        """True where the user set the flag, to whatever value."""
-        return not self.values[name].using_default_value
-
     def __getitem__(self, name: str) -> Any:
         return self.values[name].value
 

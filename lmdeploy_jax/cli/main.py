@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         return _dispatch(argv)
     except UsageError as error:
         return _fail(error, 2)
-    except (LmdeployError, OSError, ImportError) as error:
+    except (LmdeployError, OSError, ImportError, UnicodeError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130
