@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lmdeploy_jax.engine.progress import counting_bar
 
 log = logging.getLogger("lmdeploy_jax")
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -69,13 +70,12 @@ def compile_all(programs: Mapping[Key, Program], *, progress: bool) -> dict[Key,
     start = time.perf_counter()
     compiled: dict[Key, jax.stages.Compiled] = {}
     workers = min(16, os.cpu_count() or 1)
-    with _bar(progress) as bar, ThreadPoolExecutor(workers) as pool:
-        task = bar.add_task("compiling", total=len(programs))
+    with counting_bar(progress, "compiling", len(programs)) as advance, ThreadPoolExecutor(workers) as pool:
         order = sorted(programs, key=lambda key: -key[1])
         futures = {pool.submit(programs[key].compile): key for key in order}
         for future in as_completed(futures):
             compiled[futures[future]] = future.result()
-            bar.advance(task)
+            advance()
     log.info("compiled %d programs in %.1f s", len(compiled), time.perf_counter() - start)
     return compiled
 
@@ -90,8 +90,3 @@ class LazyPrograms(dict[Key, jax.stages.Compiled]):
     def __missing__(self, key: Key) -> jax.stages.Compiled:
         self[key] = compiled = self._programs[key].compile()
         return compiled
-
-
-def _bar(enabled: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, transient=True, disable=not enabled)

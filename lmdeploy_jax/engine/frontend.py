@@ -15,6 +15,7 @@ from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.logs import REQUEST, shortened
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.text.chat_template import ChatTemplate
+from lmdeploy_jax.text.jinja_template import HfChatTemplate
 from lmdeploy_jax.text.prompts import Prompt
 from lmdeploy_jax.text.settings import read_object
 from lmdeploy_jax.text.tokenizer import Tokenizer
@@ -70,8 +71,9 @@ class Frontend:
         if prompt.text is not None:
             messages = [{"role": "user", "content": prompt.text}]
         text = self.template.render(messages, tools=options.tools, **options.template_kwargs)
-        bos = self.tokenizer.bos_token
-        return self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        # A checkpoint's own template writes every special token itself, as transformers has it.
+        complete = isinstance(self.template, HfChatTemplate)
+        return self.tokenizer.encode(text, add_special_tokens=not complete)
 
     def submit(
         self, prompt: list[int], config: GenerationConfig, sink: Sink, *, index: int = 0, stream: bool = True

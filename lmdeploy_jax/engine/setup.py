@@ -22,7 +22,7 @@ from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import Buckets
 from lmdeploy_jax.engine.compile import LazyPrograms, compile_all, use_cache
 from lmdeploy_jax.engine.programs import ProgramBuilder
-from lmdeploy_jax.engine.progress import loading_bar
+from lmdeploy_jax.engine.progress import announce, loading_bar
 from lmdeploy_jax.engine.runner import Runner
 from lmdeploy_jax.engine.scheduler import Scheduler
 from lmdeploy_jax.errors import ConfigError
@@ -66,13 +66,14 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     mesh = make_mesh(tp=config.tp)
     platform = mesh.devices.flat[0].platform
     model_config = read_config(folder, config.hf_overrides)
-    backend = choose_backend(config.backend, platform, model_config)
+    backend = choose_backend(config.backend, mesh.devices.flat[0], model_config)
     begun = time.perf_counter()
     loaded = _load(folder, config, mesh, backend, progress)
     loading = time.perf_counter() - begun
     buckets = _buckets(config, platform)
     session_len = config.session_len or model_config.max_position
     memory = _plan(config, loaded, mesh, buckets, session_len)
+    announce(progress, memory)
     log.info("%s", memory)
     session_len = min(session_len, (memory.num_pages - 1) * PAGE_SIZE)
     packer = StepPacker(buckets.max_batch_size, session_len, model_config.vocab_size, tile_rows(backend))
@@ -95,18 +96,28 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     return Parts(folder, model_config, session_len, memory, buckets, scheduler, runner, startup)
 
 
-def choose_backend(wanted: str, platform: str, model: DecoderConfig) -> str:
-    """`auto` is `pallas` where device and model allow, else `xla`. Raises ConfigError for what was asked for
-    by name.
+def choose_backend(wanted: str, device: jax.Device, model: DecoderConfig) -> str:
+    """`auto` is `pallas` where device and model allow, else `xla`. Raises ConfigError for a `pallas` that
+    cannot be had.
     """
-    reason = why_not(platform, model.head_dim)
+    reason = why_not(
+        device.platform,
+        model.head_dim,
+        group=model.num_heads // model.num_kv_heads,
+        compute_capability=_compute_capability(device),
+    )
     if wanted == "auto":
-        if reason and platform != "cpu":
+        if reason and device.platform != "cpu":
             log.warning("backend xla instead of pallas: %s", reason)
         return "xla" if reason else "pallas"
     if wanted == "pallas" and reason:
         raise ConfigError(f"backend='pallas' cannot be used: {reason}. Use backend='auto' or 'xla'.")
     return wanted
+
+
+def _compute_capability(device: jax.Device) -> float | None:
+    capability = getattr(device, "compute_capability", None)
+    return float(capability) if capability else None
 
 
 def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progress: bool) -> LoadedModel:
