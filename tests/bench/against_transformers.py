@@ -1,0 +1,157 @@
+"""Speed on this machine against HuggingFace transformers: python -m tests.bench.against_transformers
+
+Prints JSON lines. Greedy, end-of-sequence ignored, float32, both on all cores:
+  concurrent   `--requests` prompts to tiny-chat at once; transformers one by one, and as one padded batch
+  single       decode at batch 1 on a random checkpoint of `--shape`
+  start        seconds from `pipeline()` to tiny-chat's first token, the compile cache empty and filled
+Each figure is the best of `--repeats`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
+from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.bench.checkpoint import make
+
+START = """
+import sys, time
+begun = time.perf_counter()
+from lmdeploy_jax import JaxEngineConfig, pipeline
+opened = time.perf_counter()
+pipe = pipeline("tiny-chat", JaxEngineConfig(compile_cache_dir=sys.argv[1]), progress=False)
+for piece in pipe.stream_infer("What is 12 + 30?"):
+    if piece.token_ids:
+        break
+now = time.perf_counter()
+print(now - opened, now - begun)
+"""
+
+
+def best(repeats: int, function: Callable[[], object]) -> float:
+    """Seconds of the fastest call."""
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
+
+
+def say(**figures: object) -> None:
+    rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}
+    print(json.dumps(rounded), flush=True)
+
+
+def hf_generate(model: transformers.PreTrainedModel, rows: list[list[int]], count: int) -> None:
+    """Greedy `generate` of exactly `count` tokens for rows of any length, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    assert out.shape[1] == width + count
+
+
+def load_hf(folder: Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def concurrent(requests: int, count: int, repeats: int) -> None:
+    """tiny-chat, many requests at once."""
+    config = GenerationConfig(max_new_tokens=count, ignore_eos=True)
+    texts = [f"What is {11 + i} + {90 - i}?" for i in range(requests)]
+    engine = JaxEngineConfig(enable_prefix_caching=False)
+    with Pipeline(TINY_CHAT, engine, progress=False) as pipe:
+        pipe(texts, config)
+        ours = best(repeats, lambda: pipe(texts, config))
+        tokenizer, template = pipe.tokenizer, pipe.frontend.template
+        rendered = [template.render([{"role": "user", "content": text}]) for text in texts]
+        rows = [tokenizer.encode(text, add_special_tokens=False) for text in rendered]
+    model = load_hf(TINY_CHAT)
+    hf_generate(model, rows[:1], count)
+    alone = best(repeats, lambda: [hf_generate(model, [row], count) for row in rows])
+    batch = best(repeats, lambda: hf_generate(model, rows, count))
+    tokens = requests * count
+    say(
+        what="concurrent",
+        requests=requests,
+        tokens_each=count,
+        ours_tok_s=tokens / ours,
+        hf_one_by_one_tok_s=tokens / alone,
+        hf_padded_batch_tok_s=tokens / batch,
+        over_one_by_one=alone / ours,
+        over_padded_batch=batch / ours,
+    )
+
+
+def single(shape: str, count: int, repeats: int, root: Path) -> None:
+    """Batch 1 on a random checkpoint: the time of `count` tokens less that of one."""
+    folder = make(shape, root)
+    prompt = list(range(300, 428))
+    engine = JaxEngineConfig(
+        session_len=512, max_batch_size=1, max_prefill_token_num=128, enable_prefix_caching=False
+    )
+    with Pipeline(folder, engine, progress=False) as pipe:
+
+        def ours(n: int) -> object:
+            return pipe.infer(prompt, GenerationConfig(max_new_tokens=n, ignore_eos=True))
+
+        ours(2)
+        our_step = (best(repeats, lambda: ours(count + 1)) - best(repeats, lambda: ours(1))) / count
+    model = load_hf(folder)
+    hf_generate(model, [prompt], 2)
+    whole = best(repeats, lambda: hf_generate(model, [prompt], count + 1))
+    first = best(repeats, lambda: hf_generate(model, [prompt], 1))
+    hf_step = (whole - first) / count
+    say(
+        what="single",
+        shape=shape,
+        ours_ms=1e3 * our_step,
+        hf_ms=1e3 * hf_step,
+        speedup=hf_step / our_step,
+    )
+
+
+def start() -> None:
+    """A fresh process each time."""
+    with tempfile.TemporaryDirectory() as cache:
+        for kind in ("cold", "cached"):
+            command = [sys.executable, "-c", START, cache]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds, with_import = map(float, done.stdout.split())
+            say(what="start", cache=kind, seconds=seconds, with_import=with_import)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--what", default="start,concurrent,single")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shape", default="qwen2.5-0.5b")
+    parser.add_argument("--root", type=Path, default=Path("models"), help="where random checkpoints are kept")
+    options = parser.parse_args()
+    wanted = options.what.split(",")
+    if "start" in wanted:
+        start()
+    if "concurrent" in wanted:
+        concurrent(options.requests, options.tokens, options.repeats)
+    if "single" in wanted:
+        single(options.shape, options.tokens // 4, options.repeats, options.root)
+
+
+if __name__ == "__main__":
+    main()
