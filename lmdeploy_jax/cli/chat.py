@@ -54,7 +54,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
 
     model = args[0] if args else DEFAULT_MODEL
     template, level = flags["chat_template"], flags["log_level"]
-    with Pipeline(model, config, template, level, progress=sys.stdout.isatty()) as pipe:
+    with Pipeline(model, config, template, level, progress=sys.stderr.isatty()) as pipe:
         gen_config = generation_config(flags, pipe.frontend.engine.folder)
         conversation = Conversation(pipe, gen_config, flags["system"], flags["enable_thinking"])
         if flags["prompt"] is not None:

@@ -48,7 +48,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
     folder = resolve_model(model, revision=flags["revision"], download_dir=flags["download_dir"])
     _check_out(Path(out), flags["force"])
     dtype = str(stored_dtype(folder)) if flags["dtype"] == "auto" else flags["dtype"]
-    with loading_bar(sys.stdout.isatty()) as on_progress:
+    with loading_bar(sys.stderr.isatty()) as on_progress:
         loaded = load_model(folder, dtype=dtype, on_progress=on_progress)
     read = time.perf_counter()
     leaves = dict(zip(loaded.skeleton.specs, loaded.leaves, strict=True))
