@@ -59,7 +59,10 @@ class Engine:
         self._post(lambda: self._add(request))
 
     def abort(self, request_id: int, index: int | None = None) -> None:
-        """End a request, or one of its sequences. Unknown or finished ones are left alone."""
+        """End a request, or one of its sequences. Unknown or finished ones are left alone.
+
+        Until the first of n sequences has its first token the others hang on it, and end with it.
+        """
         if not self._closed:
             self._post(lambda: self._abort(request_id, index))
 
@@ -165,13 +168,13 @@ class Engine:
                 sequence.ngram = NgramStop(params.ngram_size, params.ngram_threshold)
 
     def _abort(self, request_id: int, index: int | None) -> None:
-        for sequence in list(self._sequences.get(request_id, ())):
-            if index is None or sequence.index == index:
-                out = StepOutput(
-                    request_id, sequence.index, finish_reason="abort", cached_tokens=sequence.cached
-                )
-                self._retire(sequence)
-                self._emit(sequence.request, out)
+        live = self._sequences.get(request_id, [])
+        named = [s for s in live if index in (None, s.index)]
+        ending = {s: None for first in named for s in (first, *first.siblings)}
+        for sequence in ending:
+            out = StepOutput(request_id, sequence.index, finish_reason="abort", cached_tokens=sequence.cached)
+            self._retire(sequence)
+            self._emit(sequence.request, out)
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
         out = StepOutput(sequence.request.request_id, sequence.index, finish_reason="error", error=error)

@@ -84,17 +84,25 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it stands, and give its pages and slot back."""
-        if sequence.status is Status.WAITING:
-            self.waiting.remove(sequence)
-        elif sequence.status is Status.RUNNING:
+        if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             known = min(sequence.computed, len(sequence.tokens))
             self.cache.register(sequence.tokens, known, sequence.pages, sequence.hashes)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        else:
+            self._leave_first(sequence)
         for sibling in sequence.siblings:
             self._vacate(sibling)
             sibling.status = Status.FINISHED
         self._vacate(sequence)
         sequence.status = Status.FINISHED
+
+    def _leave_first(self, sibling: Sequence) -> None:
+        """Take a sibling that has not forked yet out of its first sequence's group."""
+        for first in (*self.waiting, *self.running):
+            if sibling in first.siblings:
+                first.siblings.remove(sibling)
 
     @property
     def has_work(self) -> bool:

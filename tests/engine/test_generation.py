@@ -180,6 +180,17 @@ def test_mixed_requests_each_get_what_they_asked_for(engine, prompts, expected):
     assert together == [tokens(engine, prompts[2:3], **wish)[0] for wish in wishes]
 
 
+@pytest.mark.parametrize("index", [0, 1, None])
+def test_an_early_abort_ends_what_it_names(engine, prompt, answer, index):
+    collector = Collector(2)
+    request = submit(engine, prompt, collector, n=2)
+    engine.abort(request.request_id, index)
+    reasons = [result.reason for result in collector.wait()]
+    assert "abort" in reasons
+    if index == 1:
+        assert reasons[1] == "abort"
+
+
 @pytest.mark.parametrize(
     ("bad", "params", "error", "text"),
     [

@@ -150,6 +150,21 @@ def test_n_sequences_on_a_page_boundary_copy_nothing():
     assert step.copies == []
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_a_sibling_can_end_before_it_forks(started):
+    scheduler = make(tokens=32)
+    first = scheduler.add(request(100, n=3))
+    gone, stays = first.siblings
+    if started:
+        scheduler.schedule()
+    scheduler.finish(gone)
+    scheduler.check_integrity()
+    run(scheduler)
+    assert gone.tokens == list(range(100))
+    assert len(stays.tokens) == len(first.tokens) == 108
+    assert scheduler.cache.pool.used == 0
+
+
 def test_the_latest_sequence_gives_way_when_pages_run_out():
     scheduler = make(pages=7, batch=3, enabled=False)
     sequences = [scheduler.add(request([i] * 60, new=120)) for i in range(3)]
