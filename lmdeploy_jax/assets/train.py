@@ -35,8 +35,11 @@ Model = Any  # Qwen3ForCausalLM, whose own annotations no type checker follows
 
 @dataclass(frozen=True)
 class Options:
-    """`minutes` of training wall time; `batch_tokens` padded tokens in a batch; `rate` the peak learning
-    rate; `warmup` and `hold` the shares of the time after which it has risen, and begins to fall."""
+    """`minutes` of training, `batch_tokens` padded tokens in a batch, `rate` the peak learning rate.
+
+    `warmup` and `hold` are the shares of the time after which the rate has risen, and begins to fall;
+    `workers` the processes that make the data (0: the training process itself).
+    """
 
     out: Path
     minutes: float = 60.0
@@ -45,16 +48,18 @@ class Options:
     warmup: float = 0.01
     hold: float = 0.4
     seed: int = 0
+    workers: int = 0
+    layers: int = 4
     snapshot_minutes: float = 22.0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Model:
-    """A freshly initialised Qwen3 of 3M parameters in float32."""
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int) -> Model:
+    """A freshly initialised Qwen3 in float32: 3M parameters with four layers."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -84,9 +89,9 @@ def targets(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
     return labels
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, options: Options) -> Iterator[Batch]:
+def batches(tokenizer: PreTrainedTokenizerFast, options: Options, worker: int = 0) -> Iterator[Batch]:
     """Endless (ids, labels), each [B, T] int64, of conversations of like length."""
-    rng = random.Random(options.seed)
+    rng = random.Random(f"{options.seed}/{worker}")
     while True:
         texts = [render(tokenizer, tasks.training_conversation(rng), False) for _ in range(POOL)]
         rows = sorted(tokenizer(texts, add_special_tokens=False)["input_ids"], key=len)
@@ -96,14 +101,25 @@ def batches(tokenizer: PreTrainedTokenizerFast, options: Options) -> Iterator[Ba
                 cuts.append([])
             cuts[-1].append(row)
         rng.shuffle(cuts)
-        yield from (padded(tokenizer, cut, options.device) for cut in cuts)
+        yield from (padded(tokenizer, cut) for cut in cuts)
 
 
-def padded(tokenizer: PreTrainedTokenizerFast, rows: list[list[int]], device: str) -> Batch:
+class Stream(torch.utils.data.IterableDataset[Batch]):
+    """`batches`, made in the DataLoader's worker processes where it has any."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, options: Options) -> None:
+        self.tokenizer, self.options = tokenizer, options
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = torch.utils.data.get_worker_info()
+        return batches(self.tokenizer, self.options, worker.id if worker else 0)
+
+
+def padded(tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]) -> Batch:
     width = max(map(len, rows))
     ids = [row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows]
     labels = [targets(tokenizer, row) + [IGNORED] * (width - len(row)) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(labels, device=device)
+    return torch.tensor(ids), torch.tensor(labels)
 
 
 def loss_of(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -138,7 +154,8 @@ def rate_at(progress: float, options: Options) -> float:
 
 
 def step(model: Model, steppers: list[torch.optim.Optimizer], batch: Batch, rate: float) -> float:
-    loss = loss_of(model, *batch)
+    ids, labels = batch
+    loss = loss_of(model, ids.to(model.device), labels.to(model.device))
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for stepper in steppers:
@@ -153,7 +170,8 @@ def train(model: Model, tokenizer: PreTrainedTokenizerFast, options: Options) ->
     """Train in place for the given minutes; returns {steps, tokens (without padding), minutes}."""
     steppers, start, seen, recent = optimizers(model, options), time.monotonic(), 0, 0.0
     next_snapshot = options.snapshot_minutes
-    for index, batch in enumerate(batches(tokenizer, options)):
+    loader = torch.utils.data.DataLoader(Stream(tokenizer, options), None, num_workers=options.workers)
+    for index, batch in enumerate(loader):
         minutes = (time.monotonic() - start) / 60
         if minutes >= options.minutes:
             break
@@ -226,6 +244,8 @@ def options_from_flags() -> Options:
     parser.add_argument("--batch-tokens", type=int, default=Options.batch_tokens)
     parser.add_argument("--rate", type=float, default=Options.rate)
     parser.add_argument("--seed", type=int, default=Options.seed)
+    parser.add_argument("--workers", type=int, default=Options.workers)
+    parser.add_argument("--layers", type=int, default=Options.layers)
     parser.add_argument("--snapshot-minutes", type=float, default=Options.snapshot_minutes)
     parser.add_argument("--device", default=Options.device)
     return Options(**vars(parser.parse_args()))
@@ -234,7 +254,7 @@ def options_from_flags() -> Options:
 def main() -> None:
     options = options_from_flags()
     tokenizer = train_tokenizer(options.seed)
-    model = new_model(tokenizer, options.seed)
+    model = new_model(tokenizer, options.seed, options.layers)
     model.to(options.device)
     log(json.dumps(train(model, tokenizer, options)))
     log("float32:", report(evaluate(model, tokenizer, 50, seed=1)))
