@@ -38,7 +38,8 @@ class Options:
     """`minutes` of training, `batch_tokens` padded tokens in a batch, `rate` the peak learning rate.
 
     `warmup` and `hold` are the shares of the time after which the rate has risen, and begins to fall;
-    `workers` the processes that make the data (0: the training process itself).
+    `workers` the processes that make the data (0: the training process itself); `start` a checkpoint of this
+    script to go on from, with its tokenizer.
     """
 
     out: Path
@@ -50,6 +51,7 @@ class Options:
     seed: int = 0
     workers: int = 0
     layers: int = 4
+    start: Path | None = None
     snapshot_minutes: float = 22.0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -245,16 +247,25 @@ def options_from_flags() -> Options:
     parser.add_argument("--rate", type=float, default=Options.rate)
     parser.add_argument("--seed", type=int, default=Options.seed)
     parser.add_argument("--workers", type=int, default=Options.workers)
+    parser.add_argument("--start", type=Path)
     parser.add_argument("--layers", type=int, default=Options.layers)
     parser.add_argument("--snapshot-minutes", type=float, default=Options.snapshot_minutes)
     parser.add_argument("--device", default=Options.device)
     return Options(**vars(parser.parse_args()))
 
 
+def beginning(options: Options) -> tuple[PreTrainedTokenizerFast, Model]:
+    """Tokenizer and float32 model to train: those of the `start` checkpoint, or fresh ones."""
+    if options.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start)
+        return tokenizer, Qwen3ForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+    tokenizer = train_tokenizer(options.seed)
+    return tokenizer, new_model(tokenizer, options.seed, options.layers)
+
+
 def main() -> None:
     options = options_from_flags()
-    tokenizer = train_tokenizer(options.seed)
-    model = new_model(tokenizer, options.seed, options.layers)
+    tokenizer, model = beginning(options)
     model.to(options.device)
     log(json.dumps(train(model, tokenizer, options)))
     log("float32:", report(evaluate(model, tokenizer, 50, seed=1)))
