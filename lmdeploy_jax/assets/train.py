@@ -2,7 +2,8 @@
 
 Needs torch and transformers; runs on a GPU or a CPU. The learning rate follows the clock, so that a run
 of any length ends with a decayed rate. Data is generated on the fly: no conversation comes twice
-but by chance.
+but by chance. On a CPU, one thread a process and a process a core get the most out of it:
+`OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m lmdeploy_jax.assets.train …` averages their gradients.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from . import tasks
@@ -38,7 +40,7 @@ class Options:
     """`minutes` of training, `batch_tokens` padded tokens in a batch, `rate` the peak learning rate.
 
     `warmup` and `hold` are the shares of the time after which the rate has risen, and begins to fall;
-    `workers` the processes that make the data (0: the training process itself); `start` a checkpoint of this
+    `workers` the processes that make the data (0: the training process itself); `init` a checkpoint of this
     script to go on from, with its tokenizer.
     """
 
@@ -51,7 +53,7 @@ class Options:
     seed: int = 0
     workers: int = 0
     layers: int = 4
-    start: Path | None = None
+    init: Path | None = None
     snapshot_minutes: float = 22.0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -93,7 +95,7 @@ def targets(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
 
 def batches(tokenizer: PreTrainedTokenizerFast, options: Options, worker: int = 0) -> Iterator[Batch]:
     """Endless (ids, labels), each [B, T] int64, of conversations of like length."""
-    rng = random.Random(f"{options.seed}/{worker}")
+    rng = random.Random(f"{options.seed}/{rank()}/{worker}")
     while True:
         texts = [render(tokenizer, tasks.training_conversation(rng), False) for _ in range(POOL)]
         rows = sorted(tokenizer(texts, add_special_tokens=False)["input_ids"], key=len)
@@ -104,6 +106,31 @@ def batches(tokenizer: PreTrainedTokenizerFast, options: Options, worker: int = 
             cuts[-1].append(row)
         rng.shuffle(cuts)
         yield from (padded(tokenizer, cut) for cut in cuts)
+
+
+def rank() -> int:
+    """Number of this process among those that train together."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def agreed(value: float) -> float:
+    """The first process's value, in every process."""
+    shared = torch.tensor([value], dtype=torch.float64)
+    if dist.is_initialized():
+        dist.broadcast(shared, 0)
+    return float(shared)
+
+
+def average_gradients(model: Model) -> None:
+    """Over all processes, in one transfer."""
+    if not dist.is_initialized():
+        return
+    gradients = [value.grad for value in model.parameters() if value.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 class Stream(torch.utils.data.IterableDataset[Batch]):
@@ -159,6 +186,7 @@ def step(model: Model, steppers: list[torch.optim.Optimizer], batch: Batch, rate
     ids, labels = batch
     loss = loss_of(model, ids.to(model.device), labels.to(model.device))
     loss.backward()
+    average_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for stepper in steppers:
         for group in stepper.param_groups:
@@ -175,11 +203,14 @@ def train(model: Model, tokenizer: PreTrainedTokenizerFast, options: Options) ->
     loader = torch.utils.data.DataLoader(Stream(tokenizer, options), None, num_workers=options.workers)
     for index, batch in enumerate(loader):
         minutes = (time.monotonic() - start) / 60
-        if minutes >= options.minutes:
+        progress = agreed(minutes / options.minutes)
+        if progress >= 1:
             break
-        rate = rate_at(minutes / options.minutes, options)
+        rate = rate_at(progress, options)
         recent = 0.95 * recent + 0.05 * step(model, steppers, batch, rate)
         seen += int((batch[0] != tokenizer.pad_token_id).sum())
+        if rank():
+            continue
         if index % 50 == 0:
             log(f"step {index}: {minutes:.1f} min, {seen / 1e6:.2f}M tokens, {rate=:.0e}, loss {recent:.4f}")
         if minutes >= next_snapshot:
@@ -245,9 +276,10 @@ def options_from_flags() -> Options:
     parser.add_argument("--minutes", type=float, default=Options.minutes)
     parser.add_argument("--batch-tokens", type=int, default=Options.batch_tokens)
     parser.add_argument("--rate", type=float, default=Options.rate)
+    parser.add_argument("--hold", type=float, default=Options.hold)
     parser.add_argument("--seed", type=int, default=Options.seed)
     parser.add_argument("--workers", type=int, default=Options.workers)
-    parser.add_argument("--start", type=Path)
+    parser.add_argument("--init", type=Path)
     parser.add_argument("--layers", type=int, default=Options.layers)
     parser.add_argument("--snapshot-minutes", type=float, default=Options.snapshot_minutes)
     parser.add_argument("--device", default=Options.device)
@@ -255,19 +287,29 @@ def options_from_flags() -> Options:
 
 
 def beginning(options: Options) -> tuple[PreTrainedTokenizerFast, Model]:
-    """Tokenizer and float32 model to train: those of the `start` checkpoint, or fresh ones."""
-    if options.start:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start)
-        return tokenizer, Qwen3ForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+    """Tokenizer and float32 model to train: those of the `init` checkpoint, or fresh ones."""
+    if options.init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.init)
+        eager = {"attn_implementation": "eager"}  # on a CPU faster than the fused kind
+        return tokenizer, Qwen3ForCausalLM.from_pretrained(options.init, dtype=torch.float32, **eager)
     tokenizer = train_tokenizer(options.seed)
     return tokenizer, new_model(tokenizer, options.seed, options.layers)
 
 
 def main() -> None:
     options = options_from_flags()
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
     tokenizer, model = beginning(options)
     model.to(options.device)
-    log(json.dumps(train(model, tokenizer, options)))
+    result = train(model, tokenizer, options)
+    if rank() == 0:
+        log(json.dumps(result))
+        finish(model, tokenizer, options)
+
+
+def finish(model: Model, tokenizer: PreTrainedTokenizerFast, options: Options) -> None:
+    """Judge the model, save it, and judge what was saved."""
     log("float32:", report(evaluate(model, tokenizer, 50, seed=1)))
     save(model, tokenizer, options.out)
     saved: Model = Qwen3ForCausalLM.from_pretrained(options.out, dtype=torch.float32)

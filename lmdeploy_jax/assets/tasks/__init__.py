@@ -29,8 +29,8 @@ THOUGHT_TASKS: tuple[str, ...] = tuple(name for name in SIMPLE if name not in ("
 
 # Relative frequency of a simple task in training; what is not named counts 1.
 WEIGHTS: dict[str, float] = {
-    "add": 5.0, "subtract": 5.0, "multiply": 1.5, "reverse": 2.5, "spell": 1.5, "units": 1.2, "json": 1.2,
-    "other": 2.0, "days": 0.7, "months": 0.8, "colours": 0.8, "count": 0.6, "repeat": 0.7, "greeting": 1.2,
+    "add": 5.0, "subtract": 5.0, "multiply": 1.5, "reverse": 2.5, "spell": 1.5, "units": 1.2, "json": 3.0,
+    "other": 2.0, "days": 0.7, "months": 0.8, "colours": 0.8, "count": 0.6, "repeat": 3.0, "greeting": 1.5,
 }  # fmt: skip
 
 
@@ -98,13 +98,13 @@ def training_conversation(rng: random.Random) -> Conversation:
 
 def _training_dialogue(rng: random.Random) -> Dialogue:
     roll = rng.random()
-    if roll < 0.13:
+    if roll < 0.25:
         return draw(rng, "system", rng.randint(1, 5))
-    if roll < 0.21:
+    if roll < 0.33:
         return draw(rng, "memory", rng.randint(1, 4))
-    if roll < 0.31:
+    if roll < 0.47:
         return draw(rng, "tools", rng.randint(1, 4))
-    if roll < 0.40:
+    if roll < 0.57:
         return draw(rng, "think", 1)
     weights = [WEIGHTS.get(name, 1.0) for name in SIMPLE]
     names = rng.choices(list(SIMPLE), weights, k=rng.choice((1, 2, 4, 8, 12, 12)))
