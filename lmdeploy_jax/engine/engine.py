@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections import deque
@@ -50,6 +51,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="lmdeploy_jax engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread inside XLA while the interpreter goes down aborts the process
 
     # -- any thread ---------------------------------------------------------------------------------------
 
@@ -67,7 +69,8 @@ class Engine:
             self._post(lambda: self._abort(request_id, index))
 
     def close(self) -> None:
-        """Abort what runs and stop. May be called twice."""
+        """Abort what runs and stop. May be called twice; done at exit where the caller has not."""
+        atexit.unregister(self.close)
         with self._wake:
             self._closed = True
             self._wake.notify()

@@ -1,6 +1,8 @@
 """What a request can ask for beyond greedy tokens, against transformers and against itself."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -241,3 +243,18 @@ def test_an_engine_that_breaks_fails_its_requests_and_hangs_no_one(llama, compil
     engine._thread.join(20)
     with pytest.raises(EngineError, match="ZeroDivisionError"):
         submit(engine, prompts[0], Collector())
+
+
+FORGETFUL = """
+import sys
+from lmdeploy_jax.engine.engine import Engine
+from tests.engine.harness import Collector, config, submit
+engine = Engine(sys.argv[1], config(sys.argv[2]), progress=False)
+submit(engine, [5], Collector(), max_new_tokens=400)
+"""
+
+
+def test_a_script_may_end_without_closing(llama, compile_cache):
+    command = [sys.executable, "-c", FORGETFUL, str(llama), str(compile_cache)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
