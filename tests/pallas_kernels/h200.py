@@ -9,6 +9,7 @@ own, since the plugin must be told before JAX starts not to look for a GPU.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -18,11 +19,13 @@ import tempfile
 from pathlib import Path
 
 import jax
+import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.pallas_kernels.programs import Model, Program, as_on_h200, decode_step, prefill_step
 
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 TARGET = Path(__file__).parent.parent / "data" / "h200.textpb"
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 LAYERS = 2  # enough kernels for XLA to make a command buffer
@@ -48,18 +51,18 @@ def report(name: str, program: Program, sharding: NamedSharding) -> dict[str, ob
         return {
             "program": name,
             "caches_aliased": compiled.memory_analysis().alias_size_in_bytes >= caches,
-            "cache_copies": _copies(compiled.as_text(), specs[0][0][0].shape),
-            "outside_command_buffer": _outside_command_buffer(Path(folder)),
+            "cache_copies": cache_copies(compiled.as_text(), specs[0][0][0].shape),
+            "outside_command_buffer": outside_command_buffer(Path(folder)),
             "kernels": _ptxas(Path(folder)),
         }
 
 
-def _copies(program: str, shape: tuple[int, ...]) -> int:
+def cache_copies(program: str, shape: tuple[int, ...]) -> int:
     dimensions = ",".join(map(str, shape))
     return len(re.findall(rf"\[{dimensions}\]\S* copy(?:-start)?\(", program))
 
 
-def _outside_command_buffer(folder: Path) -> list[str]:
+def outside_command_buffer(folder: Path) -> list[str]:
     """Kinds of the top-level thunks that are not command buffers."""
     (path,) = folder.glob("*thunk_sequence_after_thunk_passes.txt")
     kinds = re.findall(r"^\d+: (\w+)", path.read_text(), re.MULTILINE)
@@ -78,6 +81,17 @@ def _ptxas(folder: Path) -> dict[str, dict[str, int]]:
             registers = int(re.search(r"Used (\d+) registers", part)[1])
             facts[part.split("'")[1]] = {"registers": registers, "spilled": spilled}
     return facts
+
+
+def reports_of(module: str) -> dict[str, dict]:
+    """What a module of this kind prints, by program. Skips the calling test where the plugin is missing."""
+    if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS):
+        pytest.skip("needs JAX's CUDA plugin: pip install 'jax[cuda13]'")
+    command = [sys.executable, "-m", module]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {line["program"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
 def main() -> None:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.pallas_kernels.h200 import ENVIRONMENT, PROGRAMS
+from tests.pallas_kernels.h200 import PROGRAMS, reports_of
 
-PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 KERNELS = {"decode": {"kv_write", "paged_attention"}, "prefill": {"kv_write", "prefill_attention"}}
 
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, dict]:
-    if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS):
-        pytest.skip("needs JAX's CUDA plugin: pip install 'jax[cuda13]'")
-    command = [sys.executable, "-m", "tests.pallas_kernels.h200"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {line["program"]: line for line in map(json.loads, done.stdout.splitlines())}
+    return reports_of("tests.pallas_kernels.h200")
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -1,0 +1,78 @@
+"""The engine's own programs compiled for an H200 without one: `python -m tests.engine.h200`, a JSON line each.
+
+See `tests.pallas_kernels.h200` for what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from converters.families import build_config
+from converters.load import LoadedModel, build_skeleton
+from lmdeploy_jax.bench import shapes
+from lmdeploy_jax.cache.kv import CacheSpec
+from lmdeploy_jax.engine import buckets
+from lmdeploy_jax.engine.batch import StepPacker
+from lmdeploy_jax.engine.compile import Program
+from lmdeploy_jax.engine.programs import ProgramBuilder
+from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.parallel.mesh import AXES
+from pallas_kernels.prefill_attention import tile_rows
+from tests.pallas_kernels.h200 import TARGET, cache_copies, outside_command_buffer
+from tests.pallas_kernels.programs import as_on_h200
+
+LAYERS, PAGES, BATCH = 2, 513, 64
+WANTED = (("decode", 64), ("ragged", 1024), ("greedy", 64), ("sample", 64))
+
+
+def builder(mesh: Mesh) -> ProgramBuilder:
+    """The programs of a Llama-3-8B shape, cut to two layers and a small vocabulary."""
+    raw = shapes.read("llama3-8b") | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
+    config, dtype = build_config(raw, "llama3-8b"), jnp.dtype("bfloat16")
+    skeleton = build_skeleton(config, dtype, Kernels("pallas", mesh))
+    model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
+    packer = StepPacker(BATCH, 2048, config.vocab_size, tile_rows("pallas"))
+    cache = CacheSpec(LAYERS, PAGES, config.num_kv_heads, config.head_dim, dtype, mesh)
+    return ProgramBuilder(model, packer, buckets.plan("gpu", BATCH, 1024), cache, mesh)
+
+
+def report(name: str, program: Program, cache: CacheSpec) -> dict[str, object]:
+    """Compiles a program and returns its facts."""
+    jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=program.out_shardings)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = jitted.lower(*program.args).compile(compiler_options=options)
+        (thunks,) = Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
+        cache_bytes = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(cache.specs))
+        return {
+            "program": name,
+            "caches_aliased": compiled.memory_analysis().alias_size_in_bytes >= cache_bytes,
+            "cache_copies": cache_copies(compiled.as_text(), cache.specs[0][0].shape),
+            "outside_command_buffer": outside_command_buffer(Path(folder)),
+            "launches": len(re.findall(r"^\s+\d+: k", thunks.read_text(), re.MULTILINE)),
+        }
+
+
+def main() -> None:
+    jax.devices()  # loads the plugins
+    topology = topologies.get_topology_desc(
+        "", platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
+    )
+    mesh = topologies.make_mesh(topology, (1, 1, 1), AXES)
+    with as_on_h200():
+        build = builder(mesh)
+        programs = build.all()
+        for name, size in WANTED:
+            print(json.dumps(report(name, programs[name, size], build.cache)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

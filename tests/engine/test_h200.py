@@ -1,0 +1,27 @@
+"""The engine's steps, compiled for an H200 where JAX's CUDA plugin is installed; no GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.h200 import LAYERS, WANTED
+from tests.pallas_kernels.h200 import reports_of
+
+MOST_LAUNCHES = {"decode": 8 + 16 * LAYERS, "ragged": 10 + 18 * LAYERS}
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return reports_of("tests.engine.h200")
+
+
+@pytest.mark.parametrize("name", [name for name, _ in WANTED])
+def test_a_step_is_one_cuda_graph(reports, name):
+    assert reports[name]["outside_command_buffer"] == []
+
+
+@pytest.mark.parametrize("name", ["decode", "ragged"])
+def test_the_cache_is_written_in_place_by_few_kernels(reports, name):
+    assert reports[name]["caches_aliased"]
+    assert reports[name]["cache_copies"] == 0
+    assert reports[name]["launches"] <= MOST_LAUNCHES[name]
