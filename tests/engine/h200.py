@@ -1,6 +1,6 @@
-"""The engine's own programs compiled for an H200 without one: `python -m tests.engine.h200`, a JSON line each.
+"""The engine's own programs compiled for an H200 without one: `python -m tests.engine.h200`.
 
-See `tests.pallas_kernels.h200` for what it needs.
+Prints a JSON line a program; see `tests.pallas_kernels.h200` for what it needs.
 """
 
 from __future__ import annotations
