@@ -132,6 +132,8 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
             on_progress=on_progress,
         )
         jax.block_until_ready(loaded.leaves)
+    if mesh.devices.flat[0].platform == "cpu" and loaded.dtype != jnp.float32:
+        log.warning("dtype %s on a CPU is far slower than float32, which dtype='auto' takes", loaded.dtype)
     log.info("loaded %s in %.1f s, backend %s", folder, time.perf_counter() - start, backend)
     return loaded
 
