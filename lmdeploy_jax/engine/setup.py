@@ -75,7 +75,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     memory = _plan(config, loaded, mesh, buckets, session_len)
     announce(progress, memory)
     log.info("%s", memory)
-    session_len = min(session_len, (memory.num_pages - 1) * PAGE_SIZE)
+    session_len = _fitting(session_len, memory)
     packer = StepPacker(buckets.max_batch_size, session_len, model_config.vocab_size, tile_rows(backend))
     spec = CacheSpec(
         model_config.num_layers, memory.num_pages, loaded.kv_heads, model_config.head_dim, loaded.dtype, mesh
@@ -158,6 +158,14 @@ def _plan(
         most_tokens=buckets.max_batch_size * pages_for(session_len) * PAGE_SIZE,
         on_cpu=mesh.devices.flat[0].platform == "cpu",
     )
+
+
+def _fitting(session_len: int, memory: MemoryPlan) -> int:
+    """`session_len`, or as much of it as the whole KV cache holds."""
+    most = (memory.num_pages - 1) * PAGE_SIZE
+    if session_len > most:
+        log.warning("session_len is %d instead of %d: the KV cache holds no more tokens", most, session_len)
+    return min(session_len, most)
 
 
 def _caches_prefixes(config: JaxEngineConfig, model: DecoderConfig) -> bool:
