@@ -290,8 +290,11 @@ def beginning(options: Options) -> tuple[PreTrainedTokenizerFast, Model]:
     """Tokenizer and float32 model to train: those of the `init` checkpoint, or fresh ones."""
     if options.init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(options.init)
-        eager = {"attn_implementation": "eager"}  # on a CPU faster than the fused kind
-        return tokenizer, Qwen3ForCausalLM.from_pretrained(options.init, dtype=torch.float32, **eager)
+        # On a CPU the eager kind of attention is faster than the fused one.
+        model: Model = Qwen3ForCausalLM.from_pretrained(
+            options.init, dtype=torch.float32, attn_implementation="eager"
+        )
+        return tokenizer, model
     tokenizer = train_tokenizer(options.seed)
     return tokenizer, new_model(tokenizer, options.seed, options.layers)
 
