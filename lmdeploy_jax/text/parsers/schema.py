@@ -1,0 +1,81 @@
+"""Text -> JSON by the types that a tool's JSON schema allows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+_ALL_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
+_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+def value_types(parameters: Mapping[str, Any], key: str) -> frozenset[str]:
+    """The JSON types of one parameter; all of them where the schema doesn't say."""
+    properties = parameters.get("properties")
+    waiting = [properties.get(key) if isinstance(properties, Mapping) else None]
+    types: set[str] = set()
+    followed: set[str] = set()  # references, which may go in circles
+    while waiting:
+        match waiting.pop():
+            case {"$ref": str(reference)}:
+                waiting += [] if reference in followed else [_resolve(reference, parameters)]
+                followed.add(reference)
+            case {"type": str(name)}:
+                types.add(name)
+            case {"type": [*names]} if names:
+                types |= {str(name) for name in names}
+            case {"enum": [*values]} if values:
+                types = types.union(*map(_types_of, values))
+            case {"const": value}:
+                types |= _types_of(value)
+            case {"anyOf": [*branches]} | {"oneOf": [*branches]} | {"allOf": [*branches]} if branches:
+                waiting += branches
+            case _:
+                return _ALL_TYPES
+    return frozenset(types) or _ALL_TYPES
+
+
+def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
+    """What a local reference such as `#/$defs/Point` points to; None for any other."""
+    found: Any = root
+    for step in reference.removeprefix("#/").split("/"):
+        found = found.get(step) if isinstance(found, Mapping) else None
+    return found
+
+
+def coerce(text: str, types: frozenset[str]) -> str:
+    """The value's JSON text: the model's own if it has one of the types, else the text as a JSON string.
+
+    Python's True, False and None are understood; a whole float such as 3.0 serves as an integer.
+    """
+    own = text.strip()
+    own = _PYTHON_WORDS.get(own, own)
+    try:
+        value = json.loads(own, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return json.dumps(text, ensure_ascii=False)
+    if not _types_of(value) & types:
+        return json.dumps(text, ensure_ascii=False)
+    return str(int(value)) if isinstance(value, float) and not types & {"number"} else own
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _types_of(value: Any) -> frozenset[str]:
+    match value:
+        case None:
+            return frozenset({"null"})
+        case bool():
+            return frozenset({"boolean"})
+        case int():
+            return frozenset({"integer", "number"})
+        case float():
+            return frozenset({"integer", "number"} if value.is_integer() else {"number"})
+        case str():
+            return frozenset({"string"})
+        case list():
+            return frozenset({"array"})
+    return frozenset({"object"})
