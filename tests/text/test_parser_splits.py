@@ -9,7 +9,7 @@ from lmdeploy_jax.text.parsers.events import collect
 from lmdeploy_jax.text.parsers.registry import reasoning_format, tool_format
 
 TEXTS = {
-    "qwen": '<think>w</think>ok<tool_call>\n{"name": "f", "arguments": {"a": [1, "}"]}}\n</tool_call> <tool_ca',
+    "qwen": '<think>w</think>ok<tool_call>\n{"name": "f", "arguments": {"a": "}"}}\n</tool_call> <tool_ca',
     "llama3": '<|python_tag|>{"name": "f", "parameters": {"a": 1}}',
     "glm4": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value></tool_call>",
 }
