@@ -55,6 +55,7 @@ class GenerationConfig:
     logits_processors: Sequence[LogitsProcessor] | None = None
     repetition_ngram_size: int = 0
     repetition_ngram_threshold: int = 0
+    response_format: dict[str, Any] | None = None  # see `lmdeploy_jax.guided.response_format`
 
     def __post_init__(self) -> None:
         self._check_counts()
@@ -115,6 +116,9 @@ class GenerationConfig:
         for name in ("output_logits", "output_last_hidden_state"):
             value = getattr(self, name)
             _require(value in (None, "all", "generation"), name, value, "None, 'all' or 'generation'")
+        form = self.response_format
+        ok = form is None or (isinstance(form, dict) and isinstance(form.get("type"), str))
+        _require(ok, "response_format", form, "None or a dict with a 'type'")
         processors = self.logits_processors or ()
         _require(all(callable(p) for p in processors), "logits_processors", processors, "a list of callables")
 

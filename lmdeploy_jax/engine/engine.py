@@ -140,13 +140,22 @@ class Engine:
             try:
                 return self.scheduler.schedule()
             except DrainFirst:
-                while self._flight:
-                    self._read(self._flight.popleft())
+                self._drain()
+
+    def _drain(self) -> None:
+        while self._flight:
+            self._read(self._flight.popleft())
 
     def _dispatch(self, step: Step) -> Drawn:
         for sequence in step.admitted:
             self._runner.begin(sequence)
-        return self._runner.dispatch(step)
+        rows = self._runner.forward(step)
+        draws = step.sampled
+        if any(sequence.matcher and sequence.unread > 1 for sequence, _ in draws):
+            # What a grammar allows next depends on the tokens under way: read them while the pass runs.
+            self._drain()
+            draws = [draw for draw in draws if not draw[0].finished]
+        return self._runner.draw(draws, rows)
 
     def _read(self, drawn: Drawn) -> None:
         tokens, packed = read_tokens(drawn)
@@ -157,7 +166,11 @@ class Engine:
                 self._fail(sequence, drawn.errors[sequence])
                 continue
             out = output_of(sequence, drawn, i, tokens[i], packed)
-            out.finish_reason, out.stop_token = accept(sequence, tokens[i], self.session_len)
+            try:
+                out.finish_reason, out.stop_token = accept(sequence, tokens[i], self.session_len)
+            except RequestError as error:
+                self._fail(sequence, error)
+                continue
             if out.finish_reason:
                 self._retire(sequence)
             self._emit(sequence.request, out)
@@ -169,6 +182,8 @@ class Engine:
         for sequence in self._sequences[request.request_id]:
             if params.ngram_size and params.ngram_threshold:
                 sequence.ngram = NgramStop(params.ngram_size, params.ngram_threshold)
+            if params.grammar is not None:
+                sequence.matcher = params.grammar.matcher(params.stop_token_ids)
 
     def _abort(self, request_id: int, index: int | None) -> None:
         live = self._sequences.get(request_id, [])

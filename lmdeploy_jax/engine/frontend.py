@@ -12,6 +12,7 @@ from lmdeploy_jax.engine.output import OutputProcessor, Sink
 from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import EngineError
+from lmdeploy_jax.guided import Grammars
 from lmdeploy_jax.logs import REQUEST, shortened
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.text.chat_template import ChatTemplate
@@ -54,6 +55,7 @@ class Frontend:
             template_stops=tuple(template.stop_words),
             is_special=tokenizer.is_special,
         )
+        self._grammars = Grammars(tokenizer, engine.vocab_size)
         self._max_log_len = max_log_len
         self._outputs = OutputProcessor(tokenizer, self.abort)
 
@@ -82,10 +84,11 @@ class Frontend:
 
         `sink` is called on a worker's thread: with pieces if `stream`, else with each complete answer. Each
         of the `n` answers ends with one finish_reason. Raises `RequestError` and `EngineError`, and then
-        calls no sink.
+        calls no sink. A `response_format` is compiled here, on the caller's thread.
         """
         ends = stops(config, self.limits)
-        params = sampling_params(config, prompt, self.limits, ends.ids)
+        grammar = self._grammars.compile(config.response_format)
+        params = sampling_params(config, prompt, self.limits, ends.ids, grammar)
         options = OutputOptions(config, ends, stream, index)
         request = Request(prompt, params, self._outputs.listener(prompt, options, sink))
         if logger.isEnabledFor(REQUEST):

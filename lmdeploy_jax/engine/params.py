@@ -6,10 +6,14 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lmdeploy_jax.engine.request import SamplingParams
 from lmdeploy_jax.errors import ContextLengthError, RequestError
 from lmdeploy_jax.messages import GenerationConfig
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.guided.grammars import Grammar
 
 Encode = Callable[[str], list[int]]  # without the special tokens that begin or end a text
 
@@ -39,9 +43,14 @@ class Stops:
 
 
 def sampling_params(
-    config: GenerationConfig, prompt: Sequence[int], limits: ModelLimits, stop_ids: frozenset[int]
+    config: GenerationConfig,
+    prompt: Sequence[int],
+    limits: ModelLimits,
+    stop_ids: frozenset[int],
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
-    """The engine's instructions for one prompt. `stop_ids` are those of `stops`.
+    """The engine's instructions for one prompt. `stop_ids` are those of `stops`, `grammar` what
+    `config.response_format` asks for.
 
     Greedy unless `do_sample` with a temperature above 0; a missing seed is drawn, seeds are taken modulo
     2**32. `max_new_tokens` is cut to the rest of the context. Raises `ContextLengthError` where nothing is
@@ -75,6 +84,7 @@ def sampling_params(
         ngram_size=config.repetition_ngram_size if ngrams else 0,
         ngram_threshold=config.repetition_ngram_threshold if ngrams else 0,
         logits_processors=tuple(config.logits_processors or ()),
+        grammar=grammar,
     )
 
 

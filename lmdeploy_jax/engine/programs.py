@@ -16,6 +16,7 @@ from lmdeploy_jax.engine import steps
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets
 from lmdeploy_jax.engine.compile import Key, Program
+from lmdeploy_jax.sampling.mask import mask_words
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ProgramBuilder:
             made["decode", rows] = self._decode(rows)
             made["greedy", rows] = self._head(steps.head_greedy, rows)
         for rows in self.buckets.sampling:
-            made["sample", rows] = self._head(steps.head_sample, rows)
+            made["sample", rows] = self._head(steps.head_sample, rows, self._mask(rows))
             made["logits", rows] = self._head_logits(rows)
             made["full", rows] = self._head_full(rows)
         for tokens in self.buckets.tokens:
@@ -58,9 +59,9 @@ class ProgramBuilder:
 
     # -- heads --------------------------------------------------------------------------------------------
 
-    def _head(self, step: Any, rows: int) -> Program:
+    def _head(self, step: Any, rows: int, *more: jax.ShapeDtypeStruct) -> Program:
         layout = self.packer.head_layout(rows)
-        args = (self._leaves, self._rows, self._pending, self._ints(layout.size))
+        args = (self._leaves, self._rows, self._pending, self._ints(layout.size), *more)
         return Program(partial(step, self.model.merge, layout), args, self._replicated, donate=(2,))
 
     def _head_logits(self, rows: int) -> Program:
@@ -71,7 +72,8 @@ class ProgramBuilder:
     def _head_full(self, rows: int) -> Program:
         layout = self.packer.head_layout(rows)
         logits = self._spec((rows, self.model.config.vocab_size), jnp.float32)
-        args = (logits, logits, self._pending, self._history, self._ints(layout.size))
+        flat, mask = self._ints(layout.size), self._mask(rows)
+        args = (logits, logits, self._pending, self._history, flat, mask)
         return Program(partial(steps.head_full, layout), args, self._replicated, donate=(2, 3))
 
     # -- rows that are reported on, and state -------------------------------------------------------------
@@ -116,6 +118,9 @@ class ProgramBuilder:
 
     def _ints(self, size: int) -> jax.ShapeDtypeStruct:
         return self._spec((size,), jnp.int32)
+
+    def _mask(self, rows: int) -> jax.ShapeDtypeStruct:
+        return self._spec((rows, mask_words(self.model.config.vocab_size)), jnp.int32)
 
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
         return self._spec((rows, self.model.config.hidden_size), self.model.dtype)

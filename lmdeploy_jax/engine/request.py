@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lmdeploy_jax.messages import FinishReason, LogitsProcessor
 
 if TYPE_CHECKING:
+    from lmdeploy_jax.guided.grammars import Grammar
+    from lmdeploy_jax.guided.matcher import Matcher
     from lmdeploy_jax.sampling.repetition import NgramStop
 
 
@@ -42,6 +44,7 @@ class SamplingParams:
     ngram_size: int = 0
     ngram_threshold: int = 0
     logits_processors: tuple[LogitsProcessor, ...] = ()
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:
@@ -149,6 +152,7 @@ class Sequence:
     status: Status = Status.WAITING
     siblings: list[Sequence] = field(default_factory=list)  # of the first of n sequences, until they fork
     ngram: NgramStop | None = None
+    matcher: Matcher | None = None  # stands behind the last token of `tokens`
     report: PromptReport | None = None  # what is told about the prompt, until the first token is read
 
     @property

@@ -30,13 +30,20 @@ def unpack_logprobs(row: np.ndarray, top: int) -> TokenLogprobs:
 
 
 def accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishReason | None, int | None]:
-    """Append a read token; why it ends the sequence, if it does, and the stop id that did."""
+    """Append a read token; why it ends the sequence, if it does, and the stop id that did.
+
+    Raises RequestError for a token that the sequence's grammar does not allow.
+    """
     sequence.unread -= 1
     sequence.tokens.append(token)
     params = sequence.params
     generated = len(sequence.tokens) - sequence.num_prompt
     if token in params.stop_token_ids and generated > params.min_new_tokens:
         return "stop", token
+    if sequence.matcher is not None:
+        sequence.matcher.advance(token)
+        if sequence.matcher.complete:
+            return "stop", None
     if sequence.ngram is not None and sequence.ngram.feed(token):
         return "stop", None
     if generated >= params.max_new_tokens or len(sequence.tokens) >= session_len:

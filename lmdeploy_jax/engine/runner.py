@@ -19,6 +19,8 @@ from lmdeploy_jax.engine.compile import Key
 from lmdeploy_jax.engine.host_logits import change_logits
 from lmdeploy_jax.engine.request import Sequence
 from lmdeploy_jax.engine.scheduler import Chunk, Step
+from lmdeploy_jax.guided.matcher import fill_masks
+from lmdeploy_jax.sampling.mask import OPEN, mask_words
 from lmdeploy_jax.sampling.penalties import bias_row, count_row
 
 Draws = list[tuple[Sequence, int]]  # sequences with the row of hidden states that each samples from
@@ -60,6 +62,7 @@ class Runner:
         self._pending = self._put(np.zeros(buckets.max_batch_size + 1, np.int32))
         self._history: Any = None  # allocated with the first request that needs it
         self._biased: set[int] = set()  # slots whose bias row is not zero
+        self._open: dict[int, Any] = {}  # by rows: masks on the device that allow everything
 
     # -- a sequence gets its slot -------------------------------------------------------------------------
 
@@ -102,13 +105,17 @@ class Runner:
 
     # -- steps --------------------------------------------------------------------------------------------
 
-    def dispatch(self, step: Step) -> Drawn:
-        """Start a step on the device; its result is read later."""
+    def forward(self, step: Step) -> Any:
+        """Start a step's forward pass on the device: -> rows, of which `draw` takes its part."""
         rows = self._forward(step)
         self._copy_pages(step.copies)
-        if not step.sampled:
+        return rows
+
+    def draw(self, draws: Draws, rows: Any) -> Drawn:
+        """Start the choice of the next tokens; the result is read later. Grammars go by the tokens read."""
+        if not draws:
             return Drawn([], rows)
-        drawn = self._draw(step.sampled, rows)
+        drawn = self._draw(draws, rows)
         self._attach_rows(drawn, rows)
         return drawn
 
@@ -145,9 +152,11 @@ class Runner:
             return self._draw_full(draws, rows)
         size = fit(self.buckets.decode if variant == "greedy" else self.buckets.sampling, len(draws))
         flat = self.packer.pack_head(draws, size)
-        tokens, self._pending = self._run(variant, size, self._leaves, rows, self._pending, flat)
+        errors: dict[Sequence, Exception] = {}
+        masks = [self._mask(draws, size, errors)] if variant == "sample" else []
+        tokens, self._pending = self._run(variant, size, self._leaves, rows, self._pending, flat, *masks)
         tokens.copy_to_host_async()
-        return Drawn(draws, tokens)
+        return Drawn(draws, tokens, errors=errors)
 
     def _draw_full(self, draws: Draws, rows: Any) -> Drawn:
         size = fit(self.buckets.sampling, len(draws))
@@ -160,10 +169,23 @@ class Runner:
         self._need_history()
         self._lift_early_ban(draws)
         tokens, self._pending, self._history = self._run(
-            "full", size, raw, logits, self._pending, self._history, flat
+            "full", size, raw, logits, self._pending, self._history, flat, self._mask(draws, size, errors)
         )
         tokens.copy_to_host_async()
         return Drawn(draws, tokens, errors=errors)
+
+    def _mask(self, draws: Draws, size: int, errors: dict[Sequence, Exception]) -> Any:
+        """What the grammars of the call allow, i32 [size, words]; tells which of them have failed."""
+        guided = {s: (i, s.matcher) for i, (s, _) in enumerate(draws) if s.matcher is not None}
+        shape = (size, mask_words(self._vocab_size))
+        if not guided:
+            if size not in self._open:
+                self._open[size] = self._put(np.full(shape, OPEN, np.int32))
+            return self._open[size]
+        mask = np.full(shape, OPEN, np.int32)
+        fill_masks(mask, list(guided.values()))
+        errors |= {s: matcher.failure for s, (_, matcher) in guided.items() if matcher.failure}
+        return mask
 
     # -- hidden states and logits that are reported -------------------------------------------------------
 
@@ -234,4 +256,4 @@ def _variant(draws: Draws) -> str:
     params = [sequence.params for sequence, _ in draws]
     if any(p.reshapes_logits or p.needs_host or p.logprobs is not None for p in params):
         return "full"
-    return "greedy" if all(p.greedy for p in params) else "sample"
+    return "greedy" if all(p.greedy and p.grammar is None for p in params) else "sample"

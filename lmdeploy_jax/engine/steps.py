@@ -18,6 +18,7 @@ from jax import Array
 from lmdeploy_jax.engine.batch import Layout, decode_batch, ragged_batch, sampling_batch
 from lmdeploy_jax.models.decoder import Decoder
 from lmdeploy_jax.sampling.logprobs import TopLogprobs, top_logprobs
+from lmdeploy_jax.sampling.mask import apply_mask
 from lmdeploy_jax.sampling.penalties import add_tokens, apply_penalties
 from lmdeploy_jax.sampling.sampler import greedy, sample
 
@@ -60,11 +61,12 @@ def head_greedy(
 
 
 def head_sample(
-    merge: Merge, layout: Layout, leaves: Leaves, rows: Array, pending: Array, flat: Array
+    merge: Merge, layout: Layout, leaves: Leaves, rows: Array, pending: Array, flat: Array, mask: Array
 ) -> tuple[Array, Array]:
     """-> tokens i32 [R], pending."""
     field = layout.views(flat)
-    tokens = sample(merge(leaves).logits(rows[field["rows"]]), sampling_batch(field))
+    logits = apply_mask(merge(leaves).logits(rows[field["rows"]]), mask)
+    tokens = sample(logits, sampling_batch(field))
     return tokens, pending.at[field["slots"]].set(tokens)
 
 
@@ -74,9 +76,9 @@ def head_logits(merge: Merge, layout: Layout, leaves: Leaves, rows: Array, flat:
 
 
 def head_full(
-    layout: Layout, raw: Array, logits: Array, pending: Array, history: History, flat: Array
+    layout: Layout, raw: Array, logits: Array, pending: Array, history: History, flat: Array, mask: Array
 ) -> tuple[Array, Array, History]:
-    """Penalties, biases, sampling and log-probabilities: -> packed i32 [R, 2 + 2k], pending, history.
+    """Penalties, biases, masks, sampling, log-probabilities: -> packed i32 [R, 2 + 2k], pending, history.
 
     Draws from `logits` [R, V]; the log-probabilities are those of `raw` [R, V], which is the same array
     unless Python has changed the logits in between.
@@ -84,7 +86,7 @@ def head_full(
     field = layout.views(flat)
     batch, slots = sampling_batch(field), field["slots"]
     logits = apply_penalties(logits, history.counts[slots], batch) + history.bias[slots]
-    tokens = sample(logits, batch)
+    tokens = sample(apply_mask(logits, mask), batch)
     packed = pack_logprobs(tokens, top_logprobs(raw, tokens))
     history = History(add_tokens(history.counts, slots, tokens), history.bias)
     return packed, pending.at[slots].set(tokens), history

@@ -19,7 +19,7 @@ def value_types(parameters: Mapping[str, Any], key: str) -> frozenset[str]:
     while waiting:
         match waiting.pop():
             case {"$ref": str(reference)}:
-                waiting += [] if reference in followed else [_resolve(reference, parameters)]
+                waiting += [] if reference in followed else [resolve(reference, parameters)]
                 followed.add(reference)
             case {"type": str(name)}:
                 types.add(name)
@@ -36,7 +36,7 @@ def value_types(parameters: Mapping[str, Any], key: str) -> frozenset[str]:
     return frozenset(types) or _ALL_TYPES
 
 
-def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
+def resolve(reference: str, root: Mapping[str, Any]) -> Any:
     """What a local reference such as `#/$defs/Point` points to; None for any other."""
     found: Any = root
     for step in reference.removeprefix("#/").split("/"):

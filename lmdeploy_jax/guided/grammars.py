@@ -1,0 +1,78 @@
+"""Compiled grammars, kept by their text."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.guided.matcher import Matcher
+from lmdeploy_jax.guided.response_format import grammar_text
+from lmdeploy_jax.guided.vocabulary import tables
+from lmdeploy_jax.text.tokenizer import Tokenizer
+
+KEPT = 256  # compiled grammars
+_LIMITS = LLParserLimits(verbose_errors=False)
+
+
+class Grammar:
+    """A compiled grammar, to be followed by any number of sequences."""
+
+    def __init__(self, start: LLMatcher, vocab_size: int) -> None:
+        self._start = start
+        self._vocab_size = vocab_size
+
+    def matcher(self, stop_ids: Iterable[int]) -> Matcher:
+        """A sequence's own way through the grammar, at its beginning."""
+        return Matcher(self._start.deep_copy(), self._vocab_size, stop_ids)
+
+
+class Grammars:
+    """The grammars of one model's requests. Compiling happens on the caller's thread; any thread may call.
+
+    The first call reads the whole vocabulary, which takes up to a second. The last `KEPT` grammars are kept.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, response_format: Mapping[str, Any] | None) -> Grammar | None:
+        """The grammar of a response format; None where any text will do.
+
+        Raises `RequestError` for an unknown type, and for a schema, expression or grammar that is wrong or
+        uses what llguidance does not know.
+        """
+        text = grammar_text(response_format)
+        if response_format is None or text is None:
+            return None
+        with self._lock:
+            found = self._kept.get(text)
+            if found is not None:
+                self._kept.move_to_end(text)
+                return found
+            start = self._tables
+        grammar = Grammar(_compiled(start, text, response_format["type"]), self._vocab_size)
+        with self._lock:
+            self._kept[text] = grammar
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return grammar
+
+    @cached_property
+    def _tables(self) -> LLTokenizer:
+        return tables(self._tokenizer, self._vocab_size)
+
+
+def _compiled(vocabulary: LLTokenizer, text: str, kind: str) -> LLMatcher:
+    matcher = LLMatcher(vocabulary, text, log_level=0, limits=_LIMITS)
+    if matcher.is_error():
+        raise RequestError(f"response_format of type {kind!r} cannot be used: {matcher.get_error().strip()}")
+    return matcher

@@ -1,0 +1,71 @@
+"""Where a sequence stands in its grammar, and which tokens may come next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+
+from lmdeploy_jax.errors import RequestError
+
+_FEW = 4  # masks that one thread computes sooner than several can be woken
+
+
+class Matcher:
+    """One sequence's way through a grammar. `stop_ids` may come wherever the grammar may end."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, stop_ids: Iterable[int]) -> None:
+        self._matcher = matcher
+        self._end = divmod(vocab_size, 32)  # word and bit of the token that stands for the end
+        self._stops = [(i // 32, np.uint32(1 << i % 32).view(np.int32)) for i in stop_ids]
+
+    def advance(self, token: int) -> None:
+        """Take the next token. Raises `RequestError` where the grammar does not allow it."""
+        if self._matcher.consume_token(token):
+            return
+        raise RequestError(
+            f"Token {token} is not in the answer's grammar: {_first_line(self._matcher)}. Either everything "
+            "that the grammar allows here is banned (bad_words, bad_token_ids, logit_bias, a logits "
+            "processor), or the grammar is too complex."
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end can follow."""
+        return self._matcher.is_stopped()
+
+    @property
+    def failure(self) -> RequestError | None:
+        """What went wrong, once something has."""
+        if not self._matcher.is_error():
+            return None
+        return RequestError(f"The grammar cannot be followed any further: {_first_line(self._matcher)}")
+
+    def _add_stops(self, row: np.ndarray) -> None:
+        word, bit = self._end
+        if row[word] >> bit & 1:
+            for word, flag in self._stops:
+                row[word] |= flag
+
+
+def fill_masks(mask: np.ndarray, matchers: Sequence[tuple[int, Matcher]]) -> None:
+    """Write the tokens that each matcher allows into its row of `mask` i32 [rows, words], a bit a token."""
+    if len(matchers) <= _FEW:
+        for row, matcher in matchers:
+            fill_next_token_bitmask(matcher._matcher, mask, row)
+    else:
+        fill_next_token_bitmask_par(_executor(), [(m._matcher, row) for row, m in matchers], mask)
+    for row, matcher in matchers:
+        matcher._add_stops(mask[row])
+
+
+@cache
+def _executor() -> LLExecutor:
+    return LLExecutor()
+
+
+def _first_line(matcher: LLMatcher) -> str:
+    return matcher.get_error().split("\n<state>")[0].strip()

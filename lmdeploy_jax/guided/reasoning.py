@@ -1,0 +1,46 @@
+"""Grammars that let a model think before what is asked of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lmdeploy_jax.guided.lark import ANY, Writer, without
+from lmdeploy_jax.guided.response_format import grammar_text
+from lmdeploy_jax.text.parsers import ReasoningFormat
+from lmdeploy_jax.text.tokenizer import Tokenizer
+
+_GAP = "/[ \\n]{1,4}/"  # between the reasoning and what follows
+
+
+def after_reasoning(
+    response_format: Mapping[str, Any] | None,
+    tokenizer: Tokenizer,
+    reasoning: ReasoningFormat,
+    starts_in_reasoning: bool = False,
+) -> dict[str, Any] | None:
+    """A response format that holds from the end of the reasoning on.
+
+    starts_in_reasoning: the prompt has opened the reasoning already; otherwise the model may begin with it,
+        or do without. Raises `RequestError` for a response format that is none.
+    """
+    text = grammar_text(response_format)
+    if text is None:
+        return None
+    writer = Writer(tokenizer)
+    first = {"lark_grammar": writer.grammar(f"{thinking(writer, reasoning, starts_in_reasoning)} @answer")}
+    own = json.loads(text)["grammars"] if text.startswith("{") else [{"lark_grammar": text}]
+    grammars = [first, {**own[0], "name": "answer"}, *own[1:]]
+    return {"type": "grammar", "grammar": json.dumps({"grammars": grammars}, ensure_ascii=False)}
+
+
+def thinking(
+    writer: Writer, reasoning: ReasoningFormat | None, started: bool, not_within: tuple[str, ...] = ()
+) -> str:
+    """The beginning of a rule: reasoning, free of the tags `not_within`, where there may be some."""
+    if reasoning is None:
+        return ""
+    body = f"({without(ANY, *not_within)})"
+    rest = f"{writer.until(body, reasoning.close)} {writer.rule(_GAP, 'GAP')}?"
+    return rest if started else f"({writer.tag(reasoning.open)} {rest})?"

@@ -1,0 +1,102 @@
+"""Grammars of tool calls whose parameters are tagged texts: strings as they are, other values as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.guided.lark import ANY, Writer, literal
+from lmdeploy_jax.guided.response_format import json_grammar
+from lmdeploy_jax.text.parsers.schema import resolve, value_types
+
+_NOTES = {"title", "description", "default", "examples", "$schema", "$defs", "definitions", "x-guidance"}
+_OBJECT_KEYS = _NOTES | {"type", "properties", "required", "additionalProperties"}
+_STRING_KEYS = _NOTES | {"type", "enum", "const", "minLength", "maxLength"}
+
+
+@dataclass(frozen=True)
+class Function:
+    """A tool: its name and the JSON schema, of an object, of its arguments."""
+
+    name: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Close:
+    """How a value ends: the tag, and what the format puts around it."""
+
+    tag: str
+    before: str = ""
+    after: str = "\n"
+
+
+def qwen3coder_call(writer: Writer, function: Function) -> str:
+    close = _Close("</parameter>", before="\n")
+    parameters = _parameters(writer, function, close, lambda key: literal(f"<parameter={key}>\n"))
+    begin, end = writer.tag("<tool_call>"), writer.tag("</tool_call>")
+    name = literal(f"\n<function={function.name}>\n")
+    return f'{begin} {name} {parameters} "</function>\\n" {end}'
+
+
+def glm4_call(writer: Writer, function: Function) -> str:
+    def label(key: str) -> str:
+        open_key, close_key, value = map(writer.tag, ("<arg_key>", "</arg_key>", "<arg_value>"))
+        return f'{open_key} {literal(key)} {close_key} "\\n" {value}'
+
+    parameters = _parameters(writer, function, _Close("</arg_value>"), label)
+    begin, end = writer.tag("<tool_call>"), writer.tag("</tool_call>")
+    return f"{begin} {literal(function.name + chr(10))} {parameters} {end}"
+
+
+def _parameters(writer: Writer, function: Function, close: _Close, label: Callable[[str], str]) -> str:
+    """All parameters in the schema's order; those that are not required may be left out."""
+    schema = function.parameters
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    unknown = {*schema} - _OBJECT_KEYS | {f"required {key!r}" for key in {*required} - {*properties}}
+    if unknown:
+        raise _refusal(function, "its parameters", unknown)
+    parts = []
+    for key in properties:
+        if not key or any(char in "<>\n" for char in key):
+            raise _refusal(function, f"parameter {key!r}", {"its name"})
+        rule = writer.rule(f"{label(key)} {_value(writer, function, key, close)}")
+        parts.append(rule if key in required else f"{rule}?")
+    return " ".join(parts)
+
+
+def _value(writer: Writer, function: Function, key: str, close: _Close) -> str:
+    parameters = function.parameters
+    schema = parameters["properties"][key]
+    if value_types(parameters, key) == {"string"}:
+        return _string(writer, function, key, close)
+    end = writer.closing(close.tag, close.before, close.after)
+    shared = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
+    return f"{json_grammar({**schema, **shared} if isinstance(schema, Mapping) else {})} {end}"
+
+
+def _string(writer: Writer, function: Function, key: str, close: _Close) -> str:
+    schema = function.parameters["properties"][key]
+    while "$ref" in schema:  # ends: a reference to itself would have no type
+        schema = resolve(schema["$ref"], function.parameters)
+    unknown = {*schema} - _STRING_KEYS
+    if unknown:
+        raise _refusal(function, f"parameter {key!r}", unknown)
+    choices = [schema["const"]] if "const" in schema else schema.get("enum")
+    if choices is None:
+        least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+        body = f"/(?s:.){{{least},{most}}}/" if least or most != "" else ANY
+        return writer.until(body, close.tag, close.before, close.after)
+    if any(close.tag in text for text in choices):
+        raise _refusal(function, f"parameter {key!r}", {f"a value with {close.tag}"})
+    texts = writer.any_of(map(literal, choices))
+    return f"{texts} {writer.closing(close.tag, close.before, close.after)}"
+
+
+def _refusal(function: Function, what: str, reasons: set[str]) -> RequestError:
+    return RequestError(
+        f"tools: {what} of {function.name!r} cannot be enforced in this model's tool format because of "
+        f"{', '.join(sorted(reasons))}; use tool_choice 'auto', or leave it out of the schema."
+    )
