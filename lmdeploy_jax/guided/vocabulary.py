@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from lmdeploy_jax.errors import RequestError
@@ -26,11 +28,13 @@ class _Encoder(TokenizerWrapper):
         special = (i for i in range(known) if tokenizer.is_special(i) or i in ends)
         self.special_token_ids = [*special, vocab_size]
         self.tables: LLTokenizer | None = None
+        self._spelling = lru_cache(4096)(self._spell)  # grammars force the same few texts again and again
 
     def __call__(self, text: str | bytes) -> list[int]:
+        return self._spelling(text if isinstance(text, str) else text.decode())
+
+    def _spell(self, text: str) -> list[int]:
         """The ids that spell `text`, as the model would write them in the middle of an answer."""
-        if isinstance(text, bytes):
-            text = text.decode()
         ids = self._encode(text)
         if self._spells(ids, text):
             return ids

@@ -14,12 +14,15 @@ from jax import Array, lax
 
 from lmdeploy_jax.sampling.params import SamplingBatch
 
+IMPOSSIBLE = float(jnp.finfo(jnp.float32).min)  # score of what is banned, as `sampler` makes it finite
+
 
 def candidate_threshold(top: Array, total: Array, batch: SamplingBatch) -> tuple[Array, Array]:
     """Threshold found from the K best scores alone, and whether it is the true one.
 
     `top` [R, K] holds the best scores in descending order and `total` [R] the sum of `exp(score - best)` over
-    the whole vocabulary. Every score left out is at most `top[:, -1]`, so a threshold above it is exact.
+    the whole vocabulary. Every score left out is at most `top[:, -1]`, so a threshold above it is exact;
+    and any threshold is, where nothing left out is possible at all (a grammar allows few tokens).
     """
     limited = batch.top_k > 0
     last = jnp.clip(batch.top_k - 1, 0, top.shape[1] - 1)
@@ -33,7 +36,8 @@ def candidate_threshold(top: Array, total: Array, batch: SamplingBatch) -> tuple
     # Where even all candidates hold too little mass, the nucleus ends among the scores left out.
     nucleus = jnp.where((batch.top_p < 1) & ~reached.all(1), nucleus, -jnp.inf)
     threshold = _combine(top[:, 0], kth, nucleus, batch)
-    return threshold, jnp.where(limited, kth, threshold) > top[:, -1]
+    exact = jnp.where(limited, kth, threshold) > top[:, -1]
+    return threshold, exact | (top[:, -1] <= IMPOSSIBLE)
 
 
 def exact_threshold(scores: Array, batch: SamplingBatch) -> Array:

@@ -15,6 +15,6 @@ def mask_words(vocab: int) -> int:
 
 def apply_mask(logits: Array, mask: Array) -> Array:
     """-inf for what the mask forbids: `logits` f32 [R, V], `mask` i32 [R, mask_words(V)]."""
-    columns = jnp.arange(logits.shape[1], dtype=jnp.int32)
-    allowed = mask[:, columns // 32] >> (columns % 32) & 1
-    return jnp.where(allowed == 1, logits, -jnp.inf)
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32) & 1
+    allowed = bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] == 1
+    return jnp.where(allowed, logits, -jnp.inf)

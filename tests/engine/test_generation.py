@@ -236,7 +236,7 @@ def test_an_engine_that_breaks_fails_its_requests_and_hangs_no_one(llama, compil
     from tests.engine.harness import config
 
     engine = Engine(llama, config(compile_cache), progress=False)
-    engine._runner.dispatch = lambda step: 1 / 0
+    engine._runner.forward = lambda step: 1 / 0
     running = Collector()
     submit(engine, prompts[0], running)
     assert "ZeroDivisionError" in str(running.wait()[0].last.error)

@@ -1,0 +1,166 @@
+"""Whatever a model draws, an enforced call is one that our own parsers read and that fits the schema."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import jsonschema
+import pytest
+import tokenizers
+
+from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.guided import Grammars, tool_grammar
+from lmdeploy_jax.text.parsers import (
+    AnswerParser,
+    ParsedAnswer,
+    ReasoningFormat,
+    collect,
+    reasoning_format,
+    register_tool_format,
+    tool_format,
+    tool_format_names,
+)
+from lmdeploy_jax.text.tokenizer import Tokenizer
+from tests.guided.walks import text_of, walk
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 8},
+        "unit": {"enum": ["celsius", "fahren/heit"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+        "at": {"$ref": "#/$defs/point"},
+        "note": {"type": ["string", "null"], "maxLength": 4},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "$defs": {
+        "point": {
+            "type": "array",
+            "items": {"type": "number", "minimum": -90, "maximum": 90},
+            "minItems": 2,
+            "maxItems": 2,
+        }
+    },
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "description": "…", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "now"}},
+]
+SCHEMAS = {"get_weather": WEATHER, "now": {"type": "object", "maxProperties": 0}}
+FORMATS = ["qwen", "llama3", "internlm", "mistral", "deepseek-v3", "glm4", "qwen3coder"]
+THINK = reasoning_format("default")
+
+
+@pytest.fixture(scope="module")
+def plain() -> Tokenizer:
+    """A vocabulary that knows the tags of tool calls as ordinary text."""
+    return Tokenizer(TINY_CHAT)
+
+
+@pytest.fixture(scope="module")
+def special(tmp_path_factory) -> Tokenizer:
+    """A vocabulary where every tag is a special token."""
+    folder = Path(shutil.copytree(TINY_CHAT, tmp_path_factory.mktemp("special") / "model"))
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tags = {tag for name in FORMATS for tag in tool_format(name).special_tokens} - {
+        "<tool_call>",
+        "</tool_call>",
+    }
+    inner.add_special_tokens([tokenizers.AddedToken(tag, special=True) for tag in sorted(tags)])
+    inner.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+def answers(
+    tokenizer: Tokenizer, style: str, count: int, thinks: ReasoningFormat | None = None, **options: object
+) -> list[ParsedAnswer]:
+    grammars = Grammars(tokenizer, len(tokenizer) + 3)  # a model's vocabulary is often padded
+    form = tool_grammar(tool_format(style), TOOLS, tokenizer, reasoning=thinks, **options)
+    grammar = grammars.compile(form)
+    started = bool(options.get("starts_in_reasoning"))
+    parsed = []
+    for seed in range(count):
+        ids = walk(grammar, tokenizer, len(tokenizer) + 3, random.Random(f"{style}/{seed}"))
+        parser = AnswerParser(thinks, tool_format(style), SCHEMAS, started)
+        parsed.append(collect(parser.feed(text_of(ids, tokenizer)) + parser.finish()))
+    return parsed
+
+
+def check(answer: ParsedAnswer) -> None:
+    assert not answer.content
+    assert answer.tool_calls
+    for call in answer.tool_calls:
+        jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+
+
+@pytest.mark.parametrize("vocabulary", ["plain", "special"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_required_calls_parse_and_fit_their_schemas(name, vocabulary, request):
+    found = answers(request.getfixturevalue(vocabulary), name, 12)
+    for answer in found:
+        check(answer)
+    assert {call.name for answer in found for call in answer.tool_calls} == {"get_weather", "now"}
+    assert max(len(answer.tool_calls) for answer in found) > 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_named_tool_is_called_once_where_calls_are_not_parallel(name, special):
+    for answer in answers(special, name, 6, name="get_weather", parallel=False):
+        check(answer)
+        assert [call.name for call in answer.tool_calls] == ["get_weather"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("started", [True, False])
+def test_reasoning_may_come_first(name, started, special):
+    found = answers(special, name, 8, THINK, starts_in_reasoning=started)
+    for answer in found:
+        check(answer)
+    thoughts = [bool(answer.reasoning) for answer in found]
+    assert any(thoughts)
+    assert started or not all(thoughts)
+
+
+def tool(parameters: dict) -> list[dict]:
+    return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+
+def one(**schema: object) -> list[dict]:
+    return tool({"type": "object", "properties": {"x": schema}, "required": ["x"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "tools", "message"),
+    [
+        ("qwen", [], "a call is required, but the tools are: none at all"),
+        ("qwen", [{"function": {"name": "two words"}}], "no function with a usable name"),
+        ("qwen", tool({"type": "array"}), "the schema of an object"),
+        ("glm4", one(type="string", pattern="a+"), "parameter 'x' of 'f' cannot be enforced.*pattern"),
+        ("qwen3coder", one(enum=["a</parameter>"]), "a value with </parameter>"),
+        ("qwen3coder", tool({"properties": {"<x>": {}}}), "its name"),
+        ("glm4", tool({"properties": {}, "required": ["y"]}), "required 'y'"),
+        ("glm4", tool({"properties": {}, "minProperties": 1}), "minProperties"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused(name, tools, message, plain):
+    with pytest.raises(RequestError, match=message):
+        tool_grammar(tool_format(name), tools, plain)
+
+
+def test_an_unknown_tool_is_refused_by_name(plain):
+    with pytest.raises(RequestError, match="'later' must be called, but the tools are: get_weather, now"):
+        tool_grammar(tool_format("qwen"), TOOLS, plain, name="later")
+
+
+def test_a_format_of_ones_own_has_no_grammar(plain):
+    if "guided-test" not in tool_format_names():
+        from lmdeploy_jax.text.parsers import ToolFormat
+
+        register_tool_format("guided-test", lambda: ToolFormat(("<call>",), lambda block: block.close("x")))
+    with pytest.raises(RequestError, match="no grammar; use 'auto'"):
+        tool_grammar(tool_format("guided-test"), TOOLS, plain)
