@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.engine.answer import OutputOptions
@@ -12,7 +12,6 @@ from lmdeploy_jax.engine.output import OutputProcessor, Sink
 from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import EngineError
-from lmdeploy_jax.guided import Grammars
 from lmdeploy_jax.logs import REQUEST, shortened
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.text.chat_template import ChatTemplate
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lmdeploy_jax.engine.engine import Engine
+    from lmdeploy_jax.guided.grammars import Grammars
 
 logger = logging.getLogger("lmdeploy_jax")
 
@@ -55,7 +55,6 @@ class Frontend:
             template_stops=tuple(template.stop_words),
             is_special=tokenizer.is_special,
         )
-        self._grammars = Grammars(tokenizer, engine.vocab_size)
         self._max_log_len = max_log_len
         self._outputs = OutputProcessor(tokenizer, self.abort)
 
@@ -87,7 +86,7 @@ class Frontend:
         calls no sink. A `response_format` is compiled here, on the caller's thread.
         """
         ends = stops(config, self.limits)
-        grammar = self._grammars.compile(config.response_format)
+        grammar = None if config.response_format is None else self._grammars.compile(config.response_format)
         params = sampling_params(config, prompt, self.limits, ends.ids, grammar)
         options = OutputOptions(config, ends, stream, index)
         request = Request(prompt, params, self._outputs.listener(prompt, options, sink))
@@ -99,6 +98,12 @@ class Frontend:
             )
         self.engine.submit(request)
         return request.request_id
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from lmdeploy_jax.guided.grammars import Grammars  # llguidance is loaded with the first grammar
+
+        return Grammars(self.tokenizer, self.engine.vocab_size)
 
     def abort(self, request_id: int, choice: int | None = None) -> None:
         """End a request, or one of its answers. What has ended already is left alone."""

@@ -19,7 +19,6 @@ from lmdeploy_jax.engine.compile import Key
 from lmdeploy_jax.engine.host_logits import change_logits
 from lmdeploy_jax.engine.request import Sequence
 from lmdeploy_jax.engine.scheduler import Chunk, Step
-from lmdeploy_jax.guided.matcher import fill_masks
 from lmdeploy_jax.sampling.mask import OPEN, mask_words
 from lmdeploy_jax.sampling.penalties import bias_row, count_row
 
@@ -182,6 +181,8 @@ class Runner:
             if size not in self._open:
                 self._open[size] = self._put(np.full(shape, OPEN, np.int32))
             return self._open[size]
+        from lmdeploy_jax.guided.matcher import fill_masks  # llguidance is loaded with the first grammar
+
         mask = np.full(shape, OPEN, np.int32)
         fill_masks(mask, list(guided.values()))
         errors |= {s: matcher.failure for s, (_, matcher) in guided.items() if matcher.failure}
