@@ -55,7 +55,7 @@ class GenerationConfig:
     logits_processors: Sequence[LogitsProcessor] | None = None
     repetition_ngram_size: int = 0
     repetition_ngram_threshold: int = 0
-    response_format: dict[str, Any] | None = None  # see `lmdeploy_jax.guided.response_format`
+    response_format: dict[str, Any] | None = None  # a form to hold the answer to: docs/structured_output.md
 
     def __post_init__(self) -> None:
         self._check_counts()

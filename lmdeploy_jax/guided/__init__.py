@@ -1,7 +1,7 @@
 """Guided decoding: answers held to a JSON schema, a regular expression, a list of choices or a grammar.
 
 llguidance compiles grammars and computes which tokens may come next. `Grammars` belongs to a tokenizer;
-`response_format` describes what an answer must be; `tool_format` and `after_reasoning` write the response
+`response_format` describes what an answer must be; `tool_grammar` and `after_reasoning` write the response
 formats that enforce tool calls and let a model think first.
 """
 

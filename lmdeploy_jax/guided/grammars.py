@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -12,11 +14,17 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.guided.matcher import Matcher
-from lmdeploy_jax.guided.response_format import grammar_text
+from lmdeploy_jax.guided.response_format import BEST_EFFORT, grammar_text
 from lmdeploy_jax.guided.vocabulary import tables
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
+logger = logging.getLogger("lmdeploy_jax")
 KEPT = 256  # compiled grammars
+_NOT_ENFORCEABLE = ("Unimplemented keys", "Unknown format", "oneOf constraints are not supported")
+_REMEDY = (
+    "(Leave it out, or ask for what can be enforced with "
+    f'"x-guidance": {json.dumps(BEST_EFFORT)} at the top of the schema.)'
+)
 _LIMITS = LLParserLimits(verbose_errors=False)
 
 
@@ -74,5 +82,9 @@ class Grammars:
 def _compiled(vocabulary: LLTokenizer, text: str, kind: str) -> LLMatcher:
     matcher = LLMatcher(vocabulary, text, log_level=0, limits=_LIMITS)
     if matcher.is_error():
-        raise RequestError(f"response_format of type {kind!r} cannot be used: {matcher.get_error().strip()}")
+        fault = matcher.get_error().strip()
+        remedy = f" {_REMEDY}" if any(mark in fault for mark in _NOT_ENFORCEABLE) else ""
+        raise RequestError(f"response_format of type {kind!r} cannot be used: {fault}{remedy}")
+    for warning in matcher.get_grammar_warnings():
+        logger.warning("a grammar is enforced in part only: %s", warning)
     return matcher

@@ -12,6 +12,7 @@ from lmdeploy_jax.errors import RequestError
 
 # Between JSON tokens: a space, or a new line with its indentation. More is a model that has lost its way.
 WHITESPACE = r" |\r?\n[ \t]{0,32}"
+BEST_EFFORT = {"lenient": True, "coerce_one_of": True}
 
 Format = Mapping[str, Any]
 
@@ -22,7 +23,8 @@ def grammar_text(response_format: Format | None) -> str | None:
     The types, each with a field of its name unless said otherwise:
 
     text: anything. json_object: a JSON object, no field.
-    json_schema: `{"name": …, "schema": {…}}`. The schema is always enforced, `strict` or not.
+    json_schema: `{"name": …, "schema": {…}}`. The schema is enforced, `strict` or not, and refused where it
+        uses keywords that cannot be, unless it says `"x-guidance": {"lenient": true}`.
     regex_schema, regex: a regular expression that the whole answer matches (Rust's syntax, no look-around).
     choice: a list of texts, one of which is the answer.
     grammar: a context-free grammar: Lark as llguidance has it, GBNF/EBNF (`root ::= …`), or llguidance's own
@@ -41,14 +43,15 @@ def grammar_text(response_format: Format | None) -> str | None:
     return _WRITERS[kind](response_format)
 
 
-def json_grammar(schema: Mapping[str, Any]) -> str:
-    """`%json …` for a Lark grammar."""
-    return f"%json {json.dumps(bounded(schema))}"
+def json_grammar(schema: Mapping[str, Any], strict: bool) -> str:
+    """`%json …` for a Lark grammar. Unless `strict`, keywords that cannot be enforced are left out."""
+    return f"%json {json.dumps(_with_options(schema, {} if strict else BEST_EFFORT))}"
 
 
-def bounded(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema, with runs of space limited unless it says otherwise itself."""
-    return {"x-guidance": {"whitespace_pattern": WHITESPACE}, **schema}
+def _with_options(schema: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with llguidance's options, which give way to those that it holds itself."""
+    own = schema.get("x-guidance", {})
+    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, **options, **own}}
 
 
 def _json_object(_: Format) -> str:
@@ -65,7 +68,7 @@ def _json_schema(response_format: Format) -> str:
 
 def _schema_text(schema: Mapping[str, Any]) -> str:
     try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(bounded(schema)))
+        return LLMatcher.grammar_from_json_schema(json.dumps(_with_options(schema, {})))
     except (TypeError, ValueError) as error:  # no JSON: a Python object, a cycle, NaN
         raise RequestError(f"response_format.json_schema.schema is not JSON: {error}") from error
 

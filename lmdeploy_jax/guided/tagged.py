@@ -22,6 +22,11 @@ class Function:
 
     name: str
     parameters: Mapping[str, Any]
+    strict: bool = False
+
+    def json(self) -> str:
+        """Arguments that are one JSON object."""
+        return json_grammar(self.parameters, self.strict)
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,10 @@ def _parameters(writer: Writer, function: Function, close: _Close, label: Callab
     """All parameters in the schema's order; those that are not required may be left out."""
     schema = function.parameters
     properties, required = schema.get("properties", {}), schema.get("required", [])
-    unknown = {*schema} - _OBJECT_KEYS | {f"required {key!r}" for key in {*required} - {*properties}}
-    if unknown:
-        raise _refusal(function, "its parameters", unknown)
+    unknown = {*schema} - _OBJECT_KEYS
+    missing = {f"required {key!r}" for key in {*required} - {*properties}}
+    if missing or (unknown and function.strict):
+        raise _refusal(function, "its parameters", unknown | missing)
     parts = []
     for key in properties:
         if not key or any(char in "<>\n" for char in key):
@@ -74,7 +80,8 @@ def _value(writer: Writer, function: Function, key: str, close: _Close) -> str:
         return _string(writer, function, key, close)
     end = writer.closing(close.tag, close.before, close.after)
     shared = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
-    return f"{json_grammar({**schema, **shared} if isinstance(schema, Mapping) else {})} {end}"
+    value = {**schema, **shared} if isinstance(schema, Mapping) else {}
+    return f"{json_grammar(value, function.strict)} {end}"
 
 
 def _string(writer: Writer, function: Function, key: str, close: _Close) -> str:
@@ -82,7 +89,7 @@ def _string(writer: Writer, function: Function, key: str, close: _Close) -> str:
     while "$ref" in schema:  # ends: a reference to itself would have no type
         schema = resolve(schema["$ref"], function.parameters)
     unknown = {*schema} - _STRING_KEYS
-    if unknown:
+    if unknown and function.strict:
         raise _refusal(function, f"parameter {key!r}", unknown)
     choices = [schema["const"]] if "const" in schema else schema.get("enum")
     if choices is None:

@@ -11,7 +11,6 @@ from typing import Any
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.guided.lark import Writer, literal
 from lmdeploy_jax.guided.reasoning import thinking
-from lmdeploy_jax.guided.response_format import json_grammar
 from lmdeploy_jax.guided.tagged import Function, glm4_call, qwen3coder_call
 from lmdeploy_jax.text.parsers import ReasoningFormat, ToolFormat, json_formats, xml_formats
 from lmdeploy_jax.text.tokenizer import Tokenizer
@@ -31,7 +30,8 @@ def tool_grammar(
 ) -> dict[str, Any]:
     """The response format of an answer that calls tools and says nothing else.
 
-    tools: as OpenAI's API has them; the arguments of every call follow the tool's `parameters`.
+    tools: as OpenAI's API has them; the arguments of every call follow the tool's `parameters`, and where
+        these hold what cannot be enforced, a tool with `strict: true` is refused and another does without.
     name: the one tool to be called; None leaves the model the choice (`tool_choice="required"`).
     parallel: whether there may be several calls.
     reasoning: how the model marks its reasoning, which may then come first (see `after_reasoning`).
@@ -70,7 +70,7 @@ def _function(tool: Mapping[str, Any]) -> Function:
     parameters = function.get("parameters") or {"properties": {}, "additionalProperties": False}
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise RequestError(f"tools: the parameters of {name!r} must be the schema of an object.")
-    return Function(name, {**parameters, "type": "object"})
+    return Function(name, {**parameters, "type": "object"}, function.get("strict") is True)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _Style:
 def _object(function: Function, arguments: str) -> str:
     """`{"name": …, "arguments": …}`."""
     head = f'{{"name": {literal(function.name)}, "{arguments}": '
-    return f"{literal(head)} {json_grammar(function.parameters)} {literal('}')}"
+    return f"{literal(head)} {function.json()} {literal('}')}"
 
 
 def _qwen(writer: Writer) -> _Style:
@@ -111,7 +111,7 @@ def _mistral(writer: Writer) -> _Style:
         call = partial(_object, arguments="arguments")
         return _Style(call, between='", "', begin=f'{mark} " "? "["', end='"]"')
     args = writer.tag("[ARGS]")
-    return _Style(lambda f: f"{mark} {literal(f.name)} {args} {json_grammar(f.parameters)}", between="")
+    return _Style(lambda f: f"{mark} {literal(f.name)} {args} {f.json()}", between="")
 
 
 def _deepseek_v3(writer: Writer) -> _Style:
@@ -119,7 +119,7 @@ def _deepseek_v3(writer: Writer) -> _Style:
     begin, end, sep = (writer.tag(f"<｜tool▁{word}｜>") for word in ("call▁begin", "call▁end", "sep"))
 
     def call(function: Function) -> str:
-        arguments = json_grammar(function.parameters)
+        arguments = function.json()
         fence = literal(f"{function.name}\n```json\n")
         fenced = f'"function" {sep} {fence} {arguments} "\\n```"'
         return f"{begin} ({fenced} | {literal(function.name)} {sep} {arguments}) {end}"

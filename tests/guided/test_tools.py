@@ -126,8 +126,8 @@ def test_reasoning_may_come_first(name, started, special):
     assert started or not all(thoughts)
 
 
-def tool(parameters: dict) -> list[dict]:
-    return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+def tool(parameters: dict, strict: bool = True) -> list[dict]:
+    return [{"type": "function", "function": {"name": "f", "parameters": parameters, "strict": strict}}]
 
 
 def one(**schema: object) -> list[dict]:
@@ -150,6 +150,23 @@ def one(**schema: object) -> list[dict]:
 def test_what_cannot_be_enforced_is_refused(name, tools, message, plain):
     with pytest.raises(RequestError, match=message):
         tool_grammar(tool_format(name), tools, plain)
+
+
+@pytest.mark.parametrize("name", ["qwen", "glm4"])
+def test_a_tool_that_is_not_strict_does_without_what_cannot_be_enforced(name, plain):
+    x = {"type": "array", "items": {"type": "string", "maxLength": 3}, "uniqueItems": True, "maxItems": 2}
+    y = {"type": "string", "format": "unheard-of", "maxLength": 5}
+    parameters = {"type": "object", "properties": {"x": x, "y": y}, "required": ["x", "y"]}
+    grammars = Grammars(plain, len(plain))
+    with pytest.raises(RequestError, match=r"uniqueItems|format"):
+        grammars.compile(tool_grammar(tool_format(name), tool(parameters), plain))
+    form = tool_grammar(tool_format(name), tool(parameters | {"additionalProperties": False}, False), plain)
+    grammar = grammars.compile(form)
+    for seed in range(5):
+        text = text_of(walk(grammar, plain, len(plain), random.Random(seed)), plain)
+        parser = AnswerParser(None, tool_format(name), {"f": parameters})
+        answer = collect(parser.feed(text) + parser.finish())
+        assert all(len(json.loads(call.arguments)["y"]) <= 5 for call in answer.tool_calls)
 
 
 def test_an_unknown_tool_is_refused_by_name(plain):

@@ -1,0 +1,76 @@
+"""What guided decoding costs on this machine: python -m tests.bench.guided_cost
+
+tiny-chat, all requests at once, exactly `--tokens` tokens each, without a grammar, with one that allows
+everything and with a JSON schema. Prints a JSON line for greedy and one for sampled decoding: tokens/s, the
+median and the best of `--repeats`. The three take turns, so that a noisy machine is noisy for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
+from lmdeploy_jax.engine.compile import CompileCounter
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+PEOPLE = {"type": "array", "items": PERSON, "minItems": 100}
+FORMATS: dict[str, dict[str, Any] | None] = {
+    "free": None,
+    "anything": {"type": "regex", "regex": "(?s:.*)"},
+    "schema": {"type": "json_schema", "json_schema": {"name": "people", "schema": PEOPLE}},
+}
+
+
+def speed(pipe: Pipeline, prompts: list[str], config: GenerationConfig) -> float:
+    """Tokens per second."""
+    begun = time.perf_counter()
+    answers = pipe.infer(prompts, config)
+    seconds = time.perf_counter() - begun
+    assert isinstance(answers, list)
+    assert all(answer.finish_reason == "length" for answer in answers)
+    return sum(answer.generate_token_len for answer in answers) / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    prompts = [f"What is {i} + 30?" for i in range(args.requests)]
+    with Pipeline("tiny-chat", JaxEngineConfig(), progress=False) as pipe:
+        counter = CompileCounter()
+        for sampled in (False, True):
+            found: dict[str, list[float]] = {name: [] for name in FORMATS}
+            for _ in range(args.repeats + 1):
+                for name, form in FORMATS.items():
+                    config = GenerationConfig(
+                        max_new_tokens=args.tokens,
+                        ignore_eos=True,
+                        response_format=form,
+                        do_sample=sampled,
+                        random_seed=1,
+                    )
+                    found[name].append(speed(pipe, prompts, config))
+            figures: dict[str, Any] = {
+                name: {"median": round(statistics.median(values[1:])), "best": round(max(values[1:]))}
+                for name, values in found.items()
+            }
+            print(json.dumps({"sampled": sampled, **figures, "compilations": counter.count}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
