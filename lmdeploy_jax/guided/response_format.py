@@ -11,7 +11,7 @@ from llguidance import LLMatcher, grammar_from
 from lmdeploy_jax.errors import RequestError
 
 # Between JSON tokens: a space, or a new line with its indentation. More is a model that has lost its way.
-WHITESPACE = r" |\r?\n[ \t]{0,32}"
+WHITESPACE = r" |\n[ \t]{0,32}"
 BEST_EFFORT = {"lenient": True, "coerce_one_of": True}
 
 Format = Mapping[str, Any]

@@ -27,6 +27,7 @@ class _Encoder(TokenizerWrapper):
         self.eos_token_id = vocab_size
         special = (i for i in range(known) if tokenizer.is_special(i) or i in ends)
         self.special_token_ids = [*special, vocab_size]
+        self._text_tokens = frozenset(range(known)).difference(self.special_token_ids)
         self.tables: LLTokenizer | None = None
         self._spelling = lru_cache(4096)(self._spell)  # grammars force the same few texts again and again
 
@@ -49,7 +50,8 @@ class _Encoder(TokenizerWrapper):
         return self._tokenizer.encode(text, add_bos=False, add_special_tokens=False)
 
     def _spells(self, ids: list[int], text: str) -> bool:
-        return b"".join(self.tokens[i] for i in ids if i < self.eos_token_id) == text.encode()
+        """Whether `ids` are the text. A special token is not, even where the text looks like its name."""
+        return self._text_tokens.issuperset(ids) and b"".join(self.tokens[i] for i in ids) == text.encode()
 
 
 def tables(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:

@@ -89,7 +89,7 @@ def test_the_whole_answer_matches_the_expression(kind, grammars, tokenizer):
 
 
 def test_choice(grammars, tokenizer):
-    choices = ["yes", 'no "never"', "ja/nein\n", "🎈", "yes, sir"]
+    choices = ["yes", 'no "never"', "ja/nein\n", "🎈", "yes, sir", "<|im_end|>yes"]  # the name, not the token
     assert set(texts(grammars, tokenizer, {"type": "choice", "choice": choices}, 60)) == set(choices)
 
 
