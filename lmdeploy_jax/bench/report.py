@@ -20,18 +20,18 @@ def summary(jobs: list[Job], result: Run) -> dict[str, Any]:
         "wall_s": round(result.wall, 4),
         "out_tok_s": round(output_tokens / result.wall, 1),
         "total_tok_s": round((prompt_tokens + output_tokens) / result.wall, 1),
-        "ttft_ms": _distribution([trace.times[0] for trace in result.traces]),
+        "ttft_ms": distribution([trace.times[0] for trace in result.traces]),
     }
     spans = [(t.times[-1] - t.times[0]) / (len(t.times) - 1) for t in result.traces if len(t.times) > 1]
     if spans:
-        figures["tpot_ms"] = _distribution(spans)
+        figures["tpot_ms"] = distribution(spans)
     return figures
 
 
 def between_tokens(result: Run) -> dict[str, float]:
     """The distribution of the time between one token and the next of the same request, in milliseconds."""
     gaps = [b - a for t in result.traces for a, b in zip(t.times, t.times[1:], strict=False)]
-    return _distribution(gaps)
+    return distribution(gaps)
 
 
 def step_seconds(jobs: list[Job], result: Run) -> float | None:
@@ -49,7 +49,7 @@ def mean_context(jobs: list[Job]) -> float:
     return sum(len(job.prompt) + job.output / 2 for job in jobs)
 
 
-def _distribution(seconds: Sequence[float]) -> dict[str, float]:
+def distribution(seconds: Sequence[float]) -> dict[str, float]:
     """Mean and percentiles in milliseconds."""
     ordered = sorted(seconds)
     figures = {"mean": statistics.fmean(ordered)}

@@ -1,4 +1,4 @@
-"""`bench throughput|latency MODEL`: fixed work through the engine, one JSON line a run."""
+"""`bench throughput|latency MODEL` and `bench serve URL`: fixed work, one JSON line a run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lmdeploy_jax.cli.flags import FlagSet, UsageError
 if TYPE_CHECKING:
     from lmdeploy_jax.bench.session import Session
 
-DEFAULT_WORKLOADS = {"throughput": "b1,b32,b128,mix256", "latency": "b1"}
-USAGE = "bench throughput|latency MODEL [FLAGS]"
+DEFAULT_WORKLOADS = {"throughput": "b1,b32,b128,mix256", "latency": "b1", "serve": "mix256"}
+USAGE = "bench throughput|latency MODEL [FLAGS], or bench serve URL [FLAGS]"
 ABOUT = f"""MODEL is a checkpoint folder, a hub id, or one of these shapes, for which a checkpoint of random
 weights is made: {", ".join(shapes.names())}.
 
@@ -27,7 +27,9 @@ Every run is greedy and ignores stop ids; the prefix cache is off unless asked f
 warms up. Figures go to standard output as JSON lines, everything else to standard error.
 
 throughput  all requests of a workload at once: tokens a second, time a step, share of the bandwidth limit
-latency     the requests one after another: time to the first token and between tokens, with percentiles"""
+latency     the requests one after another: time to the first token and between tokens, with percentiles
+serve       the requests over HTTP to the server at URL (any that speaks OpenAI's protocol), at once, at
+            --request_rate, or at most --concurrency at a time; flags of the engine have no meaning then"""
 
 
 def define(flags: FlagSet) -> None:
@@ -55,13 +57,27 @@ def define(flags: FlagSet) -> None:
         "where random checkpoints are kept; without it the cache folder",
     )
     add(section, text, "out", None, "file to which the JSON lines are appended too")
+    _define_serve(flags)
     add_engine_flags(flags, {"enable_prefix_caching": False, "session_len": MAX_LEN})
+
+
+def _define_serve(flags: FlagSet) -> None:
+    section = "Work of bench serve"
+    rate = "requests a second, arriving at random (Poisson); without it all at once"
+    flags.add(section, absl_flags.DEFINE_float, "request_rate", None, rate, lower_bound=1e-3)
+    most = "most requests at a time; without it no limit"
+    flags.add(section, absl_flags.DEFINE_integer, "concurrency", None, most, lower_bound=1)
+    name = "the model's name there; without it the first that the server lists"
+    flags.add(section, absl_flags.DEFINE_string, "model_name", None, name)
+    flags.add(section, absl_flags.DEFINE_string, "api_key", None, "key that the server asks for")
 
 
 def run(flags: FlagSet, args: list[str]) -> int:
     """Run the workloads and print the figures."""
     mode, model = _positional(args)
     names = _workloads(flags["workloads"] or DEFAULT_WORKLOADS[mode])
+    if mode == "serve":
+        return _serve(flags, model.rstrip("/").removesuffix("/v1"), names)
     config = engine_config(flags)
     folder = _checkpoint(model, flags["checkpoint_dir"])
 
@@ -78,6 +94,25 @@ def run(flags: FlagSet, args: list[str]) -> int:
                 _write(common | {"workload": name} | line, flags["out"])
     finally:
         session.engine.close()
+    return 0
+
+
+def _serve(flags: FlagSet, url: str, names: list[str]) -> int:
+    from lmdeploy_jax.bench import load
+
+    model = flags["model_name"] or load.model_name(url, flags["api_key"])
+    target = load.Target(url, model, flags["api_key"])
+    rate, concurrency = flags["request_rate"], flags["concurrency"]
+    arrivals = load.Arrivals(rate, concurrency, flags["seed"])
+    common = {"mode": "serve", "url": url, "model": model, "request_rate": rate, "concurrency": concurrency}
+    for name in names:
+        jobs = make(name, flags["seed"])
+        load.run(target, jobs, arrivals)  # warm-up
+        for rep in range(flags["reps"]):
+            wall, answers = load.run(target, jobs, arrivals)
+            _write(common | {"workload": name, "rep": rep} | load.summary(jobs, wall, answers), flags["out"])
+            if bad := [a.error for a in answers if a.error]:
+                _say(f"{len(bad)} of {len(jobs)} requests failed; the first: {bad[0]}")
     return 0
 
 

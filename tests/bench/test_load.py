@@ -1,0 +1,117 @@
+"""The load generator against a small server that answers by a script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import pytest
+from aiohttp import web
+
+from lmdeploy_jax.bench.load import Arrivals, Target, model_name, run, summary
+from lmdeploy_jax.bench.workloads import Job
+from lmdeploy_jax.errors import EngineError
+
+KEY = "secret"
+
+
+class ScriptedServer:
+    """Streams a word a token; counts how many requests run at a time. Prompts that begin with 999 fail."""
+
+    def __init__(self):
+        self.running = self.most = 0
+        self.bodies = []
+        self._loop = asyncio.new_event_loop()
+        started = threading.Event()
+        threading.Thread(target=self._serve, args=(started,), daemon=True).start()
+        started.wait()
+
+    def _serve(self, started):
+        asyncio.set_event_loop(self._loop)
+        app = web.Application()
+        app.router.add_post("/v1/completions", self.complete)
+        app.router.add_get("/v1/models", self.models)
+        runner = web.AppRunner(app)
+        self._loop.run_until_complete(runner.setup())
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        self._loop.run_until_complete(site.start())
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        started.set()
+        self._loop.run_forever()
+
+    async def models(self, request):
+        return web.json_response({"data": [{"id": "scripted"}]})
+
+    async def complete(self, request):
+        if request.headers.get("Authorization") != f"Bearer {KEY}":
+            return web.json_response({"error": {"message": "no key"}}, status=401)
+        body = await request.json()
+        self.bodies.append(body)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        count = body["max_tokens"]
+        for _ in range(count):
+            await asyncio.sleep(0.01)
+            await response.write(event({"choices": [{"text": "word "}]}))
+        if body["prompt"][0] == 999:
+            await response.write(event({"error": {"message": "it broke"}}))
+        else:
+            await response.write(event({"choices": [], "usage": {"completion_tokens": count}}))
+        await response.write(b"data: [DONE]\n\n")
+        self.running -= 1
+        return response
+
+
+def event(payload):
+    return b"data: " + json.dumps(payload).encode() + b"\n\n"
+
+
+@pytest.fixture
+def server():
+    return ScriptedServer()
+
+
+def test_every_token_is_counted_and_timed(server):
+    jobs = [Job([1, 2], 5), Job([3], 3)]
+    wall, answers = run(Target(server.url, "scripted", KEY), jobs, Arrivals())
+    assert [a.tokens for a in answers] == [5, 3]
+    assert [len(a.pieces) for a in answers] == [5, 3]
+    figures = summary(jobs, wall, answers)
+    assert (figures["failed"], figures["out_tok"], figures["in_tok"]) == (0, 8, 3)
+    assert figures["ttft_ms"]["p50"] >= 10
+    assert figures["tpot_ms"]["mean"] >= 10
+    assert server.bodies[0]["ignore_eos"] is True
+
+
+def test_concurrency_is_a_bound(server):
+    run(Target(server.url, "scripted", KEY), [Job([1], 2)] * 9, Arrivals(concurrency=3))
+    assert server.most == 3
+
+
+def test_failures_are_told_apart(server):
+    jobs = [Job([1], 2), Job([999], 2)]
+    wall, answers = run(Target(server.url, "scripted", KEY), jobs, Arrivals())
+    assert [a.error for a in answers] == [None, "it broke"]
+    assert summary(jobs, wall, answers)["failed"] == 1
+
+
+def test_a_refused_request_says_why(server):
+    _, answers = run(Target(server.url, "scripted"), [Job([1], 2)], Arrivals())
+    assert "401" in answers[0].error
+    assert "no key" in answers[0].error
+
+
+def test_arrivals_are_poisson():
+    times = Arrivals(rate=50.0, seed=3).times(2000)
+    assert times == sorted(times)
+    assert times[-1] == pytest.approx(2000 / 50, rel=0.1)
+    assert Arrivals().times(3) == [0.0, 0.0, 0.0]
+
+
+def test_the_model_is_asked_for(server):
+    assert model_name(server.url) == "scripted"
+    with pytest.raises(EngineError, match="No server answers"):
+        model_name("http://127.0.0.1:1")
