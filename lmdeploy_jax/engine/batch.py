@@ -23,7 +23,7 @@ from lmdeploy_jax.sampling.params import SamplingBatch
 from pallas_kernels.prefill_attention import build_tiles, max_tiles
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
-INTS = ("top_k", "seed")
+INTS = ("top_k", "seed", "logprobs")
 
 
 class Layout:
@@ -67,7 +67,12 @@ class StepPacker:
     def decode_layout(self, rows: int) -> Layout:
         row = (rows,)
         return Layout(
-            slots=row, positions=row, kv_slots=row, kv_lens=row, page_table=(rows, self.table_width)
+            greedy=(1,),  # whether every row draws its best token; see `steps.decode_greedy`
+            slots=row,
+            positions=row,
+            kv_slots=row,
+            kv_lens=row,
+            page_table=(rows, self.table_width),
         )
 
     def ragged_layout(self, tokens: int) -> Layout:
@@ -103,13 +108,15 @@ class StepPacker:
         for name, value in zip(FLOATS, floats, strict=True):
             self._params[name][slot] = np.float32(value).view(np.int32)
         self._params["top_k"][slot] = min(params.top_k, self._vocab_size)
+        self._params["logprobs"][slot] = params.logprobs is not None
         self._params["seed"][slot] = np.uint32(seed & 0xFFFFFFFF).view(np.int32)
 
-    def pack_decode(self, chunks: Seq[Chunk], rows: int) -> np.ndarray:
+    def pack_decode(self, chunks: Seq[Chunk], rows: int, *, greedy: bool = False) -> np.ndarray:
         flat, field = self.decode_layout(rows).empty()
         n = len(chunks)
         slots = self._slots(chunks)
         positions = np.fromiter((c.start for c in chunks), np.int32, n)
+        field["greedy"][:] = greedy
         field["slots"][:] = self.max_batch_size
         field["slots"][:n] = slots
         field["positions"][:n] = positions

@@ -16,6 +16,7 @@ class Buckets:
     decode: tuple[int, ...]  # sequences of a decode step; also rows of a greedy head
     sampling: tuple[int, ...]  # rows of the heads that do more
     tokens: tuple[int, ...]  # tokens of a ragged step
+    lean: bool = False  # few programs that do more each; see `ProgramBuilder.all`
 
     @property
     def max_batch_size(self) -> int:
@@ -32,7 +33,8 @@ def plan(platform: str, max_batch_size: int, max_tokens: int) -> Buckets:
     """
     tokens = max(max_tokens, max_batch_size)
     if platform == "cpu":
-        return Buckets(_ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64), _ladder(32, tokens, 8))
+        decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
+        return Buckets(decode, sampling, _ladder(32, tokens, 8), lean=True)
     return Buckets(_ladder(1, max_batch_size, 2), _ladder(1, max_batch_size, 8), _ladder(64, tokens, 4))
 
 

@@ -149,13 +149,13 @@ class Engine:
     def _dispatch(self, step: Step) -> Drawn:
         for sequence in step.admitted:
             self._runner.begin(sequence)
-        rows = self._runner.forward(step)
+        passed = self._runner.forward(step)
         draws = step.sampled
         if any(sequence.matcher and sequence.unread > 1 for sequence, _ in draws):
             # What a grammar allows next depends on the tokens under way: read them while the pass runs.
             self._drain()
             draws = [draw for draw in draws if not draw[0].finished]
-        return self._runner.draw(draws, rows)
+        return self._runner.draw(draws, passed)
 
     def _read(self, drawn: Drawn) -> None:
         tokens, packed = read_tokens(drawn)

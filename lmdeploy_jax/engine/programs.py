@@ -30,12 +30,18 @@ class ProgramBuilder:
     mesh: Mesh
 
     def all(self) -> dict[Key, Program]:
+        """Lean buckets do without programs that another one can stand in for at a small price: a decode step
+        has its greedy head within it, and the full head samples for everyone.
+        """
         made: dict[Key, Program] = {}
+        lean = self.buckets.lean
         for rows in self.buckets.decode:
-            made["decode", rows] = self._decode(rows)
+            made["decode", rows] = self._decode_greedy(rows) if lean else self._decode(rows)
+        for rows in self.buckets.sampling if lean else self.buckets.decode:
             made["greedy", rows] = self._head(steps.head_greedy, rows)
         for rows in self.buckets.sampling:
-            made["sample", rows] = self._head(steps.head_sample, rows, self._mask(rows))
+            if not lean:
+                made["sample", rows] = self._head(steps.head_sample, rows, self._mask(rows))
             made["logits", rows] = self._head_logits(rows)
             made["full", rows] = self._head_full(rows)
         for tokens in self.buckets.tokens:
@@ -49,6 +55,13 @@ class ProgramBuilder:
         function = partial(steps.decode, self.model.merge, layout, self.buckets.max_batch_size)
         args = (self._leaves, self.cache.specs, self._pending, self._ints(layout.size))
         return Program(function, args, (self._replicated, self.cache.shardings), donate=(1,))
+
+    def _decode_greedy(self, rows: int) -> Program:
+        layout = self.packer.decode_layout(rows)
+        function = partial(steps.decode_greedy, self.model.merge, layout, self.buckets.max_batch_size)
+        args = (self._leaves, self.cache.specs, self._pending, self._ints(layout.size))
+        out = (self._replicated, self._replicated, self._replicated, self.cache.shardings)
+        return Program(function, args, out, donate=(1, 2))
 
     def _ragged(self, tokens: int) -> Program:
         layout = self.packer.ragged_layout(tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,13 @@ from lmdeploy_jax.sampling.mask import OPEN, mask_words
 from lmdeploy_jax.sampling.penalties import bias_row, count_row
 
 Draws = list[tuple[Sequence, int]]  # sequences with the row of hidden states that each samples from
+
+
+class Forward(NamedTuple):
+    """A forward pass under way."""
+
+    rows: Any  # hidden states [max_batch_size, E], one a chunk
+    tokens: Any = None  # the next token of each row, i32 [R], where the pass has chosen them itself
 
 
 @dataclass
@@ -104,26 +111,32 @@ class Runner:
 
     # -- steps --------------------------------------------------------------------------------------------
 
-    def forward(self, step: Step) -> Any:
-        """Start a step's forward pass on the device: -> rows, of which `draw` takes its part."""
-        rows = self._forward(step)
+    def forward(self, step: Step) -> Forward:
+        """Start a step's forward pass on the device."""
+        passed = self._decode(step) if step.decode_only else Forward(self._ragged(step))
         self._copy_pages(step.copies)
-        return rows
+        return passed
 
-    def draw(self, draws: Draws, rows: Any) -> Drawn:
+    def draw(self, draws: Draws, passed: Forward) -> Drawn:
         """Start the choice of the next tokens; the result is read later. Grammars go by the tokens read."""
         if not draws:
-            return Drawn([], rows)
-        drawn = self._draw(draws, rows)
-        self._attach_rows(drawn, rows)
+            return Drawn([], passed.rows)
+        drawn = self._draw(draws, passed.rows) if passed.tokens is None else _started(draws, passed.tokens)
+        self._attach_rows(drawn, passed.rows)
         return drawn
 
-    def _forward(self, step: Step) -> Any:
-        if step.decode_only:
-            size = fit(self.buckets.decode, len(step.chunks))
-            flat = self.packer.pack_decode(step.chunks, size)
-            rows, self._caches = self._run("decode", size, self._leaves, self._caches, self._pending, flat)
-            return rows
+    def _decode(self, step: Step) -> Forward:
+        size = fit(self.buckets.decode, len(step.chunks))
+        greedy = self.buckets.lean and _variant(step.sampled) == "greedy"
+        flat = self.packer.pack_decode(step.chunks, size, greedy=greedy)
+        args = (self._leaves, self._caches, self._pending, flat)
+        if not self.buckets.lean:
+            rows, self._caches = self._run("decode", size, *args)
+            return Forward(rows)
+        rows, tokens, self._pending, self._caches = self._run("decode", size, *args)
+        return Forward(rows, tokens if greedy else None)
+
+    def _ragged(self, step: Step) -> Any:
         size = fit(self.buckets.tokens, step.num_tokens)
         flat = self.packer.pack_ragged(step.chunks, size)
         rows, hidden, self._caches = self._run(
@@ -146,16 +159,16 @@ class Runner:
     # -- sampling -----------------------------------------------------------------------------------------
 
     def _draw(self, draws: Draws, rows: Any) -> Drawn:
-        variant = _variant(draws)
-        if variant == "full":
+        variant, lean = _variant(draws), self.buckets.lean
+        if variant == "full" or (variant == "sample" and lean):
             return self._draw_full(draws, rows)
-        size = fit(self.buckets.decode if variant == "greedy" else self.buckets.sampling, len(draws))
+        sizes = self.buckets.decode if variant == "greedy" and not lean else self.buckets.sampling
+        size = fit(sizes, len(draws))
         flat = self.packer.pack_head(draws, size)
         errors: dict[Sequence, Exception] = {}
         masks = [self._mask(draws, size, errors)] if variant == "sample" else []
         tokens, self._pending = self._run(variant, size, self._leaves, rows, self._pending, flat, *masks)
-        tokens.copy_to_host_async()
-        return Drawn(draws, tokens, errors=errors)
+        return _started(draws, tokens, errors)
 
     def _draw_full(self, draws: Draws, rows: Any) -> Drawn:
         size = fit(self.buckets.sampling, len(draws))
@@ -170,8 +183,7 @@ class Runner:
         tokens, self._pending, self._history = self._run(
             "full", size, raw, logits, self._pending, self._history, flat, self._mask(draws, size, errors)
         )
-        tokens.copy_to_host_async()
-        return Drawn(draws, tokens, errors=errors)
+        return _started(draws, tokens, errors)
 
     def _mask(self, draws: Draws, size: int, errors: dict[Sequence, Exception]) -> Any:
         """What the grammars of the call allow, i32 [size, words]; tells which of them have failed."""
@@ -250,6 +262,11 @@ class Runner:
         key: Key = (name, size)
         placed = (self._put(a) if isinstance(a, np.ndarray | np.generic) else a for a in args)
         return self._programs[key](*placed)
+
+
+def _started(draws: Draws, tokens: Any, errors: dict[Sequence, Exception] | None = None) -> Drawn:
+    tokens.copy_to_host_async()
+    return Drawn(draws, tokens, errors=errors or {})
 
 
 def _variant(draws: Draws) -> str:

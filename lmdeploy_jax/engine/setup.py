@@ -32,7 +32,7 @@ from pallas_kernels.prefill_attention import tile_rows
 from pallas_kernels.registry import why_not
 
 log = logging.getLogger("lmdeploy_jax")
-DEFAULTS = {"cpu": (32, 1024), "gpu": (256, 8192)}  # sequences, tokens a step
+DEFAULTS = {"cpu": (32, 256), "gpu": (256, 8192)}  # sequences, tokens a step
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jax import Array
 
 from lmdeploy_jax.engine.batch import Layout, decode_batch, ragged_batch, sampling_batch
 from lmdeploy_jax.models.decoder import Decoder
-from lmdeploy_jax.sampling.logprobs import TopLogprobs, top_logprobs
+from lmdeploy_jax.sampling.logprobs import TopLogprobs, no_logprobs, top_logprobs
 from lmdeploy_jax.sampling.mask import apply_mask
 from lmdeploy_jax.sampling.penalties import add_tokens, apply_penalties
 from lmdeploy_jax.sampling.sampler import greedy, sample
@@ -40,6 +40,24 @@ def decode(
     """One token for each sequence: -> rows [max_rows, E], caches."""
     hidden, caches = merge(leaves)(caches, decode_batch(layout.views(flat), pending))
     return jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0))), caches
+
+
+def decode_greedy(
+    merge: Merge, layout: Layout, max_rows: int, leaves: Leaves, caches: Caches, pending: Array, flat: Array
+) -> tuple[Array, Array, Array, Caches]:
+    """`decode` and, where `flat` says that all draw greedily, their head: -> rows, tokens, pending, caches.
+
+    Otherwise the tokens are what stood in `pending`. The condition is read on the device: for CPUs, since
+    it would take a GPU out of its CUDA graph.
+    """
+    field = layout.views(flat)
+    model, slots = merge(leaves), field["slots"]
+    hidden, caches = model(caches, decode_batch(field, pending))
+    tokens = jax.lax.cond(
+        field["greedy"][0] != 0, lambda: greedy(model.logits(hidden)), lambda: pending[slots]
+    )
+    rows = jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0)))
+    return rows, tokens, pending.at[slots].set(tokens), caches
 
 
 def ragged(
@@ -87,7 +105,10 @@ def head_full(
     batch, slots = sampling_batch(field), field["slots"]
     logits = apply_penalties(logits, history.counts[slots], batch) + history.bias[slots]
     tokens = sample(apply_mask(logits, mask), batch)
-    packed = pack_logprobs(tokens, top_logprobs(raw, tokens))
+    found = jax.lax.cond(
+        (field["logprobs"] != 0).any(), lambda: top_logprobs(raw, tokens), lambda: no_logprobs(raw)
+    )
+    packed = pack_logprobs(tokens, found)
     history = History(add_tokens(history.counts, slots, tokens), history.bias)
     return packed, pending.at[slots].set(tokens), history
 

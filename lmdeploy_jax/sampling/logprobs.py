@@ -32,6 +32,13 @@ def top_logprobs(logits: Array, tokens: Array, k: int = MAX_LOGPROBS) -> TopLogp
     return TopLogprobs(own - norm, ids.astype(jnp.int32), values - norm[:, None])
 
 
+def no_logprobs(logits: Array, k: int = MAX_LOGPROBS) -> TopLogprobs:
+    """Zeros in the shapes of `top_logprobs`, for rows of which nobody asks for any."""
+    rows, width = logits.shape[0], min(k, logits.shape[1])
+    ids = jnp.zeros((rows, width), jnp.int32)
+    return TopLogprobs(jnp.zeros(rows, jnp.float32), ids, jnp.zeros((rows, width), jnp.float32))
+
+
 def target_logprobs(logits: Array, targets: Array, k: int = MAX_LOGPROBS) -> TopLogprobs:
     """`top_logprobs` of known continuations: row i of `logits` [N, V] predicts `targets[i]`.
 

@@ -12,7 +12,9 @@ Pages = tuple[jax.Array, jax.Array]
 def kv_write(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
     """See `pallas_kernels.kv_write.kv_write`."""
     k, v = k.astype(k_pages.dtype), v.astype(v_pages.dtype)
-    return lax.platform_dependent(k_pages, v_pages, k, v, slots, cpu=_write_in_loop, default=_scatter)
+    # On CPUs, XLA's scatter is the faster where it is in place: it widens a cache of 16-bit floats.
+    on_cpu = _scatter if k_pages.dtype == jnp.float32 else _write_in_loop
+    return lax.platform_dependent(k_pages, v_pages, k, v, slots, cpu=on_cpu, default=_scatter)
 
 
 def _scatter(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
@@ -23,7 +25,7 @@ def _scatter(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array,
 def _write_in_loop(
     k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
 ) -> Pages:
-    """A loop of windowed updates: in place for every dtype, where XLA's scatter widens a bfloat16 cache."""
+    """A loop of windowed updates: in place for every dtype."""
     page_size = k_pages.shape[2]
 
     def write(token: jax.Array, pages: Pages) -> Pages:
