@@ -13,6 +13,7 @@ from lmdeploy_jax.errors import LmdeployError
 
 COMMANDS = {
     "chat": "talk to a model in the terminal",
+    "serve": "answer over HTTP, in OpenAI's protocol and others",
     "convert": "write a checkpoint in the form that loads fastest",
     "bench": "measure throughput or latency on fixed work",
     "check_env": "report what is installed, which devices are seen and what works on them",

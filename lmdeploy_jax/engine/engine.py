@@ -77,6 +77,13 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    @property
+    def failure(self) -> str | None:
+        """Why the engine can do no more, itself or because it was closed; None while it works."""
+        if self._failure is not None:
+            return repr(self._failure)
+        return "it has been closed" if self._closed else None
+
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
             if self._closed:

@@ -1,0 +1,63 @@
+"""`serve api_server [MODEL]`: answer over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from absl import flags as absl_flags
+
+from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
+from lmdeploy_jax.cli.flags import FlagSet, UsageError
+from lmdeploy_jax.server.options import ServerOptions
+
+DEFAULT_MODEL = "tiny-chat"
+SECTION = "Server"
+USAGE = "serve api_server [MODEL] [FLAGS]"
+ABOUT = f"""MODEL is a checkpoint folder, a hub id, or the output of `lmdeploy_jax convert`; without it the
+embedded demonstration model {DEFAULT_MODEL}. Speaks OpenAI's protocol; /docs lists the routes."""
+
+
+def define(flags: FlagSet) -> None:
+    """The flags of the command."""
+    hints = get_type_hints(ServerOptions)
+    for field in fields(ServerOptions):
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        flags.add(SECTION, _definition(hints[field.name]), field.name, default, field.metadata["help"])
+    text, section = absl_flags.DEFINE_string, "Model"
+    flags.add(section, text, "chat_template", None, "a built-in template's name, or a .json or .jinja file")
+    flags.add(section, text, "log_level", "WARNING", "CRITICAL, ERROR, WARNING, INFO, REQUEST or DEBUG")
+    flags.add(section, absl_flags.DEFINE_integer, "max_log_len", None, "characters of a logged prompt")
+    add_engine_flags(flags)
+
+
+def _definition(hint: Any) -> Any:
+    """absl's DEFINE function for an option's type."""
+    kinds = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer, float: absl_flags.DEFINE_float}
+    for kind, define_flag in kinds.items():
+        if hint in (kind, kind | None):
+            return define_flag
+    return absl_flags.DEFINE_string if hint in (str, str | None) else absl_flags.DEFINE_list
+
+
+def run(flags: FlagSet, args: list[str]) -> int:
+    """Open the model and serve it until the process is told to end."""
+    if not args or args[0] != "api_server" or len(args) > 2:
+        raise UsageError(f"serve takes api_server and one model, but was given {' '.join(args)!r}.")
+    options = ServerOptions(**{field.name: flags[field.name] for field in fields(ServerOptions)})
+    config = engine_config(flags)
+
+    from lmdeploy_jax.pipeline import Pipeline
+    from lmdeploy_jax.server.run import Server
+    from lmdeploy_jax.server.service import Service
+
+    model = args[1] if len(args) > 1 else DEFAULT_MODEL
+    progress = sys.stderr.isatty()
+    with Pipeline(
+        model, config, flags["chat_template"], flags["log_level"], flags["max_log_len"], progress=progress
+    ) as pipe:
+        server = Server(Service(pipe.frontend, options, model))
+        print(f"Serving {server.service.models[0]} at {server.address}", flush=True)
+        server.run()
+    return 0

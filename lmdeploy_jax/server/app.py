@@ -1,0 +1,45 @@
+"""The web application: routes, errors, middleware."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from lmdeploy_jax import __version__
+from lmdeploy_jax.server.errors import install_handlers
+from lmdeploy_jax.server.middleware import Guard
+from lmdeploy_jax.server.options import ServerOptions
+from lmdeploy_jax.server.routes import health, models, openai_chat
+from lmdeploy_jax.server.service import Service
+
+ROUTERS: tuple[APIRouter, ...] = (models.router, openai_chat.router, health.router)
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application over a service, whose options it follows. Closing the engine is left to the caller."""
+    options = service.options
+    app = FastAPI(
+        title="lmdeploy_jax",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None if options.disable_fastapi_docs else "/openapi.json",
+    )
+    app.state.service = service
+    for router in ROUTERS:
+        app.include_router(router)
+    install_handlers(app)
+    _install_middleware(app, options)
+    return app
+
+
+def _install_middleware(app: FastAPI, options: ServerOptions) -> None:
+    """The last one added is the outermost."""
+    app.add_middleware(Guard)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=options.allow_origins,
+        allow_methods=options.allow_methods,
+        allow_headers=options.allow_headers,
+        allow_credentials=options.allow_credentials,
+    )

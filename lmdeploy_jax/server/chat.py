@@ -1,0 +1,169 @@
+"""What every chat protocol asks for, said in one way, and made ready for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.messages import GenerationConfig
+from lmdeploy_jax.server.answers import AnswerReader, ReaderFactory, ReasoningCounter
+from lmdeploy_jax.server.generation import Job
+from lmdeploy_jax.text.parsers import AnswerParser, ReasoningFormat, ToolFormat
+from lmdeploy_jax.text.prompts import Prompt
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.engine.frontend import Frontend
+
+Tool = dict[str, Any]  # {"type": "function", "function": {"name": …, "parameters": …}}
+_TAIL = 32  # tokens of a prompt's end in which an open tag of reasoning is looked for
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """auto: call or talk; none: talk; required: call, `name` if one is given. Enforced by a grammar.
+
+    allowed: names of the tools that may be called; None is all of them.
+    """
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    name: str | None = None
+    allowed: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ChatCall:
+    """A prompt, how it is to be continued, and how the answer is to be read.
+
+    chat: False passes the prompt on without the chat template. config: its `response_format` holds for the
+    answer's content, after any reasoning.
+    """
+
+    prompt: Prompt
+    config: GenerationConfig
+    chat: bool = True
+    tools: Sequence[Tool] = ()
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    parallel_tool_calls: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call that is ready: the engine's job, and how its answers are read."""
+
+    job: Job
+    reader: ReaderFactory
+
+
+class Chat:
+    """Prepares calls for a model whose answers have these formats. May be used from any thread."""
+
+    def __init__(
+        self, frontend: Frontend, tools: ToolFormat | None, reasoning: ReasoningFormat | None
+    ) -> None:
+        self._frontend = frontend
+        self._tokenizer = frontend.tokenizer
+        self.tools = tools
+        self.reasoning = reasoning
+
+    def prepare(self, call: ChatCall) -> Prepared:
+        """Renders and tokenises. Raises `RequestError` for what cannot be served."""
+        from lmdeploy_jax.engine.frontend import PromptOptions
+
+        tools = self._offered(call)
+        options = PromptOptions(call.chat, tools or None, dict(call.template_kwargs))
+        ids = self._frontend.encode(call.prompt, options)
+        if not call.chat:
+            return Prepared(Job(ids, call.config), plain_reader)
+        started = self._starts_in_reasoning(ids)
+        tool_format = self.tools if tools else None
+        config = self._enforced(call, tools, started)
+        return Prepared(Job(ids, config), self._reader(call, tools, tool_format, started))
+
+    def count(self, call: ChatCall) -> int:
+        """Tokens of the call's prompt."""
+        return len(self.prepare(call).job.prompt)
+
+    def _offered(self, call: ChatCall) -> list[Tool]:
+        """The tools that the model is told of."""
+        choice = call.tool_choice
+        if choice.mode == "none" or not call.tools:
+            if choice.mode == "required":
+                raise RequestError("tool_choice asks for a tool call, but the request holds no tools.")
+            return []
+        if self.tools is None:
+            raise RequestError(
+                "This model's format of tool calls is not known, so tools cannot be used. Start the server "
+                "with --tool-call-parser, or set tool_choice to 'none'."
+            )
+        return _allowed(call.tools, choice)
+
+    def _starts_in_reasoning(self, ids: list[int]) -> bool:
+        if self.reasoning is None:
+            return False
+        return self.reasoning.opened_by(self._tokenizer.decode(ids[-_TAIL:], skip_special_tokens=False))
+
+    def _enforced(self, call: ChatCall, tools: list[Tool], started: bool) -> GenerationConfig:
+        """The config with the grammar that holds the answer to its form, and with the tags in sight."""
+        from lmdeploy_jax.guided import after_reasoning, tool_grammar
+
+        form = call.config.response_format
+        if tools and call.tool_choice.mode == "required":
+            assert self.tools is not None
+            form = tool_grammar(
+                self.tools,
+                tools,
+                self._tokenizer,
+                name=call.tool_choice.name,
+                parallel=call.parallel_tool_calls,
+                reasoning=self.reasoning,
+                starts_in_reasoning=started,
+            )
+        elif form is not None and self.reasoning is not None:
+            form = after_reasoning(form, self._tokenizer, self.reasoning, started)
+        skip = call.config.skip_special_tokens and not self._tags_are_special(bool(tools))
+        return replace(call.config, response_format=form, skip_special_tokens=skip)
+
+    def _tags_are_special(self, with_tools: bool) -> bool:
+        """Whether leaving special tokens out of the text would hide the tags from the parser."""
+        tags = list(self.tools.special_tokens) if with_tools and self.tools else []
+        tags += [self.reasoning.open, self.reasoning.close] if self.reasoning else []
+        ids = (self._tokenizer.token_to_id(tag) for tag in tags)
+        return any(i is not None and self._tokenizer.is_special(i) for i in ids)
+
+    def _reader(
+        self, call: ChatCall, tools: list[Tool], tool_format: ToolFormat | None, started: bool
+    ) -> ReaderFactory:
+        if tool_format is None and self.reasoning is None:
+            return plain_reader
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+
+        def make(choice: int) -> AnswerReader:
+            parser = AnswerParser(self.reasoning, tool_format, schemas, started)
+            counter = ReasoningCounter(self._tokenizer, self.reasoning, started) if self.reasoning else None
+            return AnswerReader(choice, parser, counter, one_call=not call.parallel_tool_calls)
+
+        return make
+
+
+def plain_reader(choice: int) -> AnswerReader:
+    """For answers that are only text."""
+    return AnswerReader(choice)
+
+
+def _allowed(tools: Sequence[Tool], choice: ToolChoice) -> list[Tool]:
+    """The tools that `choice` allows. Raises `RequestError` where it names one that there is not."""
+    for i, tool in enumerate(tools):
+        function = tool.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RequestError(f"tools[{i}] must be an object with a 'function' that has a 'name'.")
+    names = [tool["function"]["name"] for tool in tools]
+    wanted = [choice.name] if choice.name is not None else list(choice.allowed or ())
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise RequestError(f"Allowed tool(s) not found in request.tools: {missing}.")
+    if choice.allowed is None:
+        return list(tools)
+    return [tool for tool in tools if tool["function"]["name"] in choice.allowed]

@@ -1,0 +1,37 @@
+"""GET /v1/models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from lmdeploy_jax.server.routes.common import CurrentService
+from lmdeploy_jax.server.service import Service
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models")
+async def models(service: CurrentService) -> dict[str, Any]:
+    """The models that are served."""
+    return {"object": "list", "data": [_card(service, name) for name in service.models]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, service: CurrentService) -> dict[str, Any]:
+    """One model."""
+    return _card(service, service.check_model(name))
+
+
+def _card(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "lmdeploy_jax",
+        "root": name,
+        "parent": None,
+        "max_model_len": service.frontend.limits.session_len,
+        "permission": [],
+    }

@@ -1,0 +1,131 @@
+"""The engine as the routes see it: what is admitted, what runs, and how the server goes down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from lmdeploy_jax.server.answers import Answers
+from lmdeploy_jax.server.call_ids import CallIds
+from lmdeploy_jax.server.chat import Chat, ChatCall, Prepared
+from lmdeploy_jax.server.defaults import Defaults
+from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.server.generation import Generation, Job, Mailroom
+from lmdeploy_jax.server.options import ServerOptions
+from lmdeploy_jax.server.parsers import select_parsers
+from lmdeploy_jax.text.parsers import json_formats
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.engine.frontend import Frontend
+
+logger = logging.getLogger("lmdeploy_jax")
+
+
+class Service:
+    """A frontend with the server's options. All methods belong to one event loop's thread.
+
+    model: the served model's name. Raises `ConfigError` for options that name nothing, such as a parser.
+    """
+
+    def __init__(
+        self, frontend: Frontend, options: ServerOptions | None = None, model: str = "model"
+    ) -> None:
+        self.options = options or ServerOptions()
+        self.frontend = frontend
+        self.models = (self.options.model_name or model,)
+        self.created = int(time.time())
+        self.defaults = Defaults.read(self.options.generation_config, frontend.engine.folder)
+        self.chat = Chat(frontend, *select_parsers(self.options, frontend))
+        self.call_ids = CallIds(bare=self.chat.tools is json_formats.MISTRAL)
+        self.unknown_fields: set[str] = set()
+        self.draining = False
+        self._mailroom: Mailroom | None = None
+        self._live: dict[Generation, int] = {}  # with the number of answers of each
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    def check_model(self, name: str | None) -> str:
+        """The served model's name. Raises `ApiError` 404 for another one; None and "" mean the served one."""
+        if name and name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(
+                404,
+                f"The model {name!r} does not exist. Served is {known}.",
+                param="model",
+                code="model_not_found",
+            )
+        return name or self.models[0]
+
+    async def generate(
+        self, prepare: Callable[[], Sequence[Job]], *, answers: int = 1, stream: bool = True
+    ) -> Generation:
+        """Start the jobs that `prepare` makes on a worker thread; `answers` is how many they give in all.
+
+        Raises `ApiError` where nothing is taken in, and what `prepare` and the engine raise.
+        """
+        self._admit(answers)
+        generation = Generation(self.frontend, self._open_mailroom(), self._forget)
+        self._live[generation] = answers
+        if self.options.request_timeout is not None:
+            generation.expire_after(self.options.request_timeout)
+        await generation.start(prepare, stream=stream)
+        return generation
+
+    async def answer(self, call: ChatCall, *, stream: bool) -> Answers:
+        """The answers to a chat call. Raises as `generate` does, before anything has come."""
+        ready: list[Prepared] = []
+
+        def prepare() -> list[Job]:
+            ready.append(self.chat.prepare(call))
+            return [ready[0].job]
+
+        generation = await self.generate(prepare, answers=call.config.n, stream=stream)
+        return Answers(generation, ready[0].reader)
+
+    def _admit(self, answers: int) -> None:
+        if self.draining:
+            raise ApiError(503, "The server is shutting down.", code="shutting_down")
+        failure = self.frontend.engine.failure
+        if failure is not None:
+            raise ApiError(503, f"The engine has failed: {failure}.", code="engine_unavailable")
+        limit = self.options.max_queued_requests
+        if limit is not None and self.running + answers > self.frontend.engine.max_batch_size + limit:
+            message = f"The server is busy: {self.running} answers are under way or waiting. Try again later."
+            raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
+
+    def _open_mailroom(self) -> Mailroom:
+        if self._mailroom is None:
+            self._mailroom = Mailroom(asyncio.get_running_loop())
+        return self._mailroom
+
+    def _forget(self, generation: Generation) -> None:
+        self._live.pop(generation, None)
+
+    @property
+    def running(self) -> int:
+        """Answers that have been asked for and are not finished."""
+        return sum(self._live.values())
+
+    # -- going down ---------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Take in nothing more. What runs goes on."""
+        self.draining = True
+
+    def cut(self) -> None:
+        """End what runs; each answer gets its last piece, with finish_reason "abort"."""
+        for generation in tuple(self._live):
+            generation.abort()
+
+    @property
+    def health(self) -> tuple[str, str]:
+        """ "healthy", "unhealthy" or "draining", and what there is to say about it."""
+        failure = self.frontend.engine.failure
+        if failure is not None:
+            return "unhealthy", f"The engine has failed: {failure}."
+        if self.draining:
+            return "draining", "The server is shutting down."
+        return "healthy", "The engine takes requests."

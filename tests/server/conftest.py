@@ -1,0 +1,37 @@
+import openai
+import pytest
+
+from lmdeploy_jax import JaxEngineConfig, pipeline
+from tests.server.live import serving
+
+
+@pytest.fixture(scope="package")
+def pipe(tmp_path_factory):
+    config = JaxEngineConfig(
+        dtype="float32",
+        session_len=512,
+        max_batch_size=8,
+        max_prefill_token_num=96,
+        cache_max_entry_count=8e6,
+        eager_mode=True,
+        compile_cache_dir=str(tmp_path_factory.mktemp("xla")),
+    )
+    with pipeline("tiny-chat", config, progress=False) as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="package")
+def live(pipe):
+    """The server that most tests share."""
+    with serving(pipe.frontend) as live:
+        yield live
+
+
+@pytest.fixture(scope="package")
+def client(live):
+    return openai.OpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def aclient(live):
+    return openai.AsyncOpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0)

@@ -1,0 +1,62 @@
+"""A server in this process, on a port of its own, for tests that speak HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lmdeploy_jax.engine.frontend import Frontend
+from lmdeploy_jax.server.options import ServerOptions
+from lmdeploy_jax.server.run import Server
+from lmdeploy_jax.server.service import Service
+
+PATIENCE = 60  # seconds
+
+
+class LiveServer:
+    """`url`, the service behind it, and `call` for what must happen on its event loop."""
+
+    def __init__(self, frontend: Frontend, **options: object) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        settings = ServerOptions(server_name="127.0.0.1", server_port=port, **options)
+        self.service = Service(frontend, settings, "tiny-chat")
+        self.server = Server(self.service)
+        self.url = f"http://127.0.0.1:{port}"
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(self.server.serve())
+
+    def start(self) -> None:
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive(), "the server did not end"
+
+
+@contextmanager
+def serving(frontend: Frontend, **options: object) -> Iterator[LiveServer]:
+    live = LiveServer(frontend, **options)
+    live.start()
+    try:
+        yield live
+    finally:
+        live.stop()
+
+
+def wait_until(condition, patience: float = PATIENCE) -> None:
+    end = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
