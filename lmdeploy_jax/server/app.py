@@ -9,10 +9,18 @@ from lmdeploy_jax import __version__
 from lmdeploy_jax.server.errors import install_handlers
 from lmdeploy_jax.server.middleware import Guard
 from lmdeploy_jax.server.options import ServerOptions
-from lmdeploy_jax.server.routes import health, models, openai_chat
+from lmdeploy_jax.server.responses_prompt import ResponseStore
+from lmdeploy_jax.server.routes import anthropic, health, models, openai_chat, page, responses
 from lmdeploy_jax.server.service import Service
 
-ROUTERS: tuple[APIRouter, ...] = (models.router, openai_chat.router, health.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    models.router,
+    openai_chat.router,
+    responses.router,
+    anthropic.router,
+    health.router,
+    page.router,
+)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -26,6 +34,7 @@ def create_app(service: Service) -> FastAPI:
         openapi_url=None if options.disable_fastapi_docs else "/openapi.json",
     )
     app.state.service = service
+    app.state.responses = ResponseStore()
     for router in ROUTERS:
         app.include_router(router)
     install_handlers(app)

@@ -1,0 +1,75 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from lmdeploy_jax.messages import GenerationConfig
+from lmdeploy_jax.server.answers import Answer, Answers
+from lmdeploy_jax.server.anthropic_answer import EventWriter, error_body, message
+from lmdeploy_jax.server.anthropic_prompt import chat_call, sampling
+from lmdeploy_jax.server.call_ids import CallIds
+from lmdeploy_jax.server.chat import ChatCall
+from lmdeploy_jax.server.errors import as_api_error, register_renderer
+from lmdeploy_jax.server.protocol.anthropic import CountTokensRequest, MessagesRequest
+from lmdeploy_jax.server.routes.common import CurrentService, check_fields, new_id
+from lmdeploy_jax.server.service import Service
+from lmdeploy_jax.server.sse import EventStream, unless_gone
+
+router = APIRouter(tags=["anthropic"])
+CALL_IDS = CallIds("toolu_")
+REFUSED = {
+    "mcp_servers": "call the tools in your own client.",
+    "container": "this server runs no containers.",
+    "input_ids": "use /generate for prompts in tokens.",
+    "image_data": "images are not supported.",
+}
+register_renderer("/v1/messages", error_body)
+
+
+@router.post("/v1/messages", response_model=None)
+async def messages(
+    body: MessagesRequest, request: Request, service: CurrentService
+) -> Response | dict[str, Any]:
+    """Answer a conversation, whole or as a stream of events."""
+    check_fields(service, body, REFUSED)
+    model = service.check_model(body.model)
+    call = chat_call(body, service.defaults.config(sampling(body)))
+    id = new_id("msg").replace("-", "_")
+    if body.stream:
+        answers = await unless_gone(request, _begun(service, call))
+        return EventStream(_events(answers, EventWriter(id, model, CALL_IDS)), answers.close)
+    answers, answer = await unless_gone(request, _whole(service, call))
+    return message(id, model, answer, answers.usage, CALL_IDS)
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: CountTokensRequest, service: CurrentService) -> dict[str, int]:
+    """The tokens of a request's prompt, tools included."""
+    check_fields(service, body, REFUSED)
+    service.check_model(body.model)
+    call = chat_call(body, GenerationConfig())
+    return {"input_tokens": await asyncio.to_thread(service.chat.count, call)}
+
+
+async def _begun(service: Service, call: ChatCall) -> Answers:
+    return await (await service.answer(call, stream=True)).begin()
+
+
+async def _whole(service: Service, call: ChatCall) -> tuple[Answers, Answer]:
+    answers = await service.answer(call, stream=False)
+    return answers, (await answers.complete())[0]
+
+
+async def _events(answers: Answers, writer: EventWriter) -> AsyncGenerator[bytes, None]:
+    try:
+        async for deltas in answers:
+            for delta in deltas:
+                yield writer.write(delta, answers.usage)
+    except Exception as error:
+        yield writer.error(as_api_error(error))

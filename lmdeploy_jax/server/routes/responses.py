@@ -1,0 +1,94 @@
+"""POST /v1/responses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from lmdeploy_jax.server.answers import Answer, Answers, Finish
+from lmdeploy_jax.server.chat import ChatCall
+from lmdeploy_jax.server.errors import as_api_error
+from lmdeploy_jax.server.protocol.responses import ResponsesRequest
+from lmdeploy_jax.server.responses_answer import (
+    ResponseShape,
+    ResponseWriter,
+    output_items,
+    status_of,
+)
+from lmdeploy_jax.server.responses_prompt import (
+    Message,
+    ResponseStore,
+    answer_messages,
+    chat_call,
+    conversation,
+    sampling,
+)
+from lmdeploy_jax.server.routes.common import CurrentService, check_fields, new_id, now
+from lmdeploy_jax.server.service import Service
+from lmdeploy_jax.server.sse import EventStream, unless_gone
+
+router = APIRouter(tags=["responses"])
+REFUSED = {
+    "background": "leave it out and stream instead.",
+    "conversation": "use previous_response_id.",
+    "context_management": "shorten the conversation in your own client.",
+    "prompt": "send the text itself.",
+    "max_tool_calls": "use parallel_tool_calls: false.",
+    "top_logprobs": "use /v1/chat/completions.",
+}
+
+
+def store_of(request: Request) -> ResponseStore:
+    store: ResponseStore = request.app.state.responses
+    return store
+
+
+@router.post("/v1/responses", response_model=None)
+async def responses(
+    body: ResponsesRequest,
+    request: Request,
+    service: CurrentService,
+    store: Annotated[ResponseStore, Depends(store_of)],
+) -> Response | dict[str, Any]:
+    """Answer a conversation, whole or as a stream of events."""
+    check_fields(service, body, REFUSED)
+    shape = ResponseShape(new_id("resp").replace("-", "_"), now(), service.check_model(body.model), body)
+    said = conversation(body, store)
+    call = chat_call(body, said, service.defaults.config(sampling(body)))
+    if body.stream:
+        answers = await unless_gone(request, _begun(service, call))
+        return EventStream(_events(answers, ResponseWriter(shape), said, store), answers.close)
+    answers, answer = await unless_gone(request, _whole(service, call))
+    items = output_items(answer)
+    if body.store:
+        store.put(shape.id, [*said, *answer_messages(items)])
+    return shape.render(status_of(answer.finish), items, answers.usage)
+
+
+async def _begun(service: Service, call: ChatCall) -> Answers:
+    return await (await service.answer(call, stream=True)).begin()
+
+
+async def _whole(service: Service, call: ChatCall) -> tuple[Answers, Answer]:
+    answers = await service.answer(call, stream=False)
+    return answers, (await answers.complete())[0]
+
+
+async def _events(
+    answers: Answers, writer: ResponseWriter, said: list[Message], store: ResponseStore
+) -> AsyncGenerator[bytes, None]:
+    finish = Finish("stop")
+    yield writer.begin()
+    try:
+        async for deltas in answers:
+            for delta in deltas:
+                yield writer.write(delta)
+                finish = delta.finish or finish
+        if writer.shape.body.store:
+            store.put(writer.shape.id, [*said, *answer_messages(writer.items)])
+        yield writer.end(finish, answers.usage)
+    except Exception as error:
+        yield writer.error(as_api_error(error))
