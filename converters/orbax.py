@@ -16,17 +16,19 @@ import os
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from converters.device import Placement, Progress, load_parallel, spec_sharding
 from converters.headers import TensorInfo
 from converters.zarr import find_array, read_array
 from lmdeploy_jax.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # slow to import: done where it is used
 
 FORMAT_VERSION = 1
 MANIFEST = "lmdeploy_jax.json"
@@ -126,6 +128,8 @@ def _placement(info: TensorInfo, spec: jax.ShapeDtypeStruct) -> Placement:
 
 def _restore(weights: pathlib.Path, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """By Orbax itself, for weights that were sharded when they were saved: one chunk a shard."""
+    import orbax.checkpoint as ocp
+
     args = {
         name: ocp.ArrayRestoreArgs(dtype=spec.dtype, sharding=spec_sharding(spec), global_shape=spec.shape)
         for name, spec in specs.items()
@@ -152,12 +156,16 @@ def _copy_small_files(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _save_weights(folder: pathlib.Path, leaves: Mapping[str, jax.Array]) -> None:
+    import orbax.checkpoint as ocp
+
     with ocp.Checkpointer(_handler(leaves)) as checkpointer:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(leaves)))
 
 
 def _handler(leaves: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> ocp.PyTreeCheckpointHandler:
     """Plain files without compression, read at disk speed; a few gigabytes (or one weight) in flight."""
+    import orbax.checkpoint as ocp
+
     largest = max(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves.values())
     return ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.kv_write import pallas, xla
+from pallas_kernels.kv_write import xla
 from pallas_kernels.options import check_cache
 from pallas_kernels.registry import check_backend
 
@@ -29,6 +29,8 @@ def kv_write(
     _check_rows(k_pages, k, v, slots)
     if backend == "xla":
         return xla.kv_write(k_pages, v_pages, k, v, slots)
+    from pallas_kernels.kv_write import pallas  # a CPU does without the import's time
+
     return pallas.kv_write(k_pages, v_pages, k, v, slots, interpret=backend == "pallas_interpret")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.options import AttentionOptions, check_cache, check_heads
-from pallas_kernels.paged_attention import pallas, xla
+from pallas_kernels.paged_attention import xla
 from pallas_kernels.registry import check_backend
 
 
@@ -36,6 +36,8 @@ def paged_attention(
     options = AttentionOptions(scale, window, soft_cap)
     if backend == "xla":
         return xla.paged_attention(q, k_pages, v_pages, page_table, kv_lens, sinks, options)
+    from pallas_kernels.paged_attention import pallas  # a CPU does without the import's time
+
     return pallas.paged_attention(
         q, k_pages, v_pages, page_table, kv_lens, sinks, options, interpret=backend == "pallas_interpret"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.options import AttentionOptions, check_cache, check_heads
-from pallas_kernels.prefill_attention import pallas, xla
+from pallas_kernels.prefill_attention import xla
 from pallas_kernels.prefill_attention.tiles import build_tiles, max_tiles, tile_rows
 from pallas_kernels.registry import check_backend
 
@@ -41,6 +41,8 @@ def prefill_attention(
     options = AttentionOptions(scale, window, soft_cap)
     if backend == "xla":
         return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options)
+    from pallas_kernels.prefill_attention import pallas  # a CPU does without the import's time
+
     return pallas.prefill_attention(
         q, k_pages, v_pages, page_table, tiles, sinks, options, interpret=backend == "pallas_interpret"
     )
