@@ -10,7 +10,7 @@ from lmdeploy_jax.server.errors import install_handlers
 from lmdeploy_jax.server.middleware import Guard
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.responses_prompt import ResponseStore
-from lmdeploy_jax.server.routes import anthropic, health, models, openai_chat, page, responses
+from lmdeploy_jax.server.routes import anthropic, embeddings, health, models, openai_chat, page, responses
 from lmdeploy_jax.server.service import Service
 
 ROUTERS: tuple[APIRouter, ...] = (
@@ -18,6 +18,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     openai_chat.router,
     responses.router,
     anthropic.router,
+    embeddings.router,
     health.router,
     page.router,
 )
