@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from absl import flags as absl_flags
 
@@ -34,6 +34,9 @@ def define(flags: FlagSet) -> None:
     about = "variable of the chat template; for models that think before they answer"
     flags.add(section, text, "prompt", None, "print the answer to this message and quit")
     flags.add(section, text, "system", None, "system prompt")
+    server = "talk to the model of a running server, such as http://localhost:23333, MODEL is its name there"
+    flags.add(section, text, "url", None, server)
+    flags.add(section, text, "api_key", None, "key that the server of --url asks for")
     flags.add(section, absl_flags.DEFINE_boolean, "enable_thinking", None, about)
     flags.add(section, text, "chat_template", None, "a built-in template's name, or a .json or .jinja file")
     flags.add(section, text, "log_level", "WARNING", "CRITICAL, ERROR, WARNING, INFO, REQUEST or DEBUG")
@@ -50,17 +53,34 @@ def run(flags: FlagSet, args: list[str]) -> int:
     config = engine_config(flags)
     generation_config(flags)  # wrong values are told before the model is loaded
 
+    if flags["url"] is not None:
+        from lmdeploy_jax.cli.remote_chat import RemoteConversation
+
+        name = args[0] if args else None
+        return _converse(flags, RemoteConversation(flags["url"], name, flags["api_key"], flags))
+
     from lmdeploy_jax.pipeline import Pipeline
 
     model = args[0] if args else DEFAULT_MODEL
     template, level = flags["chat_template"], flags["log_level"]
     with Pipeline(model, config, template, level, progress=sys.stderr.isatty()) as pipe:
         gen_config = generation_config(flags, pipe.frontend.engine.folder)
-        conversation = Conversation(pipe, gen_config, flags["system"], flags["enable_thinking"])
-        if flags["prompt"] is not None:
-            conversation.answer(flags["prompt"])
-        else:
-            _talk(conversation)
+        return _converse(flags, Conversation(pipe, gen_config, flags["system"], flags["enable_thinking"]))
+
+
+class Talker(Protocol):
+    """What a conversation must be able to do."""
+
+    def answer(self, text: str) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+def _converse(flags: FlagSet, conversation: Talker) -> int:
+    if flags["prompt"] is not None:
+        conversation.answer(flags["prompt"])
+    else:
+        _talk(conversation)
     return 0
 
 
@@ -100,7 +120,7 @@ class Conversation:
         return [{"role": "system", "content": self._system}, {"role": "user", "content": text}]
 
 
-def _talk(conversation: Conversation) -> None:
+def _talk(conversation: Talker) -> None:
     """Read a message, print the answer, and again."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
@@ -116,7 +136,7 @@ def _talk(conversation: Conversation) -> None:
             _answer(conversation, text)
 
 
-def _answer(conversation: Conversation, text: str) -> None:
+def _answer(conversation: Talker, text: str) -> None:
     """One turn, whose failure or abortion does not end the conversation."""
     try:
         conversation.answer(text)
