@@ -160,6 +160,7 @@ class Response:
     choice: int = 0  # which of the prompt's `n` answers
     choices: list[Response] = field(default_factory=list)  # answers 1..n-1 when n > 1
     cached_tokens: int = 0
+    queue_seconds: float = 0.0  # that the prompt waited for its first step
     stop_match: str | int | None = None  # the stop string or id that ended the answer
     error_code: str | None = None
     error_message: str | None = None
@@ -173,6 +174,7 @@ class Response:
         self.logits = _stacked(self.logits, piece.logits)
         self.last_hidden_state = _stacked(self.last_hidden_state, piece.last_hidden_state)
         self.cached_tokens = max(self.cached_tokens, piece.cached_tokens)
+        self.queue_seconds = max(self.queue_seconds, piece.queue_seconds)
         for name in _LATEST:
             setattr(self, name, getattr(piece, name))
         return self

@@ -250,7 +250,7 @@ class Pipeline:
             for i, ids in enumerate(sequences):
                 stream.submit(i, ids, config)
             for answer in stream:
-                losses[answer.index] = _cross_entropy(sequences[answer.index], answer)
+                losses[answer.index] = cross_entropy(sequences[answer.index], answer)
         return losses
 
     def get_reward_score(self, input_ids: Ids | Sequence[Ids]) -> list[float]:
@@ -299,7 +299,11 @@ def _with_choices(answers: list[Response]) -> Response:
     return first
 
 
-def _cross_entropy(ids: list[int], answer: Response) -> float:
+def cross_entropy(ids: Sequence[int], answer: Response) -> float:
+    """The mean over tokens after the first, in nats, from an answer that has `prompt_logprobs`.
+
+    Raises `EngineError` for one that hasn't.
+    """
     if answer.prompt_logprobs is None:
         raise EngineError(
             f"No perplexity: the request ended with {answer.finish_reason}, {answer.error_message}."

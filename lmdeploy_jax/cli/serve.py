@@ -48,16 +48,18 @@ def run(flags: FlagSet, args: list[str]) -> int:
     options = ServerOptions(**{field.name: flags[field.name] for field in fields(ServerOptions)})
     config = engine_config(flags)
 
+    from lmdeploy_jax.engine.compile import CompileCounter
     from lmdeploy_jax.pipeline import Pipeline
     from lmdeploy_jax.server.run import Server
     from lmdeploy_jax.server.service import Service
 
     model = args[1] if len(args) > 1 else DEFAULT_MODEL
     progress = sys.stderr.isatty()
+    compilations = CompileCounter()
     with Pipeline(
         model, config, flags["chat_template"], flags["log_level"], flags["max_log_len"], progress=progress
     ) as pipe:
-        server = Server(Service(pipe.frontend, options, model))
+        server = Server(Service(pipe.frontend, options, model, compilations))
         print(f"Serving {server.service.models[0]} at {server.address}", flush=True)
         server.run()
     return 0

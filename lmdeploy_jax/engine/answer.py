@@ -117,6 +117,7 @@ class Answer:
             index=self._options.index,
             choice=self._choice,
             cached_tokens=out.cached_tokens,
+            queue_seconds=out.queue_seconds,
             stop_match=match if match is not None else self._named(out.stop_token),
             error_code=error_code,
             error_message=error_message,

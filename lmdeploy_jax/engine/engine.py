@@ -6,12 +6,14 @@ import atexit
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 
 from lmdeploy_jax.cache.pages import pages_for
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.request import Request, Sequence, StepOutput
+from lmdeploy_jax.engine.rest import TAGS, Rest
 from lmdeploy_jax.engine.results import accept, output_of, read_tokens
 from lmdeploy_jax.engine.runner import Drawn
 from lmdeploy_jax.engine.scheduler import DrainFirst, Step
@@ -20,6 +22,7 @@ from lmdeploy_jax.errors import ContextLengthError, EngineError, RequestError
 from lmdeploy_jax.sampling.repetition import NgramStop
 
 log = logging.getLogger("lmdeploy_jax")
+_ASLEEP = "The engine is sleeping; wake it up before inference."
 STEPS_IN_FLIGHT = 2  # a step is dispatched before the one ahead of it is read
 
 
@@ -42,7 +45,9 @@ class Engine:
         self.vocab_size = parts.model_config.vocab_size
         self.max_batch_size = parts.buckets.max_batch_size
         self.scheduler = parts.scheduler
+        self.on_step: Callable[[int], None] | None = None  # told the tokens of each step that is dispatched
         self._runner = parts.runner
+        self._rest = Rest(parts.runner, parts.scheduler, parts.reload)
         self._sequences: dict[int, list[Sequence]] = {}  # live sequences of each request
         self._flight: deque[Drawn] = deque()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -68,6 +73,23 @@ class Engine:
         if not self._closed:
             self._post(lambda: self._abort(request_id, index))
 
+    def sleep(self, level: int = 1) -> None:
+        """Abort what runs and give the device's memory back: the KV cache, and the weights.
+
+        level: 1 keeps the weights in the host's memory, 2 reads them from disk when the engine wakes. Until
+        `wake` requests are refused with an EngineError. Returns when it is done.
+        """
+        self._call(lambda: self._sleep(level))
+
+    def wake(self, tags: Iterable[str] = TAGS) -> None:
+        """Take the memory again: "weights", "kv_cache", or both; the engine serves once it has both."""
+        self._call(lambda: self._rest.wake(tags))
+
+    @property
+    def sleeping(self) -> bool:
+        """Whether something that serving needs has been given back."""
+        return bool(self._rest.missing)
+
     def close(self) -> None:
         """Abort what runs and stop. May be called twice; done at exit where the caller has not."""
         atexit.unregister(self.close)
@@ -92,7 +114,23 @@ class Engine:
             self._inbox.append(command)
             self._wake.notify()
 
+    def _call(self, work: Callable[[], None]) -> None:
+        """Do something on the engine's thread and wait for it; raises what it raises."""
+        done: Future[None] = Future()
+
+        def command() -> None:
+            try:
+                work()
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+
+        self._post(command)
+        done.result()
+
     def _check(self, request: Request) -> None:
+        if self.sleeping:
+            raise EngineError(_ASLEEP)
         prompt, params = request.prompt, request.params
         if not prompt:
             raise RequestError("The prompt holds no tokens; at least one is needed.")
@@ -155,7 +193,10 @@ class Engine:
 
     def _dispatch(self, step: Step) -> Drawn:
         for sequence in step.admitted:
+            sequence.request.note_admitted()
             self._runner.begin(sequence)
+        if self.on_step is not None:
+            self.on_step(step.num_tokens)
         passed = self._runner.forward(step)
         draws = step.sampled
         if any(sequence.matcher and sequence.unread > 1 for sequence, _ in draws):
@@ -182,7 +223,18 @@ class Engine:
                 self._retire(sequence)
             self._emit(sequence.request, out)
 
+    def _sleep(self, level: int) -> None:
+        for request_id in list(self._sequences):
+            self._abort(request_id, None)
+        self._drain()
+        self._rest.sleep(level)
+
     def _add(self, request: Request) -> None:
+        if self.sleeping:  # since it was submitted
+            for i in range(request.params.n):
+                error = EngineError(_ASLEEP)
+                self._emit(request, StepOutput(request.request_id, i, finish_reason="error", error=error))
+            return
         first = self.scheduler.add(request)
         params = request.params
         self._sequences[request.request_id] = [first, *first.siblings]

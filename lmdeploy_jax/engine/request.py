@@ -94,6 +94,7 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # which stop id ended it (the id is the last of token_ids)
     cached_tokens: int = 0
+    queue_seconds: float = 0.0
     error: BaseException | None = None
 
 
@@ -109,6 +110,12 @@ class Request:
     on_output: Callable[[StepOutput], None]
     request_id: int = field(default_factory=lambda: next(_ids))
     arrival: float = field(default_factory=time.perf_counter)
+    queue_seconds: float = 0.0  # from arrival to the first step
+
+    def note_admitted(self) -> None:
+        """The scheduler has given it a slot, for the first time or again after a preemption."""
+        if not self.queue_seconds:
+            self.queue_seconds = time.perf_counter() - self.arrival
 
 
 class Status(enum.Enum):

@@ -54,7 +54,9 @@ def accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishReas
 def output_of(sequence: Sequence, drawn: Drawn, i: int, token: int, packed: np.ndarray | None) -> StepOutput:
     """The StepOutput for draw `i`, its finish reason still open."""
     params = sequence.params
-    out = StepOutput(sequence.request.request_id, sequence.index, [token], cached_tokens=sequence.cached)
+    request = sequence.request
+    out = StepOutput(request.request_id, sequence.index, [token], cached_tokens=sequence.cached)
+    out.queue_seconds = request.queue_seconds
     if params.logprobs is not None and packed is not None:
         out.logprobs = [unpack_logprobs(packed[i], params.logprobs)]
     out.logits = _rows(drawn.logits[i] if drawn.logits else None)

@@ -63,12 +63,32 @@ class Runner:
         self.packer = packer
         self._programs = programs
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._leaves = model.leaves
+        self.leaves = model.leaves
+        self._cache_spec = cache
         self._caches = cache.allocate()
         self._pending = self._put(np.zeros(buckets.max_batch_size + 1, np.int32))
         self._history: Any = None  # allocated with the first request that needs it
         self._biased: set[int] = set()  # slots whose bias row is not zero
         self._open: dict[int, Any] = {}  # by rows: masks on the device that allow everything
+
+    # -- device memory, given back and taken again ---------------------------------------------------------
+
+    def release_caches(self) -> None:
+        """Free the KV cache and the histories. Nothing may run before `allocate_caches`."""
+        for array in jax.tree.leaves((self._caches, self._history)):
+            array.delete()
+        self._caches, self._history = (), None
+        self._biased.clear()
+
+    def allocate_caches(self) -> None:
+        """A new, empty KV cache."""
+        self._caches = self._cache_spec.allocate()
+
+    def release_leaves(self) -> None:
+        """Free the weights. Nothing may run before `leaves` is set again."""
+        for leaf in self.leaves:
+            leaf.delete()
+        self.leaves = ()
 
     # -- a sequence gets its slot -------------------------------------------------------------------------
 
@@ -129,7 +149,7 @@ class Runner:
         size = fit(self.buckets.decode, len(step.chunks))
         greedy = self.buckets.lean and _variant(step.sampled) == "greedy"
         flat = self.packer.pack_decode(step.chunks, size, greedy=greedy)
-        args = (self._leaves, self._caches, self._pending, flat)
+        args = (self.leaves, self._caches, self._pending, flat)
         if not self.buckets.lean:
             rows, self._caches = self._run("decode", size, *args)
             return Forward(rows)
@@ -139,9 +159,7 @@ class Runner:
     def _ragged(self, step: Step) -> Any:
         size = fit(self.buckets.tokens, step.num_tokens)
         flat = self.packer.pack_ragged(step.chunks, size)
-        rows, hidden, self._caches = self._run(
-            "ragged", size, self._leaves, self._caches, self._pending, flat
-        )
+        rows, hidden, self._caches = self._run("ragged", size, self.leaves, self._caches, self._pending, flat)
         offset = 0
         for chunk in step.chunks:
             if chunk.sequence.report:
@@ -167,13 +185,13 @@ class Runner:
         flat = self.packer.pack_head(draws, size)
         errors: dict[Sequence, Exception] = {}
         masks = [self._mask(draws, size, errors)] if variant == "sample" else []
-        tokens, self._pending = self._run(variant, size, self._leaves, rows, self._pending, flat, *masks)
+        tokens, self._pending = self._run(variant, size, self.leaves, rows, self._pending, flat, *masks)
         return _started(draws, tokens, errors)
 
     def _draw_full(self, draws: Draws, rows: Any) -> Drawn:
         size = fit(self.buckets.sampling, len(draws))
         flat = self._put(self.packer.pack_head(draws, size))
-        raw = self._run("logits", size, self._leaves, rows, flat)
+        raw = self._run("logits", size, self.leaves, rows, flat)
         logits: Any = raw
         errors: dict[Sequence, Exception] = {}
         if any(sequence.params.needs_host for sequence, _ in draws):
@@ -230,7 +248,7 @@ class Runner:
                 targets = np.zeros(REPORT_ROWS, np.int32)
                 following = sequence.tokens[first + 1 : first + 1 + count]
                 targets[: len(following)] = following
-                packed = self._run("row_logprobs", REPORT_ROWS, self._leaves, taken, targets)
+                packed = self._run("row_logprobs", REPORT_ROWS, self.leaves, taken, targets)
                 report.logprobs.append(np.asarray(packed)[: len(following)])
             if params.logits == "all":
                 report.logits.append(np.array(self._logits(taken))[:count])
@@ -243,7 +261,7 @@ class Runner:
         return self._run("take", hidden.shape[0], hidden, padded)
 
     def _logits(self, taken: Any) -> Any:
-        return self._run("row_logits", REPORT_ROWS, self._leaves, taken)
+        return self._run("row_logits", REPORT_ROWS, self.leaves, taken)
 
     # -- device -------------------------------------------------------------------------------------------
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -57,6 +59,7 @@ class Parts:
     scheduler: Scheduler
     runner: Runner
     startup: Startup
+    reload: Callable[[], LoadedModel]  # the same weights, read again
 
 
 def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Parts:
@@ -68,6 +71,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     model_config = read_config(folder, config.hf_overrides)
     backend = choose_backend(config.backend, mesh.devices.flat[0], model_config)
     begun = time.perf_counter()
+    reload = partial(_load, folder, config, mesh, backend, False)
     loaded = _load(folder, config, mesh, backend, progress)
     loading = time.perf_counter() - begun
     buckets = _buckets(config, platform)
@@ -93,7 +97,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         session_len=session_len,
         rope_switch=model_config.rope.switch_length,
     )
-    return Parts(folder, model_config, session_len, memory, buckets, scheduler, runner, startup)
+    return Parts(folder, model_config, session_len, memory, buckets, scheduler, runner, startup, reload)
 
 
 def choose_backend(wanted: str, device: jax.Device, model: DecoderConfig) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lmdeploy_jax.messages import Response
+from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.server.errors import failed_answer
 from lmdeploy_jax.server.generation import Generation
 from lmdeploy_jax.text.parsers import (
@@ -70,6 +70,12 @@ class Answer:
     prompt_logprobs: list[TokenLogprobs | None] | None
 
 
+def user_stop(config: GenerationConfig, match: str | int | None) -> str | int | None:
+    """The stop string or id, if it is one that the request has named."""
+    named = match in (config.stop_words or ()) or match in (config.stop_token_ids or ())
+    return match if named else None
+
+
 class AnswerReader:
     """Turns one answer's pieces into Deltas.
 
@@ -79,6 +85,7 @@ class AnswerReader:
     def __init__(
         self,
         choice: int,
+        config: GenerationConfig,
         parser: AnswerParser | None = None,
         counter: ReasoningCounter | None = None,
         *,
@@ -87,6 +94,7 @@ class AnswerReader:
         self.cut = False  # whether the rest of the answer is not wanted
         self._one_call = one_call
         self._choice = choice
+        self._config = config
         self._parser = parser
         self._counter = counter
         self._called = False
@@ -129,7 +137,10 @@ class AnswerReader:
         reason = piece.finish_reason
         if reason is None or reason == "error":
             return None
-        return Finish("tool_calls" if reason == "stop" and self._called else reason, piece.stop_match)
+        return Finish(
+            "tool_calls" if reason == "stop" and self._called else reason,
+            user_stop(self._config, piece.stop_match),
+        )
 
 
 class ReasoningCounter:

@@ -7,19 +7,37 @@ from starlette.middleware.cors import CORSMiddleware
 
 from lmdeploy_jax import __version__
 from lmdeploy_jax.server.errors import install_handlers
-from lmdeploy_jax.server.middleware import Guard
+from lmdeploy_jax.server.middleware import BodyLimit, ConcurrencyLimit, Guard, KeyCheck
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.responses_prompt import ResponseStore
-from lmdeploy_jax.server.routes import anthropic, embeddings, health, models, openai_chat, page, responses
+from lmdeploy_jax.server.routes import (
+    admin,
+    anthropic,
+    completions,
+    embeddings,
+    health,
+    metrics,
+    models,
+    native,
+    openai_chat,
+    page,
+    responses,
+    tokens,
+)
 from lmdeploy_jax.server.service import Service
 
 ROUTERS: tuple[APIRouter, ...] = (
     models.router,
     openai_chat.router,
+    completions.router,
     responses.router,
     anthropic.router,
     embeddings.router,
+    native.router,
+    tokens.router,
     health.router,
+    metrics.router,
+    admin.router,
     page.router,
 )
 
@@ -45,6 +63,11 @@ def create_app(service: Service) -> FastAPI:
 
 def _install_middleware(app: FastAPI, options: ServerOptions) -> None:
     """The last one added is the outermost."""
+    app.add_middleware(BodyLimit, most=options.max_body_size)
+    if options.max_concurrent_requests is not None:
+        app.add_middleware(ConcurrencyLimit, most=options.max_concurrent_requests)
+    if options.api_keys:
+        app.add_middleware(KeyCheck, keys=options.api_keys)
     app.add_middleware(Guard)
     app.add_middleware(
         CORSMiddleware,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmdeploy_jax.errors import RequestError
@@ -76,7 +77,7 @@ class Chat:
         options = PromptOptions(call.chat, tools or None, dict(call.template_kwargs))
         ids = self._frontend.encode(call.prompt, options)
         if not call.chat:
-            return Prepared(Job(ids, call.config), plain_reader)
+            return Prepared(Job(ids, call.config), partial(AnswerReader, config=call.config))
         started = self._starts_in_reasoning(ids)
         tool_format = self.tools if tools else None
         config = self._enforced(call, tools, started)
@@ -137,20 +138,15 @@ class Chat:
         self, call: ChatCall, tools: list[Tool], tool_format: ToolFormat | None, started: bool
     ) -> ReaderFactory:
         if tool_format is None and self.reasoning is None:
-            return plain_reader
+            return partial(AnswerReader, config=call.config)
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
         def make(choice: int) -> AnswerReader:
             parser = AnswerParser(self.reasoning, tool_format, schemas, started)
             counter = ReasoningCounter(self._tokenizer, self.reasoning, started) if self.reasoning else None
-            return AnswerReader(choice, parser, counter, one_call=not call.parallel_tool_calls)
+            return AnswerReader(choice, call.config, parser, counter, one_call=not call.parallel_tool_calls)
 
         return make
-
-
-def plain_reader(choice: int) -> AnswerReader:
-    """For answers that are only text."""
-    return AnswerReader(choice)
 
 
 def _allowed(tools: Sequence[Tool], choice: ToolChoice) -> list[Tool]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmdeploy_jax.messages import GenerationConfig, Response
-from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.server.errors import ApiError, failed_answer
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.server.metrics import Meter
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,16 @@ class Generation:
     """
 
     def __init__(
-        self, frontend: Frontend, mailroom: Mailroom, on_close: Callable[[Generation], None]
+        self,
+        frontend: Frontend,
+        mailroom: Mailroom,
+        on_close: Callable[[Generation], None],
+        meter: Meter | None = None,
     ) -> None:
         self._frontend = frontend
         self._mailroom = mailroom
         self._on_close = on_close
+        self._meter = meter
         self._loop = asyncio.get_running_loop()
         self._requests: list[int] = []
         self._left = -1  # answers that have not ended; -1 until it is known
@@ -103,6 +109,8 @@ class Generation:
 
     def deliver(self, piece: Response) -> None:
         """A piece has come. On the event loop."""
+        if self._meter is not None:
+            self._meter.see(piece)
         if not self._closed:
             self._inbox.append(piece)
             self._wake()
@@ -110,6 +118,24 @@ class Generation:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    async def begin(self) -> None:
+        """Wait for the first pieces. Raises `ApiError` if there will be none, or they tell of a failure."""
+        try:
+            await self._come()
+            failed = next((piece for piece in self._inbox if piece.finish_reason == "error"), None)
+            if failed is not None:
+                raise failed_answer(failed.error_code, failed.error_message)
+        except BaseException:
+            self.close()
+            raise
+
+    async def _come(self) -> None:
+        if not self._inbox and self._failure is None:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        if self._failure is not None:
+            raise self._failure
 
     def __aiter__(self) -> Generation:
         return self
@@ -119,11 +145,7 @@ class Generation:
         if not self._left:
             self.close()
             raise StopAsyncIteration
-        if not self._inbox and self._failure is None:
-            self._waiter = self._loop.create_future()
-            await self._waiter
-        if self._failure is not None:
-            raise self._failure
+        await self._come()
         pieces, self._inbox = self._inbox, []
         self._left -= sum(piece.finish_reason is not None for piece in pieces)
         return pieces if len(pieces) == 1 else merged(pieces)

@@ -32,3 +32,38 @@ def _entry(tokenizer: Tokenizer, token: int, entry: TokenLogprobs, top: int) -> 
 def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     raw = tokenizer.token_to_bytes(token)
     return {"token": raw.decode(errors="replace"), "bytes": list(raw), "logprob": finite(logprob)}
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    entries: Sequence[TokenLogprobs | None],
+    top: int,
+    offset: int,
+) -> tuple[dict[str, Any], int]:
+    """The text completions' four parallel lists, and the offset in characters where the next tokens begin.
+
+    An entry of None is the prompt's first token, which nothing predicts.
+    """
+    tokens, values, best, offsets = [], [], [], []
+    for i, entry in zip(ids, entries, strict=False):
+        tokens.append(_name(tokenizer, i))
+        values.append(None if entry is None else finite(entry[i]))
+        best.append(None if entry is None or not top else _named(tokenizer, entry))
+        offsets.append(offset)
+        offset += len(tokenizer.token_text(i))
+    told = {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
+    return told, offset
+
+
+def _named(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, float]:
+    return {_name(tokenizer, i): finite(logprob) for i, logprob in entry.items()}
+
+
+def _name(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text; its bytes where it is a part of a character, as OpenAI writes them."""
+    raw = tokenizer.token_to_bytes(token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lmdeploy_jax.server.errors import as_api_error, error_response
+from lmdeploy_jax.server.errors import ApiError, as_api_error, error_response
+
+ALWAYS_ANSWERED = frozenset({"/health", "/metrics"})  # however busy the server is
+WITHOUT_KEY = frozenset({"/", "/health", "/docs", "/openapi.json"})
 
 
 class Guard:
-    """Answers what no route has foreseen with a 500 of the protocol's shape, inside of CORS."""
+    """Answers what no route has foreseen with a 500 of the protocol's shape."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -29,5 +38,105 @@ class Guard:
         except Exception as error:
             if begun:
                 raise
-            response = error_response(scope["path"], as_api_error(error))
-            await response(scope, receive, send)
+            await error_response(scope["path"], as_api_error(error))(scope, receive, send)
+
+
+class KeyCheck:
+    """Lets in who sends one of the keys, as `Authorization: Bearer KEY` or `x-api-key: KEY`."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in WITHOUT_KEY and not self._known(scope):
+            error = ApiError(
+                401,
+                "Unauthorized: send a key of this server as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+            await error_response(scope["path"], error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _known(self, scope: Scope) -> bool:
+        """In a time that tells nothing about the keys."""
+        headers = Headers(scope=scope)
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        sent = [headers.get("x-api-key", "")] + ([token.strip()] if kind.lower() == "bearer" else [])
+        matches = [hmac.compare_digest(_digest(word), key) for word in sent for key in self._keys]
+        return any(matches)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="replace")).digest()
+
+
+class ConcurrencyLimit:
+    """At most so many requests at once; the others wait their turn."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._turns = asyncio.Semaphore(most)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in ALWAYS_ANSWERED:
+            await self._app(scope, receive, send)
+            return
+        async with self._turns:
+            await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses bodies of more than so many bytes. One of unknown length is read before it is passed on."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            length = headers.get("content-length", "0")
+            if not length.isdecimal() or int(length) > self._most:
+                await self._refuse(scope, receive, send)
+                return
+            if "transfer-encoding" in headers:
+                body = await self._read(receive)
+                if body is None:
+                    await self._refuse(scope, receive, send)
+                    return
+                receive = _replayed(body, receive)
+        await self._app(scope, receive, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body; None if it is too long."""
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            part = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            if size > self._most:
+                return None
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = f"The request's body is too large: at most {self._most} bytes are taken."
+        error = ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+        await error_response(scope["path"], error)(scope, receive, send)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    first = True
+
+    async def replay() -> Message:
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replay

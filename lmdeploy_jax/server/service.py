@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmdeploy_jax.server.answers import Answers
@@ -14,24 +15,40 @@ from lmdeploy_jax.server.chat import Chat, ChatCall, Prepared
 from lmdeploy_jax.server.defaults import Defaults
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.generation import Generation, Job, Mailroom
+from lmdeploy_jax.server.metrics import Meter, Metrics
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.parsers import select_parsers
 from lmdeploy_jax.text.parsers import json_formats
 
 if TYPE_CHECKING:
+    from lmdeploy_jax.engine.compile import CompileCounter
     from lmdeploy_jax.engine.frontend import Frontend
 
 logger = logging.getLogger("lmdeploy_jax")
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """What is known of a generation that runs."""
+
+    answers: int
+    name: str | None  # the id that the client sees
+    session_id: int | None  # the client's own
+
+
 class Service:
     """A frontend with the server's options. All methods belong to one event loop's thread.
 
-    model: the served model's name. Raises `ConfigError` for options that name nothing, such as a parser.
+    model: the served model's name. compilations: what the metrics tell of. Raises `ConfigError` for options
+    that name nothing, such as an unknown parser.
     """
 
     def __init__(
-        self, frontend: Frontend, options: ServerOptions | None = None, model: str = "model"
+        self,
+        frontend: Frontend,
+        options: ServerOptions | None = None,
+        model: str = "model",
+        compilations: CompileCounter | None = None,
     ) -> None:
         self.options = options or ServerOptions()
         self.frontend = frontend
@@ -39,11 +56,13 @@ class Service:
         self.created = int(time.time())
         self.defaults = Defaults.read(self.options.generation_config, frontend.engine.folder)
         self.chat = Chat(frontend, *select_parsers(self.options, frontend))
+        self.compilations = compilations
+        self.metrics = None if self.options.disable_metrics else Metrics(self)
         self.call_ids = CallIds(bare=self.chat.tools is json_formats.MISTRAL)
         self.unknown_fields: set[str] = set()
         self.draining = False
         self._mailroom: Mailroom | None = None
-        self._live: dict[Generation, int] = {}  # with the number of answers of each
+        self._live: dict[Generation, _Entry] = {}
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -60,21 +79,31 @@ class Service:
         return name or self.models[0]
 
     async def generate(
-        self, prepare: Callable[[], Sequence[Job]], *, answers: int = 1, stream: bool = True
+        self,
+        prepare: Callable[[], Sequence[Job]],
+        *,
+        answers: int = 1,
+        stream: bool = True,
+        name: str | None = None,
+        session_id: int | None = None,
     ) -> Generation:
         """Start the jobs that `prepare` makes on a worker thread; `answers` is how many they give in all.
 
+        name, session_id: by which the generation can be aborted.
         Raises `ApiError` where nothing is taken in, and what `prepare` and the engine raise.
         """
         self._admit(answers)
-        generation = Generation(self.frontend, self._open_mailroom(), self._forget)
-        self._live[generation] = answers
+        meter = None if self.metrics is None else Meter(self.metrics)
+        generation = Generation(self.frontend, self._open_mailroom(), self._forget, meter)
+        self._live[generation] = _Entry(answers, name, session_id)
         if self.options.request_timeout is not None:
             generation.expire_after(self.options.request_timeout)
         await generation.start(prepare, stream=stream)
         return generation
 
-    async def answer(self, call: ChatCall, *, stream: bool) -> Answers:
+    async def answer(
+        self, call: ChatCall, *, stream: bool, name: str | None = None, session_id: int | None = None
+    ) -> Answers:
         """The answers to a chat call. Raises as `generate` does, before anything has come."""
         ready: list[Prepared] = []
 
@@ -82,13 +111,18 @@ class Service:
             ready.append(self.chat.prepare(call))
             return [ready[0].job]
 
-        generation = await self.generate(prepare, answers=call.config.n, stream=stream)
+        generation = await self.generate(
+            prepare, answers=call.config.n, stream=stream, name=name, session_id=session_id
+        )
         return Answers(generation, ready[0].reader)
 
     def _admit(self, answers: int) -> None:
         if self.draining:
             raise ApiError(503, "The server is shutting down.", code="shutting_down")
         failure = self.frontend.engine.failure
+        if self.sleeping:
+            message = "Engine is sleeping; call POST /wakeup before inference."
+            raise ApiError(503, message, code="sleeping")
         if failure is not None:
             raise ApiError(503, f"The engine has failed: {failure}.", code="engine_unavailable")
         limit = self.options.max_queued_requests
@@ -107,7 +141,36 @@ class Service:
     @property
     def running(self) -> int:
         """Answers that have been asked for and are not finished."""
-        return sum(self._live.values())
+        return sum(entry.answers for entry in self._live.values())
+
+    def abort(
+        self, *, name: str | None = None, session_id: int | None = None, everything: bool = False
+    ) -> int:
+        """End the generations of a name or session, or all; returns how many. Last pieces still come."""
+        named = [
+            generation
+            for generation, entry in self._live.items()
+            if everything
+            or (name is not None and entry.name == name)
+            or (session_id is not None and entry.session_id == session_id)
+        ]
+        for generation in named:
+            generation.abort()
+        return len(named)
+
+    # -- sleep --------------------------------------------------------------------------------------------
+
+    @property
+    def sleeping(self) -> bool:
+        return self.frontend.engine.sleeping
+
+    async def sleep(self, level: int) -> None:
+        """See `Engine.sleep`. What runs is aborted."""
+        await asyncio.to_thread(self.frontend.engine.sleep, level)
+
+    async def wake(self, tags: Sequence[str]) -> None:
+        """See `Engine.wake`."""
+        await asyncio.to_thread(self.frontend.engine.wake, tags)
 
     # -- going down ---------------------------------------------------------------------------------------
 
@@ -117,8 +180,7 @@ class Service:
 
     def cut(self) -> None:
         """End what runs; each answer gets its last piece, with finish_reason "abort"."""
-        for generation in tuple(self._live):
-            generation.abort()
+        self.abort(everything=True)
 
     @property
     def health(self) -> tuple[str, str]:
@@ -128,4 +190,6 @@ class Service:
             return "unhealthy", f"The engine has failed: {failure}."
         if self.draining:
             return "draining", "The server is shutting down."
+        if self.sleeping:
+            return "sleeping", "POST /wakeup wakes the engine up."
         return "healthy", "The engine takes requests."

@@ -46,19 +46,22 @@ async def chat_completions(
     call = chat_call(body, service)
     shape = _shape(body, service, model)
     if body.stream:
-        answers = await unless_gone(request, _begun(service, call))
+        answers = await unless_gone(request, _begun(service, call, shape.id, body.session_id))
         return EventStream(openai_events(_chunks(answers, shape, service.call_ids)), answers.close)
-    answers, whole = await unless_gone(request, _whole(service, call))
+    answers, whole = await unless_gone(request, _whole(service, call, shape.id, body.session_id))
     content = completion(shape, whole, answers.usage, service.call_ids)
     return Response(orjson.dumps(content), media_type="application/json")
 
 
-async def _begun(service: Service, call: ChatCall) -> Answers:
-    return await (await service.answer(call, stream=True)).begin()
+async def _begun(service: Service, call: ChatCall, name: str, session_id: int | None) -> Answers:
+    answers = await service.answer(call, stream=True, name=name, session_id=session_id)
+    return await answers.begin()
 
 
-async def _whole(service: Service, call: ChatCall) -> tuple[Answers, list[Answer]]:
-    answers = await service.answer(call, stream=False)
+async def _whole(
+    service: Service, call: ChatCall, name: str, session_id: int | None
+) -> tuple[Answers, list[Answer]]:
+    answers = await service.answer(call, stream=False, name=name, session_id=session_id)
     return answers, await answers.complete()
 
 

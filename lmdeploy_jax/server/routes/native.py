@@ -1,0 +1,125 @@
+"""LMDeploy's own: POST /generate and /get_ppl."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response as HttpResponse
+
+from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.pipeline import cross_entropy
+from lmdeploy_jax.server.answers import user_stop
+from lmdeploy_jax.server.errors import ApiError, failed_answer
+from lmdeploy_jax.server.generation import Generation, Job
+from lmdeploy_jax.server.logprobs import finite
+from lmdeploy_jax.server.protocol.native import GenerateRequest, PerplexityRequest
+from lmdeploy_jax.server.routes.common import CurrentService, check_fields, new_id
+from lmdeploy_jax.server.service import Service
+from lmdeploy_jax.server.sse import EventStream, data, openai_events, unless_gone
+
+router = APIRouter(tags=["native"])
+REFUSED = {
+    "image_data": "images are not supported.",
+    "return_routed_experts": "routed experts are not reported.",
+}
+
+
+@router.post("/generate", response_model=None)
+async def generate(body: GenerateRequest, request: Request, service: CurrentService) -> HttpResponse:
+    """Continue a text or token ids. A stream's events hold what is new since the last one."""
+    check_fields(service, body, REFUSED)
+    if (body.prompt is None) == (body.input_ids is None):
+        raise ApiError(400, "Give exactly one of prompt and input_ids.", param="prompt")
+    given = body.sampling() | {"logprobs": 0 if body.return_logprob else None}
+    config = service.defaults.config(given)
+    generation = await unless_gone(request, _begun(service, _given(body), config, body))
+    if body.stream:
+        return EventStream(openai_events(_events(generation, config)), generation.close)
+    (whole,) = await unless_gone(request, _all(generation))
+    return HttpResponse(orjson.dumps(_body(whole, config)), media_type="application/json")
+
+
+def _given(body: GenerateRequest) -> str | list[int]:
+    return body.prompt if body.prompt is not None else body.input_ids or []
+
+
+async def _begun(
+    service: Service, prompt: str | list[int], config: GenerationConfig, body: GenerateRequest
+) -> Generation:
+    tokenizer = service.frontend.tokenizer
+
+    def prepare() -> list[Job]:
+        return [Job(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, config)]
+
+    name = new_id("gen")
+    generation = await service.generate(prepare, stream=body.stream, name=name, session_id=body.session_id)
+    await generation.begin()
+    return generation
+
+
+async def _all(generation: Generation) -> list[Response]:
+    """Complete answers. Raises `ApiError` for one that failed."""
+    try:
+        found = [piece async for pieces in generation for piece in pieces]
+    finally:
+        generation.close()
+    for piece in found:
+        if piece.finish_reason == "error":
+            raise failed_answer(piece.error_code, piece.error_message)
+    return found
+
+
+async def _events(generation: Generation, config: GenerationConfig) -> AsyncGenerator[bytes, None]:
+    async for pieces in generation:
+        for piece in pieces:
+            if piece.finish_reason == "error":
+                raise failed_answer(piece.error_code, piece.error_message)
+            yield data(_body(piece, config))
+
+
+def _body(piece: Response, config: GenerationConfig) -> dict[str, Any]:
+    finish = None
+    if piece.finish_reason is not None:
+        finish = {"type": piece.finish_reason, "matched": user_stop(config, piece.stop_match)}
+    logprobs = None
+    if piece.logprobs is not None:
+        rows = zip(piece.token_ids, piece.logprobs, strict=False)
+        logprobs = [[finite(entry[i]), i] for i, entry in rows]
+    return {
+        "text": piece.text,
+        "output_ids": piece.token_ids,
+        "meta_info": {
+            "prompt_tokens": piece.input_token_len,
+            "completion_tokens": piece.generate_token_len,
+            "cached_tokens": piece.cached_tokens,
+            "finish_reason": finish,
+            "output_token_logprobs": logprobs,
+        },
+    }
+
+
+@router.post("/get_ppl")
+async def get_ppl(body: PerplexityRequest, request: Request, service: CurrentService) -> dict[str, float]:
+    """The mean cross-entropy of the input's tokens after its first, in nats (LMDeploy's `ppl`)."""
+    check_fields(service, body)
+    if not body.input:
+        raise ApiError(400, "Input must not be empty.", param="input")
+    return {"ppl": await unless_gone(request, _perplexity(service, body.input))}
+
+
+async def _perplexity(service: Service, given: str | list[int]) -> float:
+    config = GenerationConfig(max_new_tokens=1, prompt_logprobs=0, ignore_eos=True)
+    jobs: list[Job] = []
+
+    def prepare() -> list[Job]:
+        ids = service.frontend.tokenizer.encode(given) if isinstance(given, str) else given
+        if len(ids) < 2:
+            raise ApiError(400, f"input has {len(ids)} tokens; at least 2 are needed.", param="input")
+        jobs.append(Job(ids, config))
+        return jobs
+
+    (answer,) = await _all(await service.generate(prepare, stream=False))
+    return cross_entropy(jobs[0].prompt, answer)

@@ -1,0 +1,75 @@
+"""Texts to tokens and back: POST /v1/encode, /tokenize, /detokenize."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+
+from lmdeploy_jax.engine.frontend import PromptOptions
+from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.server.protocol.native import DetokenizeRequest, EncodeRequest, TokenizeRequest
+from lmdeploy_jax.server.routes.common import CurrentService, check_fields
+from lmdeploy_jax.server.service import Service
+from lmdeploy_jax.text.conversation import normalise_messages
+from lmdeploy_jax.text.prompts import Prompt
+
+router = APIRouter(tags=["tokens"])
+
+
+@router.post("/v1/encode")
+async def encode(body: EncodeRequest, service: CurrentService) -> dict[str, Any]:
+    """The token ids of a text, or of several, and how many they are."""
+    check_fields(service, body)
+    if isinstance(body.input, str):
+        ids = await asyncio.to_thread(_encode, service, body.input, body)
+        return {"input_ids": ids, "length": len(ids)}
+    lists = await asyncio.to_thread(lambda: [_encode(service, text, body) for text in body.input])
+    return {"input_ids": lists, "length": [len(ids) for ids in lists]}
+
+
+def _encode(service: Service, text: str, body: EncodeRequest) -> list[int]:
+    if body.do_preprocess:
+        return service.frontend.encode(Prompt(text=text), PromptOptions())
+    return service.frontend.tokenizer.encode(text, add_bos=body.add_bos)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: CurrentService) -> dict[str, Any]:
+    """The token ids of a text or a conversation."""
+    check_fields(service, body)
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "Give exactly one of prompt and messages.", param="prompt")
+    ids = await asyncio.to_thread(_tokens, service, body)
+    tokenizer = service.frontend.tokenizer
+    return {
+        "count": len(ids),
+        "max_model_len": service.frontend.limits.session_len,
+        "tokens": ids,
+        "token_strs": [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None,
+    }
+
+
+def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
+    if body.prompt is not None:
+        return service.frontend.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+    options = PromptOptions(tools=body.tools, template_kwargs=body.chat_template_kwargs or {})
+    messages = tuple(normalise_messages(body.messages or ()))
+    return service.frontend.encode(Prompt(messages=messages), options)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: CurrentService) -> dict[str, str]:
+    """The text of token ids."""
+    check_fields(service, body)
+    service.check_model(body.model)
+    size = service.frontend.engine.vocab_size
+    wrong = next((i for i in body.tokens if not 0 <= i < size), None)
+    if wrong is not None:
+        raise ApiError(400, f"tokens holds {wrong}, outside the vocabulary [0, {size}).", param="tokens")
+    text = await asyncio.to_thread(
+        service.frontend.tokenizer.decode, body.tokens, skip_special_tokens=body.skip_special_tokens
+    )
+    return {"prompt": text}
