@@ -10,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lmdeploy_jax.cache.prefix import PrefixCache
+from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.request import Request, StepOutput, TokenLogprobs
-from lmdeploy_jax.errors import EngineError
+from lmdeploy_jax.engine.scheduler import Scheduler
+from lmdeploy_jax.engine.setup import Startup
+from lmdeploy_jax.errors import EngineError, RequestError
 
 Script = Callable[[Request, int], Iterable[int]]  # (request, which sequence) -> its tokens
 STEP = 0.001  # seconds
@@ -22,9 +26,24 @@ class FakeEngine:
     """The engine's interface. `gate` cleared holds it before its next step; `seen` keeps every request."""
 
     def __init__(
-        self, folder: Path, script: Script, *, session_len: int = 512, vocab_size: int = 2560
+        self,
+        folder: Path,
+        script: Script,
+        *,
+        session_len: int = 512,
+        vocab_size: int = 2560,
+        max_batch_size: int = 64,
     ) -> None:
         self.folder, self.session_len, self.vocab_size = folder, session_len, vocab_size
+        self.max_batch_size = max_batch_size
+        self.config = JaxEngineConfig()
+        self.startup = Startup("scripted", 0, 0.0, 0.0)
+        self.scheduler = Scheduler(
+            PrefixCache(8), max_batch_size=max_batch_size, max_tokens=64, session_len=session_len
+        )
+        self.failure: str | None = None
+        self.sleeping = False
+        self.on_step: Callable[[int], None] | None = None
         self.script = script
         self.seen: list[Request] = []
         self.aborted: list[tuple[int, int | None]] = []
@@ -38,6 +57,8 @@ class FakeEngine:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
+        if request.params.n > self.max_batch_size:
+            raise RequestError(f"n={request.params.n} sequences cannot run at once.")
         self.seen.append(request)
         self._post(lambda: self._add(request))
 
@@ -50,6 +71,13 @@ class FakeEngine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
+
+    def crash(self) -> None:
+        """Fail as an engine does whose device is gone."""
+        self.failure = "ValueError('the device is gone')"
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
 
     @property
     def idle(self) -> bool:
@@ -78,8 +106,12 @@ class FakeEngine:
                 if out.finish_reason:
                     del self._live[key]
                 run.request.on_output(out)
-        for request_id, _ in list(self._live):
-            self._abort(request_id, None)
+        for key, run in list(self._live.items()):
+            out = StepOutput(*key, finish_reason="abort")
+            if self.failure:
+                out.finish_reason, out.error = "error", EngineError(f"The engine failed: {self.failure}")
+            run.request.on_output(out)
+        self._live.clear()
 
     def _take(self) -> bool:
         with self._wake:
