@@ -107,9 +107,10 @@ def _are_ids(row: list[Any]) -> bool:
 
 
 def aligned_configs(gen_config: Configs, count: int) -> list[GenerationConfig]:
-    """One config for each prompt. Raises ValueError for a list of another length."""
+    """One config for each prompt. Raises ValueError for a list of another length, TypeError for others."""
     if gen_config is None or isinstance(gen_config, GenerationConfig):
         return [gen_config or GenerationConfig()] * count
+    _check_kind("gen_config", GenerationConfig, gen_config)
     if len(gen_config) != count:
         raise ValueError(
             "input gen_config length differs from the length of prompts. "
@@ -119,12 +120,20 @@ def aligned_configs(gen_config: Configs, count: int) -> list[GenerationConfig]:
 
 
 def aligned_sessions(sessions: Session | Sequence[Session] | None, count: int) -> list[Session | None]:
-    """One session, or None, for each prompt. Raises ValueError for another number of them."""
+    """One session, or None, for each prompt. Raises ValueError for another number, TypeError for others."""
     if sessions is None:
         return [None] * count
+    if not isinstance(sessions, Session):
+        _check_kind("sessions", Session, sessions)
     given: list[Session | None] = [sessions] if isinstance(sessions, Session) else list(sessions)
     if len(given) != count:
         raise ValueError(
             f"prompts and sessions should have the same length. Got {count} prompts and {len(given)} sessions"
         )
     return given
+
+
+def _check_kind(name: str, kind: type, values: object) -> None:
+    for value in values if isinstance(values, Sequence) else [values]:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be of type {kind.__name__}, or a list of them; it has {value!r}.")

@@ -187,3 +187,12 @@ def test_a_failed_turn_is_told_and_dropped(opened):
     pipe, _ = opened(echo, session_len=40)
     session = pipe.chat("one two " * 60)
     assert (session.response.finish_reason, session.history) == ("error", [])
+
+
+def test_arguments_of_the_wrong_type_are_named(opened):
+    pipe, _ = opened(echo)
+    config = GenerationConfig(max_new_tokens=1)
+    with pytest.raises(TypeError, match=r"sessions must be of type Session.*GenerationConfig"):
+        pipe.stream_infer(["a"], config)
+    with pytest.raises(TypeError, match="gen_config must be of type GenerationConfig"):
+        pipe.infer(["a"], gen_config=[{"max_new_tokens": 1}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import fields
 from typing import Any, get_type_hints
@@ -60,6 +61,8 @@ def run(flags: FlagSet, args: list[str]) -> int:
         model, config, flags["chat_template"], flags["log_level"], flags["max_log_len"], progress=progress
     ) as pipe:
         server = Server(Service(pipe.frontend, options, model, compilations))
+        gc.collect()
+        gc.freeze()  # what is there now stays: the collector need not walk it again, between two tokens
         print(f"Serving {server.service.models[0]} at {server.address}", flush=True)
         server.run()
     return 0

@@ -135,8 +135,7 @@ class StepPacker:
         total = int(counts.sum())
         positions = np.arange(total, dtype=np.int32) + np.repeat(starts - offsets, counts)
         field["token_slots"][:] = -1
-        for chunk, offset in zip(chunks, offsets, strict=True):
-            self._put_tokens(field, chunk, int(offset))
+        self._put_tokens(field, chunks, slots, offsets + counts - 1)
         field["positions"][:total] = positions
         lens = np.fromiter((c.sequence.rope_len for c in chunks), np.int32, n)
         field["rope_lens"][:total] = np.maximum(positions + 1, np.repeat(lens, counts))
@@ -177,11 +176,15 @@ class StepPacker:
     def _kv_slots(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return self._tables[slots, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
 
-    def _put_tokens(self, field: dict[str, np.ndarray], chunk: Chunk, offset: int) -> None:
-        known = chunk.sequence.tokens[chunk.start : chunk.start + chunk.count - chunk.from_device]
-        field["tokens"][offset : offset + len(known)] = known
-        if chunk.from_device:
-            field["token_slots"][offset + chunk.count - 1] = chunk.sequence.slot
+    def _put_tokens(
+        self, field: dict[str, np.ndarray], chunks: Seq[Chunk], slots: np.ndarray, last: np.ndarray
+    ) -> None:
+        pending = np.fromiter((c.from_device for c in chunks), np.bool_, len(chunks))
+        field["token_slots"][last[pending]] = slots[pending]
+        for chunk, end in zip(chunks, (last + ~pending).tolist(), strict=True):
+            count = chunk.count - chunk.from_device  # known to the host
+            if count:
+                field["tokens"][end - count : end] = chunk.sequence.tokens[chunk.start : chunk.start + count]
 
 
 def decode_batch(field: dict[str, Array], pending: Array) -> Batch:

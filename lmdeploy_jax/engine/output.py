@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,17 +58,17 @@ class OutputProcessor:
     def _run(self) -> None:
         going = True
         while going:
-            outs: dict[tuple[_Listener, int], list[StepOutput]] = {}
+            outs: defaultdict[tuple[_Listener, int], _Joined] = defaultdict(_Joined)
             going = self._take(outs)
-            for (listener, _), same in outs.items():
-                listener.process(merged(same))
+            for (listener, _), joined in outs.items():
+                listener.process(joined.whole())
 
-    def _take(self, outs: dict[tuple[_Listener, int], list[StepOutput]]) -> bool:
+    def _take(self, outs: defaultdict[tuple[_Listener, int], _Joined]) -> bool:
         """Everything that waits, by sequence; sleeps if nothing does. False once closed."""
         item = self._inbox.get()
         while item is not None:
             listener, out = item
-            outs.setdefault((listener, out.index), []).append(out)
+            outs[listener, out.index].add(out)
             try:
                 item = self._inbox.get_nowait()
             except queue.Empty:
@@ -90,17 +90,17 @@ class _Listener:
         self._whole = not options.stream
         # Where nobody reads along, tokens become text once, at the end.
         self._collect = self._whole and not options.stops.strings
-        self._waiting: list[list[StepOutput]] = [[] for _ in self._answers]
+        self._waiting = [_Joined() for _ in self._answers]
         self._told: list[Response | None] = [None for _ in self._answers]
 
     def receive(self, out: StepOutput) -> None:
         """Called on the engine's thread."""
         if self._collect:
             waiting = self._waiting[out.index]
-            waiting.append(out)
+            waiting.add(out)
             if out.finish_reason is None:
                 return
-            out = merged(waiting)
+            out = waiting.whole()
         self._processor.put(self, out)
 
     def process(self, out: StepOutput) -> None:
@@ -130,22 +130,31 @@ class _Listener:
             self._processor.abort(out.request_id, out.index)
 
 
-def merged(outs: Sequence[StepOutput]) -> StepOutput:
-    """Several outputs of one sequence, in order, as one."""
-    if len(outs) == 1:
-        return outs[0]
-    last = outs[-1]
-    return replace(
-        last,
-        token_ids=[token for out in outs for token in out.token_ids],
-        logprobs=[entry for out in outs for entry in out.logprobs],
-        prompt_logprobs=next((o.prompt_logprobs for o in outs if o.prompt_logprobs is not None), None),
-        logits=_stacked(out.logits for out in outs),
-        hidden=_stacked(out.hidden for out in outs),
-        cached_tokens=max(out.cached_tokens for out in outs),
-    )
+class _Joined:
+    """Several outputs of one sequence, in order, as one.
 
+    They are taken in one by one: thousands that wait would be walked by Python's garbage collector.
+    """
 
-def _stacked(rows: Iterable[Any]) -> Any:
-    present = [r for r in rows if r is not None]
-    return np.concatenate(present) if present else None
+    def __init__(self) -> None:
+        self._out: StepOutput | None = None
+        self._logits: list[Any] = []
+        self._hidden: list[Any] = []
+
+    def add(self, out: StepOutput) -> None:
+        self._logits += [] if out.logits is None else [out.logits]
+        self._hidden += [] if out.hidden is None else [out.hidden]
+        first, self._out = self._out, out
+        if first is not None:
+            first.token_ids += out.token_ids
+            out.token_ids = first.token_ids
+            first.logprobs += out.logprobs
+            out.logprobs = first.logprobs
+            out.prompt_logprobs = out.prompt_logprobs or first.prompt_logprobs
+            out.cached_tokens = max(first.cached_tokens, out.cached_tokens)
+
+    def whole(self) -> StepOutput:
+        assert self._out is not None
+        self._out.logits = np.concatenate(self._logits) if self._logits else None
+        self._out.hidden = np.concatenate(self._hidden) if self._hidden else None
+        return self._out

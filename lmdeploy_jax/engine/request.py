@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.messages import FinishReason, LogitsProcessor
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from lmdeploy_jax.guided.grammars import Grammar
     from lmdeploy_jax.guided.matcher import Matcher
     from lmdeploy_jax.sampling.repetition import NgramStop
+
+
+class Head(enum.IntEnum):
+    """What turns hidden states into tokens; each can stand in for those before it."""
+
+    GREEDY = 0
+    SAMPLE = 1
+    FULL = 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    @property
+    @cached_property
     def reshapes_logits(self) -> bool:
         """True where logits are changed before sampling, by history or by fixed biases."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (
@@ -66,10 +75,17 @@ class SamplingParams:
         """True where every prompt position has to be computed, since something is reported for each."""
         return self.prompt_logprobs is not None or "all" in (self.logits, self.hidden)
 
-    @property
+    @cached_property
     def needs_host(self) -> bool:
         """True where Python must see every token before the next one is sampled."""
         return bool(self.logits_processors or self.banned_sequences)
+
+    @cached_property
+    def head(self) -> Head:
+        """The cheapest head that can draw the sequence's tokens."""
+        if self.reshapes_logits or self.needs_host or self.logprobs is not None:
+            return Head.FULL
+        return Head.GREEDY if self.greedy and self.grammar is None else Head.SAMPLE
 
 
 @dataclass
@@ -80,7 +96,7 @@ class TokenLogprobs:
     top: dict[int, float]
 
 
-@dataclass
+@dataclass(slots=True)
 class StepOutput:
     """What one step adds to one sequence. Delivered on the engine's thread."""
 
@@ -162,13 +178,10 @@ class Sequence:
     matcher: Matcher | None = None  # stands behind the last token of `tokens`
     report: PromptReport | None = None  # what is told about the prompt, until the first token is read
 
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.params
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt)
+    def __post_init__(self) -> None:
+        self.params = self.request.params
+        self.num_prompt = len(self.request.prompt)
+        self.max_length = self.num_prompt + self.params.max_new_tokens
 
     @property
     def rope_len(self) -> int:
@@ -187,10 +200,6 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens that the next steps must compute."""
         return self.length - self.computed
-
-    def exhausted(self, session_len: int) -> bool:
-        """True once nothing more is to be sampled, although tokens may still be unread."""
-        return self.num_generated >= self.params.max_new_tokens or self.length >= session_len
 
     @property
     def finished(self) -> bool:

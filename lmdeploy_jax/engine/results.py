@@ -35,10 +35,9 @@ def accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishReas
     Raises RequestError for a token that the sequence's grammar does not allow.
     """
     sequence.unread -= 1
-    sequence.tokens.append(token)
-    params = sequence.params
-    generated = len(sequence.tokens) - sequence.num_prompt
-    if token in params.stop_token_ids and generated > params.min_new_tokens:
+    tokens, params = sequence.tokens, sequence.params
+    tokens.append(token)
+    if token in params.stop_token_ids and len(tokens) - sequence.num_prompt > params.min_new_tokens:
         return "stop", token
     if sequence.matcher is not None:
         sequence.matcher.advance(token)
@@ -46,21 +45,20 @@ def accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishReas
             return "stop", None
     if sequence.ngram is not None and sequence.ngram.feed(token):
         return "stop", None
-    if generated >= params.max_new_tokens or len(sequence.tokens) >= session_len:
+    if len(tokens) >= sequence.max_length or len(tokens) >= session_len:
         return "length", None
     return None, None
 
 
 def output_of(sequence: Sequence, drawn: Drawn, i: int, token: int, packed: np.ndarray | None) -> StepOutput:
     """The StepOutput for draw `i`, its finish reason still open."""
-    params = sequence.params
-    request = sequence.request
+    request, wanted = sequence.request, sequence.params.logprobs
     out = StepOutput(request.request_id, sequence.index, [token], cached_tokens=sequence.cached)
     out.queue_seconds = request.queue_seconds
-    if params.logprobs is not None and packed is not None:
-        out.logprobs = [unpack_logprobs(packed[i], params.logprobs)]
-    out.logits = _rows(drawn.logits[i] if drawn.logits else None)
-    out.hidden = _rows(drawn.hidden[i] if drawn.hidden else None)
+    if wanted is not None and packed is not None:
+        out.logprobs = [unpack_logprobs(packed[i], wanted)]
+    if drawn.logits:  # and then the hidden states are there too
+        out.logits, out.hidden = _rows(drawn.logits[i]), _rows(drawn.hidden[i])
     if sequence.report is not None:
         _add_prompt(out, sequence)
     return out

@@ -17,7 +17,7 @@ from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets, fit
 from lmdeploy_jax.engine.compile import Key
 from lmdeploy_jax.engine.host_logits import change_logits
-from lmdeploy_jax.engine.request import Sequence
+from lmdeploy_jax.engine.request import Head, Sequence
 from lmdeploy_jax.engine.scheduler import Chunk, Step
 from lmdeploy_jax.sampling.mask import OPEN, mask_words
 from lmdeploy_jax.sampling.penalties import bias_row, count_row
@@ -147,7 +147,7 @@ class Runner:
 
     def _decode(self, step: Step) -> Forward:
         size = fit(self.buckets.decode, len(step.chunks))
-        greedy = self.buckets.lean and _variant(step.sampled) == "greedy"
+        greedy = self.buckets.lean and _head(step.sampled) is Head.GREEDY
         flat = self.packer.pack_decode(step.chunks, size, greedy=greedy)
         args = (self.leaves, self._caches, self._pending, flat)
         if not self.buckets.lean:
@@ -177,15 +177,16 @@ class Runner:
     # -- sampling -----------------------------------------------------------------------------------------
 
     def _draw(self, draws: Draws, rows: Any) -> Drawn:
-        variant, lean = _variant(draws), self.buckets.lean
-        if variant == "full" or (variant == "sample" and lean):
+        head, lean = _head(draws), self.buckets.lean
+        if head is Head.FULL or (head is Head.SAMPLE and lean):
             return self._draw_full(draws, rows)
-        sizes = self.buckets.decode if variant == "greedy" and not lean else self.buckets.sampling
+        sizes = self.buckets.decode if head is Head.GREEDY and not lean else self.buckets.sampling
         size = fit(sizes, len(draws))
         flat = self.packer.pack_head(draws, size)
         errors: dict[Sequence, Exception] = {}
-        masks = [self._mask(draws, size, errors)] if variant == "sample" else []
-        tokens, self._pending = self._run(variant, size, self.leaves, rows, self._pending, flat, *masks)
+        masks = [self._mask(draws, size, errors)] if head is Head.SAMPLE else []
+        name = head.name.lower()
+        tokens, self._pending = self._run(name, size, self.leaves, rows, self._pending, flat, *masks)
         return _started(draws, tokens, errors)
 
     def _draw_full(self, draws: Draws, rows: Any) -> Drawn:
@@ -287,9 +288,6 @@ def _started(draws: Draws, tokens: Any, errors: dict[Sequence, Exception] | None
     return Drawn(draws, tokens, errors=errors or {})
 
 
-def _variant(draws: Draws) -> str:
+def _head(draws: Draws) -> Head:
     """The cheapest head that serves every sequence of the call."""
-    params = [sequence.params for sequence, _ in draws]
-    if any(p.reshapes_logits or p.needs_host or p.logprobs is not None for p in params):
-        return "full"
-    return "greedy" if all(p.greedy and p.grammar is None for p in params) else "sample"
+    return max((sequence.params.head for sequence, _ in draws), default=Head.GREEDY)

@@ -10,7 +10,7 @@ from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.engine.request import PromptReport, Request, Sequence, Status
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """Tokens `start .. start + count` of a sequence; row `i` of the step is its `i`-th chunk."""
 
@@ -130,24 +130,28 @@ class Scheduler:
         return step
 
     def _ready(self, sequence: Sequence) -> bool:
-        blocked = sequence.unread > 0 and sequence.params.needs_host
-        return not blocked and not sequence.exhausted(self.session_len)
+        """Whether its next token can be computed now, as far as the sequence itself goes."""
+        length = sequence.length
+        if length - sequence.computed != 1 or sequence.status is not Status.RUNNING:
+            return False
+        if length >= sequence.max_length or length >= self.session_len:
+            return False  # its last tokens are under way
+        return not (sequence.unread and sequence.params.needs_host)
 
     def _decode_chunks(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in list(self.running):
-            if sequence.remaining != 1 or sequence.status is not Status.RUNNING or not self._ready(sequence):
+            if not self._ready(sequence):
                 continue
-            if self._outgrows(sequence):
+            if self.rope_switch is not None and self._outgrows(sequence, self.rope_switch):
                 self._preempt(sequence)
                 sequence.rope_floor = sequence.length
-            elif self._make_room(sequence):
+            elif sequence.computed < len(sequence.pages) * PAGE_SIZE or self._make_room(sequence):
                 chunks.append(self._plan(sequence, 1))
         return chunks
 
-    def _outgrows(self, sequence: Sequence) -> bool:
-        switch = self.rope_switch
-        return switch is not None and sequence.rope_len <= switch < sequence.length
+    def _outgrows(self, sequence: Sequence, switch: int) -> bool:
+        return sequence.rope_len <= switch < sequence.length
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A page for the sequence's next token; false where the sequence itself had to give way."""
@@ -185,7 +189,8 @@ class Scheduler:
         values of a step are written before any is read.
         """
         end = sequence.computed + count
-        self.cache.register(sequence.tokens, end, sequence.pages, sequence.hashes)
+        if end >= (len(sequence.hashes) + 1) * PAGE_SIZE:
+            self.cache.register(sequence.tokens, end, sequence.pages, sequence.hashes)
         from_device = end == sequence.length and sequence.pending
         return Chunk(sequence, sequence.computed, count, from_device)
 
@@ -246,12 +251,15 @@ class Scheduler:
             sequence = chunk.sequence
             sequence.computed += chunk.count
             if sequence.remaining == 0:
-                self._fork(sequence, step)
-                for drawn in (sequence, *sequence.siblings):
+                drawing = [sequence]
+                if sequence.siblings:
+                    self._fork(sequence, step)
+                    drawing += sequence.siblings
+                    sequence.siblings = []
+                for drawn in drawing:
                     drawn.unread += 1
                     drawn.pending = True
                     step.sampled.append((drawn, row))
-                sequence.siblings = []
         return step
 
     def _fork(self, first: Sequence, step: Step) -> None:
