@@ -101,6 +101,8 @@ class FakeEngine:
 
     def _loop(self) -> None:
         while self._take():
+            if not self.gate.is_set():
+                continue  # commands alone
             for key, run in list(self._live.items()):
                 out = run.step()
                 if out.finish_reason:
