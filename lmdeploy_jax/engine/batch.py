@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lmdeploy_jax.cache.pages import PAGE_SIZE
+from lmdeploy_jax.cache.pages import DUMP_PAGE, PAGE_SIZE
 from lmdeploy_jax.engine.request import SamplingParams, Sequence
 from lmdeploy_jax.engine.scheduler import Chunk
 from lmdeploy_jax.models.batch import Batch
@@ -67,13 +67,17 @@ class StepPacker:
     def decode_layout(self, rows: int) -> Layout:
         row = (rows,)
         return Layout(
-            greedy=(1,),  # whether every row draws its best token; see `steps.decode_greedy`
+            greedy=(1,),  # whether every row draws its best token; see `steps.decode_or_greedy`
             slots=row,
-            positions=row,
-            kv_slots=row,
-            kv_lens=row,
+            positions=row,  # -1 in padding rows
             page_table=(rows, self.table_width),
         )
+
+    def drawing_layout(self, rows: int) -> Layout:
+        """Of decode steps that draw their own tokens."""
+        row, decode = (rows,), self.decode_layout(rows)
+        shapes = {name: shape for name, (_, shape) in decode.fields.items()}
+        return Layout(**shapes, step=row, **dict.fromkeys((*FLOATS, *INTS), row))
 
     def ragged_layout(self, tokens: int) -> Layout:
         token, row = (tokens,), (self.max_batch_size,)
@@ -113,17 +117,29 @@ class StepPacker:
 
     def pack_decode(self, chunks: Seq[Chunk], rows: int, *, greedy: bool = False) -> np.ndarray:
         flat, field = self.decode_layout(rows).empty()
-        n = len(chunks)
-        slots = self._slots(chunks)
-        positions = np.fromiter((c.start for c in chunks), np.int32, n)
+        self._put_decode(field, chunks)
         field["greedy"][:] = greedy
+        return flat
+
+    def pack_drawing(self, chunks: Seq[Chunk], rows: int, ahead: int) -> np.ndarray:
+        """ahead: tokens a sequence that are counted as drawn already: those of this very step."""
+        flat, field = self.drawing_layout(rows).empty()
+        self._put_decode(field, chunks)
+        self._put_params(field, [c.sequence.num_generated - ahead for c in chunks])
+        return flat
+
+    def _put_decode(self, field: dict[str, np.ndarray], chunks: Seq[Chunk]) -> None:
+        n, slots = len(chunks), self._slots(chunks)
         field["slots"][:] = self.max_batch_size
         field["slots"][:n] = slots
-        field["positions"][:n] = positions
-        field["kv_lens"][:n] = positions + 1
-        field["kv_slots"][:n] = self._kv_slots(slots, positions)
+        field["positions"][:] = -1
+        field["positions"][:n] = np.fromiter((c.start for c in chunks), np.int32, n)
         field["page_table"][:n] = self._tables[slots]
-        return flat
+
+    def _put_params(self, field: dict[str, np.ndarray], step: list[int]) -> None:
+        field["step"][: len(step)] = step
+        for name, values in self._params.items():
+            field[name][:] = values[field["slots"]]
 
     def pack_ragged(self, chunks: Seq[Chunk], tokens: int) -> np.ndarray:
         flat, field = self.ragged_layout(tokens).empty()
@@ -155,9 +171,7 @@ class StepPacker:
         field["rows"][:n] = [row for _, row in drawn]
         field["slots"][:] = self.max_batch_size
         field["slots"][:n] = [s.slot for s, _ in drawn]
-        field["step"][:n] = [s.num_generated - 1 for s, _ in drawn]  # this draw is counted already
-        for name, values in self._params.items():
-            field[name][:] = values[field["slots"]]
+        self._put_params(field, [s.num_generated - 1 for s, _ in drawn])  # this draw is counted already
         return flat
 
     def _slots(self, chunks: Seq[Chunk]) -> np.ndarray:
@@ -187,16 +201,19 @@ class StepPacker:
                 field["tokens"][end - count : end] = chunk.sequence.tokens[chunk.start : chunk.start + count]
 
 
-def decode_batch(field: dict[str, Array], pending: Array) -> Batch:
-    """The forward pass's view of a packed decode step."""
-    return Batch(
-        tokens=pending[field["slots"]],
-        positions=field["positions"],
-        rope_lens=field["positions"] + 1,
-        slots=field["kv_slots"],
-        page_table=field["page_table"],
-        kv_lens=field["kv_lens"],
-    )
+def decode_batch(field: dict[str, Array], tokens: Array, ahead: Array | int = 0) -> Batch:
+    """The forward pass's view of a packed decode step.
+
+    tokens: i32 [R], computed `ahead` positions behind the packed ones. A token that has no page, since it
+    will not be wanted, is written to the dump page.
+    """
+    table, packed = field["page_table"], field["positions"]
+    positions = jnp.maximum(packed + ahead, 0)
+    lens = jnp.where(packed < 0, 0, positions + 1)
+    index = positions // PAGE_SIZE
+    pages = jnp.take_along_axis(table, index[:, None], axis=1, mode="fill", fill_value=DUMP_PAGE)[:, 0]
+    slots = jnp.where(packed < 0, 0, pages * PAGE_SIZE + positions % PAGE_SIZE)
+    return Batch(tokens, positions, rope_lens=positions + 1, slots=slots, page_table=table, kv_lens=lens)
 
 
 def ragged_batch(field: dict[str, Array], pending: Array) -> Batch:
@@ -213,8 +230,8 @@ def ragged_batch(field: dict[str, Array], pending: Array) -> Batch:
     )
 
 
-def sampling_batch(field: dict[str, Array]) -> SamplingBatch:
-    """The sampler's view of a packed head call."""
+def sampling_batch(field: dict[str, Array], ahead: Array | int = 0) -> SamplingBatch:
+    """The sampler's view of a packed head call, `ahead` tokens later."""
     floats = {name: jax.lax.bitcast_convert_type(field[name], jnp.float32) for name in FLOATS}
     seed = jax.lax.bitcast_convert_type(field["seed"], jnp.uint32)
-    return SamplingBatch(top_k=field["top_k"], seed=seed, step=field["step"], **floats)
+    return SamplingBatch(top_k=field["top_k"], seed=seed, step=field["step"] + ahead, **floats)

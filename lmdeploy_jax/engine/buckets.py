@@ -17,6 +17,7 @@ class Buckets:
     sampling: tuple[int, ...]  # rows of the heads that do more
     tokens: tuple[int, ...]  # tokens of a ragged step
     lean: bool = False  # few programs that do more each; see `ProgramBuilder.all`
+    steps: int = 1  # most decode steps in one call
 
     @property
     def max_batch_size(self) -> int:
@@ -27,15 +28,16 @@ class Buckets:
         return self.tokens[-1]
 
 
-def plan(platform: str, max_batch_size: int, max_tokens: int) -> Buckets:
+def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) -> Buckets:
     """Buckets for a device kind. On a CPU programs are slow to compile and padding is cheap, so they are
     few.
     """
     tokens = max(max_tokens, max_batch_size)
     if platform == "cpu":
         decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
-        return Buckets(decode, sampling, _ladder(32, tokens, 8), lean=True)
-    return Buckets(_ladder(1, max_batch_size, 2), _ladder(1, max_batch_size, 8), _ladder(64, tokens, 4))
+        return Buckets(decode, sampling, _ladder(32, tokens, 8), True, steps)
+    decode, sampling = _ladder(1, max_batch_size, 2), _ladder(1, max_batch_size, 8)
+    return Buckets(decode, sampling, _ladder(64, tokens, 4), False, steps)
 
 
 def _ladder(first: int, last: int, factor: int) -> tuple[int, ...]:

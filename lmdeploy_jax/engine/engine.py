@@ -213,13 +213,14 @@ class Engine:
             if sequence in drawn.errors:
                 self._fail(sequence, drawn.errors[sequence])
                 continue
-            out = output_of(sequence, drawn, i, tokens[i], packed)
             try:
-                out.finish_reason, out.stop_token = accept(sequence, tokens[i], self.session_len)
+                taken, reason, stop_token = accept(sequence, tokens[i], self.session_len)
             except RequestError as error:
                 self._fail(sequence, error)
                 continue
-            if out.finish_reason:
+            out = output_of(sequence, drawn, i, taken, packed)
+            out.finish_reason, out.stop_token = reason, stop_token
+            if reason:
                 self._retire(sequence)
             self._emit(sequence.request, out)
 

@@ -36,7 +36,12 @@ class ProgramBuilder:
         made: dict[Key, Program] = {}
         lean = self.buckets.lean
         for rows in self.buckets.decode:
-            made["decode", rows] = self._decode_greedy(rows) if lean else self._decode(rows)
+            made["decode", rows] = self._decode_or_greedy(rows) if lean else self._decode(rows)
+            if not lean:
+                made["decode_greedy", rows] = self._decode_drawing(rows, 1, sampled=False)
+            if self.buckets.steps > 1:
+                made["steps_greedy", rows] = self._decode_drawing(rows, self.buckets.steps, sampled=False)
+                made["steps_sample", rows] = self._decode_drawing(rows, self.buckets.steps, sampled=True)
         for rows in self.buckets.sampling if lean else self.buckets.decode:
             made["greedy", rows] = self._head(steps.head_greedy, rows)
         for rows in self.buckets.sampling:
@@ -56,12 +61,20 @@ class ProgramBuilder:
         args = (self._leaves, self.cache.specs, self._pending, self._ints(layout.size))
         return Program(function, args, (self._replicated, self.cache.shardings), donate=(1,))
 
-    def _decode_greedy(self, rows: int) -> Program:
+    def _decode_or_greedy(self, rows: int) -> Program:
         layout = self.packer.decode_layout(rows)
-        function = partial(steps.decode_greedy, self.model.merge, layout, self.buckets.max_batch_size)
+        function = partial(steps.decode_or_greedy, self.model.merge, layout, self.buckets.max_batch_size)
         args = (self._leaves, self.cache.specs, self._pending, self._ints(layout.size))
         out = (self._replicated, self._replicated, self._replicated, self.cache.shardings)
         return Program(function, args, out, donate=(1, 2))
+
+    def _decode_drawing(self, rows: int, count: int, *, sampled: bool) -> Program:
+        layout = self.packer.drawing_layout(rows)
+        function = partial(steps.decode_drawing, self.model.merge, layout, count, sampled)
+        args = (self._leaves, self.cache.specs, self._pending, self._ints(layout.size))
+        return Program(
+            function, args, (self._replicated, self._replicated, self.cache.shardings), donate=(1, 2)
+        )
 
     def _ragged(self, tokens: int) -> Program:
         layout = self.packer.ragged_layout(tokens)

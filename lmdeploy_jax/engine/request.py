@@ -81,6 +81,11 @@ class SamplingParams:
         return bool(self.logits_processors or self.banned_sequences)
 
     @cached_property
+    def repeats(self) -> bool:
+        """Whether the device can draw several tokens before the host sees the first."""
+        return self.head < Head.FULL and self.grammar is None and not (self.logits or self.hidden)
+
+    @cached_property
     def head(self) -> Head:
         """The cheapest head that can draw the sequence's tokens."""
         if self.reshapes_logits or self.needs_host or self.logprobs is not None:

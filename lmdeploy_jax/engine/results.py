@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,15 @@ from lmdeploy_jax.engine.runner import Drawn
 from lmdeploy_jax.messages import FinishReason
 
 
-def read_tokens(drawn: Drawn) -> tuple[list[int], np.ndarray | None]:
-    """Waits for a step: its tokens, and the packed log-probabilities where it has them."""
+def read_tokens(drawn: Drawn) -> tuple[list[list[int]], np.ndarray | None]:
+    """Waits for a step: the tokens of each draw, and the packed log-probabilities where it has them."""
     if not drawn.draws:
         drawn.tokens.block_until_ready()
         return [], None
     values = np.asarray(drawn.tokens)
-    packed = values if values.ndim == 2 else None
-    return (values if packed is None else values[:, 0]).tolist(), packed
+    if drawn.packed:
+        return values[:, :1].tolist(), values
+    return values.reshape(len(values), -1).tolist(), None
 
 
 def unpack_logprobs(row: np.ndarray, top: int) -> TokenLogprobs:
@@ -29,11 +31,23 @@ def unpack_logprobs(row: np.ndarray, top: int) -> TokenLogprobs:
     return TokenLogprobs(logprob, dict(zip(row[2 : 2 + top].tolist(), values.tolist(), strict=True)))
 
 
-def accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishReason | None, int | None]:
-    """Append a read token; why it ends the sequence, if it does, and the stop id that did.
+def accept(
+    sequence: Sequence, drawn: Seq[int], session_len: int
+) -> tuple[list[int], FinishReason | None, int | None]:
+    """Append read tokens: those that count, why the last ends the sequence if it does, the stop id that did.
 
     Raises RequestError for a token that the sequence's grammar does not allow.
     """
+    taken: list[int] = []
+    for token in drawn:
+        taken.append(token)
+        reason, stop = _accept(sequence, token, session_len)
+        if reason:
+            return taken, reason, stop
+    return taken, None, None
+
+
+def _accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishReason | None, int | None]:
     sequence.unread -= 1
     tokens, params = sequence.tokens, sequence.params
     tokens.append(token)
@@ -50,10 +64,12 @@ def accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishReas
     return None, None
 
 
-def output_of(sequence: Sequence, drawn: Drawn, i: int, token: int, packed: np.ndarray | None) -> StepOutput:
+def output_of(
+    sequence: Sequence, drawn: Drawn, i: int, tokens: list[int], packed: np.ndarray | None
+) -> StepOutput:
     """The StepOutput for draw `i`, its finish reason still open."""
     request, wanted = sequence.request, sequence.params.logprobs
-    out = StepOutput(request.request_id, sequence.index, [token], cached_tokens=sequence.cached)
+    out = StepOutput(request.request_id, sequence.index, tokens, cached_tokens=sequence.cached)
     out.queue_seconds = request.queue_seconds
     if wanted is not None and packed is not None:
         out.logprobs = [unpack_logprobs(packed[i], wanted)]

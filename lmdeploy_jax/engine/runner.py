@@ -28,19 +28,22 @@ Draws = list[tuple[Sequence, int]]  # sequences with the row of hidden states th
 class Forward(NamedTuple):
     """A forward pass under way."""
 
-    rows: Any  # hidden states [max_batch_size, E], one a chunk
-    tokens: Any = None  # the next token of each row, i32 [R], where the pass has chosen them itself
+    rows: Any  # hidden states [max_batch_size, E], one a chunk; None where nobody can want them
+    tokens: Any = (
+        None  # i32 [R] or [R, count], the next tokens of each row, if the pass has drawn them itself
+    )
 
 
 @dataclass
 class Drawn:
-    """A step under way: `tokens` i32 [R], or packed with log-probabilities [R, 2 + 2k].
+    """A step under way: `tokens` i32 [R] or [R, count], or packed with log-probabilities [R, 2 + 2k].
 
     Without draws (a prompt's earlier chunks) `tokens` is only something to wait for.
     """
 
     draws: Draws
     tokens: Any
+    packed: bool = False
     hidden: list[Any] = field(default_factory=list)  # per draw [E] or None
     logits: list[Any] = field(default_factory=list)  # per draw [V] or None
     errors: dict[Sequence, Exception] = field(default_factory=dict)  # draws whose user code failed
@@ -146,15 +149,26 @@ class Runner:
         return drawn
 
     def _decode(self, step: Step) -> Forward:
-        size = fit(self.buckets.decode, len(step.chunks))
-        greedy = self.buckets.lean and _head(step.sampled) is Head.GREEDY
-        flat = self.packer.pack_decode(step.chunks, size, greedy=greedy)
+        size, head = fit(self.buckets.decode, len(step.chunks)), _head(step.sampled)
+        if step.repeat > 1:
+            return self._decode_drawing(f"steps_{head.name.lower()}", size, step)
+        greedy = head is Head.GREEDY
+        if self.buckets.lean:
+            flat = self.packer.pack_decode(step.chunks, size, greedy=greedy)
+            args = (self.leaves, self._caches, self._pending, flat)
+            rows, tokens, self._pending, self._caches = self._run("decode", size, *args)
+            return Forward(rows, tokens if greedy else None)
+        if greedy and all(sequence.params.repeats for sequence, _ in step.sampled):
+            return self._decode_drawing("decode_greedy", size, step)
+        flat = self.packer.pack_decode(step.chunks, size)
+        rows, self._caches = self._run("decode", size, self.leaves, self._caches, self._pending, flat)
+        return Forward(rows)
+
+    def _decode_drawing(self, name: str, size: int, step: Step) -> Forward:
+        flat = self.packer.pack_drawing(step.chunks, size, step.repeat)
         args = (self.leaves, self._caches, self._pending, flat)
-        if not self.buckets.lean:
-            rows, self._caches = self._run("decode", size, *args)
-            return Forward(rows)
-        rows, tokens, self._pending, self._caches = self._run("decode", size, *args)
-        return Forward(rows, tokens if greedy else None)
+        tokens, self._pending, self._caches = self._run(name, size, *args)
+        return Forward(None, tokens)
 
     def _ragged(self, step: Step) -> Any:
         size = fit(self.buckets.tokens, step.num_tokens)
@@ -202,7 +216,7 @@ class Runner:
         tokens, self._pending, self._history = self._run(
             "full", size, raw, logits, self._pending, self._history, flat, self._mask(draws, size, errors)
         )
-        return _started(draws, tokens, errors)
+        return _started(draws, tokens, errors, packed=True)
 
     def _mask(self, draws: Draws, size: int, errors: dict[Sequence, Exception]) -> Any:
         """What the grammars of the call allow, i32 [size, words]; tells which of them have failed."""
@@ -283,9 +297,11 @@ class Runner:
         return self._programs[key](*placed)
 
 
-def _started(draws: Draws, tokens: Any, errors: dict[Sequence, Exception] | None = None) -> Drawn:
+def _started(
+    draws: Draws, tokens: Any, errors: dict[Sequence, Exception] | None = None, *, packed: bool = False
+) -> Drawn:
     tokens.copy_to_host_async()
-    return Drawn(draws, tokens, errors=errors or {})
+    return Drawn(draws, tokens, packed, errors=errors or {})
 
 
 def _head(draws: Draws) -> Head:

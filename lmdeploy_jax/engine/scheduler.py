@@ -28,6 +28,7 @@ class Step:
     sampled: list[tuple[Sequence, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # pages to duplicate after it: (from, to)
     admitted: list[Sequence] = field(default_factory=list)  # given a slot since the last step
+    repeat: int = 1  # tokens that each sequence draws, one after another, where all are decoding
 
     @property
     def num_tokens(self) -> int:
@@ -61,11 +62,13 @@ class Scheduler:
         max_tokens: int,
         session_len: int,
         rope_switch: int | None = None,
+        decode_steps: int = 1,
     ) -> None:
         self.cache = cache
         self.max_tokens = max_tokens
         self.session_len = session_len
         self.rope_switch = rope_switch
+        self.decode_steps = decode_steps
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -127,6 +130,8 @@ class Scheduler:
             return None
         step = self._commit(chunks)
         step.admitted, self._admitted = self._admitted, []
+        if self.decode_steps > 1 and self._can_repeat(step):
+            self._repeat(step)
         return step
 
     def _ready(self, sequence: Sequence) -> bool:
@@ -242,6 +247,29 @@ class Scheduler:
         victim.report = PromptReport() if victim.report else None
         self.waiting.appendleft(victim)
         self.preemptions += 1
+
+    # -- several decode steps at once -----------------------------------------------------------------------
+
+    def _can_repeat(self, step: Step) -> bool:
+        """Whether nothing waits for the next token but the token after it, and there are pages enough."""
+        if self.waiting or not step.decode_only or self.rope_switch is not None:
+            return False
+        if any(not sequence.params.repeats for sequence, _ in step.sampled):
+            return False
+        missing = sum(self._pages_missing(sequence) for sequence, _ in step.sampled)
+        return missing <= self.cache.pool.available
+
+    def _pages_missing(self, sequence: Sequence) -> int:
+        end = min(sequence.computed - 1 + self.decode_steps, sequence.max_length, self.session_len)
+        return max(pages_for(end) - len(sequence.pages), 0)
+
+    def _repeat(self, step: Step) -> None:
+        """What it draws beyond the end of a sequence is cut off when it is read."""
+        step.repeat = self.decode_steps
+        for sequence, _ in step.sampled:
+            sequence.pages += [self.cache.pool.take() for _ in range(self._pages_missing(sequence))]
+            sequence.computed += step.repeat - 1
+            sequence.unread += step.repeat - 1
 
     # -- what a planned step changes ----------------------------------------------------------------------
 

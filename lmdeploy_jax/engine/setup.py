@@ -96,6 +96,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         max_tokens=buckets.max_tokens,
         session_len=session_len,
         rope_switch=model_config.rope.switch_length,
+        decode_steps=config.decode_steps,
     )
     return Parts(folder, model_config, session_len, memory, buckets, scheduler, runner, startup, reload)
 
@@ -144,7 +145,8 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
 
 def _buckets(config: JaxEngineConfig, platform: str) -> Buckets:
     batch, tokens = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
-    return bucket_plan.plan(platform, config.max_batch_size or batch, config.max_prefill_token_num or tokens)
+    most = config.max_prefill_token_num or tokens
+    return bucket_plan.plan(platform, config.max_batch_size or batch, most, config.decode_steps)
 
 
 def _plan(

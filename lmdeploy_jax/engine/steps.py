@@ -38,11 +38,12 @@ def decode(
     merge: Merge, layout: Layout, max_rows: int, leaves: Leaves, caches: Caches, pending: Array, flat: Array
 ) -> tuple[Array, Caches]:
     """One token for each sequence: -> rows [max_rows, E], caches."""
-    hidden, caches = merge(leaves)(caches, decode_batch(layout.views(flat), pending))
+    field = layout.views(flat)
+    hidden, caches = merge(leaves)(caches, decode_batch(field, pending[field["slots"]]))
     return jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0))), caches
 
 
-def decode_greedy(
+def decode_or_greedy(
     merge: Merge, layout: Layout, max_rows: int, leaves: Leaves, caches: Caches, pending: Array, flat: Array
 ) -> tuple[Array, Array, Array, Caches]:
     """`decode` and, where `flat` says that all draw greedily, their head: -> rows, tokens, pending, caches.
@@ -52,12 +53,38 @@ def decode_greedy(
     """
     field = layout.views(flat)
     model, slots = merge(leaves), field["slots"]
-    hidden, caches = model(caches, decode_batch(field, pending))
+    hidden, caches = model(caches, decode_batch(field, pending[slots]))
     tokens = jax.lax.cond(
         field["greedy"][0] != 0, lambda: greedy(model.logits(hidden)), lambda: pending[slots]
     )
     rows = jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0)))
     return rows, tokens, pending.at[slots].set(tokens), caches
+
+
+def decode_drawing(
+    merge: Merge,
+    layout: Layout,
+    count: int,
+    sampled: bool,
+    leaves: Leaves,
+    caches: Caches,
+    pending: Array,
+    flat: Array,
+) -> tuple[Array, Array, Caches]:
+    """`count` tokens for each sequence, one after another: -> tokens i32 [R, count], pending, caches."""
+    field = layout.views(flat)
+    model, slots = merge(leaves), field["slots"]
+
+    def step(i: Array | int, state: tuple[Array, Array, Caches]) -> tuple[Array, Array, Caches]:
+        last, drawn, caches = state
+        hidden, caches = model(caches, decode_batch(field, last, i))
+        logits = model.logits(hidden)
+        last = sample(logits, sampling_batch(field, i)) if sampled else greedy(logits)
+        return last, drawn.at[:, i].set(last), caches
+
+    state = (pending[slots], jnp.zeros((len(slots), count), jnp.int32), caches)
+    last, drawn, caches = jax.lax.fori_loop(0, count, step, state) if count > 1 else step(0, state)
+    return drawn, pending.at[slots].set(last), caches
 
 
 def ragged(

@@ -30,7 +30,14 @@ from tests.pallas_kernels.h200 import TARGET, cache_copies, outside_command_buff
 from tests.pallas_kernels.programs import as_on_h200
 
 LAYERS, PAGES, BATCH = 2, 513, 64
-WANTED = (("decode", 64), ("ragged", 1024), ("greedy", 64), ("sample", 64))
+WANTED = (
+    ("decode", 64),
+    ("decode_greedy", 64),
+    ("ragged", 1024),
+    ("greedy", 64),
+    ("sample", 64),
+    ("steps_greedy", 64),
+)
 
 
 def builder(mesh: Mesh) -> ProgramBuilder:
@@ -41,7 +48,7 @@ def builder(mesh: Mesh) -> ProgramBuilder:
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
     packer = StepPacker(BATCH, 2048, config.vocab_size, tile_rows("pallas"))
     cache = CacheSpec(LAYERS, PAGES, config.num_kv_heads, config.head_dim, dtype, mesh)
-    return ProgramBuilder(model, packer, buckets.plan("gpu", BATCH, 1024), cache, mesh)
+    return ProgramBuilder(model, packer, buckets.plan("gpu", BATCH, 1024, steps=4), cache, mesh)
 
 
 def report(name: str, program: Program, cache: CacheSpec) -> dict[str, object]:

@@ -7,6 +7,7 @@ import sys
 
 from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.cache.pages import PAGE_SIZE
+from lmdeploy_jax.engine import buckets
 from lmdeploy_jax.engine.engine import Engine
 from tests.engine.conftest import COUNT
 from tests.engine.harness import Collector, config, generate, submit, tokens
@@ -52,6 +53,39 @@ def small_pool(llama, compile_cache, pages: int, **changes) -> Engine:
     """An engine whose KV cache holds `pages` pages and the dump page."""
     size = page_bytes(num_layers=2, kv_heads=2, head_dim=16, dtype="float32")
     return other_engine(llama, compile_cache, cache_max_entry_count=(pages + 1) * size, **changes)
+
+
+def test_several_decode_steps_at_once_equal_single_ones(engine, llama, compile_cache, prompts, expected):
+    sampled = {"temperature": 0.8, "top_k": 20, "seed": 3, "max_new_tokens": 14}
+    stop = frozenset(expected[1][5:6])
+    single = tokens(engine, prompts, **sampled), generate(engine, prompts, stop_token_ids=stop)
+    several = other_engine(llama, compile_cache, decode_steps=3)
+    try:
+        assert tokens(several, prompts) == expected
+        assert tokens(several, prompts, **sampled) == single[0]
+        for got, want in zip(generate(several, prompts, stop_token_ids=stop), single[1], strict=True):
+            assert (got[0].tokens, got[0].reason) == (want[0].tokens, want[0].reason)
+        assert max(len(out.token_ids) for out in generate(several, prompts[:1])[0][0].outputs) == 3
+        for length in (1, 2, 5):
+            assert tokens(several, prompts, max_new_tokens=length) == [t[:length] for t in expected]
+        longest = tokens(several, [[5] * 500], max_new_tokens=100)[0]  # up to the end of the context
+        assert longest == tokens(engine, [[5] * 500], max_new_tokens=100)[0]
+        several.scheduler.check_integrity()
+    finally:
+        several.close()
+
+
+def test_programs_of_a_gpu_give_the_same_tokens(llama, compile_cache, prompts, expected, monkeypatch):
+    lean = buckets.plan
+    monkeypatch.setattr(buckets, "plan", lambda platform, *rest: lean("gpu", *rest))
+    for steps in (1, 4):
+        engine = other_engine(llama, compile_cache, decode_steps=steps)
+        try:
+            assert tokens(engine, prompts) == expected
+            hidden = generate(engine, prompts[:1], hidden="generation")[0][0]
+            assert hidden.tokens == expected[0]
+        finally:
+            engine.close()
 
 
 def test_preempted_sequences_go_on_as_if_nothing_had_happened(llama, compile_cache, prompts, expected):
