@@ -11,7 +11,8 @@ from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.kernels import AttentionKind, Cache, Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
-from lmdeploy_jax.models.rope import Rotation, rotate
+from lmdeploy_jax.models.rope import Rotation
+from pallas_kernels.rope_kv_write import HeadWork
 
 
 class Attention(nnx.Module):
@@ -23,7 +24,14 @@ class Attention(nnx.Module):
         kv_heads = config.kv_heads(kernels.tp)
         groups, head_dim = config.num_heads // kv_heads, config.head_dim
         self.kernels = kernels
-        self.kind = AttentionKind(config.attention_scale, window, config.attention_soft_cap)
+        self.kind = AttentionKind(
+            config.attention_scale,
+            window,
+            config.attention_soft_cap,
+            norm_eps=config.norm_eps,
+            norm_offset=config.norm_offset,
+        )
+        self.added_plainly = config.added_plainly and not config.o_bias
         self.qkv = Linear(
             (kv_heads, groups + 2, head_dim),
             (config.hidden_size,),
@@ -42,15 +50,23 @@ class Attention(nnx.Module):
         )
 
     def __call__(self, x: Array, cache: Cache, batch: Batch, turn: Rotation | None) -> tuple[Array, Cache]:
-        """x [T, E] -> [T, E], cache. `turn` is None in a layer without RoPE."""
-        qkv = self.qkv(x)  # [T, KH, G + 2, D]
-        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
-        out, cache = self.kernels.attend(q, k, v, cache, batch, self.kind)
-        return self.o(out), cache
+        """x [T, E] -> [T, E] (or parts of it, see `Kernels.product`), cache.
+
+        `turn` is None in a layer without RoPE.
+        """
+        qkv = self.kernels.product(self.qkv, x)  # [(S,) T, KH, G + 2, D]
+        out, cache = self.kernels.attend(qkv, self._work(turn), cache, batch, self.kind, x.dtype)
+        return (self.kernels.product(self.o, out) if self.added_plainly else self.o(out)), cache
+
+    def _work(self, turn: Rotation | None) -> HeadWork:
+        cos, sin = (None, None) if turn is None else turn
+        return HeadWork(
+            bias=None if self.qkv.bias is None else self.qkv.bias[...],
+            q_norm=None if self.q_norm is None else self.q_norm.weight[...],
+            k_norm=None if self.k_norm is None else self.k_norm.weight[...],
+            cos=cos,
+            sin=sin,
+        )
 
 
 def _head_norm(config: DecoderConfig, dtype: jnp.dtype) -> RMSNorm:

@@ -85,6 +85,11 @@ class DecoderConfig:
     local_rope: RopeConfig | None = None
     """RoPE of the layers that have a window, where it differs from the others'."""
 
+    @property
+    def added_plainly(self) -> bool:
+        """Whether what attention and MLP return is added to the residual stream as it is."""
+        return not self.post_norm and self.residual_multiplier == 1.0
+
     def kv_heads(self, tp: int) -> int:
         """KV heads that caches and weights hold on `tp` devices: at least one a device, by repeating them.
 

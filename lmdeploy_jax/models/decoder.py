@@ -30,6 +30,7 @@ class DecoderLayer(nnx.Module):
             size, eps, offset = config.hidden_size, config.norm_eps, config.norm_offset
             return RMSNorm(size, eps, offset, dtype=dtype, axis="embed") if wanted else None
 
+        self.kernels = kernels
         self.residual_multiplier = config.residual_multiplier
         self.attention_norm = norm(config.pre_norm)
         self.attention = Attention(config, window, dtype=dtype, kernels=kernels)
@@ -38,18 +39,18 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config, dtype=dtype, kernels=kernels)
         self.mlp_post_norm = norm(config.post_norm)
 
-    def __call__(self, x: Array, cache: Cache, batch: Batch, turn: Rotation | None) -> tuple[Array, Cache]:
-        out, cache = self.attention(_apply(self.attention_norm, x), cache, batch, turn)
-        x = x + self._scaled(_apply(self.attention_post_norm, out))
-        out = self.mlp(_apply(self.mlp_norm, x))
-        return x + self._scaled(_apply(self.mlp_post_norm, out)), cache
+    def __call__(
+        self, x: Array, delta: Array | None, cache: Cache, batch: Batch, turn: Rotation | None
+    ) -> tuple[Array, Array, Cache]:
+        """The residual stream x [T, E] and what the layer before adds to it -> the same, and the cache."""
+        x, normed = self.kernels.add_norm(x, delta, self.attention_norm)
+        out, cache = self.attention(normed, cache, batch, turn)
+        x, normed = self.kernels.add_norm(x, self._scaled(self.attention_post_norm, out), self.mlp_norm)
+        return x, self._scaled(self.mlp_post_norm, self.mlp(normed)), cache
 
-    def _scaled(self, x: Array) -> Array:
-        return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
-
-
-def _apply(norm: RMSNorm | None, x: Array) -> Array:
-    return x if norm is None else norm(x)
+    def _scaled(self, post_norm: RMSNorm | None, out: Array) -> Array:
+        out = out if post_norm is None else post_norm(out)
+        return out if self.residual_multiplier == 1.0 else out * self.residual_multiplier
 
 
 class Decoder(nnx.Module):
@@ -60,6 +61,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, kernels: Kernels) -> None:
         self.config = config
+        self.kernels = kernels
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, kernels=kernels)
         self.layers = nnx.List(
             DecoderLayer(config, window, dtype=dtype, kernels=kernels) for window in config.windows
@@ -82,12 +84,12 @@ class Decoder(nnx.Module):
         if self.config.embedding_multiplier != 1.0:
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
         turns = self._turns(batch)
-        written = []
+        written, delta = [], None
         for layer, turn, cache in zip(self.layers, turns, caches, strict=True):
             graph, state = nnx.split(layer)
-            x, cache = _run_layer(graph, state, x, cache, batch, turn)
+            x, delta, cache = _run_layer(graph, state, x, delta, cache, batch, turn)
             written.append(cache)
-        return self.norm(x), tuple(written)
+        return self.kernels.add_norm(x, delta, self.norm)[1], tuple(written)
 
     def logits(self, hidden: Array) -> Array:
         """hidden [R, E] -> f32 [R, V]."""
@@ -110,7 +112,13 @@ class Decoder(nnx.Module):
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(
-    graph: nnx.GraphDef, state: nnx.State, x: Array, cache: Cache, batch: Batch, turn: Rotation | None
-) -> tuple[Array, Cache]:
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    x: Array,
+    delta: Array | None,
+    cache: Cache,
+    batch: Batch,
+    turn: Rotation | None,
+) -> tuple[Array, Array, Cache]:
     """A jitted function of its own, so that layers alike are traced once; XLA inlines the calls."""
-    return nnx.merge(graph, state)(x, cache, batch, turn)
+    return nnx.merge(graph, state)(x, delta, cache, batch, turn)

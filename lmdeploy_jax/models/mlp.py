@@ -29,13 +29,15 @@ class GatedMLP(nnx.Module):
         inner, hidden, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
         self.activation = config.activation
         self.kernels = kernels
+        self.added_plainly = config.added_plainly and not bias
         self.gate_up = Linear((2, inner), (hidden,), (None, "mlp", "embed"), bias=bias, dtype=dtype)
         self.down = Linear((hidden,), (inner,), ("embed", "mlp"), bias=bias, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
-        """x [T, E] -> [T, E]."""
+        """x [T, E] -> [T, E], or parts of it (see `Kernels.product`)."""
         gate_up = self._gate_up(x)  # [T, 2, I]
-        return self.down(ACTIVATION_FUNCTIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1])
+        inner = ACTIVATION_FUNCTIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1]
+        return self.kernels.product(self.down, inner) if self.added_plainly else self.down(inner)
 
     def _gate_up(self, x: Array) -> Array:
         if self.kernels.tp == 1:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
 from lmdeploy_jax.models.linear import param
+from pallas_kernels.norm import rms_norm
 
 
 class RMSNorm(nnx.Module):
@@ -20,9 +21,4 @@ class RMSNorm(nnx.Module):
         self.weight = param((size,), dtype, (axis,))
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        weight = self.weight[...]
-        if self.offset:
-            return (normed * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
-        return normed.astype(x.dtype) * weight
+        return rms_norm(x, self.weight[...], eps=self.eps, offset=self.offset)

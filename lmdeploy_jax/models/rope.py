@@ -29,17 +29,6 @@ def rotation(rope: RopeConfig, positions: Array, lengths: Array) -> Rotation:
     return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)
 
 
-def rotate(x: Array, by: Rotation) -> Array:
-    """Rotates the leading elements of each head, the first half paired with the second; x [T, ..., D]."""
-    half = by.cos.shape[-1]
-    shape = (x.shape[0], *(1,) * (x.ndim - 2), half)
-    cos, sin = by.cos.reshape(shape), by.sin.reshape(shape)
-    wide = x[..., : 2 * half].astype(jnp.float32)
-    first, second = wide[..., :half], wide[..., half:]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * half :]], axis=-1)
-
-
 def _exponents(rope: RopeConfig) -> np.ndarray:
     return np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
 

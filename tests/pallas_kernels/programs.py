@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import max_tiles, prefill_attention, tile_rows
+from pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 
 SEQUENCES, TABLE_WIDTH, TOKENS, PAGES = 16, 32, 256, 128
 
@@ -49,7 +49,7 @@ class Program:
 
 
 def decode_step(model: Model, layers: int) -> Program:
-    """KV write and decode attention, layer after layer."""
+    """What precedes attention, and decode attention, layer after layer."""
 
     def step(caches: list, x: jax.Array, slots: jax.Array, table: jax.Array, lens: jax.Array) -> tuple:
         def attend(x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -61,7 +61,7 @@ def decode_step(model: Model, layers: int) -> Program:
 
 
 def prefill_step(model: Model, layers: int) -> Program:
-    """KV write and prefill attention, layer after layer."""
+    """What precedes attention, and prefill attention, layer after layer."""
 
     def step(caches: list, x: jax.Array, slots: jax.Array, table: jax.Array, tiles: jax.Array) -> tuple:
         def attend(x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -84,11 +84,17 @@ def as_on_h200() -> Iterator[None]:
 def _layers(
     model: Model, caches: list, x: jax.Array, slots: jax.Array, attend: Callable[..., jax.Array]
 ) -> tuple[list, jax.Array]:
-    written = []
+    group, written = model.heads // model.kv_heads, []
+    half = model.head_dim // 2
+    norm, angle = jnp.ones(model.head_dim, model.dtype), slots[:, None] * jnp.ones(half)
     for k_pages, v_pages in caches:
-        k, v = x[:, : model.kv_heads], x[:, -model.kv_heads :]
-        k_pages, v_pages = kv_write(k_pages, v_pages, k, v, slots, backend="pallas")
-        x = x + attend(x, k_pages, v_pages)
+        rows = x.reshape(-1, model.kv_heads, group, model.head_dim)
+        qkv = jnp.concatenate([rows, rows[:, :, :2]], axis=2) if group > 1 else rows.repeat(3, axis=2)
+        work = HeadWork(qkv[0], norm, norm, jnp.cos(angle), jnp.sin(angle))
+        q, k_pages, v_pages = rope_kv_write(
+            qkv, k_pages, v_pages, slots, work, dtype=model.dtype, backend="pallas"
+        )
+        x = x + attend(q.reshape(x.shape), k_pages, v_pages)
         written.append((k_pages, v_pages))
     return written, x
 

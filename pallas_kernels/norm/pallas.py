@@ -1,0 +1,63 @@
+"""Residual addition and RMSNorm in Pallas (Triton backend): one program a row."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.launch import Launch, launch
+
+
+def add_rms_norm(
+    x: jax.Array, parts: jax.Array, weight: jax.Array, *, eps: float, offset: float, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.norm.add_rms_norm`; parts [S, T, E]."""
+    rows, size = x.shape
+    num_warps = min(max(pl.next_power_of_2(size) // 512, 1), 16)
+    how = Launch("add_rms_norm", (rows,), num_warps, num_stages=1, aliases={0: 0})
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    kernel = functools.partial(_kernel, eps=eps, offset=offset)
+    added, normed = launch(kernel, how, [like, like], x, parts, weight, interpret=interpret)
+    return added, normed
+
+
+def _kernel(
+    x_ref: jax.Ref,
+    parts_ref: jax.Ref,
+    weight_ref: jax.Ref,
+    added_ref: jax.Ref,
+    normed_ref: jax.Ref,
+    *,
+    eps: float,
+    offset: float,
+) -> None:
+    row, size = pl.program_id(0), x_ref.shape[1]
+    column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
+    mask = column < size
+    total = plt.load(x_ref.at[row, column], mask=mask, other=0).astype(jnp.float32)
+    for part in range(parts_ref.shape[0]):
+        total += plt.load(parts_ref.at[part, row, column], mask=mask, other=0).astype(jnp.float32)
+    added = total.astype(x_ref.dtype)
+    plt.store(added_ref.at[row, column], added, mask=mask)
+    weight = plt.load(weight_ref.at[column], mask=mask, other=0)
+    wide = added.astype(jnp.float32)
+    normed = wide * inverse_rms(wide, size, eps)
+    plt.store(normed_ref.at[row, column], weigh(normed, weight, offset, x_ref.dtype), mask=mask)
+
+
+def inverse_rms(wide: jax.Array, size: int, eps: float) -> jax.Array:
+    """1 / RMS of the last axis of wide f32 [..., N], which is padded with zeros beyond `size` columns."""
+    return lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) * (1.0 / size) + eps)
+
+
+def weigh(normed: jax.Array, weight: jax.Array, offset: float, dtype: jnp.dtype) -> jax.Array:
+    """Multiplies by the weight, rounding where `rms_norm` of the XLA path does."""
+    if offset:
+        return (normed * (weight.astype(jnp.float32) + offset)).astype(dtype)
+    rounded = normed.astype(dtype).astype(jnp.float32)
+    return (rounded * weight.astype(jnp.float32)).astype(dtype)

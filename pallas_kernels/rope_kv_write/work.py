@@ -1,0 +1,24 @@
+"""The arrays of the op besides qkv and cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeadWork:
+    """What is done to q, k and v on their way; None: not in this model.
+
+    bias [KH, G + 2, D] is added to all three; q_norm and k_norm [D] are weights of an RMSNorm over each head
+    of q and k; cos and sin, f32 [T, R / 2], then rotate the first R elements of each head of q and k, the
+    first half of them paired with the second (Su et al., 2021, as GPT-NeoX lays it out).
+    """
+
+    bias: jax.Array | None = None
+    q_norm: jax.Array | None = None
+    k_norm: jax.Array | None = None
+    cos: jax.Array | None = None
+    sin: jax.Array | None = None

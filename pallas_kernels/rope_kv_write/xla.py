@@ -1,0 +1,90 @@
+"""Bias, norms, rotation and KV write as plain XLA operations, in place where the caller donates the cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from pallas_kernels.norm.xla import rms_norm
+from pallas_kernels.rope_kv_write.work import HeadWork
+
+Pages = tuple[jax.Array, jax.Array]
+
+
+def rope_kv_write(
+    parts: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    slots: jax.Array,
+    work: HeadWork,
+    *,
+    eps: float,
+    offset: float,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `pallas_kernels.rope_kv_write.rope_kv_write`; parts [S, T, KH, G + 2, D]."""
+    qkv = (parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0)).astype(dtype)
+    if work.bias is not None:
+        qkv = qkv + work.bias
+    q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+    if work.q_norm is not None:
+        q = rms_norm(q, work.q_norm, eps=eps, offset=offset)
+    if work.k_norm is not None:
+        k = rms_norm(k, work.k_norm, eps=eps, offset=offset)
+    if work.cos is not None and work.sin is not None:
+        q, k = (_rotate(x, work.cos, work.sin) for x in (q, k))
+    return q, *_write(k_pages, v_pages, k, v, slots)
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the leading elements of each head, the first half paired with the second; x [T, ..., D]."""
+    half = cos.shape[-1]
+    shape = (x.shape[0], *(1,) * (x.ndim - 2), half)
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    wide = x[..., : 2 * half].astype(jnp.float32)
+    first, second = wide[..., :half], wide[..., half:]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * half :]], axis=-1)
+
+
+def _write(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
+    """k, v [T, KH, D] into their slots; what has a negative one goes to page 0."""
+    k, v, slots = k.astype(k_pages.dtype), v.astype(v_pages.dtype), jnp.maximum(slots, 0)
+    # On CPUs, XLA's scatter is the faster where it is in place: it widens a cache of 16-bit floats.
+    on_cpu = _scatter if k_pages.dtype == jnp.float32 else _write_in_loop
+    return lax.platform_dependent(k_pages, v_pages, k, v, slots, cpu=on_cpu, default=_scatter)
+
+
+def _scatter(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
+    page, offset = jnp.divmod(slots, k_pages.shape[2])
+    return k_pages.at[page, :, offset].set(k), v_pages.at[page, :, offset].set(v)
+
+
+def _write_in_loop(
+    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
+) -> Pages:
+    """A loop of windowed updates: in place for every dtype."""
+    page_size = k_pages.shape[2]
+
+    def write(token: jax.Array, pages: Pages) -> Pages:
+        at = (slots[token] // page_size, 0, slots[token] % page_size, 0)
+        return _update(pages[0], k, token, at), _update(pages[1], v, token, at)
+
+    return lax.fori_loop(0, slots.shape[0], write, (k_pages, v_pages))
+
+
+def _update(
+    pages: jax.Array, rows: jax.Array, token: jax.Array, at: tuple[jax.Array | int, ...]
+) -> jax.Array:
+    row = lax.dynamic_index_in_dim(rows, token)[:, :, None]  # [1, KH, 1, D]
+    if pages.dtype != jnp.bfloat16:
+        return lax.dynamic_update_slice(pages, row, at)
+    # As bits: XLA for CPUs would convert the whole cache to f32 and back for each row.
+    bits = lax.dynamic_update_slice(_bits(pages), _bits(row), at)
+    return lax.bitcast_convert_type(bits, pages.dtype)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.uint16)
