@@ -56,7 +56,7 @@ def attend_page(
     A row must see a key sooner or later: the weights it gathers until then decay to 0 at the first one.
     """
     maximum, denominator, out = state
-    logits = _dot(q, keys.T)
+    logits = dot(q, keys.T)
     if options.soft_cap is None:
         logits = logits * (options.scale * LOG2E)
     else:
@@ -66,7 +66,7 @@ def attend_page(
     new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=1))
     decay = jnp.exp2(maximum - new_maximum)
     weights = jnp.exp2(logits - new_maximum[:, None])
-    new_out = out * decay[:, None] + _dot(weights.astype(values.dtype), values)
+    new_out = out * decay[:, None] + dot(weights.astype(values.dtype), values)
     return new_maximum, denominator * decay + jnp.sum(weights, axis=1), new_out
 
 
@@ -85,6 +85,6 @@ def normalised(state: State) -> jax.Array:
     return out / jnp.maximum(denominator, 1e-30)[:, None]
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """a @ b, accumulated in f32; float32 inputs are not rounded to TF32."""
     return plt.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)

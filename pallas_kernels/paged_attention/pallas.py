@@ -7,6 +7,7 @@ and a second kernel merges the splits by their log-sum-exp. A tile's rows are th
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,16 @@ from pallas_kernels.launch import Launch, launch
 from pallas_kernels.options import MASKED, AttentionOptions
 
 MIN_ROWS = 16  # rows of the smallest tensor-core product
-TARGET_PROGRAMS = 1024  # about two waves of four programs on each of an H200's 132 multiprocessors
 MAX_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the work is cut and run: programs to aim at, Triton's warps and pipeline stages."""
+
+    programs: int = 1024  # about two waves of four on each of an H200's 132 multiprocessors
+    num_warps: int = 4
+    num_stages: int = 3
 
 
 def paged_attention(
@@ -32,13 +41,15 @@ def paged_attention(
     sinks: jax.Array | None,
     options: AttentionOptions,
     *,
+    tuning: Tuning = Tuning(),
     interpret: bool,
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention.paged_attention`."""
     sequences, heads, head_dim = q.shape
     kv_heads = k_pages.shape[1]
-    splits = split_count(sequences * kv_heads, page_table.shape[1])
-    how = Launch("paged_attention", (kv_heads, splits, sequences), num_warps=4, num_stages=3)
+    splits = split_count(sequences * kv_heads, page_table.shape[1], tuning.programs)
+    grid = (kv_heads, splits, sequences)
+    how = Launch("paged_attention", grid, tuning.num_warps, tuning.num_stages)
     run = functools.partial(launch, interpret=interpret)
     arrays = (q, k_pages, v_pages, page_table, kv_lens)
     if splits == 1:
@@ -53,9 +64,9 @@ def paged_attention(
     return run(_merge_kernel, merge, jax.ShapeDtypeStruct(q.shape, q.dtype), out, lse, sinks)
 
 
-def split_count(tiles: int, table_width: int) -> int:
+def split_count(tiles: int, table_width: int, programs: int) -> int:
     """Programs that share a sequence's pages: a power of two that fills the device, at least a page each."""
-    wanted = min(TARGET_PROGRAMS // max(tiles, 1), MAX_SPLITS, table_width)
+    wanted = min(programs // max(tiles, 1), MAX_SPLITS, table_width)
     return 1 << max(wanted, 1).bit_length() - 1
 
 

@@ -24,6 +24,15 @@ from pallas_kernels.prefill_attention.tiles import TILE_ROWS
 SMALL_BLOCK = 16  # rows of the block that serves decode rows and other short chunks
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """Rows of a block; Triton's warps and pipeline stages."""
+
+    block: int
+    num_warps: int
+    num_stages: int
+
+
 def prefill_attention(
     q: jax.Array,
     k_pages: jax.Array,
@@ -33,25 +42,27 @@ def prefill_attention(
     sinks: jax.Array | None,
     options: AttentionOptions,
     *,
+    tuning: Tuning | None = None,
     interpret: bool,
 ) -> jax.Array:
     """See `pallas_kernels.prefill_attention.prefill_attention`."""
     kv_heads = k_pages.shape[1]
     group = q.shape[1] // kv_heads
-    block, num_stages = _tuning(q.shape[2], k_pages.dtype)
+    tuning = tuning or _tuning(q.shape[2], k_pages.dtype)
+    block = tuning.block
     blocks = pl.cdiv(TILE_ROWS["pallas"], block // group)
     # The output starts as zeros, which the rows of no tile keep.
-    how = Launch("prefill_attention", (blocks, kv_heads, tiles.shape[0]), 8, num_stages, aliases={0: 0})
+    grid = (blocks, kv_heads, tiles.shape[0])
+    how = Launch("prefill_attention", grid, tuning.num_warps, tuning.num_stages, aliases={0: 0})
     kernel = functools.partial(_kernel, block=block, group=group, options=options)
     inputs = (jnp.zeros_like(q), q, k_pages, v_pages, page_table, tiles, sinks)
     return launch(kernel, how, jax.ShapeDtypeStruct(q.shape, q.dtype), *inputs, interpret=interpret)
 
 
-def _tuning(head_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
-    """Rows of a block and pipeline stages."""
+def _tuning(head_dim: int, dtype: jnp.dtype) -> Tuning:
     if dtype == jnp.float32:
-        return (32, 2) if head_dim <= 128 else (16, 2)
-    return (128, 5) if head_dim <= 128 else (64, 3)
+        return Tuning(32 if head_dim <= 128 else 16, 8, 2)
+    return Tuning(128, 8, 5) if head_dim <= 128 else Tuning(64, 8, 3)
 
 
 @dataclass(frozen=True)

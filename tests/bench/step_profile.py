@@ -1,85 +1,84 @@
-"""Where a decode step's time goes on a GPU: python -m tests.bench.step_profile llama3-8b --requests 1,32,128
+"""Where a step's time goes on a GPU: python -m tests.bench.step_profile llama3-8b --requests 1,32,128
 
-Traces running decode steps with JAX's profiler and prints for each batch size the time a step, the share of it
-in which the GPU ran anything, and its kernels by total time: launches and microseconds a step.
+Traces running decode steps with JAX's profiler and prints for each batch size the time a step, the share of
+it in which the GPU ran anything, and its kernels by total time: launches and microseconds a step. `--prefill`
+does the same for the prompts of that many requests, from the first to the last of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import random
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from lmdeploy_jax import JaxEngineConfig
 from lmdeploy_jax.bench import checkpoint, shapes
+from lmdeploy_jax.bench.gpu_trace import Event, busy, traced
 from lmdeploy_jax.engine.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
 
 SETTLING = 60  # tokens that every sequence has before the trace begins
 TRACED = 0.2  # seconds
-Event = dict[str, Any]
 
 
-def gpu_events(folder: Path) -> list[Event]:
-    """The complete events on the GPU's streams, of the one trace below `folder`."""
-    [path] = folder.rglob("*.trace.json.gz")
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    named = {(e["pid"], e.get("tid"), e["name"]): e["args"].get("name", "") for e in events if e["ph"] == "M"}
-    gpus = {pid for (pid, _, kind), name in named.items() if kind == "process_name" and "GPU" in name}
-    streams = {
-        (pid, tid)
-        for (pid, tid, kind), name in named.items()
-        if kind == "thread_name" and pid in gpus and name.startswith("Stream")
-    }
-    return [e for e in events if e["ph"] == "X" and (e["pid"], e.get("tid")) in streams]
+class Load:
+    """Requests that count their tokens."""
 
+    def __init__(self, engine: Engine, requests: int, prompt: int, output: int) -> None:
+        rng, params = random.Random(0), SamplingParams(max_new_tokens=output)
+        self.given = [0] * requests
+        self._engine = engine
+        self._requests = [
+            Request([rng.randrange(300, 2000) for _ in range(prompt)], params, self._counter(i))
+            for i in range(requests)
+        ]
 
-def busy(events: list[Event]) -> tuple[float, float]:
-    """Microseconds in which anything ran, and from the first start to the last end."""
-    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events)
-    ran, end = 0.0, spans[0][0]
-    for begin, stop in spans:
-        ran += max(stop - max(begin, end), 0.0)
-        end = max(end, stop)
-    return ran, end - spans[0][0]
-
-
-def trace(engine: Engine, requests: int, prompt: int) -> tuple[list[Event], float]:
-    """GPU events of a stretch of decode steps, and the mean seconds of a step in it."""
-    rng = random.Random(0)
-    given = [0] * requests
-
-    def counter(index: int) -> Callable[[StepOutput], None]:
+    def _counter(self, index: int) -> Callable[[StepOutput], None]:
         def count(out: StepOutput) -> None:
-            given[index] += len(out.token_ids)
+            self.given[index] += len(out.token_ids)
 
         return count
 
-    params = SamplingParams(max_new_tokens=engine.session_len - prompt)
-    work = [
-        Request([rng.randrange(300, 2000) for _ in range(prompt)], params, counter(i)) for i in range(requests)
-    ]
-    for request in work:
-        engine.submit(request)
-    while min(given) < SETTLING:
-        time.sleep(0.001)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            before, begun = sum(given), time.perf_counter()
-            time.sleep(TRACED)
-            steps, seconds = (sum(given) - before) / requests, time.perf_counter() - begun
-        for request in work:
-            engine.abort(request.request_id)
-        return gpu_events(Path(folder)), seconds / max(steps, 1)
+    def start(self) -> None:
+        for request in self._requests:
+            self._engine.submit(request)
+
+    def wait(self, tokens: int) -> None:
+        while min(self.given) < tokens:
+            time.sleep(0.0005)
+
+    def stop(self) -> None:
+        for request in self._requests:
+            self._engine.abort(request.request_id)
+
+
+def trace_decode(engine: Engine, requests: int, prompt: int) -> tuple[list[Event], float]:
+    """GPU events of a stretch of decode steps, and the mean seconds of a step in it."""
+    load = Load(engine, requests, prompt, engine.session_len - prompt)
+    load.start()
+    load.wait(SETTLING)
+    with traced() as events:
+        before, begun = sum(load.given), time.perf_counter()
+        time.sleep(TRACED)
+        steps, seconds = (sum(load.given) - before) / requests, time.perf_counter() - begun
+    load.stop()
+    return events, seconds / max(steps, 1)
+
+
+def trace_prefill(engine: Engine, requests: int, prompt: int) -> tuple[list[Event], float]:
+    """GPU events of the prefill of all prompts, and its seconds."""
+    load = Load(engine, requests, prompt, 1)
+    with traced() as events:
+        begun = time.perf_counter()
+        load.start()
+        load.wait(1)
+        seconds = time.perf_counter() - begun
+    return events, seconds
 
 
 def report(events: list[Event], step: float, rows: int) -> None:
@@ -87,11 +86,11 @@ def report(events: list[Event], step: float, rows: int) -> None:
     for event in events:
         groups[event["name"]].append(event["dur"])
     ran, span = busy(events)
-    steps = span / 1e6 / step
+    steps = span / step
     print(f"{1e3 * step:.3f} ms a step, GPU busy {ran / span:.1%}, {len(events) / steps:.0f} kernels a step")
     for name, times in sorted(groups.items(), key=lambda item: -sum(item[1]))[:rows]:
         count, median = len(times) / steps, sorted(times)[len(times) // 2]
-        print(f"{sum(times) / ran:6.1%} {count:7.1f} x {median:8.2f} us  {name[:100]}")
+        print(f"{sum(times) / 1e6 / ran:6.1%} {count:7.1f} x {median:8.2f} us  {name[:100]}")
 
 
 def main() -> None:
@@ -101,6 +100,7 @@ def main() -> None:
     parser.add_argument("--requests", default="1,128")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--decode_steps", type=int, default=1)
+    parser.add_argument("--prefill", action="store_true")
     parser.add_argument("--rows", type=int, default=16)
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
@@ -112,6 +112,7 @@ def main() -> None:
         session_len=2048, enable_prefix_caching=False, decode_steps=args.decode_steps, eager_mode=True
     )
     engine = Engine(folder, config, progress=False)
+    trace = trace_prefill if args.prefill else trace_decode
     try:
         for requests in map(int, args.requests.split(",")):
             trace(engine, requests, args.prompt)  # compiles

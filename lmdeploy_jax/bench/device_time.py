@@ -1,0 +1,70 @@
+"""Device time of small functions: kernel times alone, as the profiler reads them from the GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from lmdeploy_jax.bench.gpu_trace import by_program, traced
+from lmdeploy_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function to time over several sets of arguments, so many that no set stays in the device's cache."""
+
+    function: Callable[..., Any]
+    arguments: Sequence[tuple[Any, ...]]
+
+
+def device_seconds(cases: Sequence[Case], repeats: int = 2) -> list[float | None]:
+    """Mean seconds that the kernels of each case take a call; None for a case that does not compile.
+
+    Raises ConfigError where the default device is no GPU.
+    """
+    if jax.default_backend() != "gpu":
+        raise ConfigError("kernel times are read on an NVIDIA GPU, and JAX sees none here")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(_compiled, range(len(cases)), cases))
+    for program, case in zip(compiled, cases, strict=True):
+        if program is not None:
+            jax.block_until_ready(program(*case.arguments[0]))
+    with traced() as events:
+        for program, case in zip(compiled, cases, strict=True):
+            if program is not None:
+                _run(program, case, repeats)
+    programs = by_program(events)
+    return [
+        sum(event["dur"] for event in programs[_name(i)]) / 1e6 / (repeats * len(case.arguments))
+        if compiled[i] is not None
+        else None
+        for i, case in enumerate(cases)
+    ]
+
+
+def _run(program: Callable[..., Any], case: Case, repeats: int) -> None:
+    last = None
+    for _ in range(repeats):
+        for arguments in case.arguments:
+            last = program(*arguments)
+    jax.block_until_ready(last)
+
+
+def _name(index: int) -> str:
+    return f"timed_case_{index}"
+
+
+def _compiled(index: int, case: Case) -> Callable[..., Any] | None:
+    def function(*arguments: Any) -> Any:
+        return case.function(*arguments)
+
+    function.__name__ = _name(index)
+    try:
+        return jax.jit(function).lower(*case.arguments[0]).compile()
+    except jax.errors.JaxRuntimeError:  # more shared memory or registers than there are
+        return None

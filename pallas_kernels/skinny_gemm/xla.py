@@ -1,0 +1,34 @@
+"""Skinny products as plain XLA operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+
+def skinny_gemm(x: jax.Array, weight: jax.Array, splits: int, out_dtype: DTypeLike) -> jax.Array:
+    """See `pallas_kernels.skinny_gemm.skinny_gemm`."""
+    parts = lax.dot_general(
+        x.reshape(x.shape[0], splits, -1),
+        weight.reshape(weight.shape[0], splits, -1),
+        (((2,), (2,)), ((1,), (1,))),
+        precision=_precision(x),
+        preferred_element_type=jnp.float32,
+    )
+    return parts.astype(out_dtype)
+
+
+def gated_skinny_gemm(
+    x: jax.Array, weight: jax.Array, activation: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """See `pallas_kernels.skinny_gemm.gated_skinny_gemm`."""
+    inner = jnp.einsum("tk,gnk->gtn", x, weight, precision=_precision(x))
+    return activation(inner[0]) * inner[1]
+
+
+def _precision(x: jax.Array) -> lax.Precision | None:
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

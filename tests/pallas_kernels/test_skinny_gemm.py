@@ -1,0 +1,75 @@
+"""Skinny products, every implementation, against numpy in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.skinny_gemm import MAX_TOKENS, Tiling, gated_skinny_gemm, skinny_gemm
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
+SMALL = [  # tokens, outputs, inner, tiling; outputs that fill no block, tokens that fill no tile
+    (1, 96, 256, Tiling(64, 64, 2, 4, 3)),
+    (5, 100, 128, Tiling(32, 32, 1, 4, 2)),
+    (32, 64, 512, Tiling(64, 64, 4, 4, 3)),
+]
+LARGE = [(1, 6144, 4096, Tiling(64, 128, 4, 4, 4)), (100, 4096, 14336, Tiling(128, 64, 2, 4, 4))]
+CASES = [("xla", *case) for case in SMALL] + [("pallas_interpret", *case) for case in SMALL]
+GPU_CASES = [pytest.param("pallas", *case, marks=pytest.mark.gpu) for case in SMALL + LARGE]
+parametrize = pytest.mark.parametrize(
+    ("backend", "tokens", "outputs", "inner", "tiling"), [*CASES, *GPU_CASES], ids=str
+)
+
+
+def drawn(backend: str, dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    if backend == "pallas" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    rng = np.random.default_rng()
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def error(got: jax.Array, want: np.ndarray) -> float:
+    got = np.asarray(got, np.float64)
+    assert got.shape == want.shape
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def sigmoid_times(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    return jax.nn.silu(x) if isinstance(x, jax.Array) else x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@parametrize
+def test_the_parts_sum_to_the_product(backend, tokens, outputs, inner, tiling, dtype):
+    x, weight = drawn(backend, dtype, (tokens, inner), (outputs, inner))
+    parts = skinny_gemm(x, weight, tiling, out_dtype=jnp.float32, backend=backend)
+    assert parts.shape[0] == tiling.splits
+    want = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    assert error(parts.sum(axis=0), want) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@parametrize
+def test_gated(backend, tokens, outputs, inner, tiling, dtype):
+    tiling = Tiling(tiling.block_out // 2, tiling.block_in, 1, tiling.num_warps, tiling.num_stages)
+    x, weight = drawn(backend, dtype, (tokens, inner), (2, outputs, inner))
+    got = gated_skinny_gemm(x, weight, tiling, activation=jax.nn.silu, backend=backend)
+    gate, up = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).transpose(0, 2, 1)
+    assert got.dtype == x.dtype
+    assert error(got, sigmoid_times(gate) * up) < TOLERANCE[dtype]
+
+
+def test_what_does_not_fit_is_refused():
+    x, weight, tiling = jnp.zeros((2, 96)), jnp.zeros((8, 96)), Tiling(64, 64, 1, 4, 2)
+    with pytest.raises(ValueError, match="96 elements cannot be cut"):
+        skinny_gemm(x, weight, tiling, out_dtype="float32", backend="xla")
+    with pytest.raises(ValueError, match="do not fit"):
+        skinny_gemm(x, weight[:, 1:], tiling, out_dtype="float32", backend="xla")
+    with pytest.raises(ValueError, match=f"1 to {MAX_TOKENS}"):
+        skinny_gemm(jnp.zeros((300, 96)), weight, tiling, out_dtype="float32", backend="xla")
+    with pytest.raises(ValueError, match="splits 2 be 1"):
+        gated_skinny_gemm(
+            x, weight[None].repeat(2, 0), Tiling(64, 32, 2, 4, 2), activation=jax.nn.silu, backend="xla"
+        )
