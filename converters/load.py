@@ -25,6 +25,7 @@ from lmdeploy_jax.errors import CheckpointError, ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.decoder import Decoder
 from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.parallel.mesh import axis_size
 from lmdeploy_jax.parallel.rules import sharding
 
@@ -92,6 +93,7 @@ def load_model(
     dtype: str = "auto",
     mesh: Mesh | None = None,
     backend: str = "xla",
+    tuning: Tuning = UNTUNED,
     hf_overrides: Mapping[str, Any] | None = None,
     config: DecoderConfig | None = None,
     on_progress: Progress | None = None,
@@ -99,15 +101,16 @@ def load_model(
     """Reads a checkpoint onto the mesh's devices (default: JAX's first), shard by shard.
 
     `dtype` "auto" is float32 on a CPU; elsewhere the checkpoint's 16-bit type, and bfloat16 for float32.
-    `config` replaces what `config.json` says; `on_progress(bytes done, bytes in all)` may be called from any
-    thread. Converted checkpoints (see `orbax`) are read too.
+    `tuning` is what was measured on the device. `config` replaces what `config.json` says;
+    `on_progress(bytes done, bytes in all)` may be called from any thread. Converted checkpoints (see `orbax`)
+    are read too.
     Everything is checked before anything is allocated. Raises CheckpointError and ConfigError.
     """
     raw, where = _read_json(folder, hf_overrides)
     rules = family_of(raw, where).rules
     config = build_config(raw, where) if config is None else config
     wanted = pick_dtype(dtype, stored_dtype(folder), _platform(mesh))
-    skeleton = build_skeleton(config, wanted, Kernels(backend, mesh))
+    skeleton = build_skeleton(config, wanted, Kernels(backend, mesh, tuning))
     if orbax.is_converted(folder):
         arrays = _load_converted(folder, skeleton, on_progress)
     else:

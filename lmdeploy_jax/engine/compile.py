@@ -54,6 +54,11 @@ def default_cache_dir() -> Path:
     return Path(base).expanduser() / "lmdeploy_jax" / "xla"
 
 
+def tuning_dir() -> Path:
+    """Where `bench tune` puts what it measures on this machine."""
+    return default_cache_dir().parent / "kernels"
+
+
 def use_cache(folder: str | None) -> None:
     """Keep compiled programs in `folder`: None is the default folder, "" switches the cache off."""
     if folder == "":

@@ -22,13 +22,15 @@ from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine import buckets as bucket_plan
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import Buckets
-from lmdeploy_jax.engine.compile import LazyPrograms, compile_all, use_cache
+from lmdeploy_jax.engine.compile import LazyPrograms, compile_all, tuning_dir, use_cache
 from lmdeploy_jax.engine.programs import ProgramBuilder
 from lmdeploy_jax.engine.progress import announce, loading_bar
 from lmdeploy_jax.engine.runner import Runner
 from lmdeploy_jax.engine.scheduler import Scheduler
 from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.parallel.mesh import make_mesh
 from pallas_kernels.prefill_attention import tile_rows
 from pallas_kernels.registry import why_not
@@ -133,6 +135,7 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
             dtype=config.dtype,
             mesh=mesh,
             backend=backend,
+            tuning=_tuning(mesh, backend),
             hf_overrides=config.hf_overrides,
             on_progress=on_progress,
         )
@@ -141,6 +144,12 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
         log.warning("dtype %s on a CPU is far slower than float32, which dtype='auto' takes", loaded.dtype)
     log.info("loaded %s in %.1f s, backend %s", folder, time.perf_counter() - start, backend)
     return loaded
+
+
+def _tuning(mesh: Mesh, backend: str) -> Tuning:
+    """What ships and what `bench tune` found on this machine; only the GPU's own kernels can be tuned."""
+    kind = mesh.devices.flat[0].device_kind
+    return tuning.load(kind, tuning_dir()) if backend == "pallas" else UNTUNED
 
 
 def _buckets(config: JaxEngineConfig, platform: str) -> Buckets:

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from lmdeploy_jax.models.kernels import WHOLE, Kernels
-from lmdeploy_jax.models.linear import param, product
+from lmdeploy_jax.models.linear import param
 
 
 class Embedding(nnx.Module):
@@ -35,7 +35,7 @@ class Embedding(nnx.Module):
 
     def attend(self, hidden: Array) -> Array:
         """hidden [R, E] -> f32 [R, V], padding included: the product with every row, as an output head."""
-        return product(hidden, self.weight[...], out_dtype=jnp.float32)
+        return self.kernels.whole_product(hidden, self.weight[...])
 
 
 def _lookup_shard(table: Array, tokens: Array) -> Array:

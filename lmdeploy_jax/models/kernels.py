@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from lmdeploy_jax.models.batch import Batch
-from lmdeploy_jax.models.linear import Linear, product, product_in_parts
+from lmdeploy_jax.models.linear import Linear, product
 from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.parallel.mesh import axis_size
 from pallas_kernels.norm import add_rms_norm
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
+from pallas_kernels.skinny_gemm import Tiling, gated_skinny_gemm, skinny_gemm
 
 Cache = tuple[Array, Array]
+Activation = Callable[[Array], Array]
 SECOND = PartitionSpec(None, "tp")  # KV heads of activations and caches
 WHOLE = PartitionSpec()
 HEADS = HeadWork(PartitionSpec("tp"), WHOLE, WHOLE, WHOLE, WHOLE)  # type: ignore[arg-type]
-
-CORES = 132  # of an H200; on other GPUs close enough
-PART_TILE = (64, 128)  # tokens and outputs that one core multiplies at a time
-PART_DEPTH = 128  # least inner elements of a part
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,13 @@ class AttentionKind:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernel backend, and the mesh over whose `tp` axis KV heads are dealt out (None: one device)."""
+    """The kernel backend, the mesh over whose `tp` axis KV heads are dealt out (None: one device), and what
+    was measured on the device.
+    """
 
     backend: str = "xla"
     mesh: Mesh | None = None
+    tuning: Tuning = UNTUNED
 
     @property
     def tp(self) -> int:
@@ -69,21 +73,35 @@ class Kernels:
     def product(self, linear: Linear, x: Array) -> Array:
         """`linear` without its bias, for a kernel that adds up parts: [T, *out] or f32 [S, T, *out].
 
-        Few tokens fill few cores unless the weight is cut along its inner axis too. XLA would do that by
-        itself, and sum the parts in a kernel of their own.
+        Few tokens fill few cores unless the weight is cut along its inner axis too. XLA would sum the parts
+        in a kernel of their own.
         """
-        weight = linear.weight[...]
-        parts = self._parts(x.shape[0], weight.size // x[0].size, x[0].size)
-        return product(x, weight) if parts == 1 else product_in_parts(x, weight, parts)
+        weight, inner = linear.weight[...], x[0].size
+        flat = weight.reshape(-1, inner)
+        tiling = self._tiling("parts", flat.shape, x)
+        if tiling is None:
+            return product(x, weight)
+        parts = skinny_gemm(x.reshape(-1, inner), flat, tiling, out_dtype=jnp.float32, backend=self.backend)
+        return parts.reshape(*parts.shape[:2], *weight.shape[: weight.ndim - x.ndim + 1])
 
-    def _parts(self, tokens: int, out: int, inner: int) -> int:
-        if self.backend == "xla" or self.tp > 1:
-            return 1
-        tiles = -(-tokens // PART_TILE[0]) * -(-out // PART_TILE[1])
-        parts = 1
-        while parts * tiles < CORES and inner % (2 * parts * PART_DEPTH) == 0:
-            parts *= 2
-        return parts
+    def gated_product(self, linear: Linear, x: Array, activation: Activation) -> Array | None:
+        """`activation(gate) * up` of `linear` [2, I, E], x [T, E] -> [T, I]; None where XLA does better."""
+        weight = linear.weight[...]
+        tiling = self._tiling("gated", weight.shape[1:], x)
+        if tiling is None or linear.bias is not None:
+            return None
+        return gated_skinny_gemm(x, weight, tiling, activation=activation, backend=self.backend)
+
+    def whole_product(self, x: Array, weight: Array) -> Array:
+        """x [T, K] @ weight [N, K]^T -> f32 [T, N]."""
+        tiling = self._tiling("whole", weight.shape, x)
+        if tiling is None:
+            return product(x, weight, out_dtype=jnp.float32)
+        return skinny_gemm(x, weight, tiling, out_dtype=jnp.float32, backend=self.backend)[0]
+
+    def _tiling(self, kind: str, weight: tuple[int, ...], x: Array) -> Tiling | None:
+        tunable = self.tp == 1 and x.dtype.itemsize == 2  # as they were measured
+        return self.tuning.find(kind, weight, x.shape[0]) if tunable else None
 
     def attend(
         self, qkv: Array, work: HeadWork, cache: Cache, batch: Batch, kind: AttentionKind, dtype: DTypeLike

@@ -37,19 +37,6 @@ def product(
     return out if bias is None else out + bias
 
 
-def product_in_parts(x: Array, weight: Array, parts: int) -> Array:
-    """`product`, cut in `parts` along the inner axes: -> f32 [parts, T, *out], whose sum over parts it is."""
-    tokens, out_shape = x.shape[0], weight.shape[: weight.ndim - x.ndim + 1]
-    cut = lax.dot_general(
-        x.reshape(tokens, parts, -1),
-        weight.reshape(prod(out_shape), parts, -1),
-        (((2,), (2,)), ((1,), (1,))),
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    return cut.reshape(parts, tokens, *out_shape)
-
-
 class Linear(nnx.Module):
     """A weight [*out, *inner] and perhaps a bias [*out]; `axes` are the weight's."""
 

@@ -35,8 +35,11 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x [T, E] -> [T, E], or parts of it (see `Kernels.product`)."""
-        gate_up = self._gate_up(x)  # [T, 2, I]
-        inner = ACTIVATION_FUNCTIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1]
+        activation = ACTIVATION_FUNCTIONS[self.activation]
+        inner = self.kernels.gated_product(self.gate_up, x, activation)
+        if inner is None:
+            gate_up = self._gate_up(x)  # [T, 2, I]
+            inner = activation(gate_up[:, 0]) * gate_up[:, 1]
         return self.kernels.product(self.down, inner) if self.added_plainly else self.down(inner)
 
     def _gate_up(self, x: Array) -> Array:

@@ -1,0 +1,98 @@
+"""Which products of few rows a hand-written kernel does faster than XLA, as measured (`bench tune`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lmdeploy_jax
+from lmdeploy_jax.errors import ConfigError
+from pallas_kernels.skinny_gemm import Tiling
+
+FOLDER = Path(lmdeploy_jax.__file__).parent.parent / "configs" / "kernels"
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of `tokens` rows with a weight of `out` by `inner` elements, and the fastest way to do it.
+
+    kind: `parts`, which the next kernel sums, `gated` (`out` by `inner` twice) or `whole`. tiling None: XLA's
+    product. Times are microseconds; xla_us is that of XLA's product.
+    """
+
+    kind: str
+    out: int
+    inner: int
+    tokens: int
+    tiling: Tiling | None
+    us: float
+    xla_us: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured on one GPU; no products: XLA does them all."""
+
+    products: tuple[Product, ...] = ()
+
+    def find(self, kind: str, weight: tuple[int, ...], tokens: int) -> Tiling | None:
+        """The tiling that was fastest for that many rows, or the next higher number measured; None: XLA.
+
+        `weight` is (out, inner).
+        """
+        key = (kind, *weight)
+        known = [p for p in self.products if (p.kind, p.out, p.inner) == key and p.tokens >= tokens]
+        return min(known, key=lambda p: p.tokens).tiling if known else None
+
+    def merged(self, newer: Iterable[Product]) -> Tuning:
+        """With `newer` products in place of those of the same shape."""
+        newer = tuple(newer)
+        shapes = {(p.kind, p.out, p.inner) for p in newer}
+        return Tuning(tuple(p for p in self.products if (p.kind, p.out, p.inner) not in shapes) + newer)
+
+
+UNTUNED = Tuning()
+
+
+def file_name(device_kind: str) -> str:
+    """The table's file for `jax.Device.device_kind`: "NVIDIA H200" -> "nvidia-h200.json"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json"
+
+
+def load(device_kind: str, *folders: Path) -> Tuning:
+    """The tables of a device kind: the one that ships, and those in `folders`, of which later ones win.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+    tuning = Tuning()
+    for folder in (FOLDER, *folders):
+        path = folder / file_name(device_kind)
+        if path.exists():
+            tuning = tuning.merged(read(path))
+    return tuning
+
+
+def read(path: Path) -> list[Product]:
+    """The products in a table. Raises ConfigError."""
+    try:
+        rows = json.loads(path.read_text())["products"]
+        return [Product(**row | {"tiling": row["tiling"] and Tiling(**row["tiling"])}) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"the tuning table {path} cannot be read ({error!r}); delete it, or make it anew "
+            "with `lmdeploy_jax bench tune`"
+        ) from error
+
+
+def write(path: Path, tuning: Tuning) -> None:
+    """One product a line."""
+    rows = [json.dumps(asdict(product)) for product in sorted(tuning.products, key=_order)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"products": [\n' + ",\n".join(rows) + "\n]}\n")
+
+
+def _order(product: Product) -> tuple[str, int, int, int]:
+    return product.kind, product.out, product.inner, product.tokens
