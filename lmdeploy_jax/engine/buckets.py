@@ -6,6 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 REPORT_ROWS = 64  # rows whose logits are reported on, or pass through Python, in one call
+GPU_DECODE = (1, 8, 16, 32, 64, 128, 192, 256)  # few rows cost what eight do, many what they are
 PAGE_COPIES = 64  # pages duplicated in one call
 
 
@@ -36,8 +37,9 @@ def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) ->
     if platform == "cpu":
         decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
         return Buckets(decode, sampling, _ladder(32, tokens, 8), True, steps)
-    decode, sampling = _ladder(1, max_batch_size, 2), _ladder(1, max_batch_size, 8)
-    return Buckets(decode, sampling, _ladder(64, tokens, 4), False, steps)
+    sizes = (size for size in GPU_DECODE if size < max_batch_size)
+    sampling = _ladder(1, max_batch_size, 8)
+    return Buckets((*sizes, max_batch_size), sampling, _ladder(128, tokens, 2), False, steps)
 
 
 def _ladder(first: int, last: int, factor: int) -> tuple[int, ...]:

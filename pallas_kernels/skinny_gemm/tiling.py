@@ -27,3 +27,12 @@ class Tiling:
                 f"an inner axis of {inner} elements cannot be cut into {self.splits} parts of whole blocks "
                 f"of {self.block_in}"
             )
+
+
+@dataclass(frozen=True)
+class StreamTiling:
+    """`programs` programs share the blocks of `block_out` rows of the weight; `num_stages` are in flight."""
+
+    block_out: int
+    programs: int
+    num_stages: int
