@@ -11,33 +11,41 @@ import jax.numpy as jnp
 from lmdeploy_jax.bench.device_time import Case, device_seconds
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.linear import product
-from pallas_kernels.skinny_gemm import Tiling, gated_skinny_gemm, skinny_gemm
+from lmdeploy_jax.models.tuning import Product
+from pallas_kernels.skinny_gemm import StreamTiling, Tiling, gated_skinny_gemm, skinny_gemm
 
+TOKENS = (1, 8, 32, 64, 128, 192, 256)
 BEYOND_CACHE = 300 << 20  # bytes of weights that no GPU's cache keeps
-PROGRAMS = (100, 1100)  # of a grid worth trying
+PROGRAMS = (60, 1100)  # of a grid worth trying
 PART_RATE = 3e12  # bytes a second at which the next kernel reads parts, about
+LAUNCH = 5e-7  # seconds that one kernel less is worth
 BLOCKS = (  # outputs and inner elements of a tile, warps, stages
     (32, 128, 4, 4),
     (64, 64, 4, 4),
     (64, 64, 4, 6),
     (64, 128, 4, 3),
     (64, 128, 4, 4),
-    (128, 64, 4, 4),
     (128, 64, 8, 4),
 )
-Products = dict[str, "Shape"]
+SPLITS = (1, 2, 4, 7, 8)
+STREAMED = (64, 128)  # outputs of a tile
+Way = Tiling | StreamTiling | None  # None: XLA's own
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A product of a layer. `kind`: `parts` that the next kernel sums, `gated`, or `whole` (f32)."""
+    """A product of a layer. `kind` as in `models.tuning.Product`."""
 
     out: int
     inner: int
     kind: str
 
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return (2, self.out, self.inner) if self.kind == "gated" else (self.out, self.inner)
 
-def products(config: DecoderConfig) -> Products:
+
+def products(config: DecoderConfig) -> dict[str, Shape]:
     """The products of a decode step."""
     heads = config.num_heads * config.head_dim
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
@@ -51,58 +59,76 @@ def products(config: DecoderConfig) -> Products:
     }
 
 
-def tilings(shape: Shape) -> Iterator[Tiling]:
+def tune(shape: Shape) -> list[Product]:
+    """The fastest way for each number of tokens, in bfloat16. Raises ConfigError where there is no GPU."""
+    found = []
+    for tokens, ways in measure(shape).items():
+        known = {way: seconds for way, seconds in ways.items() if seconds is not None}
+        best = min(known, key=lambda way: known[way])
+        times = [round(1e6 * known[way], 2) for way in (best, None)]
+        found.append(Product(shape.kind, shape.out, shape.inner, tokens, best, *times))
+    return found
+
+
+def measure(shape: Shape) -> dict[int, dict[Way, float | None]]:
+    """Seconds of each way for each number of tokens; None for what does not compile."""
+    size = 2 * shape.out * shape.inner * (2 if shape.kind == "gated" else 1)
+    keys = jax.random.split(jax.random.key(0), max(2, -(-BEYOND_CACHE // size)))
+    weights = [jax.random.normal(key, shape.weight, jnp.bfloat16) for key in keys]
+    ways = [(tokens, way) for tokens in TOKENS for way in [None, *tilings(shape, tokens)]]
+    cases = []
+    for tokens, way in ways:
+        x = jax.random.normal(keys[0], (tokens, shape.inner), jnp.bfloat16)
+        cases.append(Case(_function(shape, way), [(x, weight) for weight in weights]))
+    measured: dict[int, dict[Way, float | None]] = {tokens: {} for tokens in TOKENS}
+    for (tokens, way), seconds in zip(ways, device_seconds(cases), strict=True):
+        measured[tokens][way] = None if seconds is None else seconds + _beside(shape, way, tokens)
+    return measured
+
+
+def tilings(shape: Shape, tokens: int) -> Iterator[Tiling | StreamTiling]:
     """Those worth measuring."""
     for block_out, block_in, num_warps, num_stages in BLOCKS:
-        for splits in (1, 2, 4, 7, 8, 14, 16) if shape.kind == "parts" else (1,):
+        for splits in SPLITS if shape.kind == "parts" else (1,):
             programs = -(-shape.out // block_out) * splits
-            fits = shape.inner % (splits * block_in) == 0
-            few = shape.kind == "parts" and not PROGRAMS[0] <= programs <= PROGRAMS[1]
-            if fits and not few:
+            crowded = shape.kind == "parts" and not PROGRAMS[0] <= programs <= PROGRAMS[1]
+            if shape.inner % (splits * block_in) == 0 and not crowded:
                 yield Tiling(block_out, block_in, splits, num_warps, num_stages)
+    if shape.kind == "gated" and tokens % 8 == 0 and _is_hopper():
+        cores = getattr(jax.devices()[0], "core_count", 132)
+        for block_out in STREAMED:
+            tiles = shape.out // block_out
+            even = -(-tiles // -(-tiles // cores))  # as few programs as finish in as many rounds
+            if shape.out % block_out == 0 and shape.inner % 64 == 0:
+                yield from {StreamTiling.deepest(block_out, count, tokens) for count in (cores, even)}
 
 
-def functions(shape: Shape) -> dict[Tiling | None, Callable[..., jax.Array]]:
-    """XLA's product as None, and the kernel with each tiling."""
-    return {None: _xla(shape)} | {tiling: _tiled(shape, tiling) for tiling in tilings(shape)}
+def _is_hopper() -> bool:
+    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 
-def _xla(shape: Shape) -> Callable[..., jax.Array]:
+def _function(shape: Shape, way: Way) -> Callable[..., jax.Array]:
     if shape.kind == "gated":
-
-        def gated(x: jax.Array, weight: jax.Array) -> jax.Array:
-            both = product(x, weight)
-            return jax.nn.silu(both[:, 0]) * both[:, 1]
-
-        return gated
+        return _gated(way)
+    if isinstance(way, Tiling):
+        return lambda x, weight: skinny_gemm(x, weight, way, out_dtype=jnp.float32, backend="pallas")
     dtype = jnp.float32 if shape.kind == "whole" else None
     return lambda x, weight: product(x, weight, out_dtype=dtype)
 
 
-def _tiled(shape: Shape, tiling: Tiling) -> Callable[..., jax.Array]:
-    if shape.kind == "gated":
-        return lambda x, w: gated_skinny_gemm(x, w, tiling, activation=jax.nn.silu, backend="pallas")
-    return lambda x, w: skinny_gemm(x, w, tiling, out_dtype=jnp.float32, backend="pallas")
+def _gated(way: Way) -> Callable[..., jax.Array]:
+    if way is not None:
+        return lambda x, w: gated_skinny_gemm(x, w, way, activation=jax.nn.silu, backend="pallas")
+
+    def gated(x: jax.Array, weight: jax.Array) -> jax.Array:
+        both = product(x, weight)
+        return jax.nn.silu(both[:, 0]) * both[:, 1]
+
+    return gated
 
 
-def measure(shape: Shape, tokens: list[int]) -> dict[int, dict[Tiling | None, float | None]]:
-    """Seconds of each way for each number of tokens."""
-    dims = (2, shape.out, shape.inner) if shape.kind == "gated" else (shape.out, shape.inner)
-    size = 2 * shape.out * shape.inner * (2 if shape.kind == "gated" else 1)
-    keys = jax.random.split(jax.random.key(0), max(2, -(-BEYOND_CACHE // size)))
-    weights = [jax.random.normal(key, dims, jnp.bfloat16) for key in keys]
-    ways = functions(shape)
-    cases = []
-    for count in tokens:
-        x = jax.random.normal(keys[0], (count, shape.inner), jnp.bfloat16)
-        arguments = [(x, weight) for weight in weights]
-        cases += [Case(function, arguments) for function in ways.values()]
-    seconds = iter(device_seconds(cases))
-    return {count: {way: _with_parts(next(seconds), way, count, shape) for way in ways} for count in tokens}
-
-
-def _with_parts(seconds: float | None, way: Tiling | None, tokens: int, shape: Shape) -> float | None:
-    """With the time that the next kernel takes to read more than one bfloat16 part."""
-    if seconds is None or way is None or shape.kind != "parts":
-        return seconds
-    return seconds + tokens * shape.out * (4 * way.splits - 2) / PART_RATE
+def _beside(shape: Shape, way: Way, tokens: int) -> float:
+    """Seconds that a way costs elsewhere: parts to be read by the next kernel, one launch more."""
+    if shape.kind == "parts" and isinstance(way, Tiling):
+        return tokens * shape.out * (4 * way.splits - 2) / PART_RATE
+    return LAUNCH if way is None and shape.kind == "gated" else 0.0

@@ -21,7 +21,7 @@ from pallas_kernels.norm import add_rms_norm
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
-from pallas_kernels.skinny_gemm import Tiling, gated_skinny_gemm, skinny_gemm
+from pallas_kernels.skinny_gemm import StreamTiling, Tiling, gated_skinny_gemm, skinny_gemm
 
 Cache = tuple[Array, Array]
 Activation = Callable[[Array], Array]
@@ -79,7 +79,7 @@ class Kernels:
         weight, inner = linear.weight[...], x[0].size
         flat = weight.reshape(-1, inner)
         tiling = self._tiling("parts", flat.shape, x)
-        if tiling is None:
+        if not isinstance(tiling, Tiling):
             return product(x, weight)
         parts = skinny_gemm(x.reshape(-1, inner), flat, tiling, out_dtype=jnp.float32, backend=self.backend)
         return parts.reshape(*parts.shape[:2], *weight.shape[: weight.ndim - x.ndim + 1])
@@ -88,18 +88,19 @@ class Kernels:
         """`activation(gate) * up` of `linear` [2, I, E], x [T, E] -> [T, I]; None where XLA does better."""
         weight = linear.weight[...]
         tiling = self._tiling("gated", weight.shape[1:], x)
-        if tiling is None or linear.bias is not None:
+        odd = isinstance(tiling, StreamTiling) and x.shape[0] % 8 != 0
+        if tiling is None or odd or linear.bias is not None:
             return None
         return gated_skinny_gemm(x, weight, tiling, activation=activation, backend=self.backend)
 
     def whole_product(self, x: Array, weight: Array) -> Array:
         """x [T, K] @ weight [N, K]^T -> f32 [T, N]."""
         tiling = self._tiling("whole", weight.shape, x)
-        if tiling is None:
+        if not isinstance(tiling, Tiling):
             return product(x, weight, out_dtype=jnp.float32)
         return skinny_gemm(x, weight, tiling, out_dtype=jnp.float32, backend=self.backend)[0]
 
-    def _tiling(self, kind: str, weight: tuple[int, ...], x: Array) -> Tiling | None:
+    def _tiling(self, kind: str, weight: tuple[int, ...], x: Array) -> Tiling | StreamTiling | None:
         tunable = self.tp == 1 and x.dtype.itemsize == 2  # as they were measured
         return self.tuning.find(kind, weight, x.shape[0]) if tunable else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lmdeploy_jax
 from lmdeploy_jax.errors import ConfigError
-from pallas_kernels.skinny_gemm import Tiling
+from pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
 FOLDER = Path(lmdeploy_jax.__file__).parent.parent / "configs" / "kernels"
 
@@ -27,7 +27,7 @@ class Product:
     out: int
     inner: int
     tokens: int
-    tiling: Tiling | None
+    tiling: Tiling | StreamTiling | None
     us: float
     xla_us: float
 
@@ -38,7 +38,7 @@ class Tuning:
 
     products: tuple[Product, ...] = ()
 
-    def find(self, kind: str, weight: tuple[int, ...], tokens: int) -> Tiling | None:
+    def find(self, kind: str, weight: tuple[int, ...], tokens: int) -> Tiling | StreamTiling | None:
         """The tiling that was fastest for that many rows, or the next higher number measured; None: XLA.
 
         `weight` is (out, inner).
@@ -79,12 +79,18 @@ def read(path: Path) -> list[Product]:
     """The products in a table. Raises ConfigError."""
     try:
         rows = json.loads(path.read_text())["products"]
-        return [Product(**row | {"tiling": row["tiling"] and Tiling(**row["tiling"])}) for row in rows]
+        return [Product(**row | {"tiling": _tiling(row["tiling"])}) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the tuning table {path} cannot be read ({error!r}); delete it, or make it anew "
             "with `lmdeploy_jax bench tune`"
         ) from error
+
+
+def _tiling(fields: dict[str, int] | None) -> Tiling | StreamTiling | None:
+    if fields is None:
+        return None
+    return StreamTiling(**fields) if "programs" in fields else Tiling(**fields)
 
 
 def write(path: Path, tuning: Tuning) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_TOKENS = 256  # rows of x that one tile holds at most
+SHARED_BYTES = 225 << 10  # of a core, less what the compiler keeps for itself
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Tiling:
     num_warps: int
     num_stages: int
 
-    def check(self, inner: int) -> None:
-        """Raises ValueError where the inner axis cannot be cut so."""
+    def check(self, tokens: int, inner: int, outputs: int) -> None:
+        """Raises ValueError where a product cannot be cut so."""
         if inner % (self.splits * self.block_in):
             raise ValueError(
                 f"an inner axis of {inner} elements cannot be cut into {self.splits} parts of whole blocks "
@@ -31,8 +32,22 @@ class Tiling:
 
 @dataclass(frozen=True)
 class StreamTiling:
-    """`programs` programs share the blocks of `block_out` rows of the weight; `num_stages` are in flight."""
+    """`programs` programs share the tiles of `block_out` outputs, each with `num_stages` blocks in flight."""
 
     block_out: int
     programs: int
     num_stages: int
+
+    def check(self, tokens: int, inner: int, outputs: int) -> None:
+        """Raises ValueError where a product cannot be cut so."""
+        sizes = {"rows": (tokens, 8), "inner elements": (inner, 64), "outputs": (outputs, self.block_out)}
+        for name, (size, unit) in sizes.items():
+            if size % unit:
+                raise ValueError(f"{size} {name} cannot be streamed in whole blocks of {unit}")
+
+    @staticmethod
+    def deepest(block_out: int, programs: int, tokens: int) -> StreamTiling:
+        """With as many stages as shared memory holds, where x and the outputs take groups of 64 rows."""
+        rows = -(-tokens // 64) * 64
+        stage = 2 * 64 * (rows + 2 * block_out)
+        return StreamTiling(block_out, programs, (SHARED_BYTES - 2 * rows * block_out) // stage)

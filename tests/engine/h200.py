@@ -23,6 +23,7 @@ from lmdeploy_jax.engine import buckets
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.compile import Program
 from lmdeploy_jax.engine.programs import ProgramBuilder
+from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.parallel.mesh import AXES
 from pallas_kernels.prefill_attention import tile_rows
@@ -44,7 +45,7 @@ def builder(mesh: Mesh) -> ProgramBuilder:
     """The programs of a Llama-3-8B shape, cut to two layers and a small vocabulary."""
     raw = shapes.read("llama3-8b") | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
     config, dtype = build_config(raw, "llama3-8b"), jnp.dtype("bfloat16")
-    skeleton = build_skeleton(config, dtype, Kernels("pallas", mesh))
+    skeleton = build_skeleton(config, dtype, Kernels("pallas", mesh, tuning.load("NVIDIA H200")))
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
     packer = StepPacker(BATCH, 2048, config.vocab_size, tile_rows("pallas"))
     cache = CacheSpec(LAYERS, PAGES, config.num_kv_heads, config.head_dim, dtype, mesh)
