@@ -10,6 +10,11 @@ from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.engine.request import PromptReport, Request, Sequence, Status
 
 
+JOINING_TOKENS = 256  # least tokens of a step in which prompts join sequences that decode
+JOINING_FACTOR = 4  # tokens of such a step for each sequence that decodes
+BURST_TOKENS = 4096  # of waiting prompts; from then on throughput counts for more than an even flow
+
+
 @dataclass(slots=True)
 class Chunk:
     """Tokens `start .. start + count` of a sequence; row `i` of the step is its `i`-th chunk."""
@@ -48,7 +53,8 @@ class DrainFirst(Exception):
 class Scheduler:
     """Continuous batching: running sequences first, then prompts in order of arrival, within a token budget.
 
-    `max_tokens` bounds a step, `max_batch_size` the sequences that hold a slot. All pages of a prompt are
+    Few prompts join in small chunks, so that those who decode get their tokens in an even flow; a burst of
+    prompts is taken in at full speed. `max_tokens` bounds a step, `max_batch_size` the sequences that hold a slot. All pages of a prompt are
     taken when it is admitted, so only decoding can run out of them; then the latest sequence is preempted and
     computed again later. So is, at once, a sequence that outgrows `rope_switch`, see
     `RopeConfig.switch_length`.
@@ -74,6 +80,7 @@ class Scheduler:
         self.preemptions = 0
         self._slots = list(range(max_batch_size))[::-1]
         self._admitted: list[Sequence] = []
+        self._burst = False
 
     # -- requests in and out ------------------------------------------------------------------------------
 
@@ -123,9 +130,10 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None where nothing can be computed now. Raises `DrainFirst`."""
         chunks = self._decode_chunks()
-        budget = self.max_tokens - len(chunks)
-        chunks += self._prefill_chunks(budget)
-        chunks += self._admit(self.max_tokens - sum(chunk.count for chunk in chunks))
+        unfinished = [sequence for sequence in self.running if sequence.remaining > 1]
+        budget = self._token_budget(len(chunks), unfinished)
+        chunks += self._prefill_chunks(unfinished, budget - len(chunks))
+        chunks += self._admit(budget - sum(chunk.count for chunk in chunks))
         if not chunks:
             return None
         step = self._commit(chunks)
@@ -170,10 +178,28 @@ class Scheduler:
                 return False
         return True
 
-    def _prefill_chunks(self, budget: int) -> list[Chunk]:
+    def _token_budget(self, decoding: int, unfinished: list[Sequence]) -> int:
+        """Most tokens of a step beside which `decoding` sequences wait for their next one."""
+        left = self._prompt_tokens_left(unfinished)
+        self._burst = left > BURST_TOKENS or (self._burst and left > 0)
+        if self._burst or not decoding:
+            return self.max_tokens
+        wanted = 1 << (JOINING_FACTOR * decoding).bit_length() - 1  # a power of two, as the buckets are
+        return min(max(wanted, JOINING_TOKENS), self.max_tokens)
+
+    def _prompt_tokens_left(self, unfinished: list[Sequence]) -> int:
+        """Tokens of prompts that are not computed; of those beyond a burst not all are counted."""
+        left = sum(sequence.remaining for sequence in unfinished)
+        for sequence in self.waiting:
+            if left > BURST_TOKENS:
+                break
+            left += sequence.remaining
+        return left
+
+    def _prefill_chunks(self, unfinished: list[Sequence], budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for sequence in self.running:
-            if sequence.remaining > 1 and budget > 0:
+        for sequence in unfinished:
+            if budget > 0:
                 chunks.append(self._plan(sequence, min(sequence.remaining, budget)))
                 budget -= chunks[-1].count
         return chunks

@@ -74,6 +74,39 @@ def test_running_sequences_go_on_while_a_prompt_is_computed():
     assert len(step.sampled) == 1
 
 
+def decoding(count: int, **settings) -> Scheduler:
+    """A scheduler whose `count` sequences all decode."""
+    scheduler = make(pages=4000, batch=256, tokens=2048, **settings)
+    for _ in range(count):
+        scheduler.add(request(2, new=400))
+    read(scheduler, scheduler.schedule())
+    return scheduler
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 256), (100, 256), (130, 512)])
+def test_few_prompts_join_in_steps_that_hold_nobody_up(count, most):
+    scheduler = decoding(count, enabled=False)
+    scheduler.add(request(450, new=1))
+    scheduler.add(request(450, new=1))
+    step = scheduler.schedule()
+    assert step.num_tokens == most
+    assert [chunk.count for chunk in step.chunks[:count]] == [1] * count
+
+
+def test_a_burst_of_prompts_is_taken_in_at_full_speed_to_its_end():
+    scheduler = decoding(10, enabled=False)
+    for _ in range(12):
+        scheduler.add(request(450, new=1))
+    sizes = []
+    while scheduler.waiting or any(s.remaining > 1 for s in scheduler.running):
+        step = scheduler.schedule()
+        sizes.append(step.num_tokens)
+        read(scheduler, step)
+    assert sizes[:-1] == [2048] * (len(sizes) - 1)
+    scheduler.add(request(450, new=1))
+    assert scheduler.schedule().num_tokens == 256
+
+
 def test_a_token_is_drawn_before_the_last_one_is_read():
     scheduler = make()
     sequence = scheduler.add(request(10, new=4))
