@@ -27,8 +27,7 @@ def device_seconds(cases: Sequence[Case], repeats: int = 2) -> list[float | None
 
     Raises ConfigError where the default device is no GPU.
     """
-    if jax.default_backend() != "gpu":
-        raise ConfigError("kernel times are read on an NVIDIA GPU, and JAX sees none here")
+    require_gpu()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = list(pool.map(_compiled, range(len(cases)), cases))
     for program, case in zip(compiled, cases, strict=True):
@@ -45,6 +44,12 @@ def device_seconds(cases: Sequence[Case], repeats: int = 2) -> list[float | None
         else None
         for i, case in enumerate(cases)
     ]
+
+
+def require_gpu() -> None:
+    """Raises ConfigError where the default device is no GPU."""
+    if jax.default_backend() != "gpu":
+        raise ConfigError("kernel times are read on an NVIDIA GPU, and JAX sees none here")
 
 
 def _run(program: Callable[..., Any], case: Case, repeats: int) -> None:

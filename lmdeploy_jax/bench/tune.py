@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lmdeploy_jax.bench.device_time import Case, device_seconds
+from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.linear import product
 from lmdeploy_jax.models.tuning import Product
@@ -72,6 +72,7 @@ def tune(shape: Shape) -> list[Product]:
 
 def measure(shape: Shape) -> dict[int, dict[Way, float | None]]:
     """Seconds of each way for each number of tokens; None for what does not compile."""
+    require_gpu()
     size = 2 * shape.out * shape.inner * (2 if shape.kind == "gated" else 1)
     keys = jax.random.split(jax.random.key(0), max(2, -(-BEYOND_CACHE // size)))
     weights = [jax.random.normal(key, shape.weight, jnp.bfloat16) for key in keys]

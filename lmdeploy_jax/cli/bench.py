@@ -1,10 +1,11 @@
-"""`bench throughput|latency MODEL` and `bench serve URL`: fixed work, one JSON line a run."""
+"""`bench throughput|latency|kernels|tune MODEL` and `bench serve URL`: fixed work, one JSON line a run."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,11 @@ from lmdeploy_jax.cli.flags import FlagSet, UsageError
 
 if TYPE_CHECKING:
     from lmdeploy_jax.bench.session import Session
+    from lmdeploy_jax.models.config import DecoderConfig
 
 DEFAULT_WORKLOADS = {"throughput": "b1,b32,b128,mix256", "latency": "b1", "serve": "mix256"}
-USAGE = "bench throughput|latency MODEL [FLAGS], or bench serve URL [FLAGS]"
+MODES = (*DEFAULT_WORKLOADS, "kernels", "tune")
+USAGE = "bench throughput|latency|kernels|tune MODEL [FLAGS], or bench serve URL [FLAGS]"
 ABOUT = f"""MODEL is a checkpoint folder, a hub id, or one of these shapes, for which a checkpoint of random
 weights is made: {", ".join(shapes.names())}.
 
@@ -29,7 +32,10 @@ warms up. Figures go to standard output as JSON lines, everything else to standa
 throughput  all requests of a workload at once: tokens a second, time a step, share of the bandwidth limit
 latency     the requests one after another: time to the first token and between tokens, with percentiles
 serve       the requests over HTTP to the server at URL (any that speaks OpenAI's protocol), at once, at
-            --request_rate, or at most --concurrency at a time; flags of the engine have no meaning then"""
+            --request_rate, or at most --concurrency at a time; flags of the engine have no meaning then
+kernels     the attention kernels alone, by MODEL's heads: time and share of the GPU's limit
+tune        measures which way of multiplying few rows is fastest for MODEL's matrices on this GPU, and keeps
+            the answers in --tuning_dir, where the engine looks for them at its start"""
 
 
 def define(flags: FlagSet) -> None:
@@ -57,6 +63,7 @@ def define(flags: FlagSet) -> None:
         "where random checkpoints are kept; without it the cache folder",
     )
     add(section, text, "out", None, "file to which the JSON lines are appended too")
+    add(section, text, "tuning_dir", None, "folder of bench tune's table; without it the cache folder")
     _define_serve(flags)
     add_engine_flags(flags, {"enable_prefix_caching": False, "session_len": MAX_LEN})
 
@@ -75,6 +82,8 @@ def _define_serve(flags: FlagSet) -> None:
 def run(flags: FlagSet, args: list[str]) -> int:
     """Run the workloads and print the figures."""
     mode, model = _positional(args)
+    if mode in ("kernels", "tune"):
+        return (_kernels if mode == "kernels" else _tune)(flags, model)
     names = _workloads(flags["workloads"] or DEFAULT_WORKLOADS[mode])
     if mode == "serve":
         return _serve(flags, model.rstrip("/").removesuffix("/v1"), names)
@@ -95,6 +104,47 @@ def run(flags: FlagSet, args: list[str]) -> int:
     finally:
         session.engine.close()
     return 0
+
+
+def _kernels(flags: FlagSet, model: str) -> int:
+    from lmdeploy_jax.bench import kernels
+
+    config = _decoder_config(model)
+    bandwidth, _ = _bandwidth(flags["bandwidth"], 1)
+    for result in kernels.measure(config, bandwidth):
+        _write({"mode": "kernels", "model": model, **_device(), **asdict(result)}, flags["out"])
+    return 0
+
+
+def _tune(flags: FlagSet, model: str) -> int:
+    import jax
+
+    from lmdeploy_jax.bench.tune import products, tune
+    from lmdeploy_jax.engine.compile import tuning_dir
+    from lmdeploy_jax.models import tuning
+
+    folder = Path(flags["tuning_dir"]) if flags["tuning_dir"] else tuning_dir()
+    path = folder / tuning.file_name(jax.devices()[0].device_kind)
+    table = tuning.Tuning(tuple(tuning.read(path)) if path.exists() else ())
+    for name, shape in products(_decoder_config(model)).items():
+        found = tune(shape)
+        table = table.merged(found)
+        for product in found:
+            _write({"mode": "tune", "model": model, "product": name, **asdict(product)}, flags["out"])
+    tuning.write(path, table)
+    _say(f"kept in {path}")
+    return 0
+
+
+def _decoder_config(model: str) -> DecoderConfig:
+    """Of a shape, a checkpoint folder or a hub id; only the config is read."""
+    from converters.families import build_config
+    from converters.hub import resolve_model
+    from converters.load import read_config
+
+    if model in shapes.names() and not Path(model).is_dir():
+        return build_config(shapes.read(model), model)
+    return read_config(resolve_model(model))
 
 
 def _serve(flags: FlagSet, url: str, names: list[str]) -> int:
@@ -124,7 +174,7 @@ def _measure(session: Session, mode: str, jobs: list[Job], reps: int) -> Iterato
 
 
 def _positional(args: list[str]) -> tuple[str, str]:
-    if len(args) != 2 or args[0] not in DEFAULT_WORKLOADS:
+    if len(args) != 2 or args[0] not in MODES:
         raise UsageError(
             f"usage: lmdeploy_jax {USAGE}; MODEL may be one of the shapes {', '.join(shapes.names())}"
         )

@@ -9,7 +9,6 @@ from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.engine.request import PromptReport, Request, Sequence, Status
 
-
 JOINING_TOKENS = 256  # least tokens of a step in which prompts join sequences that decode
 JOINING_FACTOR = 4  # tokens of such a step for each sequence that decodes
 BURST_TOKENS = 4096  # of waiting prompts; from then on throughput counts for more than an even flow
@@ -54,10 +53,10 @@ class Scheduler:
     """Continuous batching: running sequences first, then prompts in order of arrival, within a token budget.
 
     Few prompts join in small chunks, so that those who decode get their tokens in an even flow; a burst of
-    prompts is taken in at full speed. `max_tokens` bounds a step, `max_batch_size` the sequences that hold a slot. All pages of a prompt are
-    taken when it is admitted, so only decoding can run out of them; then the latest sequence is preempted and
-    computed again later. So is, at once, a sequence that outgrows `rope_switch`, see
-    `RopeConfig.switch_length`.
+    prompts is taken in at full speed. `max_tokens` bounds a step, `max_batch_size` the sequences that hold a
+    slot. All pages of a prompt are taken when it is admitted, so only decoding can run out of them; then the
+    latest sequence is preempted and computed again later. So is, at once, a sequence that outgrows
+    `rope_switch`, see `RopeConfig.switch_length`.
     """
 
     def __init__(

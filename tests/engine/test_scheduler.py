@@ -103,6 +103,7 @@ def test_a_burst_of_prompts_is_taken_in_at_full_speed_to_its_end():
         sizes.append(step.num_tokens)
         read(scheduler, step)
     assert sizes[:-1] == [2048] * (len(sizes) - 1)
+    read(scheduler, scheduler.schedule())
     scheduler.add(request(450, new=1))
     assert scheduler.schedule().num_tokens == 256
 

@@ -1,0 +1,110 @@
+"""The kernels by themselves on this GPU: time, and the share of the bandwidth or of the arithmetic it has."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
+from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
+from lmdeploy_jax.models.config import DecoderConfig
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.prefill_attention import build_tiles, max_tiles, prefill_attention, tile_rows
+
+DECODE = {
+    "256 x 640": [640] * 256,
+    "128 x 1-2047": [random.Random(i).randint(1, 2047) for i in range(128)],
+    "32 x 640": [640] * 32,
+    "8 x 8000": [8000] * 8,
+    "1 x 8000": [8000],
+}
+PREFILL = {"1 x 8192": [8192], "16 x 512": [512] * 16}
+QUERY_SETS = 4
+MATRIX = 8192  # rows and columns of the product that measures the arithmetic
+
+
+@dataclass(frozen=True)
+class Result:
+    """One kernel on one case; `share` is of `limit`, the bytes or operations a second that the GPU has."""
+
+    kernel: str
+    case: str
+    us: float
+    rate: float
+    unit: str
+    share: float
+
+
+def measure(config: DecoderConfig, bandwidth: float, backend: str = "pallas") -> Iterator[Result]:
+    """bandwidth in bytes a second. Raises ConfigError where there is no GPU."""
+    require_gpu()
+    bench = _Attention(config, backend)
+    arithmetic = _arithmetic()
+    work = config.num_heads * config.head_dim
+    for case, lengths in DECODE.items():
+        size = 4 * sum(lengths) * config.num_kv_heads * config.head_dim  # K and V, 16 bits
+        yield _result("decode attention", case, bench.decode(lengths), size, bandwidth, "TB/s")
+    for case, lengths in PREFILL.items():
+        operations = sum(2 * n * (n + 1) for n in lengths) * work  # causal
+        yield _result("prefill attention", case, bench.prefill(lengths), operations, arithmetic, "TFLOP/s")
+
+
+def _result(kernel: str, case: str, seconds: float, work: float, limit: float, unit: str) -> Result:
+    rate = work / seconds
+    return Result(kernel, case, round(1e6 * seconds, 1), round(rate / 1e12, 2), unit, round(rate / limit, 3))
+
+
+def _arithmetic() -> float:
+    """Operations a second of a large bfloat16 product of random values."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    sides = [jax.random.normal(key, (MATRIX, MATRIX), jnp.bfloat16) for key in keys]
+    (seconds,) = device_seconds([Case(jnp.matmul, [tuple(sides)] * 10)])
+    assert seconds is not None
+    return 2 * MATRIX**3 / seconds
+
+
+class _Attention:
+    """A cache of random pages, scattered over sequences as a running engine scatters them."""
+
+    def __init__(self, config: DecoderConfig, backend: str) -> None:
+        self.config, self.backend, self.rng = config, backend, np.random.default_rng(0)
+        pages = 1 + max(sum(map(pages_for, lengths)) for lengths in (*DECODE.values(), *PREFILL.values()))
+        shape = (pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+        self.cache = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2)]
+
+    def decode(self, lengths: Sequence[int]) -> float:
+        """Seconds of a decode step's attention in one layer."""
+        lens = jnp.asarray(lengths, jnp.int32)
+        return self._seconds(paged_attention, len(lengths), self._table(lengths), lens)
+
+    def prefill(self, lengths: Sequence[int]) -> float:
+        """Seconds of the attention of whole prompts in one layer."""
+        counts, rows = np.asarray(lengths), tile_rows(self.backend)
+        tokens, zeros = int(counts.sum()), np.zeros_like(counts)
+        width = max_tiles(tokens, len(counts), rows)
+        starts = np.cumsum(counts) - counts
+        tiles = build_tiles(np.arange(len(counts)), starts, counts, zeros, rows, width)
+        return self._seconds(prefill_attention, tokens, self._table(lengths), jnp.asarray(tiles))
+
+    def _table(self, lengths: Sequence[int]) -> jax.Array:
+        counts = [pages_for(length) for length in lengths]
+        order = self.rng.permutation(self.cache[0].shape[0] - 1) + 1
+        table = np.zeros((len(lengths), max(counts)), np.int32)
+        for row, (count, end) in enumerate(zip(counts, np.cumsum(counts), strict=True)):
+            table[row, :count] = order[end - count : end]
+        return jnp.asarray(table)
+
+    def _seconds(self, op: Callable[..., Any], rows: int, *rest: jax.Array) -> float:
+        shape = (rows, self.config.num_heads, self.config.head_dim)
+        function = partial(op, scale=self.config.head_dim**-0.5, backend=self.backend)
+        queries = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(QUERY_SETS)]
+        (seconds,) = device_seconds([Case(function, [(q, *self.cache, *rest) for q in queries])])
+        assert seconds is not None, "an op that the engine compiles must compile here"
+        return seconds
