@@ -82,7 +82,8 @@ class _Attention:
     def decode(self, lengths: Sequence[int]) -> float:
         """Seconds of a decode step's attention in one layer."""
         lens = jnp.asarray(lengths, jnp.int32)
-        return self._seconds(paged_attention, len(lengths), self._table(lengths), lens)
+        arrivals = jnp.zeros((len(lengths), self.config.num_kv_heads), jnp.int32)
+        return self._seconds(paged_attention, len(lengths), self._table(lengths), lens, arrivals)
 
     def prefill(self, lengths: Sequence[int]) -> float:
         """Seconds of the attention of whole prompts in one layer."""

@@ -8,7 +8,7 @@ from jax import Array
 
 from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.models.config import DecoderConfig
-from lmdeploy_jax.models.kernels import AttentionKind, Cache, Kernels
+from lmdeploy_jax.models.kernels import AttentionKind, Kernels, LayerCache
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.rope import Rotation
@@ -49,7 +49,9 @@ class Attention(nnx.Module):
             dtype=dtype,
         )
 
-    def __call__(self, x: Array, cache: Cache, batch: Batch, turn: Rotation | None) -> tuple[Array, Cache]:
+    def __call__(
+        self, x: Array, cache: LayerCache, batch: Batch, turn: Rotation | None
+    ) -> tuple[Array, LayerCache]:
         """x [T, E] -> [T, E] (or parts of it, see `Kernels.product`), cache.
 
         `turn` is None in a layer without RoPE.

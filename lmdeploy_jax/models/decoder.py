@@ -13,7 +13,7 @@ from lmdeploy_jax.models.attention import Attention
 from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.embedding import Embedding
-from lmdeploy_jax.models.kernels import Cache, Kernels
+from lmdeploy_jax.models.kernels import Cache, Kernels, LayerCache
 from lmdeploy_jax.models.linear import soft_cap
 from lmdeploy_jax.models.mlp import GatedMLP
 from lmdeploy_jax.models.norm import RMSNorm
@@ -40,8 +40,8 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = norm(config.post_norm)
 
     def __call__(
-        self, x: Array, delta: Array | None, cache: Cache, batch: Batch, turn: Rotation | None
-    ) -> tuple[Array, Array, Cache]:
+        self, x: Array, delta: Array | None, cache: LayerCache, batch: Batch, turn: Rotation | None
+    ) -> tuple[Array, Array, LayerCache]:
         """The residual stream x [T, E] and what the layer before adds to it -> the same, and the cache."""
         x, normed = self.kernels.add_norm(x, delta, self.attention_norm)
         out, cache = self.attention(normed, cache, batch, turn)
@@ -85,10 +85,12 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
         turns = self._turns(batch)
         written, delta = [], None
-        for layer, turn, cache in zip(self.layers, turns, caches, strict=True):
+        arrivals = jnp.zeros((batch.page_table.shape[0], caches[0][0].shape[1]), jnp.int32)
+        for layer, turn, pages in zip(self.layers, turns, caches, strict=True):
             graph, state = nnx.split(layer)
-            x, delta, cache = _run_layer(graph, state, x, delta, cache, batch, turn)
-            written.append(cache)
+            cache = (*pages, arrivals)
+            x, delta, (*pages, arrivals) = _run_layer(graph, state, x, delta, cache, batch, turn)
+            written.append(tuple(pages))
         return self.kernels.add_norm(x, delta, self.norm)[1], tuple(written)
 
     def logits(self, hidden: Array) -> Array:
@@ -116,9 +118,9 @@ def _run_layer(
     state: nnx.State,
     x: Array,
     delta: Array | None,
-    cache: Cache,
+    cache: LayerCache,
     batch: Batch,
     turn: Rotation | None,
-) -> tuple[Array, Array, Cache]:
+) -> tuple[Array, Array, LayerCache]:
     """A jitted function of its own, so that layers alike are traced once; XLA inlines the calls."""
     return nnx.merge(graph, state)(x, delta, cache, batch, turn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 from pallas_kernels.skinny_gemm import StreamTiling, Tiling, gated_skinny_gemm, skinny_gemm
 
 Cache = tuple[Array, Array]
+LayerCache = tuple[Array, Array, Array]  # with the counters of decode attention, which all layers share
 Activation = Callable[[Array], Array]
 SECOND = PartitionSpec(None, "tp")  # KV heads of activations and caches
 WHOLE = PartitionSpec()
@@ -105,11 +107,17 @@ class Kernels:
         return self.tuning.find(kind, weight, x.shape[0]) if tunable else None
 
     def attend(
-        self, qkv: Array, work: HeadWork, cache: Cache, batch: Batch, kind: AttentionKind, dtype: DTypeLike
-    ) -> tuple[Array, Cache]:
+        self,
+        qkv: Array,
+        work: HeadWork,
+        cache: LayerCache,
+        batch: Batch,
+        kind: AttentionKind,
+        dtype: DTypeLike,
+    ) -> tuple[Array, LayerCache]:
         """qkv [(S,) T, KH, G + 2, D] through `rope_kv_write` and attention -> [T, KH, G, D], cache."""
 
-        def local(qkv: Array, work: HeadWork, cache: Cache, batch: Batch) -> tuple[Array, Cache]:
+        def local(qkv: Array, work: HeadWork, cache: LayerCache, batch: Batch) -> tuple[Array, LayerCache]:
             return self._attend_local(qkv, work, cache, batch, kind, dtype)
 
         if self.tp == 1:
@@ -120,14 +128,26 @@ class Kernels:
         )(qkv, work, cache, batch)
 
     def _attend_local(
-        self, qkv: Array, work: HeadWork, cache: Cache, batch: Batch, kind: AttentionKind, dtype: DTypeLike
-    ) -> tuple[Array, Cache]:
+        self,
+        qkv: Array,
+        work: HeadWork,
+        cache: LayerCache,
+        batch: Batch,
+        kind: AttentionKind,
+        dtype: DTypeLike,
+    ) -> tuple[Array, LayerCache]:
         prepare = partial(rope_kv_write, eps=kind.norm_eps, offset=kind.norm_offset, dtype=dtype)
-        q, k_pages, v_pages = prepare(qkv, *cache, batch.slots, work, backend=self.backend)
-        flat = q.reshape(q.shape[0], -1, q.shape[-1])
+        k_pages, v_pages, arrivals = cache
+        q, k_pages, v_pages = prepare(qkv, k_pages, v_pages, batch.slots, work, backend=self.backend)
+        arguments = (q.reshape(q.shape[0], -1, q.shape[-1]), k_pages, v_pages, batch.page_table)
+        options: dict[str, Any] = {
+            "scale": kind.scale,
+            "window": kind.window,
+            "soft_cap": kind.soft_cap,
+            "backend": self.backend,
+        }
         if batch.tiles is None:
-            attend = partial(paged_attention, flat, k_pages, v_pages, batch.page_table, batch.kv_lens)
+            out, arrivals = paged_attention(*arguments, batch.kv_lens, arrivals, **options)
         else:
-            attend = partial(prefill_attention, flat, k_pages, v_pages, batch.page_table, batch.tiles)
-        out = attend(scale=kind.scale, window=kind.window, soft_cap=kind.soft_cap, backend=self.backend)
-        return out.reshape(q.shape), (k_pages, v_pages)
+            out = prefill_attention(*arguments, batch.tiles, **options)
+        return out.reshape(q.shape), (k_pages, v_pages, arrivals)

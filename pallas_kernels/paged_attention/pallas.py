@@ -1,7 +1,8 @@
 """Decode attention in Pallas (Triton backend): split-KV, one program a (KV head, split, sequence).
 
-Flash-decoding (Dao et al., 2023): each split runs an online softmax over its share of a sequence's own pages,
-and a second kernel merges the splits by their log-sum-exp. A tile's rows are the query heads of one KV head.
+Flash-decoding (Dao et al., 2023): each split runs an online softmax over its share of a sequence's own pages.
+The last one of a sequence to arrive merges them by their log-sum-exp; where one reads all pages, there
+is nothing to merge. A tile's rows are the query heads of one KV head.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.blocks import LOG2E, add_sink, attend_page, initial_state, load_page, normalised
+from pallas_kernels.blocks import State, add_sink, attend_page, initial_state, load_page, normalised
 from pallas_kernels.launch import Launch, launch
 from pallas_kernels.options import MASKED, AttentionOptions
 
@@ -38,31 +39,35 @@ def paged_attention(
     v_pages: jax.Array,
     page_table: jax.Array,
     kv_lens: jax.Array,
+    arrivals: jax.Array,
     sinks: jax.Array | None,
     options: AttentionOptions,
     *,
     tuning: Tuning | None = None,
     interpret: bool,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.paged_attention`."""
     sequences, heads, head_dim = q.shape
     kv_heads = k_pages.shape[1]
     tuning = tuning or _tuning(head_dim, k_pages.dtype)
     splits = split_count(sequences * kv_heads, page_table.shape[1], tuning.programs)
-    grid = (kv_heads, splits, sequences)
-    how = Launch("paged_attention", grid, tuning.num_warps, tuning.num_stages)
-    run = functools.partial(launch, interpret=interpret)
-    arrays = (q, k_pages, v_pages, page_table, kv_lens)
-    if splits == 1:
-        kernel = functools.partial(_whole_kernel, options=options)
-        return run(kernel, how, jax.ShapeDtypeStruct(q.shape, q.dtype), *arrays, sinks)
-    partials = [
+    how = Launch(
+        "paged_attention",
+        (kv_heads, splits, sequences),
+        tuning.num_warps,
+        tuning.num_stages,
+        aliases={0: 0},
+    )
+    out = [
+        jax.ShapeDtypeStruct(arrivals.shape, arrivals.dtype),
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((splits, sequences, heads, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((splits, sequences, heads), jnp.float32),
     ]
-    out, lse = run(functools.partial(_split_kernel, options=options), how, partials, *arrays)
-    merge = Launch("paged_attention_merge", (heads, sequences), num_warps=2, num_stages=1)
-    return run(_merge_kernel, merge, jax.ShapeDtypeStruct(q.shape, q.dtype), out, lse, sinks)
+    kernel = functools.partial(_kernel, options=options, interpret=interpret)
+    arrays = (arrivals, q, k_pages, v_pages, page_table, kv_lens, sinks)
+    arrivals, attended, *_ = launch(kernel, how, out, *arrays, interpret=interpret)
+    return attended, arrivals
 
 
 def _tuning(head_dim: int, dtype: jnp.dtype) -> Tuning:
@@ -77,44 +82,67 @@ def split_count(tiles: int, table_width: int, programs: int) -> int:
     return 1 << max(wanted, 1).bit_length() - 1
 
 
-def _whole_kernel(
+def _kernel(
+    _arrivals_in: jax.Ref,
     q_ref: jax.Ref,
     k_ref: jax.Ref,
     v_ref: jax.Ref,
     table_ref: jax.Ref,
     lens_ref: jax.Ref,
     sinks_ref: jax.Ref | None,
+    arrivals_ref: jax.Ref,
     o_ref: jax.Ref,
-    *,
-    options: AttentionOptions,
-) -> None:
-    sequence = pl.program_id(2)
-    rows = _HeadRows(q_ref, k_ref)
-    state = _attend(q_ref, k_ref, v_ref, table_ref, lens_ref, rows, options)
-    if sinks_ref is not None:
-        state = add_sink(state, plt.load(sinks_ref.at[rows.head], mask=rows.valid, other=0.0))
-    out = normalised(state).astype(o_ref.dtype)
-    plt.store(o_ref.at[sequence, rows.head[:, None], rows.column], out, mask=rows.mask)
-
-
-def _split_kernel(
-    q_ref: jax.Ref,
-    k_ref: jax.Ref,
-    v_ref: jax.Ref,
-    table_ref: jax.Ref,
-    lens_ref: jax.Ref,
-    o_ref: jax.Ref,
+    part_ref: jax.Ref,
     lse_ref: jax.Ref,
     *,
     options: AttentionOptions,
+    interpret: bool,
 ) -> None:
-    split, sequence = pl.program_id(1), pl.program_id(2)
+    kv_head, split, sequence = (pl.program_id(axis) for axis in range(3))
     rows = _HeadRows(q_ref, k_ref)
-    state = _attend(q_ref, k_ref, v_ref, table_ref, lens_ref, rows, options)
-    maximum, denominator, _ = state
-    lse = jnp.where(denominator > 0, maximum + jnp.log2(jnp.maximum(denominator, 1e-30)), MASKED)
-    plt.store(o_ref.at[split, sequence, rows.head[:, None], rows.column], normalised(state), mask=rows.mask)
-    plt.store(lse_ref.at[split, sequence, rows.head], lse, mask=rows.valid)
+    pages = _share(lens_ref[sequence], k_ref.shape[2], options)
+    state = _attend(q_ref, k_ref, v_ref, table_ref, pages, rows, options)
+
+    def finish(state: State) -> None:
+        if sinks_ref is not None:
+            state = add_sink(state, plt.load(sinks_ref.at[rows.head], mask=rows.valid, other=0.0))
+        out = normalised(state).astype(o_ref.dtype)
+        plt.store(o_ref.at[sequence, rows.head[:, None], rows.column], out, mask=rows.mask)
+
+    def hand_in() -> None:
+        maximum, denominator, _ = state
+        lse = maximum + jnp.log2(jnp.maximum(denominator, 1e-30))
+        at = part_ref.at[split, sequence, rows.head[:, None], rows.column]
+        plt.store(at, normalised(state), mask=rows.mask)
+        plt.store(lse_ref.at[split, sequence, rows.head], lse, mask=rows.valid)
+        if not interpret:
+            plt.debug_barrier()  # all threads have stored before one of them reports it
+        before = plt.atomic_add(arrivals_ref, (sequence, kv_head), jnp.int32(1))
+
+        @pl.when(before == pages.splits - 1)
+        def _merge() -> None:
+            arrivals_ref[sequence, kv_head] = jnp.int32(0)  # as the next layer expects it
+            finish(_merged(part_ref, lse_ref, sequence, pages.splits, rows))
+
+    pl.when((split == 0) & (pages.splits == 1))(lambda: finish(state))
+    pl.when((split < pages.splits) & (pages.splits > 1))(hand_in)
+
+
+def _merged(
+    part_ref: jax.Ref, lse_ref: jax.Ref, sequence: jax.Array, splits: jax.Array, rows: _HeadRows
+) -> State:
+    """The softmax over what all splits saw: each is like one key, its output the value."""
+
+    def step(split: jax.Array, state: State) -> State:
+        maximum, denominator, out = state
+        lse = plt.load(lse_ref.at[split, sequence, rows.head], mask=rows.valid, other=MASKED)
+        at = part_ref.at[split, sequence, rows.head[:, None], rows.column]
+        part = plt.load(at, mask=rows.mask, other=0.0)
+        new_maximum = jnp.maximum(maximum, lse)
+        decay, weight = jnp.exp2(maximum - new_maximum), jnp.exp2(lse - new_maximum)
+        return new_maximum, denominator * decay + weight, out * decay[:, None] + part * weight[:, None]
+
+    return lax.fori_loop(0, splits, step, initial_state(*rows.mask.shape))
 
 
 class _HeadRows:
@@ -130,52 +158,51 @@ class _HeadRows:
         self.mask = self.valid[:, None] & (self.column < head_dim)
 
 
+@dataclass(frozen=True)
+class _Share:
+    """This program's pages of its sequence, `begin` to `end` - 1; positions it may see; splits that have any.
+
+    A sequence that sees nothing has one split, whose output is zero.
+    """
+
+    begin: jax.Array
+    end: jax.Array
+    oldest: jax.Array
+    length: jax.Array
+    splits: jax.Array
+
+
+def _share(length: jax.Array, page_size: int, options: AttentionOptions) -> _Share:
+    oldest = jnp.int32(0) if options.window is None else jnp.maximum(length - options.window, 0)
+    first = lax.div(oldest, jnp.int32(page_size))
+    end = lax.div(length + page_size - 1, page_size)
+    each = jnp.maximum(lax.div(end - first + pl.num_programs(1) - 1, pl.num_programs(1)), 1)
+    begin = first + pl.program_id(1) * each
+    splits = jnp.maximum(lax.div(end - first + each - 1, each), 1)
+    return _Share(begin, jnp.minimum(begin + each, end), oldest, length, splits)
+
+
 def _attend(
     q_ref: jax.Ref,
     k_ref: jax.Ref,
     v_ref: jax.Ref,
     table_ref: jax.Ref,
-    lens_ref: jax.Ref,
+    pages: _Share,
     rows: _HeadRows,
     options: AttentionOptions,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The online softmax of this program's heads over its split of the sequence's visible pages."""
-    kv_head, split, sequence = (pl.program_id(axis) for axis in range(3))
+) -> State:
+    """The online softmax of this program's heads over its pages."""
+    kv_head, sequence = pl.program_id(0), pl.program_id(2)
     page_size = k_ref.shape[2]
-    length = lens_ref[sequence]
-    oldest = 0 if options.window is None else jnp.maximum(length - options.window, 0)
-    first = lax.div(jnp.int32(oldest), jnp.int32(page_size))
-    end = lax.div(length + page_size - 1, page_size)
-    share = lax.div(end - first + pl.num_programs(1) - 1, pl.num_programs(1))
-    begin = first + split * share
     q = plt.load(q_ref.at[sequence, rows.head[:, None], rows.column], mask=rows.mask, other=0)
     q = q.astype(k_ref.dtype)
 
-    def step(index: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def step(index: jax.Array, state: State) -> State:
         page = table_ref[sequence, index]
         keys = load_page(k_ref, page, kv_head)
-        values = load_page(v_ref, page, kv_head, length - index * page_size)
+        values = load_page(v_ref, page, kv_head, pages.length - index * page_size)
         position = index * page_size + jnp.arange(page_size, dtype=jnp.int32)
-        visible = (position < length) & (position >= oldest)
+        visible = (position < pages.length) & (position >= pages.oldest)
         return attend_page(state, q, keys, values, visible[None, :], options)
 
-    return lax.fori_loop(begin, jnp.minimum(begin + share, end), step, initial_state(*rows.mask.shape))
-
-
-def _merge_kernel(o_ref: jax.Ref, lse_ref: jax.Ref, sinks_ref: jax.Ref | None, out_ref: jax.Ref) -> None:
-    head, sequence = pl.program_id(0), pl.program_id(1)
-    splits, _, _, head_dim = o_ref.shape
-    split = jnp.arange(splits, dtype=jnp.int32)
-    column = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
-    lse = lse_ref[:, sequence, head]
-    maximum = jnp.max(lse, axis=0)
-    if sinks_ref is not None:
-        maximum = jnp.maximum(maximum, sinks_ref[head] * LOG2E)
-    weights = jnp.where(lse > MASKED, jnp.exp2(lse - maximum), 0.0)
-    denominator = jnp.sum(weights, axis=0)
-    if sinks_ref is not None:
-        denominator += jnp.exp2(sinks_ref[head] * LOG2E - maximum)
-    mask = jnp.broadcast_to((column < head_dim)[None, :], (splits, column.size))
-    parts = plt.load(o_ref.at[split[:, None], sequence, head, column[None, :]], mask=mask, other=0.0)
-    out = jnp.sum(parts * weights[:, None], axis=0) / jnp.maximum(denominator, 1e-30)
-    plt.store(out_ref.at[sequence, head, column], out.astype(out_ref.dtype), mask=column < head_dim)
+    return lax.fori_loop(pages.begin, pages.end, step, initial_state(*rows.mask.shape))

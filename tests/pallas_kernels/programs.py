@@ -53,7 +53,8 @@ def decode_step(model: Model, layers: int) -> Program:
 
     def step(caches: list, x: jax.Array, slots: jax.Array, table: jax.Array, lens: jax.Array) -> tuple:
         def attend(x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return paged_attention(x, k, v, table, lens, **model.options(), backend="pallas")
+            zeros = jnp.zeros((SEQUENCES, model.kv_heads), jnp.int32)
+            return paged_attention(x, k, v, table, lens, zeros, **model.options(), backend="pallas")[0]
 
         return _layers(model, caches, x, slots, attend)
 

@@ -118,8 +118,12 @@ def decode_case(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(output, reference) of decode attention over the batch."""
     q = batch.queries(len(batch.lengths))
-    arrays = batch.device(q, batch.k_pages, batch.v_pages, batch.table, batch.lengths)
-    out = _jitted(op, batch, backend)(*arrays)
+    zeros = np.zeros((len(batch.lengths), batch.shape.kv_heads), np.int32)
+    arrays = batch.device(q, batch.k_pages, batch.v_pages, batch.table, batch.lengths, zeros)
+    attend = _jitted(op, batch, backend)
+    _, counters = attend(*arrays)
+    out, counters = attend(*arrays[:-1], counters)  # as the next layer does
+    assert not np.any(counters), "counters are not zero after a call"
     expected = np.zeros(q.shape)
     for row, length in enumerate(batch.lengths):
         if length:

@@ -61,18 +61,21 @@ def test_xla_on_cpu_never_copies_the_cache(dtype: str) -> None:
         cache,
         *(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 8), (2,))),
     ]
-    attend = jax.jit(lambda *a: paged_attention(*a, scale=1.0, backend="xla"))
+    attend = jax.jit(lambda *a: paged_attention(*a, jnp.zeros((2, 2), int), scale=1.0, backend="xla")[0])
     memory = attend.lower(*arrays).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 300 * 2 * 64 * 64
 
 
 def test_a_shape_that_does_not_fit_is_refused() -> None:
     cache, table, lens = jnp.zeros((2, 2, 64, 16)), jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
+    zeros, q = jnp.zeros((1, 2), int), jnp.zeros((1, 2, 16))
     with pytest.raises(ValueError, match="multiple of the KV heads"):
-        paged_attention(jnp.zeros((1, 3, 16)), cache, cache, table, lens, scale=1.0, backend="xla")
+        paged_attention(jnp.zeros((1, 3, 16)), cache, cache, table, lens, zeros, scale=1.0, backend="xla")
     with pytest.raises(ValueError, match="window is 0"):
-        paged_attention(jnp.zeros((1, 2, 16)), cache, cache, table, lens, scale=1.0, window=0, backend="xla")
+        paged_attention(q, cache, cache, table, lens, zeros, scale=1.0, window=0, backend="xla")
+    with pytest.raises(ValueError, match=r"arrivals has shape \(1, 3\)"):
+        paged_attention(q, cache, cache, table, lens, jnp.zeros((1, 3), int), scale=1.0, backend="xla")
     with pytest.raises(ValueError, match=r"must be \[tiles, 4\]"):
         prefill_attention(jnp.zeros((1, 2, 16)), cache, cache, table, lens, scale=1.0, backend="xla")
     with pytest.raises(ValueError, match="'cuda' is unknown"):
-        paged_attention(jnp.zeros((1, 2, 16)), cache, cache, table, lens, scale=1.0, backend="cuda")
+        paged_attention(q, cache, cache, table, lens, zeros, scale=1.0, backend="cuda")
