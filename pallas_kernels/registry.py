@@ -13,10 +13,11 @@ MAX_GROUP = 16
 MIN_COMPUTE_CAPABILITY = 8.0
 
 
-def check_backend(backend: str) -> None:
-    """Raises ValueError unless `backend` names an implementation."""
-    if backend not in BACKENDS:
-        raise ValueError(f"kernel backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+def check_backend(backend: str, *more: str) -> None:
+    """Raises ValueError unless `backend` names an implementation; `more` are those that only one op has."""
+    if backend not in (*BACKENDS, *more):
+        known = ", ".join((*BACKENDS, *more))
+        raise ValueError(f"kernel backend {backend!r} is unknown; choose one of {known}")
 
 
 def why_not(

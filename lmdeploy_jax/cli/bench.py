@@ -125,10 +125,10 @@ def _tune(flags: FlagSet, model: str) -> int:
 
     folder = Path(flags["tuning_dir"]) if flags["tuning_dir"] else tuning_dir()
     path = folder / tuning.file_name(jax.devices()[0].device_kind)
-    table = tuning.Tuning(tuple(tuning.read(path)) if path.exists() else ())
+    table = tuning.read(path) if path.exists() else tuning.UNTUNED
     for name, shape in products(_decoder_config(model)).items():
         found = tune(shape)
-        table = table.merged(found)
+        table = table.merged(tuning.Tuning(tuple(found)))
         for product in found:
             _write({"mode": "tune", "model": model, "product": name, **asdict(product)}, flags["out"])
     tuning.write(path, table)

@@ -20,7 +20,7 @@ from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.parallel.mesh import axis_size
 from pallas_kernels.norm import add_rms_norm
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefill_attention import prefill_attention, why_not_mosaic
 from pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 from pallas_kernels.skinny_gemm import StreamTiling, Tiling, gated_skinny_gemm, skinny_gemm
 
@@ -140,14 +140,17 @@ class Kernels:
         k_pages, v_pages, arrivals = cache
         q, k_pages, v_pages = prepare(qkv, k_pages, v_pages, batch.slots, work, backend=self.backend)
         arguments = (q.reshape(q.shape[0], -1, q.shape[-1]), k_pages, v_pages, batch.page_table)
-        options: dict[str, Any] = {
-            "scale": kind.scale,
-            "window": kind.window,
-            "soft_cap": kind.soft_cap,
-            "backend": self.backend,
-        }
+        options: dict[str, Any] = {"scale": kind.scale, "window": kind.window, "soft_cap": kind.soft_cap}
         if batch.tiles is None:
-            out, arrivals = paged_attention(*arguments, batch.kv_lens, arrivals, **options)
+            rest = (batch.kv_lens, arrivals)
+            out, arrivals = paged_attention(*arguments, *rest, **options, backend=self.backend)
         else:
-            out = prefill_attention(*arguments, batch.tiles, **options)
+            backend = self._prefill_backend(q, k_pages, kind)
+            out = prefill_attention(*arguments, batch.tiles, **options, backend=backend)
         return out.reshape(q.shape), (k_pages, v_pages, arrivals)
+
+    def _prefill_backend(self, q: Array, k_pages: Array, kind: AttentionKind) -> str:
+        if self.backend != "pallas" or self.tuning.prefill_attention != "mosaic":
+            return self.backend
+        plain = kind.window is None and kind.soft_cap is None
+        return "mosaic" if plain and why_not_mosaic(q.dtype, k_pages.dtype, q.shape[-1]) is None else "pallas"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,9 +33,13 @@ class Product:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured on one GPU; no products: XLA does them all."""
+    """What was measured on one GPU. Products that are not here are XLA's.
+
+    prefill_attention: the faster backend of that op where it can do the model; None: not measured.
+    """
 
     products: tuple[Product, ...] = ()
+    prefill_attention: str | None = None
 
     def find(self, kind: str, weight: tuple[int, ...], tokens: int) -> Tiling | StreamTiling | None:
         """The tiling that was fastest for that many rows, or the next higher number measured; None: XLA.
@@ -47,11 +50,11 @@ class Tuning:
         known = [p for p in self.products if (p.kind, p.out, p.inner) == key and p.tokens >= tokens]
         return min(known, key=lambda p: p.tokens).tiling if known else None
 
-    def merged(self, newer: Iterable[Product]) -> Tuning:
+    def merged(self, newer: Tuning) -> Tuning:
         """With `newer` products in place of those of the same shape."""
-        newer = tuple(newer)
-        shapes = {(p.kind, p.out, p.inner) for p in newer}
-        return Tuning(tuple(p for p in self.products if (p.kind, p.out, p.inner) not in shapes) + newer)
+        shapes = {(p.kind, p.out, p.inner) for p in newer.products}
+        kept = tuple(p for p in self.products if (p.kind, p.out, p.inner) not in shapes)
+        return Tuning(kept + newer.products, newer.prefill_attention or self.prefill_attention)
 
 
 UNTUNED = Tuning()
@@ -75,11 +78,12 @@ def load(device_kind: str, *folders: Path) -> Tuning:
     return tuning
 
 
-def read(path: Path) -> list[Product]:
-    """The products in a table. Raises ConfigError."""
+def read(path: Path) -> Tuning:
+    """One table. Raises ConfigError."""
     try:
-        rows = json.loads(path.read_text())["products"]
-        return [Product(**row | {"tiling": _tiling(row["tiling"])}) for row in rows]
+        table = json.loads(path.read_text())
+        products = [Product(**row | {"tiling": _tiling(row["tiling"])}) for row in table["products"]]
+        return Tuning(tuple(products), table["prefill_attention"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the tuning table {path} cannot be read ({error!r}); delete it, or make it anew "
@@ -97,7 +101,8 @@ def write(path: Path, tuning: Tuning) -> None:
     """One product a line."""
     rows = [json.dumps(asdict(product)) for product in sorted(tuning.products, key=_order)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('{"products": [\n' + ",\n".join(rows) + "\n]}\n")
+    attention = json.dumps(tuning.prefill_attention)
+    path.write_text(f'{{"prefill_attention": {attention}, "products": [\n' + ",\n".join(rows) + "\n]}\n")
 
 
 def _order(product: Product) -> tuple[str, int, int, int]:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.options import AttentionOptions, check_cache, check_heads
 from pallas_kernels.prefill_attention import xla
 from pallas_kernels.prefill_attention.tiles import build_tiles, max_tiles, tile_rows
 from pallas_kernels.registry import check_backend
 
-__all__ = ["build_tiles", "max_tiles", "prefill_attention", "tile_rows"]
+__all__ = ["build_tiles", "max_tiles", "prefill_attention", "tile_rows", "why_not_mosaic"]
+
+
+def why_not_mosaic(dtype: DTypeLike, cache_dtype: DTypeLike, head_dim: int) -> str | None:
+    """Why backend "mosaic" cannot do it, or None. It knows no sinks, window or soft cap either."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16) or jnp.dtype(cache_dtype) != jnp.dtype(dtype):
+        return f"it multiplies 16-bit numbers, not {dtype} with {cache_dtype}"
+    if head_dim not in (64, 128):
+        return f"head_dim {head_dim} is neither 64 nor 128"
+    return None
 
 
 def prefill_attention(
@@ -30,10 +41,10 @@ def prefill_attention(
     q [T, H, D]; k_pages, v_pages [pages, KH, PAGE_SIZE, D]; page_table int32 [S, M], padded with 0; tiles
     int32 [W, 4] from `build_tiles` with this backend's `tile_rows`. A row at position p sees keys at
     positions p-window < j <= p. `sinks` f32 [H] adds a logit to each head's softmax denominator. Softmax in
-    f32. Returns [T, H, D] in q's dtype; rows that no tile covers are zeros.
-    Raises ValueError for shapes or options that do not fit.
+    f32. Backend "mosaic" is for Hopper, see `why_not_mosaic`. Returns [T, H, D] in q's dtype; rows that no
+    tile covers are zeros. Raises ValueError for shapes or options that do not fit.
     """
-    check_backend(backend)
+    check_backend(backend, "mosaic")
     check_cache(k_pages, v_pages)
     check_heads(q, k_pages, sinks)
     if tiles.ndim != 2 or tiles.shape[1] != 4:
@@ -43,6 +54,15 @@ def prefill_attention(
         return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options)
     from pallas_kernels.prefill_attention import pallas  # a CPU does without the import's time
 
-    return pallas.prefill_attention(
-        q, k_pages, v_pages, page_table, tiles, sinks, options, interpret=backend == "pallas_interpret"
-    )
+    arrays = (q, k_pages, v_pages, page_table, tiles)
+    if backend != "mosaic":
+        return pallas.prefill_attention(*arrays, sinks, options, interpret=backend == "pallas_interpret")
+    reason = why_not_mosaic(q.dtype, k_pages.dtype, q.shape[2])
+    if sinks is not None or window is not None or soft_cap is not None:
+        reason = "it knows no sinks, window or soft cap"
+    if reason:
+        raise ValueError(f"backend 'mosaic' cannot do this prefill attention: {reason}; take 'pallas'")
+    from pallas_kernels.prefill_attention import mosaic
+
+    short = pallas.prefill_attention(*arrays, sinks, options, only_short=True, interpret=False)
+    return mosaic.prefill_attention(short, *arrays, options)

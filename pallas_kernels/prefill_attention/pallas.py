@@ -19,9 +19,9 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.blocks import State, add_sink, attend_page, initial_state, load_page, normalised
 from pallas_kernels.launch import Launch, launch
 from pallas_kernels.options import AttentionOptions
-from pallas_kernels.prefill_attention.tiles import TILE_ROWS
+from pallas_kernels.prefill_attention.tiles import SHORT, TILE_ROWS
 
-SMALL_BLOCK = 16  # rows of the block that serves decode rows and other short chunks
+SMALL_BLOCK = 16  # rows of the block that serves short tiles
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,20 @@ def prefill_attention(
     options: AttentionOptions,
     *,
     tuning: Tuning | None = None,
+    only_short: bool = False,
     interpret: bool,
 ) -> jax.Array:
-    """See `pallas_kernels.prefill_attention.prefill_attention`."""
+    """See `pallas_kernels.prefill_attention.prefill_attention`; the rows of long tiles may be left zero."""
     kv_heads = k_pages.shape[1]
     group = q.shape[1] // kv_heads
     tuning = tuning or _tuning(q.shape[2], k_pages.dtype)
     block = tuning.block
-    blocks = pl.cdiv(TILE_ROWS["pallas"], block // group)
+    rows = SHORT if only_short else TILE_ROWS["pallas"]
+    blocks = pl.cdiv(rows, (SMALL_BLOCK if only_short else block) // group)
     # The output starts as zeros, which the rows of no tile keep.
     grid = (blocks, kv_heads, tiles.shape[0])
     how = Launch("prefill_attention", grid, tuning.num_warps, tuning.num_stages, aliases={0: 0})
-    kernel = functools.partial(_kernel, block=block, group=group, options=options)
+    kernel = functools.partial(_kernel, block=None if only_short else block, group=group, options=options)
     inputs = (jnp.zeros_like(q), q, k_pages, v_pages, page_table, tiles, sinks)
     return launch(kernel, how, jax.ShapeDtypeStruct(q.shape, q.dtype), *inputs, interpret=interpret)
 
@@ -89,21 +91,23 @@ def _kernel(
     sinks_ref: jax.Ref | None,
     o_ref: jax.Ref,
     *,
-    block: int,
+    block: int | None,
     group: int,
     options: AttentionOptions,
 ) -> None:
+    """`block` rows for long tiles; None: they are not done."""
     index, kv_head, tile = (pl.program_id(axis) for axis in range(3))
     table_row, start, count, position = (tiles_ref[tile, column] for column in range(4))
-    first = index * (block // group)
 
-    def run(size: int) -> None:
+    def run(size: int, wanted: jax.Array) -> None:
+        first = index * (size // group)
         part = _Block(size, group, kv_head, table_row, start, count, position, first)
-        _attend_block(q_ref, k_ref, v_ref, table_ref, sinks_ref, o_ref, part, options)
+        attend = functools.partial(_attend_block, q_ref, k_ref, v_ref, table_ref, sinks_ref, o_ref)
+        pl.when(wanted & (first < count))(lambda: attend(part, options))
 
-    short = count <= SMALL_BLOCK // group
-    pl.when((first < count) & ~short)(lambda: run(block))
-    pl.when((first < count) & short)(lambda: run(SMALL_BLOCK))
+    if block is not None:
+        run(block, count > SHORT)
+    run(SMALL_BLOCK, count <= SHORT)
 
 
 def _attend_block(

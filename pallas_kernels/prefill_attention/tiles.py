@@ -8,12 +8,13 @@ import numpy as np
 
 from pallas_kernels.registry import check_backend
 
-TILE_ROWS = {"xla": 8, "pallas": 128, "pallas_interpret": 128}
+TILE_ROWS = {"xla": 8, "pallas": 128, "pallas_interpret": 128, "mosaic": 128}
+SHORT = 4  # queries of a tile that is done beside many of its kind
 
 
 def tile_rows(backend: str) -> int:
     """Most query rows that one tile of `backend` may hold. Raises ValueError for an unknown backend."""
-    check_backend(backend)
+    check_backend(backend, "mosaic")
     return TILE_ROWS[backend]
 
 
@@ -34,7 +35,8 @@ def build_tiles(
 
     Chunk i is sequence `rows[i]` of the page table; its `counts[i]` queries lie in the packed queries from
     row `starts[i]` on, and the first one has position `positions[i]`. Returns int32 [width, 4] of (page table
-    row, first query row, query rows, position of the first query), padded with zeros.
+    row, first query row, query rows, position of the first query), padded with zeros. Those that see most
+    keys come first, and those of at most SHORT rows last.
     Raises ValueError when the tiles are more than `width`.
     """
     chunks = np.asarray([rows, starts, counts, positions], np.int32).reshape(4, -1).T
@@ -48,4 +50,6 @@ def build_tiles(
     tiles[:total, 1] += offsets
     tiles[:total, 2] = np.minimum(tiles[:total, 2] - offsets, tile_rows)
     tiles[:total, 3] += offsets
+    used = tiles[:total]
+    tiles[:total] = used[np.lexsort((-used[:, 2] - used[:, 3], used[:, 2] <= SHORT))]
     return tiles

@@ -53,9 +53,9 @@ class Shape:
 
 
 class PagedBatch:
-    """Sequences of the given lengths in a cache where every slot that holds no token is NaN."""
+    """Sequences of the given lengths in a cache where every slot that holds no token is `unused`."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, unused: float = np.nan) -> None:
         self.shape, self.rng = shape, np.random.default_rng(0)
         sequences, pages = len(shape.lengths), -(-max(shape.lengths) // PAGE_SIZE)
         self.lengths = np.asarray(shape.lengths, np.int32)
@@ -63,7 +63,7 @@ class PagedBatch:
         order = 1 + self.rng.permutation(sequences * pages).reshape(sequences, pages)
         self.table = np.where(used, order, 0).astype(np.int32)
         cache = (sequences * pages + 1, shape.kv_heads, PAGE_SIZE, shape.head_dim)
-        self.k_pages, self.v_pages = (np.full(cache, np.nan, np.float32) for _ in range(2))
+        self.k_pages, self.v_pages = (np.full(cache, unused, np.float32) for _ in range(2))
         self.keys, self.values = ([self._sequence(n) for n in shape.lengths] for _ in range(2))
         for row in range(sequences):
             self._fill(self.k_pages, self.keys[row], row)

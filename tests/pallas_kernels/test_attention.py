@@ -16,6 +16,7 @@ from tests.pallas_kernels.reference import PagedBatch, Shape, decode_case, prefi
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
 ALL = {"scale": 0.2, "window": 70, "soft_cap": 3.0}
+LONG = (700, 1, 64, 129, 300, 5, 128, 1000)  # several tiles, and blocks of keys, of one sequence
 SHORT = (3, 0, 64, 1)  # one page each: decode does not split
 
 XLA = [
@@ -37,6 +38,11 @@ DEVICE = [
     Shape("head-256", group=16, head_dim=256, dtype="float16", options={"scale": 0.05, "window": 64}),
 ]
 
+MOSAIC = [
+    Shape("mosaic-128", group=4, head_dim=128, dtype="bfloat16", options={"scale": 0.1}, lengths=LONG),
+    Shape("mosaic-64", group=7, head_dim=64, dtype="float16", options={"scale": 0.1}, lengths=LONG),
+]
+
 CASES = [("xla", shape) for shape in XLA] + [("pallas_interpret", shape) for shape in INTERPRET]
 GPU_CASES = [pytest.param("pallas", shape, marks=pytest.mark.gpu) for shape in DEVICE]
 
@@ -50,6 +56,16 @@ def test_equals_full_softmax(op: object, backend: str, shape: Shape) -> None:
     out, expected = case(op, PagedBatch(shape), backend)
     assert relative_error(out, expected) < TOLERANCE[shape.dtype]
     assert not out[np.all(expected == 0, axis=(1, 2))].any(), "a row that sees nothing is not zero"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", MOSAIC, ids=str)
+def test_mosaic_prefill_equals_full_softmax(shape: Shape) -> None:
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    out, expected = prefill_case(prefill_attention, PagedBatch(shape, unused=100.0), "mosaic")
+    assert relative_error(out, expected) < TOLERANCE[shape.dtype]
+    assert not out[np.all(expected == 0, axis=(1, 2))].any(), "a row that no tile covers is not zero"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

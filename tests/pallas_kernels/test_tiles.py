@@ -8,11 +8,12 @@ import pytest
 from pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
 
 
-def test_a_chunk_is_cut_into_tiles_in_order() -> None:
-    tiles = build_tiles(rows=[5, 2], starts=[0, 20], counts=[20, 1], positions=[100, 7], tile_rows=8, width=6)
+def test_a_chunk_is_cut_into_tiles_the_longest_work_first_and_short_ones_last() -> None:
+    chunks = {"rows": [5, 2], "starts": [0, 21], "counts": [21, 1], "positions": [100, 300]}
+    tiles = build_tiles(**chunks, tile_rows=8, width=6)
     assert tiles.dtype == np.int32
     np.testing.assert_array_equal(
-        tiles, [[5, 0, 8, 100], [5, 8, 8, 108], [5, 16, 4, 116], [2, 20, 1, 7], [0, 0, 0, 0], [0, 0, 0, 0]]
+        tiles, [[5, 16, 5, 116], [5, 8, 8, 108], [5, 0, 8, 100], [2, 21, 1, 300], [0, 0, 0, 0], [0, 0, 0, 0]]
     )
 
 
