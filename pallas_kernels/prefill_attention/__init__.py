@@ -42,7 +42,7 @@ def prefill_attention(
     int32 [W, 4] from `build_tiles` with this backend's `tile_rows`. A row at position p sees keys at
     positions p-window < j <= p. `sinks` f32 [H] adds a logit to each head's softmax denominator. Softmax in
     f32. Backend "mosaic" is for Hopper, see `why_not_mosaic`. Returns [T, H, D] in q's dtype; rows that no
-    tile covers are zeros. Raises ValueError for shapes or options that do not fit.
+    tile covers hold anything finite, as q does. Raises ValueError for shapes or options that do not fit.
     """
     check_backend(backend, "mosaic")
     check_cache(k_pages, v_pages)
@@ -64,5 +64,5 @@ def prefill_attention(
         raise ValueError(f"backend 'mosaic' cannot do this prefill attention: {reason}; take 'pallas'")
     from pallas_kernels.prefill_attention import mosaic
 
-    short = pallas.prefill_attention(*arrays, sinks, options, only_short=True, interpret=False)
-    return mosaic.prefill_attention(short, *arrays, options)
+    some = pallas.prefill_attention(*arrays, sinks, options, only_short=True, interpret=False)
+    return mosaic.prefill_attention(some, *arrays[1:], options)

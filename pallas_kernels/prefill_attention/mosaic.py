@@ -42,7 +42,6 @@ class Tuning:
 
 
 def prefill_attention(
-    out: jax.Array,
     q: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
@@ -51,7 +50,9 @@ def prefill_attention(
     options: AttentionOptions,
     tuning: Tuning = Tuning(),
 ) -> jax.Array:
-    """`out` with the rows of all tiles that are not short, which come first in `tiles`."""
+    """q with the outputs of all tiles that are not short in their rows; those come first in `tiles`."""
+    # XLA would make a call with slices of one array a graph of its own, recorded anew at every run.
+    page_table, tiles = jnp.maximum(page_table, 0), jnp.maximum(tiles, 0)
     head_dim, stages = q.shape[2], tuning.num_stages
     keys = PAGES * k_pages.shape[2]
     live = jnp.sum(tiles[:, 2] > SHORT, dtype=jnp.int32)[None]
@@ -75,9 +76,9 @@ def prefill_attention(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
-    result = jax.new_ref(out)
-    kernel(q, k_pages, v_pages, page_table, tiles, live, result)
-    return result[...]
+    rows = jax.new_ref(q)
+    kernel(rows, k_pages, v_pages, page_table, tiles, live)
+    return rows[...]
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,12 @@ def _items(
 
 
 def _kernel(
-    q_ref: jax.Ref,
+    rows_ref: jax.Ref,
     k_ref: jax.Ref,
     v_ref: jax.Ref,
     table_ref: jax.Ref,
     tiles_ref: jax.Ref,
     live_ref: jax.Ref,
-    out_ref: jax.Ref,
     q_smem: jax.Ref,
     k_smem: jax.Ref,
     v_smem: jax.Ref,
@@ -133,7 +133,7 @@ def _kernel(
     scale: float,
     tuning: Tuning,
 ) -> None:
-    heads, group_size = q_ref.shape[1], q_ref.shape[1] // k_ref.shape[1]
+    heads, group_size = rows_ref.shape[1], rows_ref.shape[1] // k_ref.shape[1]
     keys, page_size = k_smem.shape[1], k_ref.shape[2]
     group = lax.axis_index("group")
     each_item = functools.partial(_items, tiles_ref, live_ref, heads, tuning.programs)
@@ -179,7 +179,7 @@ def _kernel(
             mine = jnp.where(item.count > first, item.blocks(first + ROWS, keys), 0)
             whole = lax.min(lax.div(item.position + first + 1, keys), mine)
             queries = pl.ds(item.start + first, ROWS)
-            _load(q_ref.at[queries, item.head], plain_smem.at[group], q_smem.at[group], q_full.at[group])
+            _load(rows_ref.at[queries, item.head], plain_smem.at[group], q_smem.at[group], q_full.at[group])
             pl.when(group == 1)(wait_for_turn)
             step = functools.partial(
                 _attend, ring, wait_for_turn, scale * math.log2(math.e), done, item.position + first
@@ -188,7 +188,7 @@ def _kernel(
             state = lax.fori_loop(whole, mine, functools.partial(step, masked=True), state)
             lax.fori_loop(mine, blocks, lambda block, _: ring.skip(done + block, wait_for_turn), None)
             pl.when(group == 0)(wait_for_turn)
-            _store(state, plain_smem.at[group], out_ref, item, first)
+            _store(state, plain_smem.at[group], rows_ref, item, first)
             return done + blocks
 
         each_item(compute)

@@ -46,18 +46,18 @@ def prefill_attention(
     only_short: bool = False,
     interpret: bool,
 ) -> jax.Array:
-    """See `pallas_kernels.prefill_attention.prefill_attention`; the rows of long tiles may be left zero."""
+    """See `pallas_kernels.prefill_attention.prefill_attention`; the rows of long tiles may be left alone."""
     kv_heads = k_pages.shape[1]
     group = q.shape[1] // kv_heads
     tuning = tuning or _tuning(q.shape[2], k_pages.dtype)
     block = tuning.block
     rows = SHORT if only_short else TILE_ROWS["pallas"]
     blocks = pl.cdiv(rows, (SMALL_BLOCK if only_short else block) // group)
-    # The output starts as zeros, which the rows of no tile keep.
+    # The output takes the queries' place: a program reads and writes the same rows and heads.
     grid = (blocks, kv_heads, tiles.shape[0])
     how = Launch("prefill_attention", grid, tuning.num_warps, tuning.num_stages, aliases={0: 0})
     kernel = functools.partial(_kernel, block=None if only_short else block, group=group, options=options)
-    inputs = (jnp.zeros_like(q), q, k_pages, v_pages, page_table, tiles, sinks)
+    inputs = (q, k_pages, v_pages, page_table, tiles, sinks)
     return launch(kernel, how, jax.ShapeDtypeStruct(q.shape, q.dtype), *inputs, interpret=interpret)
 
 
@@ -82,7 +82,6 @@ class _Block:
 
 
 def _kernel(
-    _zeros: jax.Ref,
     q_ref: jax.Ref,
     k_ref: jax.Ref,
     v_ref: jax.Ref,

@@ -65,7 +65,6 @@ def test_mosaic_prefill_equals_full_softmax(shape: Shape) -> None:
         pytest.skip("needs an NVIDIA GPU")
     out, expected = prefill_case(prefill_attention, PagedBatch(shape, unused=100.0), "mosaic")
     assert relative_error(out, expected) < TOLERANCE[shape.dtype]
-    assert not out[np.all(expected == 0, axis=(1, 2))].any(), "a row that no tile covers is not zero"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
