@@ -82,7 +82,7 @@ def main() -> None:
     folder = args.model
     if folder in shapes.names():
         folder = checkpoint.make(folder, Path(args.checkpoint_dir))
-    config = JaxEngineConfig(session_len=4096, enable_prefix_caching=False)
+    config = JaxEngineConfig(session_len=2048, enable_prefix_caching=False)
     engine = Engine(folder, config, progress=False)
     try:
         for running in map(int, args.running.split(",")):
