@@ -19,6 +19,7 @@ BEYOND_CACHE = 300 << 20  # bytes of weights that no GPU's cache keeps
 PROGRAMS = (60, 1100)  # of a grid worth trying
 PART_RATE = 3e12  # bytes a second at which the next kernel reads parts, about
 LAUNCH = 5e-7  # seconds that one kernel less is worth
+MOSAIC = 3e-6  # what such a call costs in a CUDA graph beyond its kernel; about, by whole decode steps
 BLOCKS = (  # outputs and inner elements of a tile, warps, stages
     (32, 128, 4, 4),
     (64, 64, 4, 4),
@@ -129,7 +130,9 @@ def _gated(way: Way) -> Callable[..., jax.Array]:
 
 
 def _beside(shape: Shape, way: Way, tokens: int) -> float:
-    """Seconds that a way costs elsewhere: parts to be read by the next kernel, one launch more."""
+    """Seconds that a way costs elsewhere: parts to be read by the next kernel, one launch more, its kind."""
     if shape.kind == "parts" and isinstance(way, Tiling):
         return tokens * shape.out * (4 * way.splits - 2) / PART_RATE
+    if isinstance(way, StreamTiling):
+        return MOSAIC
     return LAUNCH if way is None and shape.kind == "gated" else 0.0

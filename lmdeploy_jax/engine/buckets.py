@@ -39,7 +39,12 @@ def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) ->
         return Buckets(decode, sampling, _ladder(32, tokens, 8), True, steps)
     sizes = (size for size in GPU_DECODE if size < max_batch_size)
     sampling = _ladder(1, max_batch_size, 8)
-    return Buckets((*sizes, max_batch_size), sampling, _ladder(128, tokens, 2), False, steps)
+    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), False, steps)
+
+
+def _gpu_tokens(most: int) -> tuple[int, ...]:
+    """Powers of two, and the size of a step in which prompts join a large batch."""
+    return tuple(sorted({*_ladder(128, most, 2), min(384, most)}))
 
 
 def _ladder(first: int, last: int, factor: int) -> tuple[int, ...]:

@@ -29,9 +29,9 @@ class Program:
     out_shardings: Any
     donate: tuple[int, ...] = ()
 
-    def compile(self) -> jax.stages.Compiled:
+    def lower(self) -> jax.stages.Lowered:
         jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings)
-        return jitted.lower(*self.args).compile()
+        return jitted.lower(*self.args)
 
 
 class CompileCounter:
@@ -71,13 +71,16 @@ def use_cache(folder: str | None) -> None:
 def compile_all(programs: Mapping[Key, Program], *, progress: bool) -> dict[Key, jax.stages.Compiled]:
     """Compile every program; the largest are begun first. Raises what the first failing compilation
     raises.
+
+    Programs are lowered one after another, always in the same order: kernels that several of them share are
+    numbered as they are lowered, and the persistent cache finds only what is the same to the last byte.
     """
     start = time.perf_counter()
     compiled: dict[Key, jax.stages.Compiled] = {}
     workers = min(16, os.cpu_count() or 1)
     with counting_bar(progress, "compiling", len(programs)) as advance, ThreadPoolExecutor(workers) as pool:
-        order = sorted(programs, key=lambda key: -key[1])
-        futures = {pool.submit(programs[key].compile): key for key in order}
+        order = sorted(programs, key=lambda key: (-key[1], key[0]))
+        futures = {pool.submit(programs[key].lower().compile): key for key in order}
         for future in as_completed(futures):
             compiled[futures[future]] = future.result()
             advance()
@@ -93,5 +96,5 @@ class LazyPrograms(dict[Key, jax.stages.Compiled]):
         self._programs = programs
 
     def __missing__(self, key: Key) -> jax.stages.Compiled:
-        self[key] = compiled = self._programs[key].compile()
+        self[key] = compiled = self._programs[key].lower().compile()
         return compiled

@@ -9,8 +9,7 @@ from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.engine.request import PromptReport, Request, Sequence, Status
 
-JOINING_TOKENS = 256  # least tokens of a step in which prompts join sequences that decode
-JOINING_FACTOR = 4  # tokens of such a step for each sequence that decodes
+JOINING_TOKENS = (256, 384, 512)  # of a step in which prompts join up to 127, 191 and more that decode
 BURST_TOKENS = 4096  # of waiting prompts; from then on throughput counts for more than an even flow
 
 
@@ -183,8 +182,7 @@ class Scheduler:
         self._burst = left > BURST_TOKENS or (self._burst and left > 0)
         if self._burst or not decoding:
             return self.max_tokens
-        wanted = 1 << (JOINING_FACTOR * decoding).bit_length() - 1  # a power of two, as the buckets are
-        return min(max(wanted, JOINING_TOKENS), self.max_tokens)
+        return min(JOINING_TOKENS[min(max(decoding // 64 - 1, 0), 2)], self.max_tokens)
 
     def _prompt_tokens_left(self, unfinished: list[Sequence]) -> int:
         """Tokens of prompts that are not computed; of those beyond a burst not all are counted."""

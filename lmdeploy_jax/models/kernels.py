@@ -26,6 +26,7 @@ from pallas_kernels.skinny_gemm import StreamTiling, Tiling, gated_skinny_gemm, 
 
 Cache = tuple[Array, Array]
 LayerCache = tuple[Array, Array, Array]  # with the counters of decode attention, which all layers share
+MOSAIC_TOKENS = 2048  # of the smallest step that attends through Mosaic
 Activation = Callable[[Array], Array]
 SECOND = PartitionSpec(None, "tp")  # KV heads of activations and caches
 WHOLE = PartitionSpec()
@@ -150,7 +151,9 @@ class Kernels:
         return out.reshape(q.shape), (k_pages, v_pages, arrivals)
 
     def _prefill_backend(self, q: Array, k_pages: Array, kind: AttentionKind) -> str:
-        if self.backend != "pallas" or self.tuning.prefill_attention != "mosaic":
+        """Mosaic's calls take the host longer than a short step lasts: they are for long ones."""
+        wanted = self.tuning.prefill_attention == "mosaic" and q.shape[0] >= MOSAIC_TOKENS
+        if self.backend != "pallas" or not wanted:
             return self.backend
         plain = kind.window is None and kind.soft_cap is None
         return "mosaic" if plain and why_not_mosaic(q.dtype, k_pages.dtype, q.shape[-1]) is None else "pallas"

@@ -56,8 +56,10 @@ def prefill_attention(
     head_dim, stages = q.shape[2], tuning.num_stages
     keys = PAGES * k_pages.shape[2]
     live = jnp.sum(tiles[:, 2] > SHORT, dtype=jnp.int32)[None]
+    body = functools.partial(_kernel, scale=options.scale, tuning=tuning)
+    body.__name__ = "prefill_attention"  # type: ignore[attr-defined]  # what profiles call it
     kernel = plgpu.kernel(
-        functools.partial(_kernel, scale=options.scale, tuning=tuning),
+        body,
         grid=(tuning.programs,),
         grid_names=("program",),
         num_threads=GROUPS + 1,

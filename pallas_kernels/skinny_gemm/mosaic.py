@@ -32,8 +32,10 @@ def gated_skinny_gemm(
     rows = -(-x.shape[0] // MIN_ROWS) * MIN_ROWS
     stages, width = tiling.num_stages, tiling.block_out // COMPUTE
     swizzle, out_swizzle = _swizzled(BLOCK_IN), _swizzled(width)
+    body = functools.partial(_kernel, tiling=tiling, activation=activation)
+    body.__name__ = "gated_skinny_gemm"  # type: ignore[attr-defined]  # what profiles call it
     kernel = plgpu.kernel(
-        functools.partial(_kernel, tiling=tiling, activation=activation),
+        body,
         out_type=jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype),
         grid=(tiling.programs,),
         grid_names=("program",),

@@ -83,7 +83,7 @@ def decoding(count: int, **settings) -> Scheduler:
     return scheduler
 
 
-@pytest.mark.parametrize(("count", "most"), [(1, 256), (100, 256), (130, 512)])
+@pytest.mark.parametrize(("count", "most"), [(1, 256), (100, 256), (130, 384), (200, 512)])
 def test_few_prompts_join_in_steps_that_hold_nobody_up(count, most):
     scheduler = decoding(count, enabled=False)
     scheduler.add(request(450, new=1))
