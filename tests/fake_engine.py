@@ -67,6 +67,7 @@ class FakeEngine:
         self._post(lambda: self._abort(request_id, index))
 
     def close(self) -> None:
+        self.gate.set()
         with self._wake:
             self._closed = True
             self._wake.notify()

@@ -105,9 +105,7 @@ def _assistant(blocks: list[dict[str, Any]]) -> list[Message]:
             case "tool_use":
                 calls.append(_tool_use(block))
             case "thinking":
-                message["reasoning_content"] = message.get("reasoning_content", "") + block.get(
-                    "thinking", ""
-                )
+                thoughts.append(_field(block, "thinking"))
             case "redacted_thinking":
                 pass  # encrypted for another model
             case _:
@@ -127,13 +125,16 @@ def _tool_use(block: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tool_result(block: Mapping[str, Any]) -> Message:
     content = block.get("content") or ""
-    text = content if isinstance(content, str) else "\n".join(_text(part, "tool_result") for part in content)
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    text = "\n".join(_text(part, "tool_result") for part in parts)
     if block.get("is_error"):
         text = f"Error: {text}"
     return {"role": "tool", "tool_call_id": _field(block, "tool_use_id"), "content": text}
 
 
-def _text(block: Mapping[str, Any], where: str) -> str:
+def _text(block: Any, where: str) -> str:
+    if not isinstance(block, Mapping):
+        raise RequestError(f"A content block in a {where} message must be an object, not {block!r}.")
     if block.get("type") != "text" or not isinstance(block.get("text"), str):
         raise RequestError(
             f"A content block of type {block.get('type')!r} in a {where} message is not supported: "

@@ -63,9 +63,9 @@ def create_app(service: Service) -> FastAPI:
 
 def _install_middleware(app: FastAPI, options: ServerOptions) -> None:
     """The last one added is the outermost."""
-    app.add_middleware(BodyLimit, most=options.max_body_size)
     if options.max_concurrent_requests is not None:
         app.add_middleware(ConcurrencyLimit, most=options.max_concurrent_requests)
+    app.add_middleware(BodyLimit, most=options.max_body_size, seconds=options.body_timeout)
     if options.api_keys:
         app.add_middleware(KeyCheck, keys=options.api_keys)
     app.add_middleware(Guard)

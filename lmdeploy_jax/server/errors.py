@@ -19,12 +19,14 @@ from lmdeploy_jax.errors import (
     LmdeployError,
     RequestError,
 )
+from lmdeploy_jax.logs import shortened
 
 logger = logging.getLogger("lmdeploy_jax")
 
 INVALID, AUTHENTICATION, NOT_FOUND = "invalid_request_error", "authentication_error", "not_found_error"
 RATE_LIMIT, SERVER, TIMEOUT = "rate_limit_error", "server_error", "timeout_error"
-_TYPES = {401: AUTHENTICATION, 404: NOT_FOUND, 429: RATE_LIMIT, 504: TIMEOUT}
+_TYPES = {401: AUTHENTICATION, 404: NOT_FOUND, 408: TIMEOUT, 429: RATE_LIMIT, 504: TIMEOUT}
+_LONGEST = 2000  # characters of a message: some repeat what the client has sent
 _STATUS = {EngineError.code: 503, LmdeployError.code: 500}  # by a Response's error_code; else 400
 
 
@@ -43,7 +45,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = shortened(message, _LONGEST)
         self.type = type or _TYPES.get(status, INVALID if status < 500 else SERVER)
         self.param = param
         self.code = code
@@ -67,6 +69,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(400, str(error), code=error.code)
         case EngineError():
             return ApiError(503, str(error), code=error.code)
+        case RecursionError():
+            return ApiError(400, "The request is nested too deeply.", code="invalid_value")
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "An internal server error occurred.", code="internal_error")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lmdeploy_jax.server.errors import ApiError, as_api_error, error_response
+from lmdeploy_jax.server.errors import ApiError, ClientGone, as_api_error, error_response
 
 ALWAYS_ANSWERED = frozenset({"/health", "/metrics"})  # however busy the server is
 WITHOUT_KEY = frozenset({"/", "/health", "/docs", "/openapi.json"})
@@ -89,43 +89,59 @@ class ConcurrencyLimit:
 
 
 class BodyLimit:
-    """Refuses bodies of more than so many bytes. One of unknown length is read before it is passed on."""
+    """Reads a body before it is passed on. Refuses one of more than so many bytes (413), and one that has not
+    come after so many seconds (408).
+    """
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
         self._app = app
         self._most = most
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = Headers(scope=scope)
-            length = headers.get("content-length", "0")
-            if not length.isdecimal() or int(length) > self._most:
-                await self._refuse(scope, receive, send)
-                return
-            if "transfer-encoding" in headers:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        if "content-length" not in headers and "transfer-encoding" not in headers:
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_length(headers.get("content-length", "0"))
+            async with asyncio.timeout(self._seconds):
                 body = await self._read(receive)
-                if body is None:
-                    await self._refuse(scope, receive, send)
-                    return
-                receive = _replayed(body, receive)
-        await self._app(scope, receive, send)
+        except ClientGone:
+            return
+        except TimeoutError:
+            message = f"The request's body has not come within {self._seconds:g} s."
+            await self._refuse(ApiError(408, message, code="body_timeout"), scope, receive, send)
+        except ApiError as error:
+            await self._refuse(error, scope, receive, send)
+        else:
+            await self._app(scope, _replayed(body, receive), send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None if it is too long."""
+    def _check_length(self, length: str) -> None:
+        if not length.isdecimal() or int(length) > self._most:
+            raise self._too_large()
+
+    async def _read(self, receive: Receive) -> bytes:
+        """The whole body. Raises `ApiError` if it is too long, `ClientGone` if it ends too soon."""
         parts, size, more = [], 0, True
         while more:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
             part = message.get("body", b"")
             parts.append(part)
             size += len(part)
             if size > self._most:
-                return None
+                raise self._too_large()
             more = message.get("more_body", False)
         return b"".join(parts)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _too_large(self) -> ApiError:
         message = f"The request's body is too large: at most {self._most} bytes are taken."
-        error = ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+        return ApiError(413, message, code="body_too_large")
+
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        error.headers["connection"] = "close"  # what is left of the body is not read
         await error_response(scope["path"], error)(scope, receive, send)
 
 

@@ -33,6 +33,7 @@ class ServerOptions:
         None, "most answers that wait for the engine; a request beyond is told to come back later (429)"
     )
     max_body_size: int = _option(64 << 20, "most bytes of a request's body")
+    body_timeout: float = _option(60.0, "seconds in which a request's body must have come (408)")
     request_timeout: float | None = _option(None, "seconds after which a request is given up (504)")
     drain_seconds: float = _option(30.0, "seconds that running answers may go on after SIGTERM")
     generation_config: str = _option(
@@ -62,7 +63,7 @@ class ServerOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}={value} is invalid: it must be at least {least}.")
-        for name in ("request_timeout", "drain_seconds"):
+        for name in ("body_timeout", "request_timeout", "drain_seconds"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ConfigError(f"{name}={value} is invalid: it must not be negative.")

@@ -16,20 +16,24 @@ from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.prompts import Prompt
 
 Message = dict[str, Any]
-_TEXTS = ("input_text", "output_text", "text", "refusal")
+_TEXTS = ("input_text", "output_text", "text", "reasoning_text", "refusal")
 # Fields that a GenerationConfig has under the same name.
 _SAME = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos", "skip_special_tokens"),
     "include_stop_str_in_output",
 )
 STORED_RESPONSES = 1024  # the oldest conversations are forgotten beyond that
+STORED_CHARACTERS = 64 << 20  # or beyond so much text in all
 
 
 class ResponseStore:
     """Conversations by the id of their last response, without instructions: those hold for one request."""
 
-    def __init__(self, capacity: int = STORED_RESPONSES) -> None:
+    def __init__(self, capacity: int = STORED_RESPONSES, characters: int = STORED_CHARACTERS) -> None:
         self._capacity = capacity
+        self._characters = characters
+        self._sizes: dict[str, int] = {}
+        self._held = 0  # characters
         self._conversations: OrderedDict[str, list[Message]] = OrderedDict()
 
     def get(self, id: str) -> list[Message]:
@@ -46,8 +50,11 @@ class ResponseStore:
 
     def put(self, id: str, conversation: list[Message]) -> None:
         self._conversations[id] = conversation
-        while len(self._conversations) > self._capacity:
-            self._conversations.popitem(last=False)
+        self._sizes[id] = len(str(conversation))
+        self._held += self._sizes[id]
+        while len(self._conversations) > self._capacity or self._held > self._characters:
+            oldest, _ = self._conversations.popitem(last=False)
+            self._held -= self._sizes.pop(oldest)
 
 
 def conversation(body: ResponsesRequest, store: ResponseStore) -> list[Message]:
@@ -154,8 +161,7 @@ def _item(item: Mapping[str, Any]) -> Message:
             text = output if isinstance(output, str) else _text(output)
             return {"role": "tool", "tool_call_id": _field(item, "call_id"), "content": text}
         case "reasoning":
-            parts = item.get("content") or []
-            text = "".join(part.get("text", "") for part in parts if isinstance(part, Mapping))
+            text = _text(item.get("content") or [])
             return {"role": "assistant", "content": "", "reasoning_content": text}
         case other:
             raise RequestError(

@@ -63,6 +63,7 @@ class Service:
         self.draining = False
         self._mailroom: Mailroom | None = None
         self._live: dict[Generation, _Entry] = {}
+        self.running = 0  # answers that have been asked for and are not finished
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -96,6 +97,7 @@ class Service:
         meter = None if self.metrics is None else Meter(self.metrics)
         generation = Generation(self.frontend, self._open_mailroom(), self._forget, meter)
         self._live[generation] = _Entry(answers, name, session_id)
+        self.running += answers
         if self.options.request_timeout is not None:
             generation.expire_after(self.options.request_timeout)
         await generation.start(prepare, stream=stream)
@@ -136,12 +138,7 @@ class Service:
         return self._mailroom
 
     def _forget(self, generation: Generation) -> None:
-        self._live.pop(generation, None)
-
-    @property
-    def running(self) -> int:
-        """Answers that have been asked for and are not finished."""
-        return sum(entry.answers for entry in self._live.values())
+        self.running -= self._live.pop(generation).answers
 
     def abort(
         self, *, name: str | None = None, session_id: int | None = None, everything: bool = False

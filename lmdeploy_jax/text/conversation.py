@@ -78,7 +78,7 @@ def _part(part: Any, where: str) -> str:
     if not isinstance(part, Mapping):
         raise RequestError(f"{where} must be an object with a 'type', not {type(part).__name__}.")
     kind = part.get("type", "text" if "text" in part else None)
-    if kind in MEDIA_PARTS:
+    if isinstance(kind, str) and kind in MEDIA_PARTS:
         raise RequestError(f"{where}: {MEDIA_PARTS[kind]} are not supported by this model.")
     if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
         raise RequestError(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 MODEL = "tiny-chat"
-TEXTS = ["The capital of France is Paris.", "one two three"]
+TEXTS = ["The capital of France is Paris.", "one two three", "Bye.<|im_end|>"]  # after the last comes an end
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_the_last_token_of_every_input(client, hidden, encoding):
     # The client asks for base64 by itself where no format is given, and decodes it.
     format = {"encoding_format": "float"} if encoding == "float" else {}
     answer = client.embeddings.create(model=MODEL, input=TEXTS, **format)
-    assert [item.index for item in answer.data] == [0, 1]
+    assert [item.index for item in answer.data] == [0, 1, 2]
     for text, item in zip(TEXTS, answer.data, strict=True):
         np.testing.assert_allclose(item.embedding, unit(hidden(text)[-1]), atol=1e-4)
     assert answer.usage.prompt_tokens == sum(len(hidden(text)) for text in TEXTS)

@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse
 
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.protocol.native import AbortRequest
-from lmdeploy_jax.server.routes.common import CurrentService
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute
 
-router = APIRouter(tags=["admin"])
+router = APIRouter(tags=["admin"], route_class=JsonRoute)
 
 
 @router.post("/abort_request")

@@ -17,11 +17,11 @@ from lmdeploy_jax.server.call_ids import CallIds
 from lmdeploy_jax.server.chat import ChatCall
 from lmdeploy_jax.server.errors import as_api_error, register_renderer
 from lmdeploy_jax.server.protocol.anthropic import CountTokensRequest, MessagesRequest
-from lmdeploy_jax.server.routes.common import CurrentService, check_fields, new_id
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute, check_fields, new_id
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.sse import EventStream, unless_gone
 
-router = APIRouter(tags=["anthropic"])
+router = APIRouter(tags=["anthropic"], route_class=JsonRoute)
 CALL_IDS = CallIds("toolu_")
 REFUSED = {
     "mcp_servers": "call the tools in your own client.",

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
+import orjson
 from fastapi import Depends, Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
 
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.protocol.common import ProtocolModel
@@ -15,6 +19,36 @@ from lmdeploy_jax.server.service import Service
 
 logger = logging.getLogger("lmdeploy_jax")
 _MOST_NAMES = 256  # unknown fields that are told of, each once
+_LONGEST_NAME = 64  # of an unknown field in the log
+
+
+class JsonRequest(Request):
+    """Reads JSON as RFC 8259 has it: UTF-8, no NaN, no lone surrogates, and not nested without end."""
+
+    async def json(self) -> Any:
+        return orjson.loads(await self.body())
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is JSON and says so."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        takes_body = self.body_field is not None
+
+        async def strictly(request: Request) -> Response:
+            if takes_body:
+                _check_type(request)
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return strictly
+
+
+def _check_type(request: Request) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = f"Unsupported media type {kind!r}: send the body as application/json."
+        raise ApiError(400, message, code="unsupported_media_type")
 
 
 def service_of(request: Request) -> Service:
@@ -48,7 +82,7 @@ def check_fields(service: Service, body: ProtocolModel, refused: dict[str, str] 
 
 
 def _tell_unknown(service: Service, extra: dict[str, Any]) -> None:
-    new = extra.keys() - service.unknown_fields
+    new = {name[:_LONGEST_NAME] for name in extra} - service.unknown_fields
     if new and len(service.unknown_fields) < _MOST_NAMES:
         service.unknown_fields.update(new)
         logger.warning("unknown request fields are ignored: %s", ", ".join(sorted(new)))

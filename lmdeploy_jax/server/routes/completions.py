@@ -15,11 +15,11 @@ from lmdeploy_jax.server.completion_shape import CompletionShape, CompletionWrit
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.generation import Generation, Job
 from lmdeploy_jax.server.protocol.completions import CompletionRequest
-from lmdeploy_jax.server.routes.common import CurrentService, check_fields, new_id, now
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute, check_fields, new_id, now
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.sse import EventStream, data, openai_events, unless_gone
 
-router = APIRouter(tags=["completions"])
+router = APIRouter(tags=["completions"], route_class=JsonRoute)
 MOST_PROMPTS = 1024
 
 

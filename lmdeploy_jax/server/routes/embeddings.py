@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from lmdeploy_jax.messages import Response as Piece
 from lmdeploy_jax.server.errors import ApiError, failed_answer
 from lmdeploy_jax.server.generation import Job
 from lmdeploy_jax.server.protocol.embeddings import EmbeddingsRequest, PoolingRequest
-from lmdeploy_jax.server.routes.common import CurrentService, check_fields, new_id, now
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute, check_fields, new_id, now
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.sse import unless_gone
 
-router = APIRouter(tags=["embeddings"])
-CONFIG = GenerationConfig(max_new_tokens=1, output_last_hidden_state="all")
+router = APIRouter(tags=["embeddings"], route_class=JsonRoute)
+# An end of sequence would take its row of hidden states with it, which is that of the last input token.
+CONFIG = GenerationConfig(max_new_tokens=1, ignore_eos=True, output_last_hidden_state="all")
 
 
 @router.post("/v1/embeddings", response_model=None)
@@ -54,10 +56,12 @@ async def _pooled(service: Service, body: PoolingRequest) -> tuple[list[np.ndarr
 
     vectors: dict[int, np.ndarray] = {}
     tokens = 0
-    async for pieces in await service.generate(prepare, answers=len(inputs), stream=False):
-        for piece in pieces:
-            vectors[piece.index] = _vector(piece, body)
-            tokens += piece.input_token_len
+    generation = await service.generate(prepare, answers=len(inputs), stream=False)
+    with closing(generation):
+        async for pieces in generation:
+            for piece in pieces:
+                vectors[piece.index] = _vector(piece, body)
+                tokens += piece.input_token_len
     return [vectors[i] for i in range(len(inputs))], tokens
 
 

@@ -6,9 +6,9 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse
 
 from lmdeploy_jax import __version__
-from lmdeploy_jax.server.routes.common import CurrentService
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=JsonRoute)
 
 
 @router.get("/health")

@@ -7,9 +7,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.routes.common import CurrentService
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=JsonRoute)
 
 
 @router.get("/metrics", response_class=Response)

@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from lmdeploy_jax.server.routes.common import CurrentService
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute
 from lmdeploy_jax.server.service import Service
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], route_class=JsonRoute)
 
 
 @router.get("/v1/models")

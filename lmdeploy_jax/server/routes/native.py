@@ -16,11 +16,11 @@ from lmdeploy_jax.server.errors import ApiError, failed_answer
 from lmdeploy_jax.server.generation import Generation, Job
 from lmdeploy_jax.server.logprobs import finite
 from lmdeploy_jax.server.protocol.native import GenerateRequest, PerplexityRequest
-from lmdeploy_jax.server.routes.common import CurrentService, check_fields, new_id
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute, check_fields, new_id
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.sse import EventStream, data, openai_events, unless_gone
 
-router = APIRouter(tags=["native"])
+router = APIRouter(tags=["native"], route_class=JsonRoute)
 REFUSED = {
     "image_data": "images are not supported.",
     "return_routed_experts": "routed experts are not reported.",

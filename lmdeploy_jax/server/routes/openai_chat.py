@@ -16,13 +16,13 @@ from lmdeploy_jax.server.chat import ChatCall, ToolChoice
 from lmdeploy_jax.server.chat_chunks import ChatShape, ChunkWriter, completion
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.protocol.chat import AllowedChoice, ChatCompletionRequest, Choice, NamedChoice
-from lmdeploy_jax.server.routes.common import CurrentService, check_fields, new_id, now
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute, check_fields, new_id, now
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.sse import EventStream, openai_events, unless_gone
 from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.prompts import Prompt
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(tags=["chat"], route_class=JsonRoute)
 REFUSED = {
     "functions": "use tools.",
     "function_call": "use tool_choice.",

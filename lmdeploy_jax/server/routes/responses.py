@@ -26,11 +26,11 @@ from lmdeploy_jax.server.responses_prompt import (
     conversation,
     sampling,
 )
-from lmdeploy_jax.server.routes.common import CurrentService, check_fields, new_id, now
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute, check_fields, new_id, now
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.sse import EventStream, unless_gone
 
-router = APIRouter(tags=["responses"])
+router = APIRouter(tags=["responses"], route_class=JsonRoute)
 REFUSED = {
     "background": "leave it out and stream instead.",
     "conversation": "use previous_response_id.",

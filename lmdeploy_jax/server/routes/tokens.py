@@ -10,12 +10,12 @@ from fastapi import APIRouter
 from lmdeploy_jax.engine.frontend import PromptOptions
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.protocol.native import DetokenizeRequest, EncodeRequest, TokenizeRequest
-from lmdeploy_jax.server.routes.common import CurrentService, check_fields
+from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute, check_fields
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.prompts import Prompt
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(tags=["tokens"], route_class=JsonRoute)
 
 
 @router.post("/v1/encode")
