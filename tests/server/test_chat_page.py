@@ -8,6 +8,8 @@ import shutil
 import httpx
 import pytest
 
+from tests.server.live import serving
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CALCULATOR = {
     "type": "function",
@@ -96,3 +98,24 @@ def test_errors_are_shown(page):
     page.fill("#max_tokens", "0")
     send(page, "hello")
     assert "max_tokens" in finished(page).locator(".error").inner_text()
+
+
+def test_the_docs_page_lists_the_routes_offline(browser, live):
+    page = browser.new_page(bypass_csp=True)
+    asked, faults = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(live.url + "/docs")
+    page.wait_for_function("document.querySelectorAll('details').length > 10")
+    chat = page.locator("details", has_text="/v1/chat/completions").first
+    chat.locator("summary").click()
+    assert "messages\t" in chat.inner_text()
+    assert not faults
+    assert all(url.startswith(live.url) for url in asked), asked
+    page.close()
+
+
+def test_the_docs_page_can_be_left_out(pipe):
+    with serving(pipe.frontend, disable_fastapi_docs=True) as bare:
+        assert httpx.get(bare.url + "/docs").status_code == 404
+        assert httpx.get(bare.url + "/openapi.json").status_code == 404
