@@ -38,6 +38,7 @@ class Skeleton:
     """A decoder without its weights: what they are called and look like, and how to put it together."""
 
     config: DecoderConfig
+    kernels: Kernels
     kv_heads: int
     graphdef: nnx.GraphDef
     treedef: Any
@@ -142,7 +143,7 @@ def build_skeleton(config: DecoderConfig, dtype: jnp.dtype, kernels: Kernels) ->
     for path, variable in variables:
         name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
         specs[name] = _spec(name, variable, kernels.mesh)
-    return Skeleton(config, kv_heads, graphdef, jax.tree.structure(state), specs)
+    return Skeleton(config, kernels, kv_heads, graphdef, jax.tree.structure(state), specs)
 
 
 def pick_dtype(dtype: str, stored: jnp.dtype, platform: str) -> jnp.dtype:

@@ -97,7 +97,10 @@ def plan_memory(
     wanted = share if share >= 1 else share * max(free - reserved, 0)
     if on_cpu and share < 1:
         wanted = min(wanted, CPU_CACHE_LIMIT)
-    pages = min(int(wanted // page), pages_for(most_tokens) + 1)
+    pages = int(wanted // page)
+    if share < 1:  # free memory differs a little from start to start, and compiled programs know the number
+        pages -= pages % max(1, 1 << pages.bit_length() - 7)
+    pages = min(pages, pages_for(most_tokens) + 1)
     plan = MemoryPlan(free, reserved, page, pages)
     if pages < 2:
         raise ConfigError(

@@ -6,18 +6,20 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import jax
 
+from lmdeploy_jax.engine.program_cache import Key, ProgramCache
 from lmdeploy_jax.engine.progress import counting_bar
 
 log = logging.getLogger("lmdeploy_jax")
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-Key = tuple[str, int]
+NEVER = 1e9  # seconds
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class CompileCounter:
 def default_cache_dir() -> Path:
     """The user's cache folder for compiled programs."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "lmdeploy_jax" / "xla"
+    return Path(base).expanduser() / "lmdeploy_jax" / "compiled"
 
 
 def tuning_dir() -> Path:
@@ -59,42 +61,94 @@ def tuning_dir() -> Path:
     return default_cache_dir().parent / "kernels"
 
 
-def use_cache(folder: str | None) -> None:
-    """Keep compiled programs in `folder`: None is the default folder, "" switches the cache off."""
+def use_cache(folder: str | None) -> Path | None:
+    """Keep what is compiled in `folder`: None is the default folder, "" switches that off. -> Where the
+    engine's programs belong; JAX's cache beside them has what is compiled on the way.
+    """
     if folder == "":
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder or default_cache_dir()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        return None
+    base = Path(folder) if folder else default_cache_dir()
+    jax.config.update("jax_compilation_cache_dir", str(base / "jax"))
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    OUTSIDE_JAX_CACHE.apply()
+    return base / "programs"
 
 
-def compile_all(programs: Mapping[Key, Program], *, progress: bool) -> dict[Key, jax.stages.Compiled]:
-    """Compile every program; the largest are begun first. Raises what the first failing compilation
-    raises.
-
-    Programs are lowered one after another, always in the same order: kernels that several of them share are
-    numbered as they are lowered, and the persistent cache finds only what is the same to the last byte.
+def compile_all(
+    programs: Mapping[Key, Program], cache: ProgramCache, *, progress: bool
+) -> dict[Key, jax.stages.Compiled]:
+    """Every program, from the cache or compiled; the largest are begun first. Raises what the first failing
+    compilation raises.
     """
     start = time.perf_counter()
-    compiled: dict[Key, jax.stages.Compiled] = {}
     workers = min(16, os.cpu_count() or 1)
+    order = sorted(programs, key=lambda key: (-key[1], key[0]))
     with counting_bar(progress, "compiling", len(programs)) as advance, ThreadPoolExecutor(workers) as pool:
-        order = sorted(programs, key=lambda key: (-key[1], key[0]))
-        futures = {pool.submit(programs[key].lower().compile): key for key in order}
-        for future in as_completed(futures):
-            compiled[futures[future]] = future.result()
-            advance()
-    log.info("compiled %d programs in %.1f s", len(compiled), time.perf_counter() - start)
+        found = dict(zip(order, pool.map(cache.load, order), strict=True))
+        ready = {key: program for key, program in found.items() if program is not None}
+        advance(len(ready))
+        # Lowering is Python, which one thread does as fast as many.
+        futures: dict[Future[jax.stages.Compiled], Key] = {}
+        with OUTSIDE_JAX_CACHE:
+            for key in order:
+                if key not in ready:
+                    futures[pool.submit(_compile_and_store, programs[key].lower(), key, cache)] = key
+            for future in as_completed(futures):
+                ready[futures[future]] = future.result()
+                advance(1)
+    took = time.perf_counter() - start
+    log.info("compiled %d programs and read %d in %.1f s", len(futures), len(ready) - len(futures), took)
+    return ready
+
+
+def _compile_and_store(lowered: jax.stages.Lowered, key: Key, cache: ProgramCache) -> jax.stages.Compiled:
+    compiled = lowered.compile()
+    cache.store(key, compiled)
     return compiled
 
 
-class LazyPrograms(dict[Key, jax.stages.Compiled]):
-    """Compiles each program when it is first asked for."""
+class _OutsideJaxCache:
+    """What comes from JAX's cache on a CPU cannot be serialised again, so our programs never enter it.
 
-    def __init__(self, programs: Mapping[Key, Program]) -> None:
+    JAX has one setting for all threads; engines may start side by side.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._users = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+        self.apply()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+        self.apply()
+
+    def apply(self) -> None:
+        """While nobody is within, even what compiles in no time is kept."""
+        with self._lock:
+            least = NEVER if self._users else 0.0
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+
+
+OUTSIDE_JAX_CACHE = _OutsideJaxCache()
+
+
+class LazyPrograms(dict[Key, jax.stages.Compiled]):
+    """Reads or compiles each program when it is first asked for."""
+
+    def __init__(self, programs: Mapping[Key, Program], cache: ProgramCache) -> None:
         super().__init__()
         self._programs = programs
+        self._cache = cache
 
     def __missing__(self, key: Key) -> jax.stages.Compiled:
-        self[key] = compiled = self._programs[key].lower().compile()
-        return compiled
+        program = self._cache.load(key)
+        if program is None:
+            with OUTSIDE_JAX_CACHE:
+                program = _compile_and_store(self._programs[key].lower(), key, self._cache)
+        self[key] = program
+        return program

@@ -15,7 +15,8 @@ from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.engine import steps
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets
-from lmdeploy_jax.engine.compile import Key, Program
+from lmdeploy_jax.engine.compile import Program
+from lmdeploy_jax.engine.program_cache import Key
 from lmdeploy_jax.sampling.mask import mask_words
 
 
@@ -52,6 +53,13 @@ class ProgramBuilder:
         for tokens in self.buckets.tokens:
             made["ragged", tokens] = self._ragged(tokens)
         return made | self._row_programs() | self._state_programs()
+
+    @property
+    def made_from(self) -> tuple[object, ...]:
+        """All that the programs depend on besides their code, told by `repr`."""
+        leaves = [(x.shape, x.dtype, x.sharding) for x in self._leaves]
+        shapes = (self.packer.table_width, self.packer.tile_rows, self.packer.max_batch_size)
+        return (self.model.skeleton.kernels, self.model.config, leaves, shapes, self.buckets, self.cache)
 
     # -- backbones ----------------------------------------------------------------------------------------
 

@@ -27,11 +27,11 @@ def loading_bar(enabled: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def counting_bar(enabled: bool, what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Yields a callback that counts one more of `total`."""
+def counting_bar(enabled: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields a callback that counts so many more of `total`."""
     with _bar(enabled, MofNCompleteColumn(), TimeElapsedColumn()) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda count: bar.advance(task, count)
 
 
 def announce(enabled: bool, text: object) -> None:

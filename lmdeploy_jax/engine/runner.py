@@ -15,8 +15,8 @@ from converters.load import LoadedModel
 from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets, fit
-from lmdeploy_jax.engine.compile import Key
 from lmdeploy_jax.engine.host_logits import change_logits
+from lmdeploy_jax.engine.program_cache import Key
 from lmdeploy_jax.engine.request import Head, Sequence
 from lmdeploy_jax.engine.scheduler import Chunk, Step
 from lmdeploy_jax.sampling.mask import OPEN, mask_words

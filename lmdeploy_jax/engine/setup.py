@@ -23,6 +23,7 @@ from lmdeploy_jax.engine import buckets as bucket_plan
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import Buckets
 from lmdeploy_jax.engine.compile import LazyPrograms, compile_all, tuning_dir, use_cache
+from lmdeploy_jax.engine.program_cache import ProgramCache
 from lmdeploy_jax.engine.programs import ProgramBuilder
 from lmdeploy_jax.engine.progress import announce, loading_bar
 from lmdeploy_jax.engine.runner import Runner
@@ -66,7 +67,7 @@ class Parts:
 
 def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Parts:
     """Everything up to the first request. Raises ConfigError, CheckpointError, UnsupportedModelError."""
-    use_cache(config.compile_cache_dir)
+    kept = use_cache(config.compile_cache_dir)
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
     mesh = make_mesh(tp=config.tp)
     platform = mesh.devices.flat[0].platform
@@ -87,8 +88,11 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         model_config.num_layers, memory.num_pages, loaded.kv_heads, model_config.head_dim, loaded.dtype, mesh
     )
     begun = time.perf_counter()
-    wanted = ProgramBuilder(loaded, packer, buckets, spec, mesh).all()
-    programs = LazyPrograms(wanted) if config.eager_mode else compile_all(wanted, progress=progress)
+    builder = ProgramBuilder(loaded, packer, buckets, spec, mesh)
+    wanted, cache = builder.all(), ProgramCache(kept, list(mesh.devices.flat), *builder.made_from)
+    programs = (
+        LazyPrograms(wanted, cache) if config.eager_mode else compile_all(wanted, cache, progress=progress)
+    )
     weight_bytes = sum(leaf.nbytes for leaf in loaded.leaves)
     startup = Startup(backend, weight_bytes, loading, time.perf_counter() - begun)
     runner = Runner(loaded, mesh, buckets, packer, spec, programs)

@@ -1,0 +1,102 @@
+"""Programs that an engine finds on disk do what fresh ones do, and are found only where they fit."""
+
+import logging
+from pathlib import Path
+
+import jax
+import pytest
+
+from lmdeploy_jax.engine import program_cache
+from lmdeploy_jax.engine.compile import CompileCounter
+from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.program_cache import ProgramCache
+from tests.engine.harness import Collector, config, submit
+
+PROMPTS = ([5, 6, 7], [8] * 70, [9])
+BESIDE = 1  # a program that JAX's own cache keeps: the KV cache's zeros
+SETTINGS = {"eager_mode": False, "max_prefill_token_num": 64}
+
+
+def answers(model: Path, folder: object, **changes: object) -> tuple[list[list[int]], int]:
+    """Greedy and sampled answers of an engine, and how many programs its life compiled."""
+    counter = CompileCounter()
+    engine = Engine(model, config(folder, **(SETTINGS | changes)), progress=False)
+    try:
+        collectors = [Collector() for _ in range(2 * len(PROMPTS))]
+        for i, collector in enumerate(collectors):
+            sampling = {} if i < len(PROMPTS) else {"temperature": 1.0, "seed": i, "logprobs": 2}
+            submit(engine, PROMPTS[i % len(PROMPTS)], collector, max_new_tokens=8, **sampling)
+        return [collector.wait()[0].tokens for collector in collectors], counter.count - BESIDE
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def first(llama, tmp_path_factory):
+    """A folder that one engine has filled, and what that engine said."""
+    folder = tmp_path_factory.mktemp("programs")
+    said, compiled = answers(llama, folder)
+    assert compiled > 10
+    return folder, said
+
+
+def test_a_second_start_compiles_nothing_and_answers_alike(llama, first):
+    folder, said = first
+    assert answers(llama, folder) == (said, 0)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no pickle", None], ids=["empty", "foreign", "cut"])
+def test_damaged_programs_are_compiled_again(llama, first, damage, caplog):
+    folder, said = first
+    victim = next((folder / "programs").glob("*/decode-1"))
+    victim.write_bytes(victim.read_bytes()[:-100] if damage is None else damage)
+    with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
+        assert answers(llama, folder) == (said, 1)
+    assert str(victim) in caplog.text
+    assert answers(llama, folder) == (said, 0), "it was not kept again"
+
+
+def test_other_shapes_are_other_programs(llama, first):
+    folder, _ = first
+    _, compiled = answers(llama, folder, session_len=256)
+    assert compiled > 10
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path):
+    cache = ProgramCache(None, jax.devices()[:1])
+    cache.store(("f", 1), jax.jit(lambda x: x + 1).lower(1.0).compile())
+    assert cache.load(("f", 1)) is None
+
+
+def test_code_and_versions_are_part_of_a_programs_name(tmp_path, monkeypatch):
+    def kept() -> bool:
+        return ProgramCache(tmp_path, jax.devices()[:1], "model").load(("f", 1)) is not None
+
+    cache = ProgramCache(tmp_path, jax.devices()[:1], "model")
+    cache.store(("f", 1), jax.jit(lambda x: x + 1).lower(1.0).compile())
+    assert kept()
+    assert ProgramCache(tmp_path, jax.devices()[:1], "other").load(("f", 1)) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(program_cache, "version", lambda package: "0")
+        assert not kept()
+    with monkeypatch.context() as patch:
+        patch.setattr(program_cache, "CODE", ("models",))
+        assert not kept()
+    assert kept()
+
+
+def test_old_folders_make_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(program_cache, "MOST_FOLDERS", 2)
+    program = jax.jit(lambda x: x + 1).lower(1.0).compile()
+    for i in range(4):
+        ProgramCache(tmp_path, jax.devices()[:1], i).store(("f", 1), program)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert ProgramCache(tmp_path, jax.devices()[:1], 3).load(("f", 1)) is not None
+
+
+def test_a_disk_that_cannot_be_written_costs_only_the_next_start(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    cache = ProgramCache(tmp_path / "file", jax.devices()[:1])
+    with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
+        cache.store(("f", 1), jax.jit(lambda x: x + 1).lower(1.0).compile())
+    assert "not kept" in caplog.text
