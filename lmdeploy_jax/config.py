@@ -26,7 +26,8 @@ class JaxEngineConfig:
     hf_overrides: nested dict merged over the checkpoint's config.json.
     eager_mode: compile each program when it is first needed, not all ahead: quick to start, slow at first.
     decode_steps: decode steps dispatched at once while no request waits. More than 1 spares the host, which
-        limits small models, and brings tokens in bursts of that size.
+        limits small models, and brings tokens in bursts of that size. None: 4 for small models on GPUs,
+        else 1.
     compile_cache_dir: where compiled programs are kept between runs; None is the user's cache folder, "" is
         off.
     """
@@ -39,7 +40,7 @@ class JaxEngineConfig:
     cache_block_seq_len: int = PAGE_SIZE
     enable_prefix_caching: bool = True
     max_prefill_token_num: int | None = None
-    decode_steps: int = 1
+    decode_steps: int | None = None
     backend: Literal["auto", "pallas", "xla"] = "auto"
     revision: str | None = None
     download_dir: str | None = None
@@ -51,8 +52,7 @@ class JaxEngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("backend", self.backend, BACKENDS)
         _positive("tp", self.tp)
-        _positive("decode_steps", self.decode_steps)
-        for name in ("session_len", "max_batch_size", "max_prefill_token_num"):
+        for name in ("session_len", "max_batch_size", "max_prefill_token_num", "decode_steps"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         if self.cache_block_seq_len != PAGE_SIZE:

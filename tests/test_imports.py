@@ -54,6 +54,7 @@ WITHOUT_JAX = (
 TRAINING = "lmdeploy_jax.assets."  # makes the embedded model; nothing at run time imports it
 ENVIRONMENT_READERS = {
     "lmdeploy_jax.engine.compile",  # the user's cache folder, as the XDG standard has it
+    "lmdeploy_jax.engine.program_cache",  # XLA's own flags, which are part of a compiled program's name
     "lmdeploy_jax.cli.probes",  # reports the variables that change how JAX works
 }
 

@@ -37,6 +37,7 @@ from pallas_kernels.prefill_attention import tile_rows
 from pallas_kernels.registry import why_not
 
 log = logging.getLogger("lmdeploy_jax")
+HOST_BOUND = 4e9  # bytes of weights a device below which a GPU's step ends before the host has the next
 DEFAULTS = {"cpu": (32, 256), "gpu": (256, 8192)}  # sequences, tokens a step
 
 
@@ -77,7 +78,8 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     reload = partial(_load, folder, config, mesh, backend, False)
     loaded = _load(folder, config, mesh, backend, progress)
     loading = time.perf_counter() - begun
-    buckets = _buckets(config, platform)
+    steps = _decode_steps(config, loaded, mesh)
+    buckets = _buckets(config, platform, steps)
     session_len = config.session_len or model_config.max_position
     memory = _plan(config, loaded, mesh, buckets, session_len)
     announce(progress, memory)
@@ -102,7 +104,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         max_tokens=buckets.max_tokens,
         session_len=session_len,
         rope_switch=model_config.rope.switch_length,
-        decode_steps=config.decode_steps,
+        decode_steps=steps,
     )
     return Parts(folder, model_config, session_len, memory, buckets, scheduler, runner, startup, reload)
 
@@ -156,10 +158,17 @@ def _tuning(mesh: Mesh, backend: str) -> Tuning:
     return tuning.load(kind, tuning_dir()) if backend == "pallas" else UNTUNED
 
 
-def _buckets(config: JaxEngineConfig, platform: str) -> Buckets:
+def _decode_steps(config: JaxEngineConfig, model: LoadedModel, mesh: Mesh) -> int:
+    if config.decode_steps is not None:
+        return config.decode_steps
+    weights = sum(leaf.nbytes for leaf in model.leaves) / mesh.devices.size
+    return 4 if mesh.devices.flat[0].platform != "cpu" and weights < HOST_BOUND else 1
+
+
+def _buckets(config: JaxEngineConfig, platform: str, steps: int) -> Buckets:
     batch, tokens = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
     most = config.max_prefill_token_num or tokens
-    return bucket_plan.plan(platform, config.max_batch_size or batch, most, config.decode_steps)
+    return bucket_plan.plan(platform, config.max_batch_size or batch, most, steps)
 
 
 def _plan(
