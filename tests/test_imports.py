@@ -147,7 +147,7 @@ def test_environment_variables_are_not_configuration() -> None:
 def test_dependencies_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {_distribution(text) for text in project["dependencies"]}
-    provided = {"absl": "absl-py", "orbax": "orbax-checkpoint", "starlette": "fastapi"}
+    provided = {"absl": "absl-py", "orbax": "orbax-checkpoint", "starlette": "fastapi", "yaml": "pyyaml"}
     own = {"lmdeploy_jax", "pallas_kernels", "converters"}
     for path in SOURCES:
         if module_name(path).startswith(TRAINING) or path.name == "triton.py":

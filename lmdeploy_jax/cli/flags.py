@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
+from lmdeploy_jax.cli import config_file
 from lmdeploy_jax.errors import ConfigError
 
 PROGRAM = "lmdeploy_jax"
@@ -37,9 +38,16 @@ class FlagSet:
     def parse(self, argv: list[str]) -> list[str]:
         """Set the flags from `argv` and return the positional arguments. Raises `UsageError`."""
         try:
-            return list(self.values([PROGRAM, *_canonical(self.values, argv)])[1:])
+            positional = list(self.values([PROGRAM, *_canonical(self.values, argv)])[1:])
         except (absl_flags.Error, ValueError) as error:
             raise UsageError(str(error)) from error
+        if config_file.NAME in self.values and self[config_file.NAME] is not None:
+            config_file.apply(self.values, self[config_file.NAME])
+        return positional
+
+    def add_config_file(self, section: str) -> None:
+        """Define `--config`."""
+        self.add(section, absl_flags.DEFINE_string, config_file.NAME, None, config_file.HELP)
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name].value

@@ -22,6 +22,7 @@ embedded demonstration model {DEFAULT_MODEL}. Speaks OpenAI's protocol; /docs li
 
 def define(flags: FlagSet) -> None:
     """The flags of the command."""
+    flags.add_config_file(SECTION)
     hints = get_type_hints(ServerOptions)
     for field in fields(ServerOptions):
         default = list(field.default) if isinstance(field.default, tuple) else field.default
