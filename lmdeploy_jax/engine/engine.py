@@ -142,6 +142,7 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             bad = next(t for t in prompt if not 0 <= t < self.vocab_size)
             raise RequestError(f"Prompt token id {bad} is outside the vocabulary of {self.vocab_size} ids.")
+        NgramStop(params.ngram_size, params.ngram_threshold)  # raises for what it cannot do
         room = self.scheduler.cache.pool.capacity - pages_for(len(prompt)) + 1
         if params.n > min(self.max_batch_size, room):
             most = min(self.max_batch_size, room)

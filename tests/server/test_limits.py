@@ -87,7 +87,9 @@ def test_unknown_fields_are_ignored_with_one_line(plain, caplog):
     with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
         for _ in range(3):
             assert http.post(CHAT, json=HI | {"colour": 1, "shape": 2}).status_code == 200
-    assert [r.getMessage() for r in caplog.records] == ["unknown request fields are ignored: colour, shape"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "unknown request fields are ignored: 'colour', 'shape'"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -226,3 +228,11 @@ def test_time_is_up(stream):
 
 def test_the_tokens_of_a_script_are_the_tokenizers():
     assert TOKENIZER.decode(ids("hello there")) == "hello there"
+
+
+def test_a_repetition_that_cannot_be_watched_is_refused(live):
+    body = {"messages": "hi", "max_tokens": 3, "repetition_ngram_size": 2000, "repetition_ngram_threshold": 2}
+    answer = httpx.post(live.url + "/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert "2000" in answer.json()["error"]["message"]
+    assert httpx.get(live.url + "/health").status_code == 200

@@ -85,4 +85,4 @@ def _tell_unknown(service: Service, extra: dict[str, Any]) -> None:
     new = {name[:_LONGEST_NAME] for name in extra} - service.unknown_fields
     if new and len(service.unknown_fields) < _MOST_NAMES:
         service.unknown_fields.update(new)
-        logger.warning("unknown request fields are ignored: %s", ", ".join(sorted(new)))
+        logger.warning("unknown request fields are ignored: %s", ", ".join(map(ascii, sorted(new))))

@@ -1,0 +1,144 @@
+"""Load with clients that hang up: python -m tests.bench.load_soak [--streams 64] [--seconds 60]
+
+Closed-loop clients stream chat answers from the embedded model; one in five goes away in the middle. Everyone
+else must get the pipeline's own text, in order and to its end. Prints one JSON line: answers, errors, tokens
+a second, memory a third of the way through and at the end, and pages that did not come back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import psutil
+
+from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline, pipeline
+from tests.server.live import LiveServer, serving, wait_until
+
+TOKENS = 48
+HANG_UPS = 0.2  # share of the clients
+PROMPTS = [
+    f"What is {a} + {a + 7}? Then spell the word {word}." for a in range(10, 26) for word in ("cat", "sun")
+]
+
+
+@dataclass
+class Tally:
+    """What the clients saw."""
+
+    answered: int = 0
+    hung_up: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    errors: list[str] = field(default_factory=list)
+
+
+def expected(pipe: Pipeline) -> dict[str, str]:
+    """The pipeline's answer to each prompt."""
+    config = GenerationConfig(max_new_tokens=TOKENS, ignore_eos=True)
+    answers = pipe.infer(PROMPTS, config)
+    assert isinstance(answers, list)
+    return {prompt: answer.text for prompt, answer in zip(PROMPTS, answers, strict=True)}
+
+
+def clients(port: int, streams: int, seconds: float, texts: Mapping[str, str]) -> Tally:
+    """`streams` clients, one request after the other for so many seconds."""
+    return asyncio.run(_clients(port, streams, seconds, texts))
+
+
+async def _clients(port: int, streams: int, seconds: float, texts: Mapping[str, str]) -> Tally:
+    tally, begun = Tally(), time.perf_counter()
+
+    async def client(number: int) -> None:
+        rnd = random.Random(number)
+        while time.perf_counter() - begun < seconds:
+            prompt = rnd.choice(list(texts))
+            patience = rnd.randrange(TOKENS // 6) if rnd.random() < HANG_UPS else None
+            try:
+                await _ask(port, prompt, texts[prompt], patience, tally)
+            except (OSError, ValueError, AssertionError, EOFError) as error:
+                tally.errors.append(f"{prompt!r}: {error!r}"[:300])
+
+    await asyncio.gather(*(client(number) for number in range(streams)))
+    tally.seconds = time.perf_counter() - begun
+    return tally
+
+
+async def _ask(port: int, prompt: str, text: str, patience: int | None, tally: Tally) -> None:
+    """One streamed answer; with `patience`, the client leaves after so many events (some hold several tokens)."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(_request(prompt))
+        said, events, usage = "", 0, 0
+        async for line in reader:
+            if events == 0 and line.startswith(b"HTTP/1.1 "):
+                assert b" 200 " in line, line
+            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                continue
+            if events == patience:
+                tally.hung_up += 1
+                return
+            event, events = json.loads(line[6:]), events + 1
+            said += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+            usage = (event.get("usage") or {}).get("completion_tokens", usage)
+        assert (usage, said) == (TOKENS, text), f"{usage} tokens, {said!r} instead of {text!r}"
+        tally.answered += 1
+        tally.tokens += usage
+    finally:
+        writer.close()
+
+
+def _request(prompt: str) -> bytes:
+    asked = {"messages": [{"role": "user", "content": prompt}], "max_tokens": TOKENS, "temperature": 0}
+    streamed = {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    body = json.dumps(asked | streamed).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
+
+
+def leftovers(live: LiveServer, pipe: Pipeline) -> int:
+    """Pages in use once nothing runs any more."""
+    scheduler = pipe.frontend.engine.scheduler
+    wait_until(lambda: not live.service.running and not scheduler.has_work)
+    scheduler.check_integrity()
+    return int(scheduler.cache.pool.used)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    args = parser.parse_args()
+    config = JaxEngineConfig(max_batch_size=args.streams)
+    with (
+        pipeline("tiny-chat", config, progress=False) as pipe,
+        serving(pipe.frontend) as live,
+        multiprocessing.get_context("spawn").Pool(1) as pool,
+    ):
+        port, texts = int(live.url.rsplit(":", 1)[1]), expected(pipe)
+        pool.apply(clients, (port, args.streams, 2.0, texts))  # warms up
+        found = pool.apply_async(clients, (port, args.streams, args.seconds, texts))
+        time.sleep(args.seconds / 3)
+        process = psutil.Process()
+        early = process.memory_info().rss
+        tally = found.get()
+        late = process.memory_info().rss
+        figures = asdict(tally) | {
+            "seconds": round(tally.seconds, 2),
+            "errors": len(tally.errors),
+            "first_errors": tally.errors[:3],
+            "tokens_s": round(tally.tokens / tally.seconds),
+            "memory_mb": [round(early / 1e6), round(late / 1e6)],
+            "pages_left": leftovers(live, pipe),
+        }
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Many streams at once, some of which are given up: see `tests.bench.load_soak`, which does this for a minute."""
+
+from tests.bench.load_soak import clients, expected, leftovers
+
+STREAMS, SECONDS = 16, 4.0
+
+
+def test_streams_beside_clients_that_hang_up(live, pipe):
+    texts = expected(pipe)
+    tally = clients(int(live.url.rsplit(":", 1)[1]), STREAMS, SECONDS, texts)
+    assert not tally.errors
+    assert tally.answered >= STREAMS
+    assert tally.hung_up
+    assert leftovers(live, pipe) == 0
