@@ -71,7 +71,7 @@ async def _clients(port: int, streams: int, seconds: float, texts: Mapping[str, 
 
 
 async def _ask(port: int, prompt: str, text: str, patience: int | None, tally: Tally) -> None:
-    """One streamed answer; with `patience`, the client leaves after so many events (some hold several tokens)."""
+    """One streamed answer; with `patience`, the client leaves after so many events."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(_request(prompt))
@@ -98,8 +98,14 @@ def _request(prompt: str) -> bytes:
     asked = {"messages": [{"role": "user", "content": prompt}], "max_tokens": TOKENS, "temperature": 0}
     streamed = {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
     body = json.dumps(asked | streamed).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
-    return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
+    lines = (
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: x",
+        "Connection: close",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    )
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode() + body
 
 
 def leftovers(live: LiveServer, pipe: Pipeline) -> int:
