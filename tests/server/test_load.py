@@ -1,4 +1,4 @@
-"""Many streams at once, some of which are given up: see `tests.bench.load_soak`, which does this for a minute."""
+"""Many streams at once, some of which are given up; `tests.bench.load_soak` does this for a minute."""
 
 from tests.bench.load_soak import clients, expected, leftovers
 
