@@ -6,6 +6,7 @@ not be rewritten while its copy to the device may still be under way.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence as Seq
 from math import prod
 from typing import Any
@@ -24,6 +25,14 @@ from pallas_kernels.prefill_attention import build_tiles, max_tiles
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 INTS = ("top_k", "seed", "logprobs")
+
+
+class Draw(enum.IntEnum):
+    """How `steps.decode_any` draws the next tokens."""
+
+    NOT = 0
+    GREEDY = 1
+    SAMPLE = 2
 
 
 class Layout:
@@ -67,7 +76,6 @@ class StepPacker:
     def decode_layout(self, rows: int) -> Layout:
         row = (rows,)
         return Layout(
-            greedy=(1,),  # whether every row draws its best token; see `steps.decode_or_greedy`
             slots=row,
             positions=row,  # -1 in padding rows
             page_table=(rows, self.table_width),
@@ -77,7 +85,13 @@ class StepPacker:
         """Of decode steps that draw their own tokens."""
         row, decode = (rows,), self.decode_layout(rows)
         shapes = {name: shape for name, (_, shape) in decode.fields.items()}
-        return Layout(**shapes, step=row, **dict.fromkeys((*FLOATS, *INTS), row))
+        return Layout(
+            **shapes,
+            draw=(1,),  # how a CPU's step draws: not at all, greedily, by sampling; see `steps.decode_any`
+            count=(1,),  # its tokens for each row, one after another
+            step=row,
+            **dict.fromkeys((*FLOATS, *INTS), row),
+        )
 
     def ragged_layout(self, tokens: int) -> Layout:
         token, row = (tokens,), (self.max_batch_size,)
@@ -115,17 +129,17 @@ class StepPacker:
         self._params["logprobs"][slot] = params.logprobs is not None
         self._params["seed"][slot] = np.uint32(seed & 0xFFFFFFFF).view(np.int32)
 
-    def pack_decode(self, chunks: Seq[Chunk], rows: int, *, greedy: bool = False) -> np.ndarray:
+    def pack_decode(self, chunks: Seq[Chunk], rows: int) -> np.ndarray:
         flat, field = self.decode_layout(rows).empty()
         self._put_decode(field, chunks)
-        field["greedy"][:] = greedy
         return flat
 
-    def pack_drawing(self, chunks: Seq[Chunk], rows: int, ahead: int) -> np.ndarray:
-        """ahead: tokens a sequence that are counted as drawn already: those of this very step."""
+    def pack_drawing(self, chunks: Seq[Chunk], rows: int, count: int, draw: Draw = Draw.SAMPLE) -> np.ndarray:
+        """A step that draws `count` tokens for each sequence, which count as drawn already."""
         flat, field = self.drawing_layout(rows).empty()
         self._put_decode(field, chunks)
-        self._put_params(field, [c.sequence.num_generated - ahead for c in chunks])
+        self._put_params(field, [c.sequence.num_generated - count for c in chunks])
+        field["draw"][:], field["count"][:] = draw, count
         return flat
 
     def _put_decode(self, field: dict[str, np.ndarray], chunks: Seq[Chunk]) -> None:

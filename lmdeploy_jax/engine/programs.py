@@ -31,15 +31,17 @@ class ProgramBuilder:
     mesh: Mesh
 
     def all(self) -> dict[Key, Program]:
-        """Lean buckets do without programs that another one can stand in for at a small price: a decode step
-        has its greedy head within it, and the full head samples for everyone.
+        """Lean buckets do without programs that another one can stand in for at a small price: one draws in
+        every way of a decode step, once or several times, and the full head samples for everyone.
         """
         made: dict[Key, Program] = {}
         lean = self.buckets.lean
         for rows in self.buckets.decode:
-            made["decode", rows] = self._decode_or_greedy(rows) if lean else self._decode(rows)
-            if not lean:
-                made["decode_greedy", rows] = self._decode_drawing(rows, 1, sampled=False)
+            if lean:
+                made["decode", rows] = self._decode_any(rows)
+                continue
+            made["decode", rows] = self._decode(rows)
+            made["decode_greedy", rows] = self._decode_drawing(rows, 1, sampled=False)
             if self.buckets.steps > 1:
                 made["steps_greedy", rows] = self._decode_drawing(rows, self.buckets.steps, sampled=False)
                 made["steps_sample", rows] = self._decode_drawing(rows, self.buckets.steps, sampled=True)
@@ -69,9 +71,9 @@ class ProgramBuilder:
         args = (self._leaves, self.cache.specs, self._pending, self._ints(layout.size))
         return Program(function, args, (self._replicated, self.cache.shardings), donate=(1,))
 
-    def _decode_or_greedy(self, rows: int) -> Program:
-        layout = self.packer.decode_layout(rows)
-        function = partial(steps.decode_or_greedy, self.model.merge, layout, self.buckets.max_batch_size)
+    def _decode_any(self, rows: int) -> Program:
+        layout, most = self.packer.drawing_layout(rows), self.buckets.max_batch_size
+        function = partial(steps.decode_any, self.model.merge, layout, most, self.buckets.steps)
         args = (self._leaves, self.cache.specs, self._pending, self._ints(layout.size))
         out = (self._replicated, self._replicated, self._replicated, self.cache.shardings)
         return Program(function, args, out, donate=(1, 2))

@@ -20,7 +20,7 @@ def read_tokens(drawn: Drawn) -> tuple[list[list[int]], np.ndarray | None]:
     values = np.asarray(drawn.tokens)
     if drawn.packed:
         return values[:, :1].tolist(), values
-    return values.reshape(len(values), -1).tolist(), None
+    return values.reshape(len(values), -1)[:, : drawn.steps].tolist(), None
 
 
 def unpack_logprobs(row: np.ndarray, top: int) -> TokenLogprobs:

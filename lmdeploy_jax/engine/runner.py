@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from converters.load import LoadedModel
 from lmdeploy_jax.cache.kv import CacheSpec
-from lmdeploy_jax.engine.batch import StepPacker
+from lmdeploy_jax.engine.batch import Draw, StepPacker
 from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets, fit
 from lmdeploy_jax.engine.host_logits import change_logits
 from lmdeploy_jax.engine.program_cache import Key
@@ -29,20 +29,20 @@ class Forward(NamedTuple):
     """A forward pass under way."""
 
     rows: Any  # hidden states [max_batch_size, E], one a chunk; None where nobody can want them
-    tokens: Any = (
-        None  # i32 [R] or [R, count], the next tokens of each row, if the pass has drawn them itself
-    )
+    tokens: Any = None  # i32 [R, steps or more], the next tokens of each row, if the pass has drawn them
+    steps: int = 1
 
 
 @dataclass
 class Drawn:
-    """A step under way: `tokens` i32 [R] or [R, count], or packed with log-probabilities [R, 2 + 2k].
+    """A step under way: `tokens` i32 [R] or [R, steps or more], or packed with log-probabilities [R, 2 + 2k].
 
     Without draws (a prompt's earlier chunks) `tokens` is only something to wait for.
     """
 
     draws: Draws
     tokens: Any
+    steps: int = 1
     packed: bool = False
     hidden: list[Any] = field(default_factory=list)  # per draw [E] or None
     logits: list[Any] = field(default_factory=list)  # per draw [V] or None
@@ -144,31 +144,39 @@ class Runner:
         """Start the choice of the next tokens; the result is read later. Grammars go by the tokens read."""
         if not draws:
             return Drawn([], passed.rows)
-        drawn = self._draw(draws, passed.rows) if passed.tokens is None else _started(draws, passed.tokens)
+        if passed.tokens is None:
+            drawn = self._draw(draws, passed.rows)
+        else:
+            drawn = _started(draws, passed.tokens, steps=passed.steps)
         self._attach_rows(drawn, passed.rows)
         return drawn
 
     def _decode(self, step: Step) -> Forward:
         size, head = fit(self.buckets.decode, len(step.chunks)), _head(step.sampled)
+        if self.buckets.lean:
+            return self._decode_any(size, step, head)
         if step.repeat > 1:
             return self._decode_drawing(f"steps_{head.name.lower()}", size, step)
-        greedy = head is Head.GREEDY
-        if self.buckets.lean:
-            flat = self.packer.pack_decode(step.chunks, size, greedy=greedy)
-            args = (self.leaves, self._caches, self._pending, flat)
-            rows, tokens, self._pending, self._caches = self._run("decode", size, *args)
-            return Forward(rows, tokens if greedy else None)
-        if greedy and all(sequence.params.repeats for sequence, _ in step.sampled):
+        if head is Head.GREEDY and all(sequence.params.repeats for sequence, _ in step.sampled):
             return self._decode_drawing("decode_greedy", size, step)
         flat = self.packer.pack_decode(step.chunks, size)
         rows, self._caches = self._run("decode", size, self.leaves, self._caches, self._pending, flat)
         return Forward(rows)
 
+    def _decode_any(self, size: int, step: Step, head: Head) -> Forward:
+        draw = Draw.GREEDY if head is Head.GREEDY else Draw.NOT
+        if head is Head.SAMPLE and all(sequence.params.repeats for sequence, _ in step.sampled):
+            draw = Draw.SAMPLE
+        flat = self.packer.pack_drawing(step.chunks, size, step.repeat, draw)
+        args = (self.leaves, self._caches, self._pending, flat)
+        rows, tokens, self._pending, self._caches = self._run("decode", size, *args)
+        return Forward(rows, tokens if draw else None, step.repeat)
+
     def _decode_drawing(self, name: str, size: int, step: Step) -> Forward:
         flat = self.packer.pack_drawing(step.chunks, size, step.repeat)
         args = (self.leaves, self._caches, self._pending, flat)
         tokens, self._pending, self._caches = self._run(name, size, *args)
-        return Forward(None, tokens)
+        return Forward(None, tokens, step.repeat)
 
     def _ragged(self, step: Step) -> Any:
         size = fit(self.buckets.tokens, step.num_tokens)
@@ -298,10 +306,15 @@ class Runner:
 
 
 def _started(
-    draws: Draws, tokens: Any, errors: dict[Sequence, Exception] | None = None, *, packed: bool = False
+    draws: Draws,
+    tokens: Any,
+    errors: dict[Sequence, Exception] | None = None,
+    *,
+    steps: int = 1,
+    packed: bool = False,
 ) -> Drawn:
     tokens.copy_to_host_async()
-    return Drawn(draws, tokens, packed, errors=errors or {})
+    return Drawn(draws, tokens, steps, packed, errors=errors or {})
 
 
 def _head(draws: Draws) -> Head:

@@ -43,22 +43,43 @@ def decode(
     return jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0))), caches
 
 
-def decode_or_greedy(
-    merge: Merge, layout: Layout, max_rows: int, leaves: Leaves, caches: Caches, pending: Array, flat: Array
+def decode_any(
+    merge: Merge,
+    layout: Layout,
+    max_rows: int,
+    most: int,
+    leaves: Leaves,
+    caches: Caches,
+    pending: Array,
+    flat: Array,
 ) -> tuple[Array, Array, Array, Caches]:
-    """`decode` and, where `flat` says that all draw greedily, their head: -> rows, tokens, pending, caches.
+    """One program for every decode step: -> rows of the last, tokens i32 [R, most], pending, caches.
 
-    Otherwise the tokens are what stood in `pending`. The condition is read on the device: for CPUs, since
-    it would take a GPU out of its CUDA graph.
+    `flat` says how many steps there are, at most `most`, and how they draw: greedily, by sampling, or not at
+    all (and then there is one). Both are read on the device: for CPUs, since it would take a GPU out of its
+    CUDA graph. Tokens past the last step are 0.
     """
     field = layout.views(flat)
     model, slots = merge(leaves), field["slots"]
-    hidden, caches = model(caches, decode_batch(field, pending[slots]))
-    tokens = jax.lax.cond(
-        field["greedy"][0] != 0, lambda: greedy(model.logits(hidden)), lambda: pending[slots]
-    )
+
+    def step(i: Array, state: tuple[Array, Array, Array, Caches]) -> tuple[Array, Array, Array, Caches]:
+        _, last, drawn, caches = state
+        hidden, caches = model(caches, decode_batch(field, last, i))
+        last = jax.lax.switch(
+            field["draw"][0],
+            (
+                lambda: last,
+                lambda: greedy(model.logits(hidden)),
+                lambda: sample(model.logits(hidden), sampling_batch(field, i)),
+            ),
+        )
+        return hidden, last, drawn.at[:, i].set(last), caches
+
+    hidden = jnp.zeros((len(slots), model.config.hidden_size), caches[0][0].dtype)
+    state = (hidden, pending[slots], jnp.zeros((len(slots), most), jnp.int32), caches)
+    hidden, last, drawn, caches = jax.lax.fori_loop(0, field["count"][0], step, state)
     rows = jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0)))
-    return rows, tokens, pending.at[slots].set(tokens), caches
+    return rows, drawn, pending.at[slots].set(last), caches
 
 
 def decode_drawing(

@@ -43,9 +43,10 @@ def sample(logits: Array, batch: SamplingBatch) -> Array:
 
 
 def _draw_from_candidates(scores: Array, keys: Array, batch: SamplingBatch) -> tuple[Array, Array]:
-    # The barrier keeps later slices of `top` apart: merged with them, a top_k is no longer seen as one by
-    # XLA's CPU backend, which then sorts the whole vocabulary: 30 times the time.
-    top, ids = lax.optimization_barrier(tuple(lax.top_k(scores, min(CANDIDATES, scores.shape[1]))))
+    # The barriers keep later slices of `top` apart: merged with them, a top_k is no longer seen as one by
+    # XLA's CPU backend, which then sorts the whole vocabulary: 30 times the time. One for each array, since
+    # one over the pair ends a program for several CPU devices in a failed check.
+    top, ids = map(lax.optimization_barrier, lax.top_k(scores, min(CANDIDATES, scores.shape[1])))
     total = jnp.exp(scores - top[:, :1]).sum(1)
     threshold, found = candidate_threshold(top, total, batch)
     choice = _gumbel_argmax(top, threshold, keys, ids)
