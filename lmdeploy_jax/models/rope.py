@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from lmdeploy_jax.models.config import RopeConfig
 
@@ -26,7 +26,17 @@ def rotation(rope: RopeConfig, positions: Array, lengths: Array) -> Rotation:
     """Angles of tokens at `positions` i32 [T] in sequences of `lengths` i32 [T] (see `Batch.rope_lens`)."""
     frequencies = _frequencies_by_length(rope, lengths) if rope.depends_on_length else _frequencies(rope)
     angles = positions.astype(jnp.float32)[:, None] * frequencies
-    return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)
+    cos, sin = lax.platform_dependent(angles, cpu=_turn_once, default=_turn)
+    return Rotation(cos * rope.attention_factor, sin * rope.attention_factor)
+
+
+def _turn(angles: Array) -> tuple[Array, Array]:
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _turn_once(angles: Array) -> tuple[Array, Array]:
+    """Behind a condition, since XLA's loops for CPUs would compute them again for each head of each layer."""
+    return lax.cond(angles[0, 0] >= 0, _turn, _turn, angles)
 
 
 def _exponents(rope: RopeConfig) -> np.ndarray:
