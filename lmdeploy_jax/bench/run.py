@@ -67,7 +67,8 @@ def run(engine: Engine, jobs: list[Job]) -> Run:
     """
     recorder = _Recorder(len(jobs))
     for i, job in enumerate(jobs):
-        engine.submit(Request(job.prompt, SamplingParams(max_new_tokens=job.output), recorder.listener(i)))
+        params = SamplingParams(max_new_tokens=job.output)
+        engine.submit(Request(job.prompt, params, recorder.listener(i), streams=False))
     recorder.done.wait()
     wall = time.perf_counter() - recorder.start
     for i, (job, trace) in enumerate(zip(jobs, recorder.traces, strict=True)):

@@ -6,7 +6,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 REPORT_ROWS = 64  # rows whose logits are reported on, or pass through Python, in one call
-GPU_DECODE = (1, 8, 16, 32, 64, 128, 192, 256)  # few rows cost what eight do, many what they are
+# Few rows cost what eight do; many, what they are.
+GPU_DECODE = (1, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 PAGE_COPIES = 64  # pages duplicated in one call
 
 

@@ -89,7 +89,7 @@ class Frontend:
         grammar = None if config.response_format is None else self._grammars.compile(config.response_format)
         params = sampling_params(config, prompt, self.limits, ends.ids, grammar)
         options = OutputOptions(config, ends, stream, index)
-        request = Request(prompt, params, self._outputs.listener(prompt, options, sink))
+        request = Request(prompt, params, self._outputs.listener(prompt, options, sink), stream)
         if logger.isEnabledFor(REQUEST):
             text = shortened(self.tokenizer.decode(prompt, skip_special_tokens=False), self._max_log_len)
             ids = shortened(prompt, self._max_log_len)

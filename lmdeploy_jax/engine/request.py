@@ -124,11 +124,15 @@ _ids = itertools.count()
 
 @dataclass(eq=False)
 class Request:
-    """A prompt with its instructions. `on_output` is called for each StepOutput and must not block."""
+    """A prompt with its instructions. `on_output` is called for each StepOutput and must not block.
+
+    streams: somebody reads along, who would notice a pause between two tokens.
+    """
 
     prompt: Seq[int]
     params: SamplingParams
     on_output: Callable[[StepOutput], None]
+    streams: bool = True
     request_id: int = field(default_factory=lambda: next(_ids))
     arrival: float = field(default_factory=time.perf_counter)
     queue_seconds: float = 0.0  # from arrival to the first step

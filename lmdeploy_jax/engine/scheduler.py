@@ -10,7 +10,9 @@ from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.engine.request import PromptReport, Request, Sequence, Status
 
 JOINING_TOKENS = (256, 384, 512)  # of a step in which prompts join up to 127, 191 and more that decode
-BURST_TOKENS = 4096  # of waiting prompts; from then on throughput counts for more than an even flow
+BURST_TOKENS = 4096  # of waiting prompts; from then on more of them join at a time, until all are in
+BURST_JOINING_TOKENS = 1024
+LEAST_JOINING_TOKENS = 128  # of prompts, however many decode
 
 
 @dataclass(slots=True)
@@ -51,11 +53,11 @@ class DrainFirst(Exception):
 class Scheduler:
     """Continuous batching: running sequences first, then prompts in order of arrival, within a token budget.
 
-    Few prompts join in small chunks, so that those who decode get their tokens in an even flow; a burst of
-    prompts is taken in at full speed. `max_tokens` bounds a step, `max_batch_size` the sequences that hold a
-    slot. All pages of a prompt are taken when it is admitted, so only decoding can run out of them; then the
-    latest sequence is preempted and computed again later. So is, at once, a sequence that outgrows
-    `rope_switch`, see `RopeConfig.switch_length`.
+    Where somebody reads along, prompts join those who decode in small chunks, or in larger ones if many wait,
+    so that tokens come in an even flow; otherwise they are taken in at full speed. `max_tokens` bounds a
+    step, `max_batch_size` the sequences that hold a slot. All pages of a prompt are taken when it is
+    admitted, so only decoding can run out of them; then the latest sequence is preempted and computed again
+    later. So is, at once, a sequence that outgrows `rope_switch`, see `RopeConfig.switch_length`.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class Scheduler:
         """The next step, or None where nothing can be computed now. Raises `DrainFirst`."""
         chunks = self._decode_chunks()
         unfinished = [sequence for sequence in self.running if sequence.remaining > 1]
-        budget = self._token_budget(len(chunks), unfinished)
+        budget = self._token_budget(chunks, unfinished)
         chunks += self._prefill_chunks(unfinished, budget - len(chunks))
         chunks += self._admit(budget - sum(chunk.count for chunk in chunks))
         if not chunks:
@@ -176,13 +178,16 @@ class Scheduler:
                 return False
         return True
 
-    def _token_budget(self, decoding: int, unfinished: list[Sequence]) -> int:
-        """Most tokens of a step beside which `decoding` sequences wait for their next one."""
+    def _token_budget(self, decoding: list[Chunk], unfinished: list[Sequence]) -> int:
+        """Most tokens of a step in which `decoding` sequences get their next one."""
         left = self._prompt_tokens_left(unfinished)
         self._burst = left > BURST_TOKENS or (self._burst and left > 0)
-        if self._burst or not decoding:
+        if not any(chunk.sequence.request.streams for chunk in decoding):
             return self.max_tokens
-        return min(JOINING_TOKENS[min(max(decoding // 64 - 1, 0), 2)], self.max_tokens)
+        count = len(decoding)
+        joining = JOINING_TOKENS[min(max(count // 64 - 1, 0), len(JOINING_TOKENS) - 1)]
+        even = BURST_JOINING_TOKENS if self._burst else joining
+        return min(max(even, count + LEAST_JOINING_TOKENS), self.max_tokens)
 
     def _prompt_tokens_left(self, unfinished: list[Sequence]) -> int:
         """Tokens of prompts that are not computed; of those beyond a burst not all are counted."""

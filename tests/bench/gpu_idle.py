@@ -1,7 +1,8 @@
 """How much of a decode step the GPU waits for the host: python -m tests.bench.gpu_idle llama3-8b
 
-Times a step of `--requests` sequences as the engine does it, one call a step, and in calls of eight steps
-that loop on the device. What the second saves is what the host costs. Prints one JSON line.
+Times a step of `--requests` sequences as the engine does it, and then the same program over the same inputs,
+called again and again by a loop that does nothing else. What the second saves is what the host costs. They
+take turns, since a GPU at its power limit slows down as it warms up. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from lmdeploy_jax import JaxEngineConfig
 from lmdeploy_jax.bench import checkpoint, shapes
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.engine import STEPS_IN_FLIGHT, Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
 
 SETTLING = 32  # tokens that every sequence has before the clock starts
+TURNS = 5
 
 
 class Sequence:
@@ -25,10 +31,44 @@ class Sequence:
 
     def __init__(self, prompt: list[int], output: int) -> None:
         self.times: list[float] = []
-        self.request = Request(prompt, SamplingParams(max_new_tokens=output), self._note)
+        self.request = Request(prompt, SamplingParams(max_new_tokens=output), self._note, streams=False)
 
     def _note(self, out: StepOutput) -> None:
         self.times += [time.perf_counter()] * len(out.token_ids)
+
+
+class Steps:
+    """Keeps the inputs of an engine's greedy decode steps, and runs them again without the engine."""
+
+    def __init__(self, engine: Engine, requests: int) -> None:
+        self._runner = engine._runner
+        self._rows = next(rows for rows in self._runner.buckets.decode if rows >= requests)
+        self._inputs: list[np.ndarray] = []
+        self._pack = self._runner.packer.pack_drawing
+        self._runner.packer.pack_drawing = self._keep
+
+    def _keep(self, *args, **kwargs) -> np.ndarray:
+        packed = self._pack(*args, **kwargs)
+        if packed.size == self._runner.packer.drawing_layout(self._rows).size:
+            self._inputs.append(packed)
+        return packed
+
+    def forget(self) -> None:
+        self._inputs.clear()
+
+    def again(self) -> float:
+        """Mean seconds a step."""
+        runner, program = self._runner, self._runner._programs["decode_greedy", self._rows]
+        flight: list[jax.Array] = []
+        begun = time.perf_counter()
+        for packed in self._inputs:
+            args = (runner.leaves, runner._caches, runner._pending, runner._put(packed))
+            tokens, runner._pending, runner._caches = program(*args)
+            flight.append(tokens)
+            if len(flight) >= STEPS_IN_FLIGHT:
+                np.asarray(flight.pop(0))
+        jax.block_until_ready(flight)
+        return (time.perf_counter() - begun) / len(self._inputs)
 
 
 def step_seconds(engine: Engine, requests: int, prompt: int, output: int) -> float:
@@ -55,18 +95,20 @@ def main() -> None:
     folder = args.model
     if folder in shapes.names():
         folder = checkpoint.make(folder, Path(args.checkpoint_dir))
-    found = {}
-    for steps in (1, 8):
-        settings = {"session_len": 2048, "enable_prefix_caching": False, "eager_mode": True}
-        engine = Engine(folder, JaxEngineConfig(decode_steps=steps, **settings), progress=False)
-        try:
-            work = (args.requests, args.prompt, args.output)
-            step_seconds(engine, *work)  # compiles
-            found[steps] = min(step_seconds(engine, *work) for _ in range(3))
-        finally:
-            engine.close()
-    figures = {f"step_ms_{steps}": round(1e3 * seconds, 3) for steps, seconds in found.items()}
-    idle = max(0.0, 1 - found[8] / found[1])
+    settings = {"session_len": 2048, "enable_prefix_caching": False, "eager_mode": True}
+    engine = Engine(folder, JaxEngineConfig(decode_steps=1, **settings), progress=False)
+    steps, work = Steps(engine, args.requests), (args.requests, args.prompt, args.output)
+    try:
+        step_seconds(engine, *work)  # compiles
+        turns = []
+        for _ in range(TURNS):
+            steps.forget()
+            turns.append((step_seconds(engine, *work), steps.again()))
+    finally:
+        engine.close()
+    ours, alone = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
+    figures = {"engine_ms": round(1e3 * ours, 3), "alone_ms": round(1e3 * alone, 3)}
+    idle = max(0.0, 1 - alone / ours)
     print(json.dumps({"model": args.model, "requests": args.requests, **figures, "idle": round(idle, 4)}))
 
 

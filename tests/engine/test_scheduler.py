@@ -76,7 +76,7 @@ def test_running_sequences_go_on_while_a_prompt_is_computed():
 
 def decoding(count: int, **settings) -> Scheduler:
     """A scheduler whose `count` sequences all decode."""
-    scheduler = make(pages=4000, batch=256, tokens=2048, **settings)
+    scheduler = make(**{"pages": 4000, "batch": 256, "tokens": 2048} | settings)
     for _ in range(count):
         scheduler.add(request(2, new=400))
     read(scheduler, scheduler.schedule())
@@ -93,8 +93,8 @@ def test_few_prompts_join_in_steps_that_hold_nobody_up(count, most):
     assert [chunk.count for chunk in step.chunks[:count]] == [1] * count
 
 
-def test_a_burst_of_prompts_is_taken_in_at_full_speed_to_its_end():
-    scheduler = decoding(10, enabled=False)
+def steps_of_a_burst(scheduler: Scheduler) -> list[int]:
+    """Sizes of the steps until twelve prompts that come at once are in."""
     for _ in range(12):
         scheduler.add(request(450, new=1))
     sizes = []
@@ -102,10 +102,30 @@ def test_a_burst_of_prompts_is_taken_in_at_full_speed_to_its_end():
         step = scheduler.schedule()
         sizes.append(step.num_tokens)
         read(scheduler, step)
-    assert sizes[:-1] == [2048] * (len(sizes) - 1)
+    return sizes
+
+
+def test_a_burst_of_prompts_joins_in_larger_steps_to_its_end():
+    scheduler = decoding(10, enabled=False)
+    sizes = steps_of_a_burst(scheduler)
+    assert sizes[:-1] == [1024] * (len(sizes) - 1)
     read(scheduler, scheduler.schedule())
     scheduler.add(request(450, new=1))
     assert scheduler.schedule().num_tokens == 256
+
+
+def test_prompts_are_taken_in_at_full_speed_beside_answers_that_nobody_reads_along():
+    scheduler = decoding(10, enabled=False)
+    for sequence in scheduler.running:
+        sequence.request.streams = False
+    sizes = steps_of_a_burst(scheduler)
+    assert sizes[:-1] == [2048] * (len(sizes) - 1)
+
+
+def test_prompts_join_however_many_decode():
+    scheduler = decoding(700, batch=1000, enabled=False)
+    scheduler.add(request(450, new=1))
+    assert scheduler.schedule().num_tokens == 700 + 128
 
 
 def test_a_token_is_drawn_before_the_last_one_is_read():
