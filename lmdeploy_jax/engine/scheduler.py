@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.engine.request import PromptReport, Request, Sequence, Status
 
 JOINING_TOKENS = (256, 384, 512)  # of a step in which prompts join up to 127, 191 and more that decode
-BURST_TOKENS = 4096  # of waiting prompts; from then on more of them join at a time, until all are in
-BURST_JOINING_TOKENS = 1024
+BURST_TOKENS = 4096  # of prompts that could join at once; from then on they go first, until all are in
+PAUSE_TOKENS = 131072  # of a burst for which those who decode wait at most; the rest joins beside them
 LEAST_JOINING_TOKENS = 128  # of prompts, however many decode
 
 
@@ -53,8 +54,9 @@ class DrainFirst(Exception):
 class Scheduler:
     """Continuous batching: running sequences first, then prompts in order of arrival, within a token budget.
 
-    Where somebody reads along, prompts join those who decode in small chunks, or in larger ones if many wait,
-    so that tokens come in an even flow; otherwise they are taken in at full speed. `max_tokens` bounds a
+    Prompts join those who decode at full speed, unless somebody reads along: then in small chunks, so that
+    tokens come in an even flow, or, if many come at once, before the next token, so that there is one pause
+    instead of many. `max_tokens` bounds a
     step, `max_batch_size` the sequences that hold a slot. All pages of a prompt are taken when it is
     admitted, so only decoding can run out of them; then the latest sequence is preempted and computed again
     later. So is, at once, a sequence that outgrows `rope_switch`, see `RopeConfig.switch_length`.
@@ -81,6 +83,7 @@ class Scheduler:
         self._slots = list(range(max_batch_size))[::-1]
         self._admitted: list[Sequence] = []
         self._burst = False
+        self._paused = 0  # tokens of the burst that were taken in while decoding stood still
 
     # -- requests in and out ------------------------------------------------------------------------------
 
@@ -129,11 +132,11 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None where nothing can be computed now. Raises `DrainFirst`."""
-        chunks = self._decode_chunks()
-        unfinished = [sequence for sequence in self.running if sequence.remaining > 1]
-        budget = self._token_budget(chunks, unfinished)
-        chunks += self._prefill_chunks(unfinished, budget - len(chunks))
-        chunks += self._admit(budget - sum(chunk.count for chunk in chunks))
+        chunks = self._burst_chunks()
+        if not chunks:
+            chunks = self._decode_chunks()
+            budget = self._token_budget(chunks)
+            chunks += self._prompt_chunks(budget - len(chunks))
         if not chunks:
             return None
         step = self._commit(chunks)
@@ -178,25 +181,42 @@ class Scheduler:
                 return False
         return True
 
-    def _token_budget(self, decoding: list[Chunk], unfinished: list[Sequence]) -> int:
-        """Most tokens of a step in which `decoding` sequences get their next one."""
-        left = self._prompt_tokens_left(unfinished)
+    def _burst_chunks(self) -> list[Chunk]:
+        """Prompts alone where many have come at once and somebody reads along; else nothing."""
+        left = self._joinable_tokens()
         self._burst = left > BURST_TOKENS or (self._burst and left > 0)
-        if not any(chunk.sequence.request.streams for chunk in decoding):
-            return self.max_tokens
-        count = len(decoding)
-        joining = JOINING_TOKENS[min(max(count // 64 - 1, 0), len(JOINING_TOKENS) - 1)]
-        even = BURST_JOINING_TOKENS if self._burst else joining
-        return min(max(even, count + LEAST_JOINING_TOKENS), self.max_tokens)
+        if not self._burst:
+            self._paused = 0
+            return []
+        reads = any(sequence.request.streams and self._ready(sequence) for sequence in self.running)
+        if not reads or self._paused >= PAUSE_TOKENS:
+            return []
+        chunks = self._prompt_chunks(self.max_tokens)
+        self._paused += sum(chunk.count for chunk in chunks)
+        return chunks
 
-    def _prompt_tokens_left(self, unfinished: list[Sequence]) -> int:
-        """Tokens of prompts that are not computed; of those beyond a burst not all are counted."""
-        left = sum(sequence.remaining for sequence in unfinished)
-        for sequence in self.waiting:
+    def _joinable_tokens(self) -> int:
+        """Tokens not computed yet of prompts that have a slot or would get one; beyond a burst not all."""
+        left = sum(sequence.remaining for sequence in self.running if sequence.remaining > 1)
+        for sequence in islice(self.waiting, len(self._slots)):
             if left > BURST_TOKENS:
                 break
             left += sequence.remaining
         return left
+
+    def _token_budget(self, decoding: list[Chunk]) -> int:
+        """Most tokens of a step in which `decoding` sequences get their next one."""
+        if self._burst or not any(chunk.sequence.request.streams for chunk in decoding):
+            return self.max_tokens
+        count = len(decoding)
+        joining = JOINING_TOKENS[min(max(count // 64 - 1, 0), len(JOINING_TOKENS) - 1)]
+        return min(max(joining, count + LEAST_JOINING_TOKENS), self.max_tokens)
+
+    def _prompt_chunks(self, budget: int) -> list[Chunk]:
+        """Of prompts that are under way, then of those that wait."""
+        unfinished = [sequence for sequence in self.running if sequence.remaining > 1]
+        chunks = self._prefill_chunks(unfinished, budget)
+        return chunks + self._admit(budget - sum(chunk.count for chunk in chunks))
 
     def _prefill_chunks(self, unfinished: list[Sequence], budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []

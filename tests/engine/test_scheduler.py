@@ -105,21 +105,59 @@ def steps_of_a_burst(scheduler: Scheduler) -> list[int]:
     return sizes
 
 
-def test_a_burst_of_prompts_joins_in_larger_steps_to_its_end():
+def test_a_burst_goes_before_the_next_token_of_those_who_are_read_along():
     scheduler = decoding(10, enabled=False)
     sizes = steps_of_a_burst(scheduler)
-    assert sizes[:-1] == [1024] * (len(sizes) - 1)
-    read(scheduler, scheduler.schedule())
+    assert sizes == [2048, 2048, 12 * 450 - 4096]
+    step = scheduler.schedule()
+    assert step.decode_only
+    assert len(step.chunks) == 10
+    read(scheduler, step)
     scheduler.add(request(450, new=1))
     assert scheduler.schedule().num_tokens == 256
+
+
+def test_a_pause_is_bounded(monkeypatch):
+    monkeypatch.setattr("lmdeploy_jax.engine.scheduler.PAUSE_TOKENS", 4096)
+    scheduler = decoding(10, enabled=False)
+    for _ in range(20):
+        scheduler.add(request(450, new=400))
+    decoded = []
+    for _ in range(5):
+        step = scheduler.schedule()
+        decoded.append(sum(chunk.from_device for chunk in step.chunks))
+        read(scheduler, step)
+    assert decoded[:2] == [0, 0]
+    assert 10 <= decoded[2] < decoded[3] < decoded[4]
+
+
+def test_prompts_that_get_no_slot_are_no_burst():
+    scheduler = decoding(100, batch=101, enabled=False)
+    for _ in range(20):
+        scheduler.add(request(450, new=1))
+    step = scheduler.schedule()
+    assert sum(chunk.from_device for chunk in step.chunks) == 100
+
+
+def test_those_who_decode_go_on_where_a_burst_finds_no_pages():
+    scheduler = make(pages=40, batch=64, tokens=512, enabled=False)
+    for _ in range(8):
+        scheduler.add(request(250, new=10))
+    for _ in range(40):
+        scheduler.add(request(250, new=10))
+    run(scheduler)
+    assert not scheduler.has_work
 
 
 def test_prompts_are_taken_in_at_full_speed_beside_answers_that_nobody_reads_along():
     scheduler = decoding(10, enabled=False)
     for sequence in scheduler.running:
         sequence.request.streams = False
-    sizes = steps_of_a_burst(scheduler)
-    assert sizes[:-1] == [2048] * (len(sizes) - 1)
+    for _ in range(12):
+        scheduler.add(request(450, new=1))
+    step = scheduler.schedule()
+    assert step.num_tokens == 2048
+    assert sum(chunk.from_device for chunk in step.chunks) == 10
 
 
 def test_prompts_join_however_many_decode():
