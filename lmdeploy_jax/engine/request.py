@@ -7,10 +7,11 @@ import itertools
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lmdeploy_jax.logs import logger
 from lmdeploy_jax.messages import FinishReason, LogitsProcessor
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class SamplingParams:
     ngram_threshold: int = 0
     logits_processors: tuple[LogitsProcessor, ...] = ()
     grammar: Grammar | None = None
+
+    def with_grammar(self, grammar: Grammar | None) -> SamplingParams:
+        """The same instructions under another grammar."""
+        return replace(self, grammar=grammar)
 
     @property
     def greedy(self) -> bool:
@@ -124,7 +129,10 @@ _ids = itertools.count()
 
 @dataclass(eq=False)
 class Request:
-    """A prompt with its instructions. `on_output` is called for each StepOutput and must not block."""
+    """A prompt with its instructions. `on_output` is called for each StepOutput and must not block.
+
+    arrival: on a clock that all processes of a machine share, since the engine may run in another one.
+    """
 
     prompt: Seq[int]
     params: SamplingParams
@@ -137,6 +145,18 @@ class Request:
         """The scheduler has given it a slot, for the first time or again after a preemption."""
         if not self.queue_seconds:
             self.queue_seconds = time.perf_counter() - self.arrival
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell that none of its sequences can run."""
+        for i in range(self.params.n):
+            self.tell(StepOutput(self.request_id, i, finish_reason="error", error=error))
+
+    def tell(self, out: StepOutput) -> None:
+        """Call the listener, whose faults must not end the other requests."""
+        try:
+            self.on_output(out)
+        except Exception:
+            logger.exception("the listener of request %d failed", self.request_id)
 
 
 class Status(enum.Enum):
