@@ -280,16 +280,8 @@ def _open(
 ) -> Frontend:
     from lmdeploy_jax.engine.engine import Engine
     from lmdeploy_jax.engine.frontend import Frontend
-    from lmdeploy_jax.text.chat_template import select
-    from lmdeploy_jax.text.tokenizer import Tokenizer
 
-    engine = Engine(model, config, progress=progress)
-    try:
-        tokenizer = Tokenizer(engine.folder)
-        return Frontend(engine, tokenizer, select(tokenizer, engine.folder, template), max_log_len)
-    except BaseException:
-        engine.close()
-        raise
+    return Frontend.over(Engine(model, config, progress=progress), template, max_log_len)
 
 
 def _with_choices(answers: list[Response]) -> Response:

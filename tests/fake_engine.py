@@ -7,14 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.engine.base import TAGS, EngineBase
+from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup
 from lmdeploy_jax.engine.request import Request, StepOutput, TokenLogprobs
-from lmdeploy_jax.engine.scheduler import Scheduler
-from lmdeploy_jax.engine.setup import Startup
 from lmdeploy_jax.errors import EngineError, RequestError
 
 Script = Callable[[Request, int], Iterable[int]]  # (request, which sequence) -> its tokens
@@ -22,8 +22,11 @@ STEP = 0.001  # seconds
 WIDTH = 4  # of the rows given out as logits and hidden states
 
 
-class FakeEngine:
-    """The engine's interface. `gate` cleared holds it before its next step; `seen` keeps every request."""
+class FakeEngine(EngineBase):
+    """`gate` cleared holds it before its next step; `seen` keeps every request."""
+
+    failure: str | None = None
+    sleeping = False
 
     def __init__(
         self,
@@ -34,16 +37,15 @@ class FakeEngine:
         vocab_size: int = 2560,
         max_batch_size: int = 64,
     ) -> None:
-        self.folder, self.session_len, self.vocab_size = folder, session_len, vocab_size
-        self.max_batch_size = max_batch_size
-        self.config = JaxEngineConfig()
-        self.startup = Startup("scripted", 0, 0.0, 0.0)
-        self.scheduler = Scheduler(
-            PrefixCache(8), max_batch_size=max_batch_size, max_tokens=64, session_len=session_len
+        self.facts = EngineFacts(
+            folder=folder,
+            config=JaxEngineConfig(),
+            model_config=SimpleNamespace(vocab_size=vocab_size),
+            session_len=session_len,
+            max_batch_size=max_batch_size,
+            num_pages=7,
+            startup=Startup("scripted", 0, 0.0, 0.0),
         )
-        self.failure: str | None = None
-        self.sleeping = False
-        self.on_step: Callable[[int], None] | None = None
         self.script = script
         self.seen: list[Request] = []
         self.aborted: list[tuple[int, int | None]] = []
@@ -65,6 +67,16 @@ class FakeEngine:
     def abort(self, request_id: int, index: int | None = None) -> None:
         self.aborted.append((request_id, index))
         self._post(lambda: self._abort(request_id, index))
+
+    def sleep(self, level: int = 1) -> None:
+        self.sleeping = True
+
+    def wake(self, tags: Iterable[str] = TAGS) -> None:
+        self.sleeping = False
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(running=len(self._live))
 
     def close(self) -> None:
         self.gate.set()

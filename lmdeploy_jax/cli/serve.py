@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
+from contextlib import closing
 from dataclasses import fields
-from typing import Any, get_type_hints
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 from absl import flags as absl_flags
 
 from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
 from lmdeploy_jax.cli.flags import FlagSet, UsageError
+from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.server.options import ServerOptions
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.engine.frontend import Frontend
 
 DEFAULT_MODEL = "tiny-chat"
 SECTION = "Server"
@@ -50,20 +58,30 @@ def run(flags: FlagSet, args: list[str]) -> int:
     options = ServerOptions(**{field.name: flags[field.name] for field in fields(ServerOptions)})
     config = engine_config(flags)
 
-    from lmdeploy_jax.engine.compile import CompileCounter
-    from lmdeploy_jax.pipeline import Pipeline
     from lmdeploy_jax.server.run import Server
     from lmdeploy_jax.server.service import Service
 
     model = args[1] if len(args) > 1 else DEFAULT_MODEL
-    progress = sys.stderr.isatty()
-    compilations = CompileCounter()
-    with Pipeline(
-        model, config, flags["chat_template"], flags["log_level"], flags["max_log_len"], progress=progress
-    ) as pipe:
-        server = Server(Service(pipe.frontend, options, model, compilations))
+    signal.signal(signal.SIGTERM, _exit)
+    with closing(_frontend(model, config, flags)) as frontend:
+        server = Server(Service(frontend, options, model))
         gc.collect()
         gc.freeze()  # what is there now stays: the collector need not walk it again, between two tokens
         print(f"Serving {server.service.models[0]} at {server.address}", flush=True)
         server.run()
     return 0
+
+
+def _frontend(model: str, config: JaxEngineConfig, flags: FlagSet) -> Frontend:
+    """Over an engine in a process of its own, so that HTTP and the engine's thread share no interpreter."""
+    from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.engine.remote import RemoteEngine
+
+    set_level(flags["log_level"])
+    engine = RemoteEngine(model, config, progress=sys.stderr.isatty())
+    return Frontend.over(engine, flags["chat_template"], flags["max_log_len"])
+
+
+def _exit(number: int, _: FrameType | None) -> NoReturn:
+    """Ends as the signal would, but not before the engine's process has been closed."""
+    raise SystemExit(128 + number)

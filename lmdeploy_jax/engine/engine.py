@@ -10,24 +10,25 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
-from lmdeploy_jax.cache.pages import pages_for
 from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.engine.base import ASLEEP, TAGS, EngineBase
+from lmdeploy_jax.engine.compile import CompileCounter
+from lmdeploy_jax.engine.facts import EngineFacts, EngineStats
 from lmdeploy_jax.engine.request import Request, Sequence, StepOutput
-from lmdeploy_jax.engine.rest import TAGS, Rest
+from lmdeploy_jax.engine.rest import Rest
 from lmdeploy_jax.engine.results import accept, output_of, read_tokens
 from lmdeploy_jax.engine.runner import Drawn
 from lmdeploy_jax.engine.scheduler import DrainFirst, Step
 from lmdeploy_jax.engine.setup import set_up
-from lmdeploy_jax.errors import ContextLengthError, EngineError, RequestError
+from lmdeploy_jax.errors import EngineError, RequestError
 from lmdeploy_jax.sampling.repetition import NgramStop
 
 log = logging.getLogger("lmdeploy_jax")
-_ASLEEP = "The engine is sleeping; wake it up before inference."
 STEPS_IN_FLIGHT = 2  # a step is dispatched before the one ahead of it is read
 
 
-class Engine:
-    """Token ids in, token ids out. `submit` and `abort` may be called from any thread.
+class Engine(EngineBase):
+    """An engine in this process.
 
     Raises ConfigError, CheckpointError or UnsupportedModelError while it is set up.
     """
@@ -35,17 +36,20 @@ class Engine:
     def __init__(
         self, model: str | Path, config: JaxEngineConfig | None = None, *, progress: bool = True
     ) -> None:
-        self.config = config or JaxEngineConfig()
-        parts = set_up(model, self.config, progress=progress)
-        self.folder = parts.folder
-        self.model_config = parts.model_config
-        self.session_len = parts.session_len
+        config = config or JaxEngineConfig()
+        self._compilations = CompileCounter()
+        parts = set_up(model, config, progress=progress)
+        self.facts = EngineFacts(
+            folder=parts.folder,
+            config=config,
+            model_config=parts.model_config,
+            session_len=parts.session_len,
+            max_batch_size=parts.buckets.max_batch_size,
+            num_pages=parts.scheduler.cache.pool.capacity,
+            startup=parts.startup,
+        )
         self.memory = parts.memory
-        self.startup = parts.startup
-        self.vocab_size = parts.model_config.vocab_size
-        self.max_batch_size = parts.buckets.max_batch_size
         self.scheduler = parts.scheduler
-        self.on_step: Callable[[int], None] | None = None  # told the tokens of each step that is dispatched
         self._runner = parts.runner
         self._rest = Rest(parts.runner, parts.scheduler, parts.reload)
         self._sequences: dict[int, list[Sequence]] = {}  # live sequences of each request
@@ -61,37 +65,24 @@ class Engine:
     # -- any thread ---------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises RequestError for one that cannot be served, EngineError when closed."""
         self._check(request)
         self._post(lambda: self._add(request))
 
     def abort(self, request_id: int, index: int | None = None) -> None:
-        """End a request, or one of its sequences. Unknown or finished ones are left alone.
-
-        Until the first of n sequences has its first token the others hang on it, and end with it.
-        """
         if not self._closed:
             self._post(lambda: self._abort(request_id, index))
 
     def sleep(self, level: int = 1) -> None:
-        """Abort what runs and give the device's memory back: the KV cache, and the weights.
-
-        level: 1 keeps the weights in the host's memory, 2 reads them from disk when the engine wakes. Until
-        `wake` requests are refused with an EngineError. Returns when it is done.
-        """
         self._call(lambda: self._sleep(level))
 
     def wake(self, tags: Iterable[str] = TAGS) -> None:
-        """Take the memory again: "weights", "kv_cache", or both; the engine serves once it has both."""
         self._call(lambda: self._rest.wake(tags))
 
     @property
     def sleeping(self) -> bool:
-        """Whether something that serving needs has been given back."""
         return bool(self._rest.missing)
 
     def close(self) -> None:
-        """Abort what runs and stop. May be called twice; done at exit where the caller has not."""
         atexit.unregister(self.close)
         with self._wake:
             self._closed = True
@@ -101,10 +92,21 @@ class Engine:
 
     @property
     def failure(self) -> str | None:
-        """Why the engine can do no more, itself or because it was closed; None while it works."""
         if self._failure is not None:
             return repr(self._failure)
         return "it has been closed" if self._closed else None
+
+    @property
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=scheduler.cache.pool.used,
+            preemptions=scheduler.preemptions,
+            compilations=self._compilations.count,
+            compile_seconds=self._compilations.seconds,
+        )
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -127,28 +129,6 @@ class Engine:
 
         self._post(command)
         done.result()
-
-    def _check(self, request: Request) -> None:
-        if self.sleeping:
-            raise EngineError(_ASLEEP)
-        prompt, params = request.prompt, request.params
-        if not prompt:
-            raise RequestError("The prompt holds no tokens; at least one is needed.")
-        if len(prompt) >= self.session_len:
-            raise ContextLengthError(
-                f"Input length ({len(prompt)}) must be smaller than the model context length "
-                f"({self.session_len})."
-            )
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            bad = next(t for t in prompt if not 0 <= t < self.vocab_size)
-            raise RequestError(f"Prompt token id {bad} is outside the vocabulary of {self.vocab_size} ids.")
-        NgramStop(params.ngram_size, params.ngram_threshold)  # raises for what it cannot do
-        room = self.scheduler.cache.pool.capacity - pages_for(len(prompt)) + 1
-        if params.n > min(self.max_batch_size, room):
-            most = min(self.max_batch_size, room)
-            raise RequestError(
-                f"n={params.n} sequences cannot run at once: at most {most} can for this prompt."
-            )
 
     # -- the engine's thread ------------------------------------------------------------------------------
 
@@ -223,7 +203,7 @@ class Engine:
             out.finish_reason, out.stop_token = reason, stop_token
             if reason:
                 self._retire(sequence)
-            self._emit(sequence.request, out)
+            sequence.request.tell(out)
 
     def _sleep(self, level: int) -> None:
         for request_id in list(self._sequences):
@@ -233,9 +213,7 @@ class Engine:
 
     def _add(self, request: Request) -> None:
         if self.sleeping:  # since it was submitted
-            for i in range(request.params.n):
-                error = EngineError(_ASLEEP)
-                self._emit(request, StepOutput(request.request_id, i, finish_reason="error", error=error))
+            request.refuse(EngineError(ASLEEP))
             return
         first = self.scheduler.add(request)
         params = request.params
@@ -253,12 +231,12 @@ class Engine:
         for sequence in ending:
             out = StepOutput(request_id, sequence.index, finish_reason="abort", cached_tokens=sequence.cached)
             self._retire(sequence)
-            self._emit(sequence.request, out)
+            sequence.request.tell(out)
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
         out = StepOutput(sequence.request.request_id, sequence.index, finish_reason="error", error=error)
         self._retire(sequence)
-        self._emit(sequence.request, out)
+        sequence.request.tell(out)
 
     def _retire(self, sequence: Sequence) -> None:
         if not sequence.finished:
@@ -267,12 +245,6 @@ class Engine:
         live.remove(sequence)
         if not live:
             del self._sequences[sequence.request.request_id]
-
-    def _emit(self, request: Request, out: StepOutput) -> None:
-        try:
-            request.on_output(out)
-        except Exception:  # a listener's fault must not end the other requests
-            log.exception("the listener of request %d failed", request.request_id)
 
     def _shut_down(self) -> None:
         """Tell every waiting listener; nothing may hang on an engine that has stopped."""
@@ -289,6 +261,6 @@ class Engine:
             else:
                 out.finish_reason = "error"
                 out.error = EngineError(f"The engine failed: {self._failure!r}")
-            self._emit(sequence.request, out)
+            sequence.request.tell(out)
         self._sequences.clear()
         self._flight.clear()

@@ -8,13 +8,14 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.engine.answer import OutputOptions
+from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.output import OutputProcessor, Sink
 from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.logs import REQUEST, shortened
 from lmdeploy_jax.messages import GenerationConfig
-from lmdeploy_jax.text.chat_template import ChatTemplate
+from lmdeploy_jax.text.chat_template import ChatTemplate, select
 from lmdeploy_jax.text.jinja_template import HfChatTemplate
 from lmdeploy_jax.text.prompts import Prompt
 from lmdeploy_jax.text.settings import read_object
@@ -23,8 +24,8 @@ from lmdeploy_jax.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lmdeploy_jax.engine.engine import Engine
     from lmdeploy_jax.guided.grammars import Grammars
+    from lmdeploy_jax.text import ChatTemplateConfig
 
 logger = logging.getLogger("lmdeploy_jax")
 
@@ -42,7 +43,7 @@ class Frontend:
     """An engine with its tokenizer and chat template. Every method may be called from any thread."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate, max_log_len: int | None = None
+        self, engine: EngineBase, tokenizer: Tokenizer, template: ChatTemplate, max_log_len: int | None = None
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -57,6 +58,21 @@ class Frontend:
         )
         self._max_log_len = max_log_len
         self._outputs = OutputProcessor(tokenizer, self.abort)
+
+    @classmethod
+    def over(
+        cls, engine: EngineBase, template: ChatTemplateConfig | str | None, max_log_len: int | None = None
+    ) -> Frontend:
+        """An engine with its checkpoint's tokenizer, and the template that is named, or its own.
+
+        Closes the engine where that fails. Raises `ConfigError` and `CheckpointError`.
+        """
+        try:
+            tokenizer = Tokenizer(engine.folder)
+            return cls(engine, tokenizer, select(tokenizer, engine.folder, template), max_log_len)
+        except BaseException:
+            engine.close()
+            raise
 
     def encode(self, prompt: Prompt, options: PromptOptions) -> list[int]:
         """The prompt's token ids, through the chat template unless `options` say no.

@@ -7,10 +7,11 @@ import itertools
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lmdeploy_jax.logs import logger
 from lmdeploy_jax.messages import FinishReason, LogitsProcessor
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class SamplingParams:
     ngram_threshold: int = 0
     logits_processors: tuple[LogitsProcessor, ...] = ()
     grammar: Grammar | None = None
+
+    def with_grammar(self, grammar: Grammar | None) -> SamplingParams:
+        """The same instructions under another grammar."""
+        return replace(self, grammar=grammar)
 
     @property
     def greedy(self) -> bool:
@@ -126,7 +131,8 @@ _ids = itertools.count()
 class Request:
     """A prompt with its instructions. `on_output` is called for each StepOutput and must not block.
 
-    streams: somebody reads along, who would notice a pause between two tokens.
+    streams: somebody reads along, who would notice a pause between two tokens. arrival: on a clock that all
+    processes of a machine share, since the engine may run in another one.
     """
 
     prompt: Seq[int]
@@ -141,6 +147,18 @@ class Request:
         """The scheduler has given it a slot, for the first time or again after a preemption."""
         if not self.queue_seconds:
             self.queue_seconds = time.perf_counter() - self.arrival
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell that none of its sequences can run."""
+        for i in range(self.params.n):
+            self.tell(StepOutput(self.request_id, i, finish_reason="error", error=error))
+
+    def tell(self, out: StepOutput) -> None:
+        """Call the listener, whose faults must not end the other requests."""
+        try:
+            self.on_output(out)
+        except Exception:
+            logger.exception("the listener of request %d failed", self.request_id)
 
 
 class Status(enum.Enum):

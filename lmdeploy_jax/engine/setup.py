@@ -23,6 +23,7 @@ from lmdeploy_jax.engine import buckets as bucket_plan
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import Buckets
 from lmdeploy_jax.engine.compile import LazyPrograms, compile_all, tuning_dir, use_cache
+from lmdeploy_jax.engine.facts import Startup
 from lmdeploy_jax.engine.program_cache import ProgramCache
 from lmdeploy_jax.engine.programs import ProgramBuilder
 from lmdeploy_jax.engine.progress import announce, loading_bar
@@ -40,16 +41,6 @@ log = logging.getLogger("lmdeploy_jax")
 # Bytes of weights a device below which a step ends before the host has the next, or waits for a core.
 HOST_BOUND = {"cpu": 64e6, "gpu": 4e9}
 DEFAULTS = {"cpu": (32, 256), "gpu": (256, 8192)}  # sequences, tokens a step
-
-
-@dataclass(frozen=True)
-class Startup:
-    """What starting an engine took: wall seconds to load and to compile, and how much was loaded."""
-
-    backend: str
-    weight_bytes: int
-    load_seconds: float
-    compile_seconds: float
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,11 @@ _LIMITS = LLParserLimits(verbose_errors=False)
 
 
 class Grammar:
-    """A compiled grammar, to be followed by any number of sequences."""
+    """A compiled grammar, to be followed by any number of sequences; `text` and `kind` compile to it anew."""
 
-    def __init__(self, start: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, start: LLMatcher, vocab_size: int, text: str, kind: str) -> None:
+        self.text = text
+        self.kind = kind
         self._start = start
         self._vocab_size = vocab_size
 
@@ -61,13 +63,17 @@ class Grammars:
         text = grammar_text(response_format)
         if response_format is None or text is None:
             return None
+        return self.compile_text(text, response_format["type"])
+
+    def compile_text(self, text: str, kind: str) -> Grammar:
+        """The grammar that `grammar_text` wrote for a response format of this kind. Raises `RequestError`."""
         with self._lock:
             found = self._kept.get(text)
             if found is not None:
                 self._kept.move_to_end(text)
                 return found
             start = self._tables
-        grammar = Grammar(_compiled(start, text, response_format["type"]), self._vocab_size)
+        grammar = Grammar(_compiled(start, text, kind), self._vocab_size, text, kind)
         with self._lock:
             self._kept[text] = grammar
             while len(self._kept) > KEPT:

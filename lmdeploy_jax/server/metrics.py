@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from lmdeploy_jax.messages import Response
 
 if TYPE_CHECKING:
-    from lmdeploy_jax.engine.engine import Engine
+    from lmdeploy_jax.engine.base import EngineBase
     from lmdeploy_jax.server.service import Service
 
 PREFIX = "lmdeploy_jax:"
@@ -86,7 +86,7 @@ class Metrics:
         made = Histogram(PREFIX + name, about, LABELS, registry=self.registry, buckets=tuple(buckets))
         return made.labels(**self._labels)
 
-    def _info(self, engine: Engine) -> None:
+    def _info(self, engine: EngineBase) -> None:
         info = Info(PREFIX + "backend_config", "the engine's configuration", registry=self.registry)
         fields = dataclasses.asdict(engine.config)
         info.info({name: str(value) for name, value in fields.items()} | {"engine": self._labels["engine"]})
@@ -172,27 +172,26 @@ class _Gauges(Collector):
 
     def _values(self) -> list[tuple[str, str, float]]:
         service, metrics = self._service, self._metrics
-        engine, scheduler = service.frontend.engine, service.frontend.engine.scheduler
-        pool = scheduler.cache.pool
-        running = len(scheduler.running)
-        counter = service.compilations
+        engine = service.frontend.engine
+        stats = engine.stats
+        used = stats.pages_used / engine.facts.num_pages
         return [
             ("num_requests_succeeded", "answers that ended well", metrics.succeeded),
             ("num_requests_failed", "answers that were aborted or failed", metrics.failed),
             ("num_api_requests_routed", "requests that were taken in", metrics.received),
-            ("num_api_requests_waiting", "answers that wait for the engine", service.running - running),
-            ("num_requests_running", "answers in the running batch", running),
-            ("num_requests_waiting", "requests in the engine's queue", len(scheduler.waiting)),
-            ("gpu_cache_usage_perc", "share of the KV cache in use", pool.used / pool.capacity),
+            ("num_api_requests_waiting", "answers that wait for the engine", service.running - stats.running),
+            ("num_requests_running", "answers in the running batch", stats.running),
+            ("num_requests_waiting", "requests in the engine's queue", stats.waiting),
+            ("gpu_cache_usage_perc", "share of the KV cache in use", used),
             (
                 "prefix_cache_hit_rate",
                 "share of prompt tokens from the cache",
                 metrics.cached / max(metrics.prompts, 1),
             ),
-            ("num_preemptions", "sequences that gave way and were computed again", scheduler.preemptions),
+            ("num_preemptions", "sequences that gave way and were computed again", stats.preemptions),
             ("engine_sleeping", "1 while the engine sleeps", engine.sleeping),
-            ("compilations", "programs compiled since the server began", counter.count if counter else 0),
-            ("compile_seconds", "time that took", counter.seconds if counter else 0.0),
+            ("compilations", "programs compiled since the server began", stats.compilations),
+            ("compile_seconds", "time that took", stats.compile_seconds),
             ("startup_compile_seconds", "time to compile at the start", engine.startup.compile_seconds),
             ("startup_load_seconds", "time to load the weights", engine.startup.load_seconds),
         ]

@@ -21,7 +21,6 @@ from lmdeploy_jax.server.parsers import select_parsers
 from lmdeploy_jax.text.parsers import json_formats
 
 if TYPE_CHECKING:
-    from lmdeploy_jax.engine.compile import CompileCounter
     from lmdeploy_jax.engine.frontend import Frontend
 
 logger = logging.getLogger("lmdeploy_jax")
@@ -39,16 +38,12 @@ class _Entry:
 class Service:
     """A frontend with the server's options. All methods belong to one event loop's thread.
 
-    model: the served model's name. compilations: what the metrics tell of. Raises `ConfigError` for options
-    that name nothing, such as an unknown parser.
+    model: the served model's name. Raises `ConfigError` for options that name nothing, such as an unknown
+    parser.
     """
 
     def __init__(
-        self,
-        frontend: Frontend,
-        options: ServerOptions | None = None,
-        model: str = "model",
-        compilations: CompileCounter | None = None,
+        self, frontend: Frontend, options: ServerOptions | None = None, model: str = "model"
     ) -> None:
         self.options = options or ServerOptions()
         self.frontend = frontend
@@ -56,7 +51,6 @@ class Service:
         self.created = int(time.time())
         self.defaults = Defaults.read(self.options.generation_config, frontend.engine.folder)
         self.chat = Chat(frontend, *select_parsers(self.options, frontend))
-        self.compilations = compilations
         self.metrics = None if self.options.disable_metrics else Metrics(self)
         self.call_ids = CallIds(bare=self.chat.tools is json_formats.MISTRAL)
         self.unknown_fields: set[str] = set()
@@ -162,11 +156,11 @@ class Service:
         return self.frontend.engine.sleeping
 
     async def sleep(self, level: int) -> None:
-        """See `Engine.sleep`. What runs is aborted."""
+        """See `EngineBase.sleep`. What runs is aborted."""
         await asyncio.to_thread(self.frontend.engine.sleep, level)
 
     async def wake(self, tags: Sequence[str]) -> None:
-        """See `Engine.wake`."""
+        """See `EngineBase.wake`."""
         await asyncio.to_thread(self.frontend.engine.wake, tags)
 
     # -- going down ---------------------------------------------------------------------------------------

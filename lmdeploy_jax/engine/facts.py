@@ -1,0 +1,75 @@
+"""What is known of an engine in whichever process it is asked: what it is, how it fares, what it can take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmdeploy_jax.cache.pages import pages_for
+from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.errors import ContextLengthError, RequestError
+from lmdeploy_jax.sampling.repetition import NgramStop
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.engine.request import Request
+    from lmdeploy_jax.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Startup:
+    """What starting an engine took: wall seconds to load and to compile, and how much was loaded."""
+
+    backend: str
+    weight_bytes: int
+    load_seconds: float
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What stays as it is once an engine has started. `num_pages`: of the KV cache, for sequences."""
+
+    folder: Path
+    config: JaxEngineConfig
+    model_config: DecoderConfig
+    session_len: int
+    max_batch_size: int
+    num_pages: int
+    startup: Startup
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """How an engine fares at one moment. Compilations count from the engine's start on."""
+
+    running: int = 0  # sequences that hold a slot
+    waiting: int = 0  # requests in the queue
+    pages_used: int = 0
+    preemptions: int = 0
+    compilations: int = 0
+    compile_seconds: float = 0.0
+
+
+def check_request(request: Request, facts: EngineFacts) -> None:
+    """Raises RequestError for a request that an engine with these facts can never serve."""
+    prompt, params = request.prompt, request.params
+    if not prompt:
+        raise RequestError("The prompt holds no tokens; at least one is needed.")
+    if len(prompt) >= facts.session_len:
+        raise ContextLengthError(
+            f"Input length ({len(prompt)}) must be smaller than the model context length "
+            f"({facts.session_len})."
+        )
+    vocab_size = facts.vocab_size
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        bad = next(t for t in prompt if not 0 <= t < vocab_size)
+        raise RequestError(f"Prompt token id {bad} is outside the vocabulary of {vocab_size} ids.")
+    NgramStop(params.ngram_size, params.ngram_threshold)  # raises for what it cannot do
+    most = min(facts.max_batch_size, facts.num_pages - pages_for(len(prompt)) + 1)
+    if params.n > most:
+        raise RequestError(f"n={params.n} sequences cannot run at once: at most {most} can for this prompt.")

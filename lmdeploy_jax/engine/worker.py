@@ -1,0 +1,194 @@
+"""The engine's process: requests come in over a connection, everything that waits goes out in one message.
+
+`remote.py` is the other side. Importing this module does not import JAX; running it does.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.engine.base import EngineBase
+from lmdeploy_jax.engine.request import Request, StepOutput
+from lmdeploy_jax.engine.wire import (
+    Abort,
+    Call,
+    Failed,
+    News,
+    Ready,
+    Reply,
+    State,
+    Submit,
+    dumps,
+    packed,
+    portable,
+    receive,
+)
+from lmdeploy_jax.errors import EngineError, LmdeployError
+from lmdeploy_jax.logs import logger, set_level
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.guided.grammars import Grammar, Grammars
+
+Build = Callable[[], EngineBase]
+DEAF = (signal.SIGINT, signal.SIGTERM)  # the parent answers them for both: running answers are finished first
+_GLANCE = 0.25  # seconds after which the state is looked at where nothing has happened
+
+
+def open_engine(model: str | Path, config: JaxEngineConfig, progress: bool) -> EngineBase:
+    """The engine itself. Raises what `Engine` raises."""
+    from lmdeploy_jax.engine.engine import Engine  # brings JAX
+
+    return Engine(model, config, progress=progress)
+
+
+def run(connection: Connection, build: Build, level: int) -> None:
+    """The process's main function: starts the engine and serves until the parent closes it, or is gone."""
+    for number in DEAF:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    set_level(level)
+    try:
+        engine = build()
+    except BaseException as error:
+        connection.send_bytes(dumps(Failed(_explained(error))))
+        return
+    gc.collect()
+    gc.freeze()  # what is there now stays: the collector need not walk it again, between two tokens
+    Worker(engine, connection).serve()
+
+
+def _end_with_parent() -> None:
+    """Whatever the engine is doing then: nobody is left to want it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _explained(error: BaseException) -> BaseException:
+    """With the place where it was raised, where it was not raised for the user."""
+    if not isinstance(error, LmdeployError | OSError):
+        error.add_note("In the engine's process:\n" + "".join(traceback.format_exception(error)))
+    return portable(error)
+
+
+class Worker:
+    """Carries out what the parent asks of an engine."""
+
+    def __init__(self, engine: EngineBase, connection: Connection) -> None:
+        self._engine = engine
+        self._connection = connection
+        self._outbox = Outbox(engine, connection)
+
+    def serve(self) -> None:
+        """Until the parent says that it is enough."""
+        with suppress(EOFError, OSError):
+            while (message := receive(self._connection)) is not None:
+                self._handle(message)
+        self._engine.close()
+        self._outbox.close()
+
+    def _handle(self, message: Any) -> None:
+        match message:
+            case Submit():
+                self._submit(message)
+            case Abort():
+                with suppress(EngineError):  # it has ended with the engine
+                    self._engine.abort(message.request_id, message.sequence)
+            case Call():
+                self._outbox.put(Reply(message.number, self._error_of(message)))
+
+    def _submit(self, asked: Submit) -> None:
+        sink = self._outbox.put
+        request = Request(asked.prompt, asked.params, sink, asked.streams, asked.request_id, asked.arrival)
+        try:
+            if asked.grammar is not None:
+                request.params = request.params.with_grammar(self._compiled(*asked.grammar))
+            self._engine.submit(request)
+        except Exception as error:  # what the parent could not know: it has fallen asleep, or ended
+            request.refuse(error)
+
+    def _error_of(self, call: Call) -> BaseException | None:
+        try:
+            getattr(self._engine, call.method)(*call.args)
+        except Exception as error:
+            return portable(error)
+        return None
+
+    def _compiled(self, text: str, kind: str) -> Grammar:
+        return self._grammars.compile_text(text, kind)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from lmdeploy_jax.guided.grammars import Grammars  # llguidance is loaded with the first grammar
+        from lmdeploy_jax.text.tokenizer import Tokenizer
+
+        return Grammars(Tokenizer(self._engine.folder), self._engine.vocab_size)
+
+
+class Outbox:
+    """What is told to the parent. The engine's thread only puts it down; a thread of its own sends it."""
+
+    def __init__(self, engine: EngineBase, connection: Connection) -> None:
+        self._engine = engine
+        self._connection = connection
+        self._waiting: queue.SimpleQueue[StepOutput | Reply | None] = queue.SimpleQueue()
+        self._steps: deque[int] = deque()  # wakes nobody: outputs follow, or the next glance takes them along
+        engine.on_step = self._steps.append
+        self.put = self._waiting.put
+        self._told = self._state
+        self._open = True
+        connection.send_bytes(dumps(Ready(engine.facts, self._told)))
+        self._thread = threading.Thread(target=self._run, name="lmdeploy_jax sender", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Send what waits, then stop."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    @property
+    def _state(self) -> State:
+        return State(self._engine.stats, self._engine.sleeping, self._engine.failure)
+
+    def _run(self) -> None:
+        try:
+            while self._open:
+                news = self._collected()
+                if news.outputs or news.replies or news.steps or news.state != self._told:
+                    self._connection.send_bytes(dumps(news))
+                    self._told = news.state
+        except OSError:
+            pass  # the parent has gone
+        except Exception:
+            logger.exception("the engine's process ends, since it can tell nothing more")
+            os._exit(1)
+
+    def _collected(self) -> News:
+        """Everything that waits; after a while, nothing."""
+        outputs, replies = [], []
+        with suppress(queue.Empty):
+            item = self._waiting.get(timeout=_GLANCE)
+            while item is not None:
+                if isinstance(item, Reply):
+                    replies.append(item)
+                else:
+                    outputs.append(packed(item))
+                item = self._waiting.get_nowait()
+            self._open = False
+        steps = [self._steps.popleft() for _ in range(len(self._steps))]
+        return News(self._state, outputs, replies, steps)
