@@ -45,12 +45,39 @@ class Arrivals:
 
 @dataclass
 class Answer:
-    """One streamed answer. Times are in seconds after the load began."""
+    """One streamed answer. Times are in seconds after the load began.
+
+    What arrives is kept as it is and read at the very end: a client that is busy reading sees the next bytes
+    late, and blames the server.
+    """
 
     sent: float
+    arrived: list[tuple[float, bytes]] = field(default_factory=list)
     pieces: list[float] = field(default_factory=list)  # when each piece with text arrived
     tokens: int = 0
     error: str | None = None
+
+    def read(self, wanted: int) -> None:
+        """Take the events in; an answer of other than `wanted` tokens is an error."""
+        rest = b""
+        for when, data in self.arrived:
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                self._take(line, when)
+        self.arrived.clear()
+        if self.error is None and self.tokens != wanted:
+            self.error = f"ended with {self.tokens} of {wanted} tokens"
+
+    def _take(self, line: bytes, when: float) -> None:
+        if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+            return
+        event = json.loads(line[6:])
+        if event.get("error"):
+            self.error = event["error"]["message"]
+        if event.get("choices"):
+            self.pieces.append(when)
+        if event.get("usage"):
+            self.tokens = event["usage"]["completion_tokens"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +141,10 @@ async def _run(target: Target, jobs: Sequence[Job], arrivals: Arrivals) -> tuple
     async with _session(target) as session:
         due = arrivals.times(len(jobs))
         answers = await asyncio.gather(*(one(session, job, at) for job, at in zip(jobs, due, strict=True)))
-    return time.perf_counter() - start, answers
+    wall = time.perf_counter() - start
+    for job, answer in zip(jobs, answers, strict=True):
+        answer.read(job.output)
+    return wall, answers
 
 
 async def _ask(session: aiohttp.ClientSession, target: Target, job: Job, start: float) -> Answer:
@@ -133,28 +163,13 @@ async def _ask(session: aiohttp.ClientSession, target: Target, job: Job, start: 
             if response.status != 200:
                 answer.error = f"{response.status}: {await response.text()}"
                 return answer
-            async for line in response.content:
-                _take(answer, line, start)
+            async for data in response.content.iter_any():
+                answer.arrived.append((time.perf_counter() - start, data))
     except aiohttp.ClientConnectorError as error:
         raise EngineError(f"No server answers at {target.url}: {error}") from error
     except (TimeoutError, aiohttp.ClientError) as error:
         answer.error = repr(error)
-    if answer.error is None and answer.tokens != job.output:
-        answer.error = f"ended with {answer.tokens} of {job.output} tokens"
     return answer
-
-
-def _take(answer: Answer, line: bytes, start: float) -> None:
-    """One line of the event stream."""
-    if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-        return
-    event = json.loads(line[6:])
-    if event.get("error"):
-        answer.error = event["error"]["message"]
-    if event.get("choices"):
-        answer.pieces.append(time.perf_counter() - start)
-    if event.get("usage"):
-        answer.tokens = event["usage"]["completion_tokens"]
 
 
 def _session(target: Target) -> aiohttp.ClientSession:
