@@ -116,7 +116,7 @@ class Kernels:
         kind: AttentionKind,
         dtype: DTypeLike,
     ) -> tuple[Array, LayerCache]:
-        """qkv [(S,) T, KH, G + 2, D] through `rope_kv_write` and attention -> [T, KH, G, D], cache."""
+        """qkv [(S,) T, KH, G + 2, D] into the cache and through attention -> [T, KH, G, D], cache."""
 
         def local(qkv: Array, work: HeadWork, cache: LayerCache, batch: Batch) -> tuple[Array, LayerCache]:
             return self._attend_local(qkv, work, cache, batch, kind, dtype)
@@ -137,17 +137,18 @@ class Kernels:
         kind: AttentionKind,
         dtype: DTypeLike,
     ) -> tuple[Array, LayerCache]:
-        prepare = partial(rope_kv_write, eps=kind.norm_eps, offset=kind.norm_offset, dtype=dtype)
-        k_pages, v_pages, arrivals = cache
-        q, k_pages, v_pages = prepare(qkv, k_pages, v_pages, batch.slots, work, backend=self.backend)
-        arguments = (q.reshape(q.shape[0], -1, q.shape[-1]), k_pages, v_pages, batch.page_table)
+        eps, offset = kind.norm_eps, kind.norm_offset
         options: dict[str, Any] = {"scale": kind.scale, "window": kind.window, "soft_cap": kind.soft_cap}
+        k_pages, v_pages, arrivals = cache
         if batch.tiles is None:
-            rest = (batch.kv_lens, arrivals)
-            out, arrivals = paged_attention(*arguments, *rest, **options, backend=self.backend)
-        else:
-            backend = self._prefill_backend(q, k_pages, kind)
-            out = prefill_attention(*arguments, batch.tiles, **options, backend=backend)
+            decode = partial(paged_attention, eps=eps, offset=offset, dtype=dtype, backend=self.backend)
+            rows = (batch.slots, batch.page_table, batch.kv_lens, arrivals)
+            out, k_pages, v_pages, arrivals = decode(qkv, k_pages, v_pages, *rows, work, **options)
+            return out, (k_pages, v_pages, arrivals)
+        write = partial(rope_kv_write, eps=eps, offset=offset, dtype=dtype, backend=self.backend)
+        q, k_pages, v_pages = write(qkv, k_pages, v_pages, batch.slots, work)
+        arguments = (q.reshape(q.shape[0], -1, q.shape[-1]), k_pages, v_pages, batch.page_table, batch.tiles)
+        out = prefill_attention(*arguments, **options, backend=self._prefill_backend(q, k_pages, kind))
         return out.reshape(q.shape), (k_pages, v_pages, arrivals)
 
     def _prefill_backend(self, q: Array, k_pages: Array, kind: AttentionKind) -> str:
