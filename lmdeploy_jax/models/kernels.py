@@ -22,7 +22,13 @@ from pallas_kernels.norm import add_rms_norm
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import prefill_attention, why_not_mosaic
 from pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
-from pallas_kernels.skinny_gemm import StreamTiling, Tiling, gated_skinny_gemm, skinny_gemm
+from pallas_kernels.skinny_gemm import (
+    StreamTiling,
+    Tiling,
+    gated_skinny_gemm,
+    norm_skinny_gemm,
+    skinny_gemm,
+)
 
 Cache = tuple[Array, Array]
 LayerCache = tuple[Array, Array, Array]  # with the counters of decode attention, which all layers share
@@ -95,6 +101,52 @@ class Kernels:
         if tiling is None or odd or linear.bias is not None:
             return None
         return gated_skinny_gemm(x, weight, tiling, activation=activation, backend=self.backend)
+
+    def norm_product(
+        self, linear: Linear, x: Array, delta: Array | None, norm: RMSNorm | None
+    ) -> tuple[Array, Array]:
+        """`add_norm` and `product` -> x, and the product of the normed x."""
+        done = self._norm_product("norm_parts", linear, x, delta, norm, None)
+        if done is None:
+            x, normed = self.add_norm(x, delta, norm)
+            return x, self.product(linear, normed)
+        x, flat = done
+        return x, flat.reshape(1, 1, *linear.weight.shape[:-1])
+
+    def norm_gated_product(
+        self, linear: Linear, x: Array, delta: Array | None, norm: RMSNorm | None, activation: Activation
+    ) -> tuple[Array, Array] | None:
+        """`add_norm` and `gated_product` -> x, and the product; None where they are better separate."""
+        if linear.bias is not None:
+            return None
+        return self._norm_product("norm_gated", linear, x, delta, norm, activation)
+
+    def _norm_product(
+        self,
+        kind: str,
+        linear: Linear,
+        x: Array,
+        delta: Array | None,
+        norm: RMSNorm | None,
+        activation: Activation | None,
+    ) -> tuple[Array, Array] | None:
+        weight = linear.weight[...]
+        flat = weight.reshape(-1, x.shape[1]) if activation is None else weight
+        tiling = self._tiling(kind, flat.shape[-2:], x) if x.dtype == jnp.bfloat16 else None
+        if not isinstance(tiling, Tiling) or x.shape[0] != 1 or delta is None or norm is None:
+            return None
+        return norm_skinny_gemm(
+            x,
+            delta,
+            norm.weight[...],
+            flat,
+            tiling,
+            activation=activation,
+            eps=norm.eps,
+            offset=norm.offset,
+            out_dtype=jnp.float32 if activation is None else x.dtype,
+            backend=self.backend,
+        )
 
     def whole_product(self, x: Array, weight: Array) -> Array:
         """x [T, K] @ weight [N, K]^T -> f32 [T, N]."""
