@@ -52,5 +52,10 @@ def check_heads(q: jax.Array, k_pages: jax.Array, sinks: jax.Array | None) -> No
             f"q of shape {q.shape} does not fit a cache of {kv_heads} KV heads of size {k_pages.shape[3]}: "
             "the query heads must be a multiple of the KV heads and the head sizes equal"
         )
+    check_sinks(sinks, heads)
+
+
+def check_sinks(sinks: jax.Array | None, heads: int) -> None:
+    """Raises ValueError unless there is one sink a query head, or none at all."""
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks has shape {sinks.shape}; it must hold one logit a query head: ({heads},)")

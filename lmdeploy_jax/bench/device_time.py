@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -16,10 +16,14 @@ from lmdeploy_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Case:
-    """A function to time over several sets of arguments, so many that no set stays in the device's cache."""
+    """A function to time over several sets of arguments, so many that no set stays in the device's cache.
+
+    state: arrays that it takes before the arguments, writes in place and returns before anything else.
+    """
 
     function: Callable[..., Any]
     arguments: Sequence[tuple[Any, ...]]
+    state: list[Any] = field(default_factory=list)
 
 
 def device_seconds(cases: Sequence[Case], repeats: int = 2) -> list[float | None]:
@@ -32,7 +36,7 @@ def device_seconds(cases: Sequence[Case], repeats: int = 2) -> list[float | None
         compiled = list(pool.map(_compiled, range(len(cases)), cases))
     for program, case in zip(compiled, cases, strict=True):
         if program is not None:
-            jax.block_until_ready(program(*case.arguments[0]))
+            jax.block_until_ready(_call(program, case, case.arguments[0]))
     with traced() as events:
         for program, case in zip(compiled, cases, strict=True):
             if program is not None:
@@ -56,8 +60,15 @@ def _run(program: Callable[..., Any], case: Case, repeats: int) -> None:
     last = None
     for _ in range(repeats):
         for arguments in case.arguments:
-            last = program(*arguments)
+            last = _call(program, case, arguments)
     jax.block_until_ready(last)
+
+
+def _call(program: Callable[..., Any], case: Case, arguments: tuple[Any, ...]) -> Any:
+    out = program(*case.state, *arguments)
+    if case.state:
+        case.state[:] = out[: len(case.state)]
+    return out
 
 
 def _name(index: int) -> str:
@@ -70,6 +81,7 @@ def _compiled(index: int, case: Case) -> Callable[..., Any] | None:
 
     function.__name__ = _name(index)
     try:
-        return jax.jit(function).lower(*case.arguments[0]).compile()
+        jitted = jax.jit(function, donate_argnums=range(len(case.state)))
+        return jitted.lower(*case.state, *case.arguments[0]).compile()
     except jax.errors.JaxRuntimeError:  # more shared memory or registers than there are
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,8 +15,10 @@ import numpy as np
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.rope import rotation
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import build_tiles, max_tiles, prefill_attention, tile_rows
+from pallas_kernels.rope_kv_write import HeadWork
 
 DECODE = {
     "256 x 640": [640] * 256,
@@ -80,10 +82,25 @@ class _Attention:
         self.cache = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2)]
 
     def decode(self, lengths: Sequence[int]) -> float:
-        """Seconds of a decode step's attention in one layer."""
-        lens = jnp.asarray(lengths, jnp.int32)
-        arrivals = jnp.zeros((len(lengths), self.config.num_kv_heads), jnp.int32)
-        return self._seconds(paged_attention, len(lengths), self._table(lengths), lens, arrivals)
+        """Seconds of a decode step's attention in one layer, its queries, keys and values made on the way."""
+        config, rows = self.config, len(lengths)
+        lens, table = jnp.asarray(lengths, jnp.int32), self._table(lengths)
+        slots = table[jnp.arange(rows), (lens - 1) // PAGE_SIZE] * PAGE_SIZE + (lens - 1) % PAGE_SIZE
+        arrivals = jnp.zeros((rows, config.num_kv_heads), jnp.int32)
+        turn = rotation(config.rope, lens - 1, lens)
+        work = HeadWork(cos=turn.cos, sin=turn.sin)
+        heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, config.head_dim)
+        options = {"scale": config.head_dim**-0.5, "dtype": jnp.bfloat16, "backend": self.backend}
+
+        def decode(k_pages: jax.Array, v_pages: jax.Array, arrivals: jax.Array, qkv: jax.Array) -> Any:
+            args = (qkv, k_pages, v_pages, slots, table, lens, arrivals, work)
+            out, *written = paged_attention(*args, **options)
+            return *written, out
+
+        state = [*self.cache, arrivals]
+        seconds = _seconds(Case(decode, [(x,) for x in _random(rows, *heads)], state))
+        self.cache = state[:2]
+        return seconds
 
     def prefill(self, lengths: Sequence[int]) -> float:
         """Seconds of the attention of whole prompts in one layer."""
@@ -92,7 +109,10 @@ class _Attention:
         width = max_tiles(tokens, len(counts), rows)
         starts = np.cumsum(counts) - counts
         tiles = build_tiles(np.arange(len(counts)), starts, counts, zeros, rows, width)
-        return self._seconds(prefill_attention, tokens, self._table(lengths), jnp.asarray(tiles))
+        shape = (tokens, self.config.num_heads, self.config.head_dim)
+        rest = (*self.cache, self._table(lengths), jnp.asarray(tiles))
+        function = partial(prefill_attention, scale=self.config.head_dim**-0.5, backend=self.backend)
+        return _seconds(Case(function, [(q, *rest) for q in _random(*shape)]))
 
     def _table(self, lengths: Sequence[int]) -> jax.Array:
         counts = [pages_for(length) for length in lengths]
@@ -102,10 +122,12 @@ class _Attention:
             table[row, :count] = order[end - count : end]
         return jnp.asarray(table)
 
-    def _seconds(self, op: Callable[..., Any], rows: int, *rest: jax.Array) -> float:
-        shape = (rows, self.config.num_heads, self.config.head_dim)
-        function = partial(op, scale=self.config.head_dim**-0.5, backend=self.backend)
-        queries = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(QUERY_SETS)]
-        (seconds,) = device_seconds([Case(function, [(q, *self.cache, *rest) for q in queries])])
-        assert seconds is not None, "an op that the engine compiles must compile here"
-        return seconds
+
+def _random(*shape: int) -> list[jax.Array]:
+    return [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(QUERY_SETS)]
+
+
+def _seconds(case: Case) -> float:
+    (seconds,) = device_seconds([case])
+    assert seconds is not None, "an op that the engine compiles must compile here"
+    return seconds

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,21 @@ import jax.numpy as jnp
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.linear import product
-from lmdeploy_jax.models.tuning import Product
-from pallas_kernels.skinny_gemm import StreamTiling, Tiling, gated_skinny_gemm, skinny_gemm
+from lmdeploy_jax.models.tuning import Product, Tuning
+from pallas_kernels.norm import add_rms_norm
+from pallas_kernels.skinny_gemm import (
+    StreamTiling,
+    Tiling,
+    gated_skinny_gemm,
+    norm_skinny_gemm,
+    skinny_gemm,
+)
 
 TOKENS = (1, 8, 32, 64, 128, 192, 256)
 BEYOND_CACHE = 300 << 20  # bytes of weights that no GPU's cache keeps
 PROGRAMS = (60, 1100)  # of a grid worth trying
 PART_RATE = 3e12  # bytes a second at which the next kernel reads parts, about
+EPS = 1e-5
 LAUNCH = 5e-7  # seconds that one kernel less is worth
 MOSAIC = 3e-6  # what such a call costs in a CUDA graph beyond its kernel; about, by whole decode steps
 BLOCKS = (  # outputs and inner elements of a tile, warps, stages
@@ -29,6 +39,19 @@ BLOCKS = (  # outputs and inner elements of a tile, warps, stages
     (128, 64, 8, 4),
 )
 SPLITS = (1, 2, 4, 7, 8)
+NORM_BLOCKS = (  # of products that norm as well, whose sums are whole: more programs, or deeper
+    *BLOCKS,
+    (16, 128, 4, 6),
+    (16, 256, 4, 5),
+    (32, 64, 4, 8),
+    (32, 128, 4, 6),
+    (32, 128, 4, 8),
+    (32, 256, 4, 4),
+    (64, 128, 4, 6),
+    (64, 256, 4, 3),
+    (128, 128, 8, 3),
+)
+DELTA_PARTS = 4  # in which the product before leaves its sum, about
 STREAMED = (64, 128)  # outputs of a tile
 Way = Tiling | StreamTiling | None  # None: XLA's own
 
@@ -43,54 +66,78 @@ class Shape:
 
     @property
     def weight(self) -> tuple[int, ...]:
-        return (2, self.out, self.inner) if self.kind == "gated" else (self.out, self.inner)
+        return (2, self.out, self.inner) if self.product == "gated" else (self.out, self.inner)
+
+    @property
+    def product(self) -> str:
+        """The kind of the product alone."""
+        return self.kind.removeprefix("norm_")
+
+    @property
+    def normed(self) -> bool:
+        return self.kind != self.product
 
 
 def products(config: DecoderConfig) -> dict[str, Shape]:
-    """The products of a decode step."""
+    """The products of a decode step; those with a norm after the same ones without."""
     heads = config.num_heads * config.head_dim
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
-    return {
+    plain = {
         "qkv": Shape(qkv, hidden, "parts"),
         "o": Shape(hidden, heads, "parts"),
         "gate_up": Shape(inner, hidden, "gated"),
         "down": Shape(hidden, inner, "parts"),
         "head": Shape(config.vocab_size, hidden, "whole"),
     }
+    if not config.pre_norm:
+        return plain
+    return plain | {
+        "norm_qkv": Shape(qkv, hidden, "norm_parts"),
+        "norm_gate_up": Shape(inner, hidden, "norm_gated"),
+    }
 
 
-def tune(shape: Shape) -> list[Product]:
-    """The fastest way for each number of tokens, in bfloat16. Raises ConfigError where there is no GPU."""
+def tune(shape: Shape, known: Tuning) -> list[Product]:
+    """The fastest way for each number of tokens, in bfloat16. Raises ConfigError where there is no GPU.
+
+    `known` says how a product that follows its norm would be done by itself.
+    """
     found = []
-    for tokens, ways in measure(shape).items():
-        known = {way: seconds for way, seconds in ways.items() if seconds is not None}
-        best = min(known, key=lambda way: known[way])
-        times = [round(1e6 * known[way], 2) for way in (best, None)]
+    for tokens, ways in measure(shape, known).items():
+        timed = {way: seconds for way, seconds in ways.items() if seconds is not None}
+        best = min(timed, key=lambda way: timed[way])
+        times = [round(1e6 * timed[way], 2) for way in (best, None)]
         found.append(Product(shape.kind, shape.out, shape.inner, tokens, best, *times))
     return found
 
 
-def measure(shape: Shape) -> dict[int, dict[Way, float | None]]:
+def measure(shape: Shape, known: Tuning) -> dict[int, dict[Way, float | None]]:
     """Seconds of each way for each number of tokens; None for what does not compile."""
     require_gpu()
-    size = 2 * shape.out * shape.inner * (2 if shape.kind == "gated" else 1)
+    size = 2 * shape.out * shape.inner * (2 if shape.product == "gated" else 1)
     keys = jax.random.split(jax.random.key(0), max(2, -(-BEYOND_CACHE // size)))
     weights = [jax.random.normal(key, shape.weight, jnp.bfloat16) for key in keys]
-    ways = [(tokens, way) for tokens in TOKENS for way in [None, *tilings(shape, tokens)]]
+    each = (1,) if shape.normed else TOKENS
+    ways = [(tokens, way) for tokens in each for way in [None, *tilings(shape, tokens)]]
+    apart = known.find(shape.product, (shape.out, shape.inner), 1)
     cases = []
     for tokens, way in ways:
         x = jax.random.normal(keys[0], (tokens, shape.inner), jnp.bfloat16)
-        cases.append(Case(_function(shape, way), [(x, weight) for weight in weights]))
-    measured: dict[int, dict[Way, float | None]] = {tokens: {} for tokens in TOKENS}
+        cases.append(
+            _norm_case(shape, way, apart, x, weights) if shape.normed else _case(shape, way, x, weights)
+        )
+    measured: dict[int, dict[Way, float | None]] = {tokens: {} for tokens in each}
     for (tokens, way), seconds in zip(ways, device_seconds(cases), strict=True):
-        measured[tokens][way] = None if seconds is None else seconds + _beside(shape, way, tokens)
+        if seconds is not None:
+            seconds += _beside_norm(shape, way, apart) if shape.normed else _beside(shape, way, tokens)
+        measured[tokens][way] = seconds
     return measured
 
 
 def tilings(shape: Shape, tokens: int) -> Iterator[Tiling | StreamTiling]:
     """Those worth measuring."""
-    for block_out, block_in, num_warps, num_stages in BLOCKS:
+    for block_out, block_in, num_warps, num_stages in NORM_BLOCKS if shape.normed else BLOCKS:
         for splits in SPLITS if shape.kind == "parts" else (1,):
             programs = -(-shape.out // block_out) * splits
             crowded = shape.kind == "parts" and not PROGRAMS[0] <= programs <= PROGRAMS[1]
@@ -109,12 +156,40 @@ def _is_hopper() -> bool:
     return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 
+def _case(shape: Shape, way: Way, x: jax.Array, weights: list[jax.Array]) -> Case:
+    return Case(_function(shape, way), [(x, weight) for weight in weights])
+
+
+def _norm_case(shape: Shape, way: Way, apart: Way, x: jax.Array, weights: list[jax.Array]) -> Case:
+    """`apart` is the way of the product where `way` is None: a norm and a product."""
+    delta = jax.random.normal(jax.random.key(1), (DELTA_PARTS, *x.shape), jnp.float32)
+    norm = jax.random.normal(jax.random.key(2), x.shape[1:], jnp.bfloat16)
+    arguments = [(delta, norm, weight) for weight in weights]
+    if way is None:
+        multiply = _function(shape, apart)
+
+        def separate(x: jax.Array, delta: jax.Array, norm: jax.Array, weight: jax.Array) -> Any:
+            x, normed = add_rms_norm(x, delta, norm, eps=EPS, backend="pallas")
+            return x, multiply(normed, weight)
+
+        return Case(separate, arguments, [x.copy()])  # written in place, as in a decode step
+    assert isinstance(way, Tiling)
+    gated = shape.product == "gated"
+    dtype, activation = (x.dtype, jax.nn.silu) if gated else (jnp.float32, None)
+    return Case(
+        partial(
+            norm_skinny_gemm, tiling=way, activation=activation, eps=EPS, out_dtype=dtype, backend="pallas"
+        ),
+        [(x, *rest) for rest in arguments],
+    )
+
+
 def _function(shape: Shape, way: Way) -> Callable[..., jax.Array]:
-    if shape.kind == "gated":
+    if shape.product == "gated":
         return _gated(way)
     if isinstance(way, Tiling):
         return lambda x, weight: skinny_gemm(x, weight, way, out_dtype=jnp.float32, backend="pallas")
-    dtype = jnp.float32 if shape.kind == "whole" else None
+    dtype = jnp.float32 if shape.product == "whole" else None
     return lambda x, weight: product(x, weight, out_dtype=dtype)
 
 
@@ -131,8 +206,13 @@ def _gated(way: Way) -> Callable[..., jax.Array]:
 
 def _beside(shape: Shape, way: Way, tokens: int) -> float:
     """Seconds that a way costs elsewhere: parts to be read by the next kernel, one launch more, its kind."""
-    if shape.kind == "parts" and isinstance(way, Tiling):
+    if shape.product == "parts" and isinstance(way, Tiling):
         return tokens * shape.out * (4 * way.splits - 2) / PART_RATE
     if isinstance(way, StreamTiling):
         return MOSAIC
-    return LAUNCH if way is None and shape.kind == "gated" else 0.0
+    return LAUNCH if way is None and shape.product == "gated" else 0.0
+
+
+def _beside_norm(shape: Shape, way: Way, apart: Way) -> float:
+    """The same of a product after its norm, which alone is one launch more."""
+    return _beside(shape, apart, 1) + LAUNCH if way is None else _beside(shape, way, 1)

@@ -127,7 +127,7 @@ def _tune(flags: FlagSet, model: str) -> int:
     path = folder / tuning.file_name(jax.devices()[0].device_kind)
     table = tuning.read(path) if path.exists() else tuning.UNTUNED
     for name, shape in products(_decoder_config(model)).items():
-        found = tune(shape)
+        found = tune(shape, table)
         table = table.merged(tuning.Tuning(tuple(found)))
         for product in found:
             _write({"mode": "tune", "model": model, "product": name, **asdict(product)}, flags["out"])

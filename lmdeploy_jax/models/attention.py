@@ -50,15 +50,21 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: Array, cache: LayerCache, batch: Batch, turn: Rotation | None
-    ) -> tuple[Array, LayerCache]:
-        """x [T, E] -> [T, E] (or parts of it, see `Kernels.product`), cache.
+        self,
+        x: Array,
+        delta: Array | None,
+        norm: RMSNorm | None,
+        cache: LayerCache,
+        batch: Batch,
+        turn: Rotation | None,
+    ) -> tuple[Array, Array, LayerCache]:
+        """`Kernels.add_norm` of the first three, and attention -> x, [T, E] (or parts of it), cache.
 
         `turn` is None in a layer without RoPE.
         """
-        qkv = self.kernels.product(self.qkv, x)  # [(S,) T, KH, G + 2, D]
+        x, qkv = self.kernels.norm_product(self.qkv, x, delta, norm)  # [(S,) T, KH, G + 2, D]
         out, cache = self.kernels.attend(qkv, self._work(turn), cache, batch, self.kind, x.dtype)
-        return (self.kernels.product(self.o, out) if self.added_plainly else self.o(out)), cache
+        return x, (self.kernels.product(self.o, out) if self.added_plainly else self.o(out)), cache
 
     def _work(self, turn: Rotation | None) -> HeadWork:
         cos, sin = (None, None) if turn is None else turn

@@ -30,7 +30,6 @@ class DecoderLayer(nnx.Module):
             size, eps, offset = config.hidden_size, config.norm_eps, config.norm_offset
             return RMSNorm(size, eps, offset, dtype=dtype, axis="embed") if wanted else None
 
-        self.kernels = kernels
         self.residual_multiplier = config.residual_multiplier
         self.attention_norm = norm(config.pre_norm)
         self.attention = Attention(config, window, dtype=dtype, kernels=kernels)
@@ -43,10 +42,9 @@ class DecoderLayer(nnx.Module):
         self, x: Array, delta: Array | None, cache: LayerCache, batch: Batch, turn: Rotation | None
     ) -> tuple[Array, Array, LayerCache]:
         """The residual stream x [T, E] and what the layer before adds to it -> the same, and the cache."""
-        x, normed = self.kernels.add_norm(x, delta, self.attention_norm)
-        out, cache = self.attention(normed, cache, batch, turn)
-        x, normed = self.kernels.add_norm(x, self._scaled(self.attention_post_norm, out), self.mlp_norm)
-        return x, self._scaled(self.mlp_post_norm, self.mlp(normed)), cache
+        x, out, cache = self.attention(x, delta, self.attention_norm, cache, batch, turn)
+        x, out = self.mlp(x, self._scaled(self.attention_post_norm, out), self.mlp_norm)
+        return x, self._scaled(self.mlp_post_norm, out), cache
 
     def _scaled(self, post_norm: RMSNorm | None, out: Array) -> Array:
         out = out if post_norm is None else post_norm(out)

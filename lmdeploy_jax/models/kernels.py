@@ -22,7 +22,13 @@ from pallas_kernels.norm import add_rms_norm
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import prefill_attention, why_not_mosaic
 from pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
-from pallas_kernels.skinny_gemm import StreamTiling, Tiling, gated_skinny_gemm, skinny_gemm
+from pallas_kernels.skinny_gemm import (
+    StreamTiling,
+    Tiling,
+    gated_skinny_gemm,
+    norm_skinny_gemm,
+    skinny_gemm,
+)
 
 Cache = tuple[Array, Array]
 LayerCache = tuple[Array, Array, Array]  # with the counters of decode attention, which all layers share
@@ -96,6 +102,52 @@ class Kernels:
             return None
         return gated_skinny_gemm(x, weight, tiling, activation=activation, backend=self.backend)
 
+    def norm_product(
+        self, linear: Linear, x: Array, delta: Array | None, norm: RMSNorm | None
+    ) -> tuple[Array, Array]:
+        """`add_norm` and `product` -> x, and the product of the normed x."""
+        done = self._norm_product("norm_parts", linear, x, delta, norm, None)
+        if done is None:
+            x, normed = self.add_norm(x, delta, norm)
+            return x, self.product(linear, normed)
+        x, flat = done
+        return x, flat.reshape(1, 1, *linear.weight.shape[:-1])
+
+    def norm_gated_product(
+        self, linear: Linear, x: Array, delta: Array | None, norm: RMSNorm | None, activation: Activation
+    ) -> tuple[Array, Array] | None:
+        """`add_norm` and `gated_product` -> x, and the product; None where they are better separate."""
+        if linear.bias is not None:
+            return None
+        return self._norm_product("norm_gated", linear, x, delta, norm, activation)
+
+    def _norm_product(
+        self,
+        kind: str,
+        linear: Linear,
+        x: Array,
+        delta: Array | None,
+        norm: RMSNorm | None,
+        activation: Activation | None,
+    ) -> tuple[Array, Array] | None:
+        weight = linear.weight[...]
+        flat = weight.reshape(-1, x.shape[1]) if activation is None else weight
+        tiling = self._tiling(kind, flat.shape[-2:], x) if x.dtype == jnp.bfloat16 else None
+        if not isinstance(tiling, Tiling) or x.shape[0] != 1 or delta is None or norm is None:
+            return None
+        return norm_skinny_gemm(
+            x,
+            delta,
+            norm.weight[...],
+            flat,
+            tiling,
+            activation=activation,
+            eps=norm.eps,
+            offset=norm.offset,
+            out_dtype=jnp.float32 if activation is None else x.dtype,
+            backend=self.backend,
+        )
+
     def whole_product(self, x: Array, weight: Array) -> Array:
         """x [T, K] @ weight [N, K]^T -> f32 [T, N]."""
         tiling = self._tiling("whole", weight.shape, x)
@@ -116,7 +168,7 @@ class Kernels:
         kind: AttentionKind,
         dtype: DTypeLike,
     ) -> tuple[Array, LayerCache]:
-        """qkv [(S,) T, KH, G + 2, D] through `rope_kv_write` and attention -> [T, KH, G, D], cache."""
+        """qkv [(S,) T, KH, G + 2, D] into the cache and through attention -> [T, KH, G, D], cache."""
 
         def local(qkv: Array, work: HeadWork, cache: LayerCache, batch: Batch) -> tuple[Array, LayerCache]:
             return self._attend_local(qkv, work, cache, batch, kind, dtype)
@@ -137,17 +189,18 @@ class Kernels:
         kind: AttentionKind,
         dtype: DTypeLike,
     ) -> tuple[Array, LayerCache]:
-        prepare = partial(rope_kv_write, eps=kind.norm_eps, offset=kind.norm_offset, dtype=dtype)
-        k_pages, v_pages, arrivals = cache
-        q, k_pages, v_pages = prepare(qkv, k_pages, v_pages, batch.slots, work, backend=self.backend)
-        arguments = (q.reshape(q.shape[0], -1, q.shape[-1]), k_pages, v_pages, batch.page_table)
+        eps, offset = kind.norm_eps, kind.norm_offset
         options: dict[str, Any] = {"scale": kind.scale, "window": kind.window, "soft_cap": kind.soft_cap}
+        k_pages, v_pages, arrivals = cache
         if batch.tiles is None:
-            rest = (batch.kv_lens, arrivals)
-            out, arrivals = paged_attention(*arguments, *rest, **options, backend=self.backend)
-        else:
-            backend = self._prefill_backend(q, k_pages, kind)
-            out = prefill_attention(*arguments, batch.tiles, **options, backend=backend)
+            decode = partial(paged_attention, eps=eps, offset=offset, dtype=dtype, backend=self.backend)
+            rows = (batch.slots, batch.page_table, batch.kv_lens, arrivals)
+            out, k_pages, v_pages, arrivals = decode(qkv, k_pages, v_pages, *rows, work, **options)
+            return out, (k_pages, v_pages, arrivals)
+        write = partial(rope_kv_write, eps=eps, offset=offset, dtype=dtype, backend=self.backend)
+        q, k_pages, v_pages = write(qkv, k_pages, v_pages, batch.slots, work)
+        arguments = (q.reshape(q.shape[0], -1, q.shape[-1]), k_pages, v_pages, batch.page_table, batch.tiles)
+        out = prefill_attention(*arguments, **options, backend=self._prefill_backend(q, k_pages, kind))
         return out.reshape(q.shape), (k_pages, v_pages, arrivals)
 
     def _prefill_backend(self, q: Array, k_pages: Array, kind: AttentionKind) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,10 +11,11 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from lmdeploy_jax.models.config import DecoderConfig
-from lmdeploy_jax.models.kernels import SECOND, WHOLE, Kernels
+from lmdeploy_jax.models.kernels import SECOND, WHOLE, Activation, Kernels
 from lmdeploy_jax.models.linear import Linear, product
+from lmdeploy_jax.models.norm import RMSNorm
 
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATION_FUNCTIONS: dict[str, Activation] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
@@ -33,14 +33,22 @@ class GatedMLP(nnx.Module):
         self.gate_up = Linear((2, inner), (hidden,), (None, "mlp", "embed"), bias=bias, dtype=dtype)
         self.down = Linear((hidden,), (inner,), ("embed", "mlp"), bias=bias, dtype=dtype)
 
-    def __call__(self, x: Array) -> Array:
-        """x [T, E] -> [T, E], or parts of it (see `Kernels.product`)."""
+    def __call__(self, x: Array, delta: Array | None, norm: RMSNorm | None) -> tuple[Array, Array]:
+        """`Kernels.add_norm` of the arguments, and the MLP -> x, [T, E] (or parts of it)."""
         activation = ACTIVATION_FUNCTIONS[self.activation]
+        done = self.kernels.norm_gated_product(self.gate_up, x, delta, norm, activation)
+        if done is None:
+            x, normed = self.kernels.add_norm(x, delta, norm)
+            done = x, self._inner(normed, activation)
+        x, inner = done
+        return x, (self.kernels.product(self.down, inner) if self.added_plainly else self.down(inner))
+
+    def _inner(self, x: Array, activation: Activation) -> Array:
         inner = self.kernels.gated_product(self.gate_up, x, activation)
-        if inner is None:
-            gate_up = self._gate_up(x)  # [T, 2, I]
-            inner = activation(gate_up[:, 0]) * gate_up[:, 1]
-        return self.kernels.product(self.down, inner) if self.added_plainly else self.down(inner)
+        if inner is not None:
+            return inner
+        gate_up = self._gate_up(x)  # [T, 2, I]
+        return activation(gate_up[:, 0]) * gate_up[:, 1]
 
     def _gate_up(self, x: Array) -> Array:
         if self.kernels.tp == 1:

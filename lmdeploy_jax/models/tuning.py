@@ -19,7 +19,9 @@ class Product:
     """A product of `tokens` rows with a weight of `out` by `inner` elements, and the fastest way to do it.
 
     kind: `parts`, which the next kernel sums, `gated` (`out` by `inner` twice) or `whole`. tiling None: XLA's
-    product. Times are microseconds; xla_us is that of XLA's product.
+    product. Times are microseconds; xla_us is that of XLA's product. `norm_parts` and `norm_gated` are
+    products of one row with the residual addition and the norm before it; tiling None: those are kernels of
+    their own, whose time xla_us is.
     """
 
     kind: str

@@ -1,46 +1,60 @@
-"""Decode attention: one query a sequence against its pages of the KV cache."""
+"""Decode attention: from the qkv product of one new token a sequence to its attention over the KV cache."""
 
 from __future__ import annotations
 
-import jax
+from typing import Any
 
-from pallas_kernels.options import AttentionOptions, check_cache, check_heads
+import jax
+from jax.typing import DTypeLike
+
+from pallas_kernels.options import AttentionOptions, check_sinks
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.registry import check_backend
+from pallas_kernels.rope_kv_write import HeadWork, as_parts
 
 
 def paged_attention(
-    q: jax.Array,
+    qkv: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
+    slots: jax.Array,
     page_table: jax.Array,
     kv_lens: jax.Array,
     arrivals: jax.Array,
+    work: HeadWork,
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    dtype: DTypeLike,
     backend: str,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention of one new token a sequence over its cached keys, its own among them.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`rope_kv_write`, whose arguments qkv, the cache, slots, work, eps, offset and dtype are, and attention.
 
-    q [S, H, D]; k_pages, v_pages [pages, KH, PAGE_SIZE, D]; page_table int32 [S, M], padded with 0; kv_lens
-    int32 [S], tokens in the cache with the new one (0: a row that pads the batch; it comes out as zeros).
-    `window` limits the query at position L-1 to keys at positions above L-1-window; `sinks` f32 [H] adds a
-    logit to each head's softmax denominator (gpt-oss). Softmax in f32. arrivals int32 [S, KH] are counters
-    that are zero between calls and in place where the caller lets go of them: one array serves all layers.
-    Returns [S, H, D] in q's dtype, and the counters. Raises ValueError for shapes or options that do not fit.
+    Each of T sequences attends with its new token to what the cache has of it, the new token included, whose
+    slot is the last one of those that kv_lens counts. page_table int32 [T, M], padded with 0; kv_lens int32
+    [T] (0: a row that pads the batch; it comes out as zeros). `window` limits the query at position L-1 to
+    keys at positions above L-1-window; `sinks` f32 [H] adds a logit to each head's softmax denominator
+    (gpt-oss). Softmax in f32. arrivals int32 [T, KH] are counters that are zero between calls and in place
+    where the caller lets go of them: one array serves all layers.
+    Returns [T, KH, G, D] in `dtype`, the cache with the new tokens, and the counters. In place where the
+    caller donates the cache. Raises ValueError for shapes or options that do not fit.
     """
     check_backend(backend)
-    check_cache(k_pages, v_pages)
-    check_heads(q, k_pages, sinks)
-    if arrivals.shape != (q.shape[0], k_pages.shape[1]):
-        raise ValueError(f"arrivals has shape {arrivals.shape}; it must be {(q.shape[0], k_pages.shape[1])}")
+    parts = as_parts(qkv, k_pages, v_pages, slots, work)
+    tokens, kv_heads = parts.shape[1:3]
+    check_sinks(sinks, kv_heads * (parts.shape[3] - 2))
+    if arrivals.shape != (tokens, kv_heads):
+        raise ValueError(f"arrivals has shape {arrivals.shape}; it must be {(tokens, kv_heads)}")
     options = AttentionOptions(scale, window, soft_cap)
+    arrays = (parts, k_pages, v_pages, slots, page_table, kv_lens)
+    rest: dict[str, Any] = {"eps": eps, "offset": offset, "dtype": dtype}
     if backend == "xla":
-        return xla.paged_attention(q, k_pages, v_pages, page_table, kv_lens, sinks, options), arrivals
+        return *xla.paged_attention(*arrays, work, sinks, options, **rest), arrivals
     from pallas_kernels.paged_attention import pallas  # a CPU does without the import's time
 
-    arrays = (q, k_pages, v_pages, page_table, kv_lens, arrivals, sinks)
-    return pallas.paged_attention(*arrays, options, interpret=backend == "pallas_interpret")
+    interpret = backend == "pallas_interpret"
+    return pallas.paged_attention(*arrays, arrivals, work, sinks, options, **rest, interpret=interpret)

@@ -3,6 +3,10 @@
 Flash-decoding (Dao et al., 2023): each split runs an online softmax over its share of a sequence's own pages.
 The last one of a sequence to arrive merges them by their log-sum-exp; where one reads all pages, there
 is nothing to merge. A tile's rows are the query heads of one KV head.
+
+Each program first makes its queries from the qkv product, and the one with a sequence's newest page the new
+token's key and value. It reads them from memory again, behind a barrier, as it reads all others: to bring
+the registers of one layout into another takes longer. No other program reads that slot of the cache.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 
 from pallas_kernels.blocks import State, add_sink, attend_page, initial_state, load_page, normalised
+from pallas_kernels.heads import HeadRefs, HeadTile
 from pallas_kernels.launch import Launch, launch
 from pallas_kernels.options import MASKED, AttentionOptions
+from pallas_kernels.rope_kv_write.work import HeadWork
 
 MIN_ROWS = 16  # rows of the smallest tensor-core product
 MAX_SPLITS = 32
@@ -34,40 +41,45 @@ class Tuning:
 
 
 def paged_attention(
-    q: jax.Array,
+    parts: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
+    slots: jax.Array,
     page_table: jax.Array,
     kv_lens: jax.Array,
     arrivals: jax.Array,
+    work: HeadWork,
     sinks: jax.Array | None,
     options: AttentionOptions,
     *,
+    eps: float,
+    offset: float,
+    dtype: DTypeLike,
     tuning: Tuning | None = None,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`."""
-    sequences, heads, head_dim = q.shape
-    kv_heads = k_pages.shape[1]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See `pallas_kernels.paged_attention.paged_attention`; parts [S, T, KH, G + 2, D]."""
+    _, tokens, kv_heads, rows, head_dim = parts.shape
     tuning = tuning or _tuning(head_dim, k_pages.dtype)
-    splits = split_count(sequences * kv_heads, page_table.shape[1], tuning.programs)
+    splits = split_count(tokens * kv_heads, page_table.shape[1], tuning.programs)
     how = Launch(
         "paged_attention",
-        (kv_heads, splits, sequences),
+        (kv_heads, splits, tokens),
         tuning.num_warps,
         tuning.num_stages,
-        aliases={0: 0},
+        aliases={0: 0, 1: 1, 2: 2},
     )
+    heads = (tokens, kv_heads, rows - 2)
     out = [
-        jax.ShapeDtypeStruct(arrivals.shape, arrivals.dtype),
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((splits, sequences, heads, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((splits, sequences, heads), jnp.float32),
+        *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (arrivals, k_pages, v_pages)),
+        *[jax.ShapeDtypeStruct((*heads, head_dim), dtype)] * 2,
+        jax.ShapeDtypeStruct((splits, *heads, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((splits, *heads), jnp.float32),
     ]
-    kernel = functools.partial(_kernel, options=options, interpret=interpret)
-    arrays = (arrivals, q, k_pages, v_pages, page_table, kv_lens, sinks)
-    arrivals, attended, *_ = launch(kernel, how, out, *arrays, interpret=interpret)
-    return attended, arrivals
+    kernel = functools.partial(_kernel, options=options, eps=eps, offset=offset, interpret=interpret)
+    arrays = (arrivals, k_pages, v_pages, slots, page_table, kv_lens, sinks, parts, *work.arrays())
+    arrivals, new_k, new_v, attended, *_ = launch(kernel, how, out, *arrays, interpret=interpret)
+    return attended, new_k, new_v, arrivals
 
 
 def _tuning(head_dim: int, dtype: jnp.dtype) -> Tuning:
@@ -84,60 +96,61 @@ def split_count(tiles: int, table_width: int, programs: int) -> int:
 
 def _kernel(
     _arrivals_in: jax.Ref,
-    q_ref: jax.Ref,
-    k_ref: jax.Ref,
-    v_ref: jax.Ref,
+    _k_in: jax.Ref,
+    _v_in: jax.Ref,
+    slots_ref: jax.Ref,
     table_ref: jax.Ref,
     lens_ref: jax.Ref,
     sinks_ref: jax.Ref | None,
-    arrivals_ref: jax.Ref,
-    o_ref: jax.Ref,
-    part_ref: jax.Ref,
-    lse_ref: jax.Ref,
-    *,
+    *refs: jax.Ref,
     options: AttentionOptions,
+    eps: float,
+    offset: float,
     interpret: bool,
 ) -> None:
+    *work, arrivals_ref, k_ref, v_ref, o_ref, q_ref, part_ref, lse_ref = refs
     kv_head, split, sequence = (pl.program_id(axis) for axis in range(3))
-    rows = _HeadRows(q_ref, k_ref)
     pages = _share(lens_ref[sequence], k_ref.shape[2], options)
+    sync = (lambda: None) if interpret else plt.debug_barrier  # between all threads of a program
+    new = HeadTile(HeadRefs(*work), sequence, kv_head, q_ref.dtype, eps, offset)
+    # All loads first. The splits of a sequence write the same queries.
+    values, slot, turned = new.values(), slots_ref[sequence], new.turned()
+    plt.store(q_ref.at[sequence, kv_head, new.row, new.column], turned, mask=new.is_query)
+    new.write(turned, values, k_ref, v_ref, slot, wanted=split == pages.splits - 1)
+    sync()
+    rows = _HeadRows(q_ref)
     state = _attend(q_ref, k_ref, v_ref, table_ref, pages, rows, options)
 
     def finish(state: State) -> None:
         if sinks_ref is not None:
-            state = add_sink(state, plt.load(sinks_ref.at[rows.head], mask=rows.valid, other=0.0))
-        out = normalised(state).astype(o_ref.dtype)
-        plt.store(o_ref.at[sequence, rows.head[:, None], rows.column], out, mask=rows.mask)
+            at = sinks_ref.at[kv_head * new.group + rows.number]
+            state = add_sink(state, plt.load(at, mask=rows.valid, other=0.0))
+        plt.store(o_ref.at[rows.at()], normalised(state).astype(o_ref.dtype), mask=rows.mask)
 
     def hand_in() -> None:
         maximum, denominator, _ = state
         lse = maximum + jnp.log2(jnp.maximum(denominator, 1e-30))
-        at = part_ref.at[split, sequence, rows.head[:, None], rows.column]
-        plt.store(at, normalised(state), mask=rows.mask)
-        plt.store(lse_ref.at[split, sequence, rows.head], lse, mask=rows.valid)
-        if not interpret:
-            plt.debug_barrier()  # all threads have stored before one of them reports it
+        plt.store(part_ref.at[rows.at(split)], normalised(state), mask=rows.mask)
+        plt.store(lse_ref.at[split, *rows.place, rows.number], lse, mask=rows.valid)
+        sync()  # all threads have stored before one of them reports it
         before = plt.atomic_add(arrivals_ref, (sequence, kv_head), jnp.int32(1))
 
         @pl.when(before == pages.splits - 1)
         def _merge() -> None:
             arrivals_ref[sequence, kv_head] = jnp.int32(0)  # as the next layer expects it
-            finish(_merged(part_ref, lse_ref, sequence, pages.splits, rows))
+            finish(_merged(part_ref, lse_ref, pages.splits, rows))
 
     pl.when((split == 0) & (pages.splits == 1))(lambda: finish(state))
     pl.when((split < pages.splits) & (pages.splits > 1))(hand_in)
 
 
-def _merged(
-    part_ref: jax.Ref, lse_ref: jax.Ref, sequence: jax.Array, splits: jax.Array, rows: _HeadRows
-) -> State:
+def _merged(part_ref: jax.Ref, lse_ref: jax.Ref, splits: jax.Array, rows: _HeadRows) -> State:
     """The softmax over what all splits saw: each is like one key, its output the value."""
 
     def step(split: jax.Array, state: State) -> State:
         maximum, denominator, out = state
-        lse = plt.load(lse_ref.at[split, sequence, rows.head], mask=rows.valid, other=MASKED)
-        at = part_ref.at[split, sequence, rows.head[:, None], rows.column]
-        part = plt.load(at, mask=rows.mask, other=0.0)
+        lse = plt.load(lse_ref.at[split, *rows.place, rows.number], mask=rows.valid, other=MASKED)
+        part = plt.load(part_ref.at[rows.at(split)], mask=rows.mask, other=0.0)
         new_maximum = jnp.maximum(maximum, lse)
         decay, weight = jnp.exp2(maximum - new_maximum), jnp.exp2(lse - new_maximum)
         return new_maximum, denominator * decay + weight, out * decay[:, None] + part * weight[:, None]
@@ -148,14 +161,17 @@ def _merged(
 class _HeadRows:
     """The tile of this program's query heads: row i is query head i of the KV head, padded to MIN_ROWS."""
 
-    def __init__(self, q_ref: jax.Ref, k_ref: jax.Ref) -> None:
-        heads, head_dim = q_ref.shape[1:]
-        group = heads // k_ref.shape[1]
-        row = jnp.arange(max(MIN_ROWS, pl.next_power_of_2(group)), dtype=jnp.int32)
-        self.head = pl.program_id(0) * group + row
-        self.valid = row < group
+    def __init__(self, q_ref: jax.Ref) -> None:
+        group, head_dim = q_ref.shape[2:]
+        self.place = pl.program_id(2), pl.program_id(0)
+        self.number = jnp.arange(max(MIN_ROWS, pl.next_power_of_2(group)), dtype=jnp.int32)
+        self.valid = self.number < group
         self.column = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)[None, :]
         self.mask = self.valid[:, None] & (self.column < head_dim)
+
+    def at(self, *first: jax.Array) -> tuple[jax.Array, ...]:
+        """The tile's place in [*first, T, KH, G, D]."""
+        return (*first, *self.place, self.number[:, None], self.column)
 
 
 @dataclass(frozen=True)
@@ -194,8 +210,7 @@ def _attend(
     """The online softmax of this program's heads over its pages."""
     kv_head, sequence = pl.program_id(0), pl.program_id(2)
     page_size = k_ref.shape[2]
-    q = plt.load(q_ref.at[sequence, rows.head[:, None], rows.column], mask=rows.mask, other=0)
-    q = q.astype(k_ref.dtype)
+    q = plt.load(q_ref.at[rows.at()], mask=rows.mask, other=0).astype(k_ref.dtype)
 
     def step(index: jax.Array, state: State) -> State:
         page = table_ref[sequence, index]

@@ -10,7 +10,7 @@ from pallas_kernels.registry import check_backend
 from pallas_kernels.rope_kv_write import xla
 from pallas_kernels.rope_kv_write.work import HeadWork
 
-__all__ = ["HeadWork", "rope_kv_write"]
+__all__ = ["HeadWork", "as_parts", "rope_kv_write"]
 
 
 def rope_kv_write(
@@ -35,9 +35,7 @@ def rope_kv_write(
     In place where the caller donates the cache. Raises ValueError for shapes that do not fit.
     """
     check_backend(backend)
-    check_cache(k_pages, v_pages)
-    parts = qkv if qkv.ndim == 5 else qkv[None]
-    _check_shapes(parts, k_pages, slots, work)
+    parts = as_parts(qkv, k_pages, v_pages, slots, work)
     args = (parts, k_pages, v_pages, slots, work)
     if backend == "xla":
         return xla.rope_kv_write(*args, eps=eps, offset=offset, dtype=dtype)
@@ -48,7 +46,12 @@ def rope_kv_write(
     )
 
 
-def _check_shapes(parts: jax.Array, k_pages: jax.Array, slots: jax.Array, work: HeadWork) -> None:
+def as_parts(
+    qkv: jax.Array, k_pages: jax.Array, v_pages: jax.Array, slots: jax.Array, work: HeadWork
+) -> jax.Array:
+    """qkv as [S, T, KH, G + 2, D]. Raises ValueError for shapes that do not fit."""
+    check_cache(k_pages, v_pages)
+    parts = qkv if qkv.ndim == 5 else qkv[None]
     _, kv_heads, _, head_dim = k_pages.shape
     tokens = slots.shape[0]
     if parts.ndim != 5 or parts.shape[1:3] + parts.shape[4:] != (tokens, kv_heads, head_dim):
@@ -72,3 +75,4 @@ def _check_shapes(parts: jax.Array, k_pages: jax.Array, slots: jax.Array, work: 
             raise ValueError(f"{name} has shape {array.shape}; it must be {shape}")
     if half is not None and 2 * half > head_dim:
         raise ValueError(f"cos and sin rotate {2 * half} elements of heads that have {head_dim}")
+    return parts

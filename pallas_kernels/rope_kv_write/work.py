@@ -22,3 +22,7 @@ class HeadWork:
     k_norm: jax.Array | None = None
     cos: jax.Array | None = None
     sin: jax.Array | None = None
+
+    def arrays(self) -> tuple[jax.Array | None, ...]:
+        """In the order of the fields, as kernels take them."""
+        return self.bias, self.q_norm, self.k_norm, self.cos, self.sin

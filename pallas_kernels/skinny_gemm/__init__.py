@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.typing import DTypeLike
@@ -11,7 +12,7 @@ from pallas_kernels.registry import check_backend
 from pallas_kernels.skinny_gemm import xla
 from pallas_kernels.skinny_gemm.tiling import MAX_TOKENS, StreamTiling, Tiling
 
-__all__ = ["MAX_TOKENS", "StreamTiling", "Tiling", "gated_skinny_gemm", "skinny_gemm"]
+__all__ = ["MAX_TOKENS", "StreamTiling", "Tiling", "gated_skinny_gemm", "norm_skinny_gemm", "skinny_gemm"]
 
 
 def skinny_gemm(
@@ -58,6 +59,48 @@ def gated_skinny_gemm(
     from pallas_kernels.skinny_gemm import pallas  # a CPU does without the import's time
 
     return pallas.gated_skinny_gemm(x, weight, tiling, activation, interpret=backend == "pallas_interpret")
+
+
+def norm_skinny_gemm(
+    x: jax.Array,
+    delta: jax.Array,
+    norm: jax.Array,
+    weight: jax.Array,
+    tiling: Tiling,
+    *,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    eps: float,
+    offset: float = 0.0,
+    out_dtype: DTypeLike,
+    backend: str,
+) -> tuple[jax.Array, jax.Array]:
+    """`add_rms_norm` of one row, whose arguments x, delta, norm, eps and offset are, and a product with it.
+
+    -> the new x [1, K], and [1, N] in `out_dtype`: that of the normed x with weight [N, K] or, with an
+    `activation`, `gated_skinny_gemm` with weight [2, N, K]. `tiling.splits` is 1. The norm's scale is applied
+    to the product; float16 might not hold what is not normed. Raises ValueError for shapes that do not fit.
+    """
+    check_backend(backend)
+    halves = weight[None] if activation is None else weight
+    parts = delta if delta.ndim == 3 else delta[None]
+    if x.shape[0] != 1 or parts.shape[1:] != x.shape or norm.shape != x.shape[1:]:
+        raise ValueError(
+            f"x {x.shape}, delta {delta.shape} and norm {norm.shape} do not fit: they must be [1, K], [1, K] "
+            "or [S, 1, K], and [K]"
+        )
+    if halves.ndim != 3 or halves.shape[0] != (1 if activation is None else 2) or tiling.splits != 1:
+        raise ValueError(
+            f"weight {weight.shape} must be [N, K], or [2, N, K] with an activation, and splits, "
+            f"{tiling.splits}, 1"
+        )
+    _check(x, halves.shape[1:], tiling)
+    rest: dict[str, Any] = {"eps": eps, "offset": offset, "out_dtype": out_dtype}
+    if backend == "xla":
+        return xla.norm_skinny_gemm(x, parts, norm, halves, activation, **rest)
+    from pallas_kernels.skinny_gemm import normed  # a CPU does without the import's time
+
+    interpret = backend == "pallas_interpret"
+    return normed.norm_skinny_gemm(x, parts, norm, halves, tiling, activation, **rest, interpret=interpret)
 
 
 def _check(x: jax.Array, weight: tuple[int, ...], tiling: Tiling | StreamTiling) -> None:

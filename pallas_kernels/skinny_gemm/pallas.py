@@ -28,7 +28,7 @@ def skinny_gemm(
 ) -> jax.Array:
     """See `pallas_kernels.skinny_gemm.skinny_gemm`."""
     (tokens, _), outputs = x.shape, weight.shape[0]
-    how = _launch("skinny_gemm", outputs, tiling)
+    how = launch_of("skinny_gemm", outputs, tiling)
     out = jax.ShapeDtypeStruct((tiling.splits, tokens, outputs), out_dtype)
     return launch(functools.partial(_kernel, tiling=tiling), how, out, x, weight, interpret=interpret)
 
@@ -43,30 +43,29 @@ def gated_skinny_gemm(
 ) -> jax.Array:
     """See `pallas_kernels.skinny_gemm.gated_skinny_gemm`."""
     (tokens, _), outputs = x.shape, weight.shape[1]
-    how = _launch("gated_skinny_gemm", outputs, tiling)
+    how = launch_of("gated_skinny_gemm", outputs, tiling)
     kernel = functools.partial(_gated_kernel, tiling=tiling, activation=activation)
     return launch(
         kernel, how, jax.ShapeDtypeStruct((tokens, outputs), x.dtype), x, weight, interpret=interpret
     )
 
 
-def _launch(name: str, outputs: int, tiling: Tiling) -> Launch:
+def launch_of(name: str, outputs: int, tiling: Tiling) -> Launch:
+    """A program a tile of outputs and part."""
     grid = (pl.cdiv(outputs, tiling.block_out), tiling.splits)
     return Launch(name, grid, tiling.num_warps, tiling.num_stages)
 
 
 def _kernel(x_ref: jax.Ref, weight_ref: jax.Ref, out_ref: jax.Ref, *, tiling: Tiling) -> None:
-    split, tile = pl.program_id(1), _Tile(x_ref, out_ref.shape[2], tiling)
+    split, tile = pl.program_id(1), WeightTile(x_ref.shape[0], out_ref.shape[2], tiling)
     share = x_ref.shape[1] // tiling.splits
 
     def step(index: jax.Array, total: jax.Array) -> jax.Array:
         inner = split * share + index * tiling.block_in
-        return total + dot(tile.weight(weight_ref, inner), tile.x(x_ref, inner).T)
+        return total + dot(tile.read(weight_ref, inner), tile.x(x_ref, inner).T)
 
     total = lax.fori_loop(0, share // tiling.block_in, step, tile.zeros())
-    plt.store(
-        out_ref.at[split, tile.token[None, :], tile.out[:, None]], total.astype(out_ref.dtype), mask=tile.mask
-    )
+    plt.store(out_ref.at[split, *tile.place], total.astype(out_ref.dtype), mask=tile.mask)
 
 
 def _gated_kernel(
@@ -77,32 +76,42 @@ def _gated_kernel(
     tiling: Tiling,
     activation: Callable[[jax.Array], jax.Array],
 ) -> None:
-    tile = _Tile(x_ref, out_ref.shape[1], tiling)
+    tile = WeightTile(x_ref.shape[0], out_ref.shape[1], tiling)
 
     def step(index: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         inner = index * tiling.block_in
         x = tile.x(x_ref, inner).T
-        gate, up = (dot(tile.weight(weight_ref, inner, half), x) for half in range(2))
+        gate, up = (dot(tile.read(weight_ref, inner, half), x) for half in range(2))
         return totals[0] + gate, totals[1] + up
 
     steps = x_ref.shape[1] // tiling.block_in
     gate, up = lax.fori_loop(0, steps, step, (tile.zeros(), tile.zeros()))
-    # Rounded where the separate operations round.
-    gate, up = (half.astype(out_ref.dtype).astype(jnp.float32) for half in (gate, up))
-    inner = (activation(gate).astype(out_ref.dtype).astype(jnp.float32) * up).astype(out_ref.dtype)
-    plt.store(out_ref.at[tile.token[None, :], tile.out[:, None]], inner, mask=tile.mask)
+    plt.store(out_ref.at[tile.place], gated(gate, up, activation, out_ref.dtype), mask=tile.mask)
 
 
-class _Tile:
+def gated(
+    gate: jax.Array, up: jax.Array, activation: Callable[[jax.Array], jax.Array], dtype: jnp.dtype
+) -> jax.Array:
+    """activation(gate) * up, rounded where the separate operations round."""
+    gate, up = (half.astype(dtype).astype(jnp.float32) for half in (gate, up))
+    return (activation(gate).astype(dtype).astype(jnp.float32) * up).astype(dtype)
+
+
+class WeightTile:
     """The outputs and tokens of this program."""
 
-    def __init__(self, x_ref: jax.Ref, outputs: int, tiling: Tiling) -> None:
-        self.tokens, self.outputs, self.block_in = x_ref.shape[0], outputs, tiling.block_in
+    def __init__(self, tokens: int, outputs: int, tiling: Tiling) -> None:
+        self.tokens, self.outputs, self.block_in = tokens, outputs, tiling.block_in
         rows = max(MIN_ROWS, pl.next_power_of_2(self.tokens))
         self.token = jnp.arange(rows, dtype=jnp.int32)
         self.out = pl.program_id(0) * tiling.block_out + jnp.arange(tiling.block_out, dtype=jnp.int32)
         self.whole = outputs % tiling.block_out == 0
         self.mask = (self.out < outputs)[:, None] & (self.token < self.tokens)[None, :]
+
+    @property
+    def place(self) -> tuple[jax.Array, jax.Array]:
+        """In [T, N]."""
+        return self.token[None, :], self.out[:, None]
 
     def zeros(self) -> jax.Array:
         return jnp.zeros(self.mask.shape, jnp.float32)
@@ -116,7 +125,7 @@ class _Tile:
         inside = jnp.broadcast_to((self.token < self.tokens)[:, None], (self.token.size, self.block_in))
         return plt.load(at, mask=inside, other=0)
 
-    def weight(self, ref: jax.Ref, inner: jax.Array, *half: int) -> jax.Array:
+    def read(self, ref: jax.Ref, inner: jax.Array, *half: int) -> jax.Array:
         """The weight's elements from `inner` on, [block_out, block_in]."""
         column = inner + jnp.arange(self.block_in, dtype=jnp.int32)
         at = ref.at[(*half, self.out[:, None], column[None, :])]

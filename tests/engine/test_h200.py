@@ -7,7 +7,7 @@ import pytest
 from tests.engine.h200 import LAYERS, WANTED
 from tests.pallas_kernels.h200 import reports_of
 
-MOST_LAUNCHES = {"decode": 6 + 8 * LAYERS, "ragged": 8 + 9 * LAYERS}
+MOST_LAUNCHES = {"decode": 6 + 7 * LAYERS, "ragged": 8 + 9 * LAYERS}
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def program():
         hidden, caches = decoder(caches, batch)
         return decoder.logits(hidden), caches
 
-    def counting(qkv, *rest, real=kernels.rope_kv_write, **options):
+    def counting(qkv, *rest, real=kernels.paged_attention, **options):
         traced.append(qkv.shape)
         return real(qkv, *rest, **options)
 
@@ -55,7 +55,7 @@ def program():
     batch = Batch(row, row, row, row, table, row)
     caches = ((jax.ShapeDtypeStruct(CACHE, jnp.float32),) * 2,) * LAYERS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "rope_kv_write", counting)
+        patch.setattr(kernels, "paged_attention", counting)
         lowered = jax.jit(step, donate_argnums=1).lower(tuple(skeleton.specs.values()), caches, batch)
     return len(traced), lowered.compile().as_text()
 

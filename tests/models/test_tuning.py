@@ -11,6 +11,7 @@ from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.tuning import Product, Tuning
 from pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
@@ -91,3 +92,37 @@ def test_rows_that_cannot_be_streamed_are_left_to_xla(kernels, outputs, done):
     linear = filled(Linear((2, outputs), (128,), (None,) * 3, bias=False, dtype=jnp.bfloat16))
     out = kernels.gated_product(linear, jnp.ones((5, 128), jnp.bfloat16), jax.nn.silu)
     assert (out is not None) == done
+
+
+NORMED = Tuning(
+    (
+        Product("norm_parts", 96, 128, 1, Tiling(32, 32, 1, 4, 2), 1.0, 2.0),
+        Product("norm_gated", 96, 128, 1, Tiling(32, 32, 1, 4, 2), 1.0, 2.0),
+    )
+)
+
+
+@pytest.mark.parametrize(("tokens", "parts", "tuned"), [(1, 2, True), (1, 0, True), (3, 2, False)])
+def test_a_norm_is_part_of_its_product_for_one_row(tokens, parts, tuned):
+    fused, separate = (Kernels("pallas_interpret", tuning=table) for table in (NORMED, Tuning()))
+    qkv = filled(Linear((3, 32), (128,), (None,) * 3, bias=False, dtype=jnp.bfloat16))
+    gate_up = filled(Linear((2, 96), (128,), (None,) * 3, bias=False, dtype=jnp.bfloat16))
+    norm = RMSNorm(128, 1e-5, 1.0, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (tokens, 128), jnp.bfloat16)
+    delta = jax.random.normal(jax.random.key(2), (parts, *x.shape) if parts else x.shape, jnp.bfloat16)
+    (added, got), (wanted, want) = (k.norm_product(qkv, x, delta, norm) for k in (fused, separate))
+    assert got.shape == ((1, 1, 3, 32) if tuned else want.shape)
+    same(added, wanted)
+    same(got.reshape(want.shape), want)
+    done = fused.norm_gated_product(gate_up, x, delta, norm, jax.nn.silu)
+    assert (done is not None) == tuned
+    assert fused.norm_gated_product(gate_up, x, None, norm, jax.nn.silu) is None  # the first layer
+    if done is not None:
+        gate, up = jnp.moveaxis(gate_up(separate.add_norm(x, delta, norm)[1]), 1, 0)
+        same(done[0], wanted)
+        same(done[1], jax.nn.silu(gate) * up)
+
+
+def same(got: jax.Array, want: jax.Array) -> None:
+    got, want = (np.asarray(array, np.float32) for array in (got, want))
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-2

@@ -49,12 +49,13 @@ class Program:
 
 
 def decode_step(model: Model, layers: int) -> Program:
-    """What precedes attention, and decode attention, layer after layer."""
+    """Decode attention, with what precedes it, layer after layer."""
 
     def step(caches: list, x: jax.Array, slots: jax.Array, table: jax.Array, lens: jax.Array) -> tuple:
-        def attend(x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def attend(qkv: jax.Array, k: jax.Array, v: jax.Array, work: HeadWork) -> tuple:
             zeros = jnp.zeros((SEQUENCES, model.kv_heads), jnp.int32)
-            return paged_attention(x, k, v, table, lens, zeros, **model.options(), backend="pallas")[0]
+            arrays = (qkv, k, v, slots, table, lens, zeros, work)
+            return paged_attention(*arrays, **model.options(), dtype=model.dtype, backend="pallas")[:3]
 
         return _layers(model, caches, x, slots, attend)
 
@@ -65,8 +66,10 @@ def prefill_step(model: Model, layers: int) -> Program:
     """What precedes attention, and prefill attention, layer after layer."""
 
     def step(caches: list, x: jax.Array, slots: jax.Array, table: jax.Array, tiles: jax.Array) -> tuple:
-        def attend(x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return prefill_attention(x, k, v, table, tiles, **model.options(), backend="pallas")
+        def attend(qkv: jax.Array, k: jax.Array, v: jax.Array, work: HeadWork) -> tuple:
+            q, k, v = rope_kv_write(qkv, k, v, slots, work, dtype=model.dtype, backend="pallas")
+            q = q.reshape(x.shape)
+            return prefill_attention(q, k, v, table, tiles, **model.options(), backend="pallas"), k, v
 
         return _layers(model, caches, x, slots, attend)
 
@@ -83,7 +86,7 @@ def as_on_h200() -> Iterator[None]:
 
 
 def _layers(
-    model: Model, caches: list, x: jax.Array, slots: jax.Array, attend: Callable[..., jax.Array]
+    model: Model, caches: list, x: jax.Array, slots: jax.Array, attend: Callable[..., tuple]
 ) -> tuple[list, jax.Array]:
     group, written = model.heads // model.kv_heads, []
     half = model.head_dim // 2
@@ -92,10 +95,8 @@ def _layers(
         rows = x.reshape(-1, model.kv_heads, group, model.head_dim)
         qkv = jnp.concatenate([rows, rows[:, :, :2]], axis=2) if group > 1 else rows.repeat(3, axis=2)
         work = HeadWork(qkv[0], norm, norm, jnp.cos(angle), jnp.sin(angle))
-        q, k_pages, v_pages = rope_kv_write(
-            qkv, k_pages, v_pages, slots, work, dtype=model.dtype, backend="pallas"
-        )
-        x = x + attend(q.reshape(x.shape), k_pages, v_pages)
+        out, k_pages, v_pages = attend(qkv, k_pages, v_pages, work)
+        x = x + out.reshape(x.shape)
         written.append((k_pages, v_pages))
     return written, x
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
+from pallas_kernels.rope_kv_write import HeadWork
 
 PAGE_SIZE = 64
 LENGTHS = (
@@ -91,6 +92,28 @@ class PagedBatch:
         """Full softmax of q [H, D] at `position` of sequence `row` -> [H, D]."""
         return np.stack([self._head(q[head], row, position, head) for head in range(q.shape[0])])
 
+    def qkv(self, q: np.ndarray) -> np.ndarray:
+        """q [S, H, D] with k and v of each sequence's newest token -> [S, KH, G + 2, D]."""
+        heads = q.reshape(len(q), self.shape.kv_heads, self.shape.group, self.shape.head_dim)
+        newest = [
+            [tokens[-1] if len(tokens) else np.zeros_like(heads[0, :, 0]) for tokens in cached]
+            for cached in (self.keys, self.values)
+        ]
+        return np.concatenate([heads, *(np.stack(tokens)[:, :, None] for tokens in newest)], axis=2)
+
+    def newest_slots(self) -> np.ndarray:
+        """Where each sequence's newest token is; in padding rows what pads, by turns 0 and -1."""
+        positions = np.maximum(self.lengths - 1, 0)
+        pages = np.take_along_axis(self.table, positions[:, None] // PAGE_SIZE, axis=1)[:, 0]
+        padding = -(np.arange(len(positions)) % 2)
+        return np.where(self.lengths, pages * PAGE_SIZE + positions % PAGE_SIZE, padding).astype(np.int32)
+
+    def without(self, pages: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """The cache with NaN in those slots."""
+        pages = pages.copy()
+        pages[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = np.nan
+        return pages
+
     def device(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Float arrays in the case's dtype, the others as they are."""
         return [jnp.asarray(x, self.shape.dtype if x.dtype == np.float32 else x.dtype) for x in arrays]
@@ -114,21 +137,26 @@ class PagedBatch:
 
 
 def decode_case(
-    op: Callable[..., jax.Array], batch: PagedBatch, backend: str
+    op: Callable[..., tuple[jax.Array, ...]], batch: PagedBatch, backend: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(output, reference) of decode attention over the batch."""
+    """(output, reference) of decode attention, which puts the newest tokens into the cache itself."""
+    shape = batch.shape
     q = batch.queries(len(batch.lengths))
-    zeros = np.zeros((len(batch.lengths), batch.shape.kv_heads), np.int32)
-    arrays = batch.device(q, batch.k_pages, batch.v_pages, batch.table, batch.lengths, zeros)
-    attend = _jitted(op, batch, backend)
-    _, counters = attend(*arrays)
-    out, counters = attend(*arrays[:-1], counters)  # as the next layer does
+    slots, qkv = batch.newest_slots(), batch.qkv(q)
+    before = [batch.without(pages, slots) for pages in (batch.k_pages, batch.v_pages)]
+    zeros = np.zeros((len(batch.lengths), shape.kv_heads), np.int32)
+    attend = _jitted(op, batch, backend, work=HeadWork(), dtype=shape.dtype)
+    rest = (slots, batch.table, batch.lengths)
+    *_, counters = attend(*batch.device(qkv, *before, *rest, zeros))
+    out, *written, counters = attend(*batch.device(qkv, *before, *rest), counters)  # as the next layer does
     assert not np.any(counters), "counters are not zero after a call"
+    for pages, complete in zip(written, (batch.k_pages, batch.v_pages), strict=True):
+        np.testing.assert_array_equal(np.asarray(pages, np.float32)[1:], complete[1:])
     expected = np.zeros(q.shape)
     for row, length in enumerate(batch.lengths):
         if length:
             expected[row] = batch.reference(q[row], row, length - 1)
-    return np.asarray(out, np.float64), expected
+    return np.asarray(out, np.float64).reshape(q.shape), expected
 
 
 def prefill_case(
@@ -156,6 +184,9 @@ def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
 
 
-def _jitted(op: Callable[..., jax.Array], batch: PagedBatch, backend: str) -> Callable[..., jax.Array]:
+def _jitted(
+    op: Callable[..., jax.Array], batch: PagedBatch, backend: str, **more: object
+) -> Callable[..., jax.Array]:
     sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
-    return jax.jit(lambda *arrays: op(*arrays, **batch.shape.options, sinks=sinks, backend=backend))
+    options = batch.shape.options | more
+    return jax.jit(lambda *arrays: op(*arrays, **options, sinks=sinks, backend=backend))

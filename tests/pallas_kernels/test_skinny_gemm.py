@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.skinny_gemm import MAX_TOKENS, Tiling, gated_skinny_gemm, skinny_gemm
+from pallas_kernels.skinny_gemm import MAX_TOKENS, Tiling, gated_skinny_gemm, norm_skinny_gemm, skinny_gemm
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
 SMALL = [  # tokens, outputs, inner, tiling; outputs that fill no block, tokens that fill no tile
@@ -61,6 +61,42 @@ def test_gated(backend, tokens, outputs, inner, tiling, dtype):
     assert error(got, sigmoid_times(gate) * up) < TOLERANCE[dtype]
 
 
+NORMED = [  # outputs, inner, parts (0: delta is whole), offset, tiling
+    (96, 256, 4, 0.0, Tiling(64, 64, 1, 4, 3)),
+    (100, 128, 1, 1.0, Tiling(32, 32, 1, 4, 2)),
+    (64, 512, 0, 0.0, Tiling(16, 256, 1, 4, 3)),
+]
+LARGE_NORMED = [
+    (6144, 4096, 4, 0.0, Tiling(32, 128, 1, 4, 6)),
+    (14336, 4096, 2, 0.0, Tiling(64, 128, 1, 4, 3)),
+]
+NORMED_CASES = [("pallas_interpret", *case) for case in NORMED]
+NORMED_GPU = [pytest.param("pallas", *case, marks=pytest.mark.gpu) for case in NORMED + LARGE_NORMED]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("backend", "outputs", "inner", "parts", "offset", "tiling"), [*NORMED_CASES, *NORMED_GPU], ids=str
+)
+def test_with_the_norm_before_it(backend, outputs, inner, parts, offset, tiling, dtype, gated):
+    shapes = (1, inner), (inner,), (2, outputs, inner) if gated else (outputs, inner)
+    x, norm, weight = drawn(backend, dtype, *shapes)
+    (delta,) = drawn(backend, "float32" if parts else dtype, (parts, 1, inner) if parts else (1, inner))
+    options = {"eps": 1e-5, "offset": offset, "out_dtype": dtype}
+    options["activation"] = jax.nn.silu if gated else None
+    arrays = (x, delta, norm, (weight / inner**0.5).astype(dtype))
+    (added, got), (wanted, separate) = (
+        norm_skinny_gemm(*arrays, tiling, **options, backend=b) for b in (backend, "xla")
+    )
+    assert error(added, np.asarray(wanted, np.float64)) < TOLERANCE[dtype]
+    row, norm, weight = (np.asarray(array, np.float64) for array in (wanted, norm, arrays[3]))
+    want = weight @ (row[0] / np.sqrt((row**2).mean() + 1e-5) * (norm + offset))
+    want = sigmoid_times(want[0]) * want[1] if gated else want
+    # No further from the truth than the separate operations, which round more often.
+    assert error(got, want[None]) < 1.2 * error(separate, want[None]) + TOLERANCE["float32"]
+
+
 def test_what_does_not_fit_is_refused():
     x, weight, tiling = jnp.zeros((2, 96)), jnp.zeros((8, 96)), Tiling(64, 64, 1, 4, 2)
     with pytest.raises(ValueError, match="96 elements cannot be cut"):
@@ -76,4 +112,12 @@ def test_what_does_not_fit_is_refused():
             Tiling(32, 16, 2, 4, 2),
             activation=jax.nn.silu,
             backend="pallas_interpret",
+        )
+    with pytest.raises(ValueError, match=r"x \(2, 96\), delta \(2, 96\) and norm \(96,\) do not fit"):
+        norm_skinny_gemm(
+            x, x, x[0], weight, Tiling(8, 32, 1, 4, 2), eps=1e-5, out_dtype="float32", backend="xla"
+        )
+    with pytest.raises(ValueError, match=r"splits, 3, 1"):
+        norm_skinny_gemm(
+            x[:1], x[:1], x[0], weight, Tiling(8, 32, 3, 4, 2), eps=1e-5, out_dtype="float32", backend="xla"
         )

@@ -1,0 +1,137 @@
+"""A token's heads inside a Pallas kernel: from the qkv product to what attention and the cache take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.norm.pallas import inverse_rms, weigh
+
+
+@dataclass(frozen=True)
+class HeadRefs:
+    """The qkv product, f32 or whole [S, T, KH, G + 2, D], and the arrays of a `HeadWork`."""
+
+    parts: jax.Ref
+    bias: jax.Ref | None
+    q_norm: jax.Ref | None
+    k_norm: jax.Ref | None
+    cos: jax.Ref | None
+    sin: jax.Ref | None
+
+
+@dataclass(frozen=True)
+class HeadTile:
+    """One token's heads of one KV head, [rows, D padded]: query heads, then a row for the token's k or v.
+
+    They are rounded to `dtype` where the operations of the XLA path round.
+    """
+
+    refs: HeadRefs
+    token: jax.Array
+    kv_head: jax.Array
+    dtype: jnp.dtype
+    eps: float
+    offset: float
+
+    @property
+    def group(self) -> int:
+        """Query heads, and the number of the token's row."""
+        return self.refs.parts.shape[3] - 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.refs.parts.shape[4]
+
+    @property
+    def row(self) -> jax.Array:
+        return jnp.arange(pl.next_power_of_2(self.group + 1), dtype=jnp.int32)[:, None]
+
+    @property
+    def column(self) -> jax.Array:
+        return jnp.arange(pl.next_power_of_2(self.head_dim), dtype=jnp.int32)[None, :]
+
+    @property
+    def is_query(self) -> jax.Array:
+        """Which elements are those of query heads."""
+        return (self.row < self.group) & (self.column < self.head_dim)
+
+    def turned(self) -> jax.Array:
+        """q in the query heads' rows and k in the token's, with bias, norm and rotation."""
+        plain = self._queries_and_key(self.column)
+        scale = inverse_rms(plain.astype(jnp.float32), self.head_dim, self.eps)
+        heads = self._norm(scale, plain, self.column)
+        cos_ref, sin_ref = self.refs.cos, self.refs.sin
+        if cos_ref is None or sin_ref is None:
+            return heads
+        partner = _partner(self.column, cos_ref.shape[1])
+        partners = self._norm(scale, self._queries_and_key(partner), partner)
+        return self._rotate(heads, partners, cos_ref, sin_ref)
+
+    def values(self) -> jax.Array:
+        """v in the token's row, with its bias."""
+        return self._read(self.row + 1, self.column, self.row == self.group)
+
+    def write(
+        self,
+        turned: jax.Array,
+        values: jax.Array,
+        k_pages: jax.Ref,
+        v_pages: jax.Ref,
+        slot: jax.Array,
+        wanted: jax.Array | bool = True,
+    ) -> None:
+        """k and v into a slot of the cache [pages, KH, P, D], unless it is negative or not `wanted`."""
+        page_size = k_pages.shape[2]
+        # The token's row alone is stored; others have places of their own, which interpret mode rewrites.
+        place = lax.rem(slot + page_size + self.row - self.group, page_size)
+        mask = (self.row == self.group) & (self.column < self.head_dim) & (slot >= 0) & wanted
+        for pages, heads in ((k_pages, turned), (v_pages, values)):
+            at = pages.at[lax.div(slot, page_size), self.kv_head, place, self.column]
+            plt.store(at, heads.astype(pages.dtype), mask=mask)
+
+    def _queries_and_key(self, column: jax.Array) -> jax.Array:
+        return self._read(self.row, column, self.row <= self.group)
+
+    def _read(self, row: jax.Array, column: jax.Array, wanted: jax.Array) -> jax.Array:
+        """Rows of the qkv product with their bias."""
+        mask = wanted & (self.column < self.head_dim)
+        parts = [
+            plt.load(self.refs.parts.at[part, self.token, self.kv_head, row, column], mask=mask, other=0)
+            for part in range(self.refs.parts.shape[0])
+        ]
+        heads = sum(parts[1:], parts[0]).astype(self.dtype)
+        if self.refs.bias is None:
+            return heads
+        bias = plt.load(self.refs.bias.at[self.kv_head, row, column], mask=mask, other=0)
+        return (heads.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+    def _norm(self, scale: jax.Array, heads: jax.Array, column: jax.Array) -> jax.Array:
+        q_ref, k_ref = self.refs.q_norm, self.refs.k_norm
+        if q_ref is None or k_ref is None:
+            return heads
+        inside = self.column < self.head_dim
+        q_weight, k_weight = (plt.load(ref.at[column], mask=inside, other=0) for ref in (q_ref, k_ref))
+        weight = jnp.where(self.row < self.group, q_weight, k_weight)
+        return weigh(heads.astype(jnp.float32) * scale, weight, self.offset, heads.dtype)
+
+    def _rotate(self, heads: jax.Array, partners: jax.Array, cos_ref: jax.Ref, sin_ref: jax.Ref) -> jax.Array:
+        half, column = cos_ref.shape[1], self.column
+        first = column < half
+        # As wide as the heads: the compiler would bring those into the layout of a single row.
+        angle = jnp.broadcast_to(jnp.where(first, column, column - half), heads.shape)
+        turns = (column < 2 * half) & (self.row <= self.group)
+        cos = plt.load(cos_ref.at[self.token, angle], mask=turns, other=1.0)
+        sin = plt.load(sin_ref.at[self.token, angle], mask=turns, other=0.0)
+        sin = jnp.where(first, -sin, sin)
+        return (heads.astype(jnp.float32) * cos + partners.astype(jnp.float32) * sin).astype(heads.dtype)
+
+
+def _partner(column: jax.Array, half: int) -> jax.Array:
+    """The element that each one is rotated with; itself where nothing rotates."""
+    return jnp.where(column < half, column + half, jnp.where(column < 2 * half, column - half, column))
