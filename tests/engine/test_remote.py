@@ -1,4 +1,4 @@
-"""The engine in a process of its own answers as the one in this process does, and neither outlives the other."""
+"""The engine in a process of its own answers as one in this process does, and neither outlives the other."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def test_answers_equal_those_of_an_engine_in_this_process(local, remote, params)
 
 
 def test_logits_and_hidden_states_cross(local, remote):
-    outs = [generate(e, PROMPTS[:1], logits="all", hidden="all", max_new_tokens=4)[0][0] for e in (local, remote)]
+    outs = [
+        generate(e, PROMPTS[:1], logits="all", hidden="all", max_new_tokens=4)[0][0] for e in (local, remote)
+    ]
     for name in ("logits", "hidden"):
         here, there = (np.concatenate([getattr(out, name) for out in r.outputs]) for r in outs)
         np.testing.assert_array_equal(here, there)
@@ -119,7 +121,13 @@ def test_a_grammar_is_compiled_again_on_the_other_side(remote):
 
 
 def test_what_cannot_be_served_is_refused_by_submit(local, remote):
-    for bad, params in (([], {}), ([5] * 512, {}), ([5, 2560], {}), ([5], {"n": 9}), ([5], {"ngram_size": 2000})):
+    for bad, params in (
+        ([], {}),
+        ([5] * 512, {}),
+        ([5, 2560], {}),
+        ([5], {"n": 9}),
+        ([5], {"ngram_size": 2000}),
+    ):
         errors = []
         for engine in (local, remote):
             with pytest.raises(RequestError) as caught:
@@ -255,7 +263,7 @@ def test_errors_of_the_start_are_raised_here(build, kind, text):
 
 
 def test_a_checkpoint_that_is_none(tmp_path):
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match="config"):
         RemoteEngine(tmp_path, progress=False)
 
 
@@ -298,7 +306,9 @@ def test_a_parent_that_is_killed_leaves_no_orphan(tmp_path, when):
     script = tmp_path / "parent.py"
     script.write_text(ORPHAN)
     with subprocess.Popen(
-        [sys.executable, str(script), when], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}
+        [sys.executable, str(script), when],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
     ) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"begun\n"
