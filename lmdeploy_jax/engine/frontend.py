@@ -61,7 +61,10 @@ class Frontend:
 
     @classmethod
     def over(
-        cls, engine: EngineBase, template: ChatTemplateConfig | str | None, max_log_len: int | None = None
+        cls,
+        engine: EngineBase,
+        template: ChatTemplateConfig | str | None = None,
+        max_log_len: int | None = None,
     ) -> Frontend:
         """An engine with its checkpoint's tokenizer, and the template that is named, or its own.
 
