@@ -48,8 +48,15 @@ WITHOUT_JAX = (
     "lmdeploy_jax.guided",
     "lmdeploy_jax.cache.pages",
     "lmdeploy_jax.cache.prefix",
+    "lmdeploy_jax.engine.base",
+    "lmdeploy_jax.engine.facts",
+    "lmdeploy_jax.engine.frontend",
+    "lmdeploy_jax.engine.remote",
     "lmdeploy_jax.engine.request",
     "lmdeploy_jax.engine.scheduler",
+    "lmdeploy_jax.engine.wire",
+    "lmdeploy_jax.engine.worker",
+    "lmdeploy_jax.server",
 )
 TRAINING = "lmdeploy_jax.assets."  # makes the embedded model; nothing at run time imports it
 ENVIRONMENT_READERS = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.engine.answer import OutputOptions
 from lmdeploy_jax.engine.base import EngineBase
-from lmdeploy_jax.engine.output import OutputProcessor, Sink
+from lmdeploy_jax.engine.output import Flush, OutputProcessor, Sink
 from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import EngineError
@@ -61,7 +61,10 @@ class Frontend:
 
     @classmethod
     def over(
-        cls, engine: EngineBase, template: ChatTemplateConfig | str | None, max_log_len: int | None = None
+        cls,
+        engine: EngineBase,
+        template: ChatTemplateConfig | str | None = None,
+        max_log_len: int | None = None,
     ) -> Frontend:
         """An engine with its checkpoint's tokenizer, and the template that is named, or its own.
 
@@ -93,19 +96,28 @@ class Frontend:
         return self.tokenizer.encode(text, add_special_tokens=not complete)
 
     def submit(
-        self, prompt: list[int], config: GenerationConfig, sink: Sink, *, index: int = 0, stream: bool = True
+        self,
+        prompt: list[int],
+        config: GenerationConfig,
+        sink: Sink,
+        *,
+        index: int = 0,
+        stream: bool = True,
+        flush: Flush | None = None,
     ) -> int:
         """Start `config.n` answers; returns the request's id.
 
-        `sink` is called on a worker's thread: with pieces if `stream`, else with each complete answer. Each
-        of the `n` answers ends with one finish_reason. Raises `RequestError` and `EngineError`, and then
+        `sink` is called on a worker's thread: with pieces if `stream`, else with each complete answer, and
+        then `flush`, once for all the pieces that came together. Each of the `n` answers ends with one
+        finish_reason. Raises `RequestError` and `EngineError`, and then
         calls no sink. A `response_format` is compiled here, on the caller's thread.
         """
         ends = stops(config, self.limits)
         grammar = None if config.response_format is None else self._grammars.compile(config.response_format)
         params = sampling_params(config, prompt, self.limits, ends.ids, grammar)
         options = OutputOptions(config, ends, stream, index)
-        request = Request(prompt, params, self._outputs.listener(prompt, options, sink), stream)
+        listener = self._outputs.listener(prompt, options, sink, flush)
+        request = Request(prompt, params, listener, stream)
         if logger.isEnabledFor(REQUEST):
             text = shortened(self.tokenizer.decode(prompt, skip_special_tokens=False), self._max_log_len)
             ids = shortened(prompt, self._max_log_len)

@@ -19,6 +19,7 @@ from lmdeploy_jax.text.tokenizer import Tokenizer
 logger = logging.getLogger("lmdeploy_jax")
 
 Sink = Callable[[Response], None]  # called on the worker's thread; must not block
+Flush = Callable[[], None]  # called there after each batch of pieces
 Abort = Callable[[int, int | None], None]  # (request id, which of its sequences)
 
 
@@ -36,10 +37,14 @@ class OutputProcessor:
         self._thread.start()
 
     def listener(
-        self, prompt: Sequence[int], options: OutputOptions, sink: Sink
+        self, prompt: Sequence[int], options: OutputOptions, sink: Sink, flush: Flush | None = None
     ) -> Callable[[StepOutput], None]:
-        """A request's `on_output`. Each answer reaches `sink` as pieces, the last with a finish_reason."""
-        return _Listener(self, prompt, options, sink).receive
+        """A request's `on_output`. Each answer reaches `sink` as pieces, the last with a finish_reason.
+
+        A `flush` that several requests share is called once for all of their pieces that come together, so
+        that their reader does not wake up, and contend for the interpreter, at the first of them.
+        """
+        return _Listener(self, prompt, options, sink, flush).receive
 
     @property
     def caught_up(self) -> bool:
@@ -62,6 +67,15 @@ class OutputProcessor:
             going = self._take(outs)
             for (listener, _), joined in outs.items():
                 listener.process(joined.whole())
+            for flush in {listener.flush for listener, _ in outs}:
+                self._flush(flush)
+
+    def _flush(self, flush: Flush | None) -> None:
+        try:
+            if flush is not None:
+                flush()
+        except Exception:
+            logger.exception("a reader of answers failed")
 
     def _take(self, outs: defaultdict[tuple[_Listener, int], _Joined]) -> bool:
         """Everything that waits, by sequence; sleeps if nothing does. False once closed."""
@@ -80,8 +94,14 @@ class _Listener:
     """A request's answers, and where they are told."""
 
     def __init__(
-        self, processor: OutputProcessor, prompt: Sequence[int], options: OutputOptions, sink: Sink
+        self,
+        processor: OutputProcessor,
+        prompt: Sequence[int],
+        options: OutputOptions,
+        sink: Sink,
+        flush: Flush | None,
     ) -> None:
+        self.flush = flush
         self._processor = processor
         self._sink = sink
         self._answers = [
@@ -136,14 +156,15 @@ class _Joined:
     They are taken in one by one: thousands that wait would be walked by Python's garbage collector.
     """
 
+    __slots__ = ("_out", "_rows")
+
     def __init__(self) -> None:
         self._out: StepOutput | None = None
-        self._logits: list[Any] = []
-        self._hidden: list[Any] = []
+        self._rows: tuple[list[Any], list[Any]] | None = None  # of logits and hidden states, where asked for
 
     def add(self, out: StepOutput) -> None:
-        self._logits += [] if out.logits is None else [out.logits]
-        self._hidden += [] if out.hidden is None else [out.hidden]
+        if out.logits is not None or out.hidden is not None:
+            self._add_rows(out)
         first, self._out = self._out, out
         if first is not None:
             first.token_ids += out.token_ids
@@ -153,8 +174,15 @@ class _Joined:
             out.prompt_logprobs = out.prompt_logprobs or first.prompt_logprobs
             out.cached_tokens = max(first.cached_tokens, out.cached_tokens)
 
+    def _add_rows(self, out: StepOutput) -> None:
+        self._rows = self._rows or ([], [])
+        for rows, new in zip(self._rows, (out.logits, out.hidden), strict=True):
+            rows.extend([] if new is None else [new])
+
     def whole(self) -> StepOutput:
         assert self._out is not None
-        self._out.logits = np.concatenate(self._logits) if self._logits else None
-        self._out.hidden = np.concatenate(self._hidden) if self._hidden else None
+        if self._rows is not None:
+            logits, hidden = self._rows
+            self._out.logits = np.concatenate(logits) if logits else None
+            self._out.hidden = np.concatenate(hidden) if hidden else None
         return self._out

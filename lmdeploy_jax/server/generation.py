@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,22 +26,22 @@ class Job:
 
 
 class Mailroom:
-    """Brings pieces from the engine's side to the event loop: one wake-up for all that wait."""
+    """Brings pieces from the engine's side to the event loop: one wake-up for all that come together."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._pieces: deque[tuple[Generation, Response]] = deque()
-        self._called = False
 
     def post(self, generation: Generation, piece: Response) -> None:
-        """Called on the engine's side."""
+        """Called on the engine's side; `flush` must follow."""
         self._pieces.append((generation, piece))
-        if not self._called:
-            self._called = True
+
+    def flush(self) -> None:
+        """Called on the engine's side after one or several pieces."""
+        with suppress(RuntimeError):  # the loop has ended, and with it everyone who reads
             self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        self._called = False  # before looking: a piece that comes now calls again
         while self._pieces:
             generation, piece = self._pieces.popleft()
             generation.deliver(piece)
@@ -84,7 +85,9 @@ class Generation:
     def _submit(self, prepare: Callable[[], Sequence[Job]], stream: bool) -> int:
         jobs = prepare()
         for index, job in enumerate(jobs):
-            request = self._frontend.submit(job.prompt, job.config, self._sink, index=index, stream=stream)
+            request = self._frontend.submit(
+                job.prompt, job.config, self._sink, index=index, stream=stream, flush=self._mailroom.flush
+            )
             self._requests.append(request)
             if self._closed:  # meanwhile, by a client that has gone; `close` may have missed this one
                 self.abort()

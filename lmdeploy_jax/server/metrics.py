@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, generate_latest
+import prometheus_client
+from prometheus_client import CollectorRegistry, Info, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lmdeploy_jax.messages import Response
+from lmdeploy_jax.server.counts import Counter, Histogram
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.base import EngineBase
@@ -65,9 +67,7 @@ class Metrics:
         self.succeeded = 0
         self.failed = 0
         self.received = 0
-        self.prompts = 0  # tokens
-        self.cached = 0
-        self._reasons = Counter(
+        self._reasons = prometheus_client.Counter(
             PREFIX + "request_success",
             "answers by how they ended",
             [*LABELS, "finished_reason"],
@@ -80,11 +80,14 @@ class Metrics:
         self.hit_ratios = self._histogram("request_cache_hit_ratio", "share of cached prompt tokens", ratios)
 
     def _counter(self, name: str, about: str) -> Counter:
-        return Counter(PREFIX + name, about, LABELS, registry=self.registry).labels(**self._labels)
+        made = Counter(PREFIX + name, about, self._labels)
+        self.registry.register(made)
+        return made
 
     def _histogram(self, name: str, about: str, buckets: Iterable[float]) -> Histogram:
-        made = Histogram(PREFIX + name, about, LABELS, registry=self.registry, buckets=tuple(buckets))
-        return made.labels(**self._labels)
+        made = Histogram(PREFIX + name, about, self._labels, buckets)
+        self.registry.register(made)
+        return made
 
     def _info(self, engine: EngineBase) -> None:
         info = Info(PREFIX + "backend_config", "the engine's configuration", registry=self.registry)
@@ -129,17 +132,15 @@ class Meter:
                 self._see_prompt(piece)
         else:
             metrics.seconds_between.observe(now - last)
-        metrics.generation_tokens.inc(piece.generate_token_len - count)
+        metrics.generation_tokens.value += piece.generate_token_len - count
         self._last[key] = (now, piece.generate_token_len)
         if piece.finish_reason is not None:
             self._see_end(piece, now - self._first[key], now)
 
     def _see_prompt(self, piece: Response) -> None:
         metrics = self._metrics
-        metrics.prompts += piece.input_token_len
-        metrics.cached += piece.cached_tokens
-        metrics.prompt_tokens.inc(piece.input_token_len)
-        metrics.cached_tokens.inc(piece.cached_tokens)
+        metrics.prompt_tokens.value += piece.input_token_len
+        metrics.cached_tokens.value += piece.cached_tokens
         metrics.prompt_lengths.observe(piece.input_token_len)
         metrics.cached_lengths.observe(piece.cached_tokens)
         metrics.hit_ratios.observe(piece.cached_tokens / max(piece.input_token_len, 1))
@@ -186,7 +187,7 @@ class _Gauges(Collector):
             (
                 "prefix_cache_hit_rate",
                 "share of prompt tokens from the cache",
-                metrics.cached / max(metrics.prompts, 1),
+                metrics.cached_tokens.value / max(metrics.prompt_tokens.value, 1),
             ),
             ("num_preemptions", "sequences that gave way and were computed again", stats.preemptions),
             ("engine_sleeping", "1 while the engine sleeps", engine.sleeping),

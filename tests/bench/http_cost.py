@@ -1,6 +1,9 @@
-"""What HTTP costs: tokens/s of 64 streams through the server and through the pipeline, in the same process.
+"""What HTTP costs: tokens/s of 64 streams through the server, and of a pipeline over the engine itself.
 
-python -m tests.bench.http_cost [--streams N] [--seconds S]
+python -m tests.bench.http_cost [--streams N]
+
+The server is as `serve` runs it, with the engine in a process of its own. The pipeline has its engine in its
+own process, which has ended before the server starts: a GPU holds one of them.
 """
 
 from __future__ import annotations
@@ -12,8 +15,12 @@ import multiprocessing
 import random
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import closing
 
-from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline, pipeline
+from lmdeploy_jax import GenerationConfig, JaxEngineConfig, pipeline
+from lmdeploy_jax.engine.frontend import Frontend
+from lmdeploy_jax.engine.remote import RemoteEngine
 from tests.server.live import serving
 
 ROUNDS = 3
@@ -25,13 +32,20 @@ def prompts(count: int) -> list[str]:
     return [" ".join(rnd.choices(["one", "two", "red", "cat", "sea"], k=12)) for _ in range(count)]
 
 
-def offline(pipe: Pipeline, streams: int) -> float:
-    """Tokens a second of the pipeline on the whole work."""
-    config = GenerationConfig(max_new_tokens=TOKENS, ignore_eos=True)
-    begun = time.perf_counter()
-    answers = pipe.infer(prompts(streams * 4), config)
-    assert isinstance(answers, list)
-    return sum(a.generate_token_len for a in answers) / (time.perf_counter() - begun)
+def offline(streams: int) -> list[float]:
+    """Tokens a second of the pipeline on the whole work, in each round."""
+    config, found = GenerationConfig(max_new_tokens=TOKENS, ignore_eos=True), []
+    with pipeline("tiny-chat", engine_config(streams), progress=False) as pipe:
+        for _ in range(ROUNDS):
+            begun = time.perf_counter()
+            answers = pipe.infer(prompts(streams * 4), config)
+            assert isinstance(answers, list)
+            found.append(sum(a.generate_token_len for a in answers) / (time.perf_counter() - begun))
+    return found
+
+
+def engine_config(streams: int) -> JaxEngineConfig:
+    return JaxEngineConfig(max_batch_size=streams)
 
 
 async def stream(port: int, prompt: str) -> int:
@@ -75,27 +89,26 @@ async def online(port: int, streams: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=64)
     streams = parser.parse_args().streams
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        pipeline("tiny-chat", JaxEngineConfig(max_batch_size=64), progress=False) as pipe,
-        serving(pipe.frontend) as live,
-        spawn.Pool(1) as pool,
-    ):
+    through_pipeline = in_own_process(offline, streams)
+    engine = RemoteEngine("tiny-chat", engine_config(streams), progress=False)
+    with closing(Frontend.over(engine)) as frontend, serving(frontend) as live:
         port = int(live.url.rsplit(":", 1)[1])
-        through_http, through_pipeline = [], []
-        for _ in range(ROUNDS):
-            through_pipeline.append(offline(pipe, streams))
-            through_http.append(pool.apply(run_online, (port, streams)))
-        a, b = statistics.median(through_http), statistics.median(through_pipeline)
-        print(json.dumps({"http": round(a), "pipeline": round(b), "share": round(a / b, 3)}))
+        through_http = in_own_process(run_online, port, streams)
+    a, b = statistics.median(through_http), statistics.median(through_pipeline)
+    print(json.dumps({"http": round(a), "pipeline": round(b), "share": round(a / b, 3)}))
 
 
-def run_online(port: int, streams: int) -> float:
-    """In a process of its own, so that the clients take no time of the server's interpreter."""
-    return asyncio.run(online(port, streams))
+def in_own_process(work: Callable[..., list[float]], *args: int) -> list[float]:
+    """Its result. So the clients take no time of the server's interpreter."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, args)
+
+
+def run_online(port: int, streams: int) -> list[float]:
+    return [asyncio.run(online(port, streams)) for _ in range(ROUNDS)]
 
 
 if __name__ == "__main__":

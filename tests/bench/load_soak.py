@@ -1,8 +1,9 @@
 """Load with clients that hang up: python -m tests.bench.load_soak [--streams 64] [--seconds 60]
 
 Closed-loop clients stream chat answers from the embedded model; one in five goes away in the middle. Everyone
-else must get the pipeline's own text, in order and to its end. Prints one JSON line: answers, errors, tokens
-a second, memory a third of the way through and at the end, and pages that did not come back.
+else must get the pipeline's own text, in order and to its end. The engine runs in a process of its own, as
+under `serve`. Prints one JSON line: answers, errors, tokens a second, memory of both processes a third of the
+way through and at the end, and pages that did not come back.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from dataclasses import asdict, dataclass, field
 
 import psutil
 
-from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline, pipeline
+from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
+from lmdeploy_jax.engine.base import EngineBase
+from lmdeploy_jax.engine.frontend import Frontend
+from lmdeploy_jax.engine.remote import RemoteEngine
 from tests.server.live import LiveServer, serving, wait_until
 
 TOKENS = 48
@@ -108,12 +112,17 @@ def _request(prompt: str) -> bytes:
     return "".join(f"{line}\r\n" for line in (*lines, "")).encode() + body
 
 
-def leftovers(live: LiveServer, pipe: Pipeline) -> int:
+def leftovers(live: LiveServer, engine: EngineBase) -> int:
     """Pages in use once nothing runs any more."""
-    scheduler = pipe.frontend.engine.scheduler
-    wait_until(lambda: not live.service.running and not scheduler.has_work)
-    scheduler.check_integrity()
-    return int(scheduler.cache.pool.used)
+    wait_until(lambda: not (live.service.running or engine.stats.running or engine.stats.waiting))
+    return engine.stats.pages_used
+
+
+def memory() -> int:
+    """Bytes that this process and the engine's hold."""
+    process = psutil.Process()
+    engine = next(p for p in process.children() if "spawn_main" in " ".join(p.cmdline()))
+    return int(process.memory_info().rss + engine.memory_info().rss)
 
 
 def main() -> None:
@@ -122,8 +131,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     args = parser.parse_args()
     config = JaxEngineConfig(max_batch_size=args.streams)
+    engine = RemoteEngine("tiny-chat", config, progress=False)
     with (
-        pipeline("tiny-chat", config, progress=False) as pipe,
+        Pipeline.over(Frontend.over(engine)) as pipe,
         serving(pipe.frontend) as live,
         multiprocessing.get_context("spawn").Pool(1) as pool,
     ):
@@ -131,17 +141,16 @@ def main() -> None:
         pool.apply(clients, (port, args.streams, 2.0, texts))  # warms up
         found = pool.apply_async(clients, (port, args.streams, args.seconds, texts))
         time.sleep(args.seconds / 3)
-        process = psutil.Process()
-        early = process.memory_info().rss
+        early = memory()
         tally = found.get()
-        late = process.memory_info().rss
+        late = memory()
         figures = asdict(tally) | {
             "seconds": round(tally.seconds, 2),
             "errors": len(tally.errors),
             "first_errors": tally.errors[:3],
             "tokens_s": round(tally.tokens / tally.seconds),
             "memory_mb": [round(early / 1e6), round(late / 1e6)],
-            "pages_left": leftovers(live, pipe),
+            "pages_left": leftovers(live, engine),
         }
         print(json.dumps(figures))
 

@@ -11,4 +11,5 @@ def test_streams_beside_clients_that_hang_up(live, pipe):
     assert not tally.errors
     assert tally.answered >= STREAMS
     assert tally.hung_up
-    assert leftovers(live, pipe) == 0
+    assert leftovers(live, pipe.frontend.engine) == 0
+    pipe.frontend.engine.scheduler.check_integrity()

@@ -73,9 +73,8 @@ class AnswerParser:
             text = self.mode.read(text)
 
     def _drain(self) -> list[Event]:
-        events = merge(self.events)
-        self.events.clear()
-        return events
+        events, self.events[:] = self.events[:], []  # the list is a block's too
+        return merge(events) if len(events) > 1 else events
 
 
 class _Mode(Protocol):
