@@ -106,7 +106,7 @@ def run(target: Target, jobs: Sequence[Job], arrivals: Arrivals) -> tuple[float,
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Python's garbage collector would stop the clock for up to a tenth of a second, as what arrived piles up."""
+    """Python's garbage collector would stop the clock for up to a tenth of a second, as arrivals pile up."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

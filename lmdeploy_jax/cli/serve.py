@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import sys
 from contextlib import closing
@@ -58,6 +57,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
     options = ServerOptions(**{field.name: flags[field.name] for field in fields(ServerOptions)})
     config = engine_config(flags)
 
+    from lmdeploy_jax.engine import collector
     from lmdeploy_jax.server.run import Server
     from lmdeploy_jax.server.service import Service
 
@@ -65,8 +65,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
     signal.signal(signal.SIGTERM, _exit)
     with closing(_frontend(model, config, flags)) as frontend:
         server = Server(Service(frontend, options, model))
-        gc.collect()
-        gc.freeze()  # what is there now stays: the collector need not walk it again, between two tokens
+        collector.settle()
         print(f"Serving {server.service.models[0]} at {server.address}", flush=True)
         server.run()
     return 0

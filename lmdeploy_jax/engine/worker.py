@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import queue
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.engine import collector
 from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.request import Request, StepOutput
 from lmdeploy_jax.engine.wire import (
@@ -66,8 +66,7 @@ def run(connection: Connection, build: Build, level: int) -> None:
     except BaseException as error:
         connection.send_bytes(dumps(Failed(_explained(error))))
         return
-    gc.collect()
-    gc.freeze()  # what is there now stays: the collector need not walk it again, between two tokens
+    collector.settle()
     Worker(engine, connection).serve()
 
 
