@@ -27,7 +27,7 @@ class JaxEngineConfig:
     eager_mode: compile each program when it is first needed, not all ahead: quick to start, slow at first.
     decode_steps: decode steps dispatched at once while no request waits. More than 1 spares the host, which
         limits small models, and brings tokens in bursts of that size. None: 4 for models below 4 GB a GPU,
-        or 64 MB on a CPU, else 1.
+        else 1.
     compile_cache_dir: where compiled programs are kept between runs; None is the user's cache folder, "" is
         off.
     """

@@ -23,7 +23,7 @@ HELP = {
     "cache_block_seq_len": "tokens a page of the KV cache; the kernels are written for 64",
     "enable_prefix_caching": "reuse the KV cache of prompts that begin alike",
     "max_prefill_token_num": "most prompt tokens in one step; without it chosen by device",
-    "decode_steps": "steps at once while no request waits; without it 4 for small models, else 1",
+    "decode_steps": "steps at once while no request waits; without it 4 for small models on GPUs, else 1",
     "eager_mode": "compile each program when a step first needs it instead of all at the start",
     "backend": "kernels; auto picks by device, turbomind and pytorch are aliases of pallas and xla",
     "revision": "branch, tag or commit on the Hugging Face hub",

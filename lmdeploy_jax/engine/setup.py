@@ -38,8 +38,7 @@ from pallas_kernels.prefill_attention import tile_rows
 from pallas_kernels.registry import why_not
 
 log = logging.getLogger("lmdeploy_jax")
-# Bytes of weights a device below which a step ends before the host has the next, or waits for a core.
-HOST_BOUND = {"cpu": 64e6, "gpu": 4e9}
+HOST_BOUND = 4e9  # bytes of weights a device below which a GPU's step ends before the host has the next
 DEFAULTS = {"cpu": (32, 256), "gpu": (256, 8192)}  # sequences, tokens a step
 
 
@@ -154,8 +153,7 @@ def _decode_steps(config: JaxEngineConfig, model: LoadedModel, mesh: Mesh) -> in
     if config.decode_steps is not None:
         return config.decode_steps
     weights = sum(leaf.nbytes for leaf in model.leaves) / mesh.devices.size
-    kind = "cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"
-    return 4 if weights < HOST_BOUND[kind] else 1
+    return 4 if mesh.devices.flat[0].platform != "cpu" and weights < HOST_BOUND else 1
 
 
 def _buckets(config: JaxEngineConfig, platform: str, steps: int) -> Buckets:

@@ -46,12 +46,13 @@ def speed(pipe: Pipeline, prompts: list[str], config: GenerationConfig) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--decode_steps", type=int, help="as in JaxEngineConfig")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     prompts = [f"What is {i} + 30?" for i in range(args.requests)]
-    with Pipeline("tiny-chat", JaxEngineConfig(), progress=False) as pipe:
+    with Pipeline("tiny-chat", JaxEngineConfig(decode_steps=args.decode_steps), progress=False) as pipe:
         counter = CompileCounter()
         for sampled in (False, True):
             found: dict[str, list[float]] = {name: [] for name in FORMATS}
