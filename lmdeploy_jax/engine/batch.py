@@ -108,8 +108,9 @@ class StepPacker:
         )
 
     def head_layout(self, rows: int) -> Layout:
-        row = (rows,)
-        return Layout(rows=row, slots=row, step=row, **dict.fromkeys((*FLOATS, *INTS), row))
+        row, flag = (rows,), (1,)
+        flags = {"changed": flag, "reshapes": flag}  # see `steps.head_any`
+        return Layout(rows=row, slots=row, step=row, **dict.fromkeys((*FLOATS, *INTS), row), **flags)
 
     # -- host side ----------------------------------------------------------------------------------------
 
@@ -138,7 +139,8 @@ class StepPacker:
         """A step that draws `count` tokens for each sequence, which count as drawn already."""
         flat, field = self.drawing_layout(rows).empty()
         self._put_decode(field, chunks)
-        self._put_params(field, [c.sequence.num_generated - count for c in chunks])
+        if draw is Draw.SAMPLE:  # nothing else reads them
+            self._put_params(field, [c.sequence.num_generated - count for c in chunks])
         field["draw"][:], field["count"][:] = draw, count
         return flat
 
@@ -178,9 +180,12 @@ class StepPacker:
         )
         return flat
 
-    def pack_head(self, drawn: Seq[tuple[Sequence, int]], rows: int) -> np.ndarray:
+    def pack_head(
+        self, drawn: Seq[tuple[Sequence, int]], rows: int, *, changed: bool = False, reshapes: bool = False
+    ) -> np.ndarray:
         """`drawn`: sequences with the row of hidden states that each samples from."""
         flat, field = self.head_layout(rows).empty()
+        field["changed"][:], field["reshapes"][:] = changed, reshapes
         n = len(drawn)
         field["rows"][:n] = [row for _, row in drawn]
         field["slots"][:] = self.max_batch_size

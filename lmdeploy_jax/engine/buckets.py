@@ -37,7 +37,7 @@ def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) ->
     tokens = max(max_tokens, max_batch_size)
     if platform == "cpu":
         decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
-        return Buckets(decode, sampling, _ladder(32, tokens, 8), True, steps)
+        return Buckets(decode, sampling, _ladder(32, tokens, 4), True, steps)
     sizes = (size for size in GPU_DECODE if size < max_batch_size)
     sampling = _ladder(1, max_batch_size, 8)
     return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), False, steps)

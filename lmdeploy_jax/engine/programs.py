@@ -32,7 +32,7 @@ class ProgramBuilder:
 
     def all(self) -> dict[Key, Program]:
         """Lean buckets do without programs that another one can stand in for at a small price: one draws in
-        every way of a decode step, once or several times, and the full head samples for everyone.
+        every way of a decode step, once or several times, and one is every head.
         """
         made: dict[Key, Program] = {}
         lean = self.buckets.lean
@@ -45,11 +45,12 @@ class ProgramBuilder:
             if self.buckets.steps > 1:
                 made["steps_greedy", rows] = self._decode_drawing(rows, self.buckets.steps, sampled=False)
                 made["steps_sample", rows] = self._decode_drawing(rows, self.buckets.steps, sampled=True)
-        for rows in self.buckets.sampling if lean else self.buckets.decode:
             made["greedy", rows] = self._head(steps.head_greedy, rows)
         for rows in self.buckets.sampling:
-            if not lean:
-                made["sample", rows] = self._head(steps.head_sample, rows, self._mask(rows))
+            if lean:
+                made["head", rows] = self._head_any(rows)
+                continue
+            made["sample", rows] = self._head(steps.head_sample, rows, self._mask(rows))
             made["logits", rows] = self._head_logits(rows)
             made["full", rows] = self._head_full(rows)
         for tokens in self.buckets.tokens:
@@ -111,6 +112,15 @@ class ProgramBuilder:
         flat, mask = self._ints(layout.size), self._mask(rows)
         args = (logits, logits, self._pending, self._history, flat, mask)
         return Program(partial(steps.head_full, layout), args, self._replicated, donate=(2, 3))
+
+    def _head_any(self, rows: int) -> Program:
+        layout = self.packer.head_layout(rows)
+        changed = self._spec((rows, self.model.config.vocab_size), jnp.float32)
+        state = (self._pending, self._history, self._ints(layout.size), self._mask(rows))
+        function = partial(steps.head_any, self.model.merge, layout)
+        return Program(
+            function, (self._leaves, self._rows, changed, *state), self._replicated, donate=(3, 4)
+        )
 
     # -- rows that are reported on, and state -------------------------------------------------------------
 

@@ -73,6 +73,7 @@ class Runner:
         self._history: Any = None  # allocated with the first request that needs it
         self._biased: set[int] = set()  # slots whose bias row is not zero
         self._open: dict[int, Any] = {}  # by rows: masks on the device that allow everything
+        self._no_logits: dict[int, Any] = {}  # by rows: logits on the device that nobody reads
 
     # -- device memory, given back and taken again ---------------------------------------------------------
 
@@ -199,16 +200,20 @@ class Runner:
     # -- sampling -----------------------------------------------------------------------------------------
 
     def _draw(self, draws: Draws, rows: Any) -> Drawn:
-        head, lean = _head(draws), self.buckets.lean
-        if head is Head.FULL or (head is Head.SAMPLE and lean):
+        head = _head(draws)
+        if self.buckets.lean:
+            return self._draw_any(draws, rows, head)
+        if head is Head.FULL:
             return self._draw_full(draws, rows)
-        sizes = self.buckets.decode if head is Head.GREEDY and not lean else self.buckets.sampling
-        size = fit(sizes, len(draws))
-        flat = self.packer.pack_head(draws, size)
+        if head is Head.GREEDY:
+            size = fit(self.buckets.decode, len(draws))
+            args = (self.leaves, rows, self._pending, self.packer.pack_head(draws, size))
+            tokens, self._pending = self._run("greedy", size, *args)
+            return _started(draws, tokens)
+        size = fit(self.buckets.sampling, len(draws))
         errors: dict[Sequence, Exception] = {}
-        masks = [self._mask(draws, size, errors)] if head is Head.SAMPLE else []
-        name = head.name.lower()
-        tokens, self._pending = self._run(name, size, self.leaves, rows, self._pending, flat, *masks)
+        args = (self.leaves, rows, self._pending, self.packer.pack_head(draws, size))
+        tokens, self._pending = self._run("sample", size, *args, self._mask(draws, size, errors))
         return _started(draws, tokens, errors)
 
     def _draw_full(self, draws: Draws, rows: Any) -> Drawn:
@@ -225,6 +230,28 @@ class Runner:
             "full", size, raw, logits, self._pending, self._history, flat, self._mask(draws, size, errors)
         )
         return _started(draws, tokens, errors, packed=True)
+
+    def _draw_any(self, draws: Draws, rows: Any, head: Head) -> Drawn:
+        size, full = fit(self.buckets.sampling, len(draws)), head is Head.FULL
+        host = any(sequence.params.needs_host for sequence, _ in draws)
+        flat = self.packer.pack_head(draws, size, changed=host, reshapes=full)
+        errors: dict[Sequence, Exception] = {}
+        changed = self._unchanged(size)
+        if host:
+            changed = np.zeros(changed.shape, np.float32)
+            raw = self._logits_of(rows, [row for _, row in draws])
+            changed[: len(draws)], errors = change_logits(raw, [sequence for sequence, _ in draws])
+        self._need_history()
+        if full:
+            self._lift_early_ban(draws)
+        state = (self._pending, self._history, flat, self._mask(draws, size, errors))
+        tokens, self._pending, self._history = self._run("head", size, self.leaves, rows, changed, *state)
+        return _started(draws, tokens, errors, packed=True)
+
+    def _unchanged(self, size: int) -> Any:
+        if size not in self._no_logits:
+            self._no_logits[size] = self._put(np.zeros((size, self._vocab_size), np.float32))
+        return self._no_logits[size]
 
     def _mask(self, draws: Draws, size: int, errors: dict[Sequence, Exception]) -> Any:
         """What the grammars of the call allow, i32 [size, words]; tells which of them have failed."""
@@ -283,6 +310,11 @@ class Runner:
         padded[: len(index)] = index
         return self._run("take", hidden.shape[0], hidden, padded)
 
+    def _logits_of(self, rows: Any, index: Seq[int]) -> np.ndarray:
+        """f32 [N, V] of these rows."""
+        parts = [index[i : i + REPORT_ROWS] for i in range(0, len(index), REPORT_ROWS)]
+        return np.concatenate([np.asarray(self._logits(self._take(rows, p)))[: len(p)] for p in parts])
+
     def _logits(self, taken: Any) -> Any:
         return self._run("row_logits", REPORT_ROWS, self.leaves, taken)
 
@@ -300,9 +332,9 @@ class Runner:
         return jax.device_put(array, self._replicated)
 
     def _run(self, name: str, size: int, *args: Any) -> Any:
+        """Host arrays go as they are: the call hands them over at a fraction of what `device_put` takes."""
         key: Key = (name, size)
-        placed = (self._put(a) if isinstance(a, np.ndarray | np.generic) else a for a in args)
-        return self._programs[key](*placed)
+        return self._programs[key](*args)
 
 
 def _started(

@@ -150,9 +150,44 @@ def head_full(
     unless Python has changed the logits in between.
     """
     field = layout.views(flat)
-    batch, slots = sampling_batch(field), field["slots"]
-    logits = apply_penalties(logits, history.counts[slots], batch) + history.bias[slots]
-    tokens = sample(apply_mask(logits, mask), batch)
+    logits = _reshaped(field, logits, history)
+    return _drawn(field, raw, logits, pending, history, mask)
+
+
+def head_any(
+    merge: Merge,
+    layout: Layout,
+    leaves: Leaves,
+    rows: Array,
+    changed: Array,
+    pending: Array,
+    history: History,
+    flat: Array,
+    mask: Array,
+) -> tuple[Array, Array, History]:
+    """`head_full` of the rows, which does only what `flat` asks for. One program for every way of drawing.
+
+    `changed` f32 [R, V]: the logits where Python has changed them.
+    """
+    field = layout.views(flat)
+    raw = merge(leaves).logits(rows[field["rows"]])
+    logits = jax.lax.cond(field["changed"][0] != 0, lambda: changed, lambda: raw)
+    logits = jax.lax.cond(
+        field["reshapes"][0] != 0, lambda: _reshaped(field, logits, history), lambda: logits
+    )
+    return _drawn(field, raw, logits, pending, history, mask)
+
+
+def _reshaped(field: dict[str, Array], logits: Array, history: History) -> Array:
+    slots = field["slots"]
+    return apply_penalties(logits, history.counts[slots], sampling_batch(field)) + history.bias[slots]
+
+
+def _drawn(
+    field: dict[str, Array], raw: Array, logits: Array, pending: Array, history: History, mask: Array
+) -> tuple[Array, Array, History]:
+    slots = field["slots"]
+    tokens = sample(apply_mask(logits, mask), sampling_batch(field))
     found = jax.lax.cond(
         (field["logprobs"] != 0).any(), lambda: top_logprobs(raw, tokens), lambda: no_logprobs(raw)
     )

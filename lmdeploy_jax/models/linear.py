@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 Axes = tuple[str | None, ...]
+
+FEW_ROWS = range(2, 65)  # see `few_rows`
 
 
 def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes) -> nnx.Param:
@@ -26,15 +29,37 @@ def product(
     float32 on GPUs, whose default would be TF32.
     """
     tokens, out_shape = x.shape[0], weight.shape[: weight.ndim - x.ndim + 1]
-    flat = lax.dot_general(
-        x.reshape(tokens, -1),
-        weight.reshape(prod(out_shape), -1),
-        (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=out_dtype,
-    )
+    rows, columns = x.reshape(tokens, -1), weight.reshape(prod(out_shape), -1)
+    dot = partial(_dot, contracted=(1, 1), out_dtype=out_dtype)
+    if few_rows(x):
+        flat = lax.platform_dependent(
+            rows, columns, cpu=lambda x, weight: turned_product(x.T, weight).T, default=dot
+        )
+    else:
+        flat = dot(rows, columns)
     out = flat.reshape(tokens, *out_shape)
     return out if bias is None else out + bias
+
+
+def few_rows(x: Array) -> bool:
+    """Whether a CPU should take x [T, K] as the right side of its products."""
+    return x.dtype == jnp.float32 and x.shape[0] in FEW_ROWS
+
+
+def turned_product(x: Array, weight: Array) -> Array:
+    """x [K, T], weight [N, K] -> [N, T].
+
+    XLA's CPU products first copy their right side into another order, so it had better be the small one. The
+    barriers keep XLA from exchanging the sides again.
+    """
+    return lax.optimization_barrier(_dot(weight, lax.optimization_barrier(x), contracted=(1, 0)))
+
+
+def _dot(x: Array, y: Array, *, contracted: tuple[int, int], out_dtype: DTypeLike | None = None) -> Array:
+    left, right = contracted
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    axes = (((left,), (right,)), ((), ()))
+    return lax.dot_general(x, y, axes, precision=precision, preferred_element_type=out_dtype)
 
 
 class Linear(nnx.Module):
