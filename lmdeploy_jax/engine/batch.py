@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence as Seq
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -47,7 +48,10 @@ class Layout:
 
     def views(self, flat: Any) -> dict[str, Any]:
         """Each field as a view of a numpy array, or as a slice of a traced one."""
-        return {n: flat[o : o + prod(s)].reshape(s) for n, (o, s) in self.fields.items()}
+        return {
+            n: flat[o : o + s[0]] if len(s) == 1 else flat[o : o + prod(s)].reshape(s)
+            for n, (o, s) in self.fields.items()
+        }
 
     def empty(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         flat = np.zeros(self.size, np.int32)
@@ -64,6 +68,8 @@ class StepPacker:
         self.max_batch_size = max_batch_size
         self.table_width = -(-session_len // PAGE_SIZE)
         self.tile_rows = tile_rows
+        self.decode_layout, self.drawing_layout = cache(self._decode_layout), cache(self._drawing_layout)
+        self.ragged_layout, self.head_layout = cache(self._ragged_layout), cache(self._head_layout)
         self._vocab_size = vocab_size
         self._tables = np.zeros((max_batch_size + 1, self.table_width), np.int32)
         self._params = {name: np.zeros(max_batch_size + 1, np.int32) for name in (*FLOATS, *INTS)}
@@ -73,7 +79,7 @@ class StepPacker:
 
     # -- layouts ------------------------------------------------------------------------------------------
 
-    def decode_layout(self, rows: int) -> Layout:
+    def _decode_layout(self, rows: int) -> Layout:
         row = (rows,)
         return Layout(
             slots=row,
@@ -81,7 +87,7 @@ class StepPacker:
             page_table=(rows, self.table_width),
         )
 
-    def drawing_layout(self, rows: int) -> Layout:
+    def _drawing_layout(self, rows: int) -> Layout:
         """Of decode steps that draw their own tokens."""
         row, decode = (rows,), self.decode_layout(rows)
         shapes = {name: shape for name, (_, shape) in decode.fields.items()}
@@ -93,7 +99,7 @@ class StepPacker:
             **dict.fromkeys((*FLOATS, *INTS), row),
         )
 
-    def ragged_layout(self, tokens: int) -> Layout:
+    def _ragged_layout(self, tokens: int) -> Layout:
         token, row = (tokens,), (self.max_batch_size,)
         return Layout(
             tokens=token,
@@ -107,7 +113,7 @@ class StepPacker:
             tiles=(max_tiles(tokens, self.max_batch_size, self.tile_rows), 4),
         )
 
-    def head_layout(self, rows: int) -> Layout:
+    def _head_layout(self, rows: int) -> Layout:
         row, flag = (rows,), (1,)
         flags = {"changed": flag, "reshapes": flag}  # see `steps.head_any`
         return Layout(rows=row, slots=row, step=row, **dict.fromkeys((*FLOATS, *INTS), row), **flags)

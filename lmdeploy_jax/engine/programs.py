@@ -118,9 +118,7 @@ class ProgramBuilder:
         changed = self._spec((rows, self.model.config.vocab_size), jnp.float32)
         state = (self._pending, self._history, self._ints(layout.size), self._mask(rows))
         function = partial(steps.head_any, self.model.merge, layout)
-        return Program(
-            function, (self._leaves, self._rows, changed, *state), self._replicated, donate=(3, 4)
-        )
+        return Program(function, (self._leaves, self._rows, changed, *state), self._replicated, donate=(3, 4))
 
     # -- rows that are reported on, and state -------------------------------------------------------------
 

@@ -272,8 +272,7 @@ class Runner:
 
     def _attach_rows(self, call: Drawn, rows: Any) -> None:
         """Fetch hidden states and logits of generated tokens for the sequences that want them."""
-        params = [sequence.params for sequence, _ in call.draws]
-        if not any(p.hidden or p.logits for p in params):
+        if not any(sequence.params.hidden or sequence.params.logits for sequence, _ in call.draws):
             return
         for i in range(0, len(call.draws), REPORT_ROWS):
             part = call.draws[i : i + REPORT_ROWS]

@@ -9,6 +9,7 @@ last token, so that the next step can start before the host has seen it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ def decode_any(
     field = layout.views(flat)
     model, slots = merge(leaves), field["slots"]
 
-    def step(i: Array, state: tuple[Array, Array, Array, Caches]) -> tuple[Array, Array, Array, Caches]:
+    def step(i: Array | int, state: tuple[Array, Array, Array, Caches]) -> tuple[Array, Array, Array, Caches]:
         _, last, drawn, caches = state
         hidden, caches = model(caches, decode_batch(field, last, i))
         last = jax.lax.switch(
@@ -77,7 +78,8 @@ def decode_any(
 
     hidden = jnp.zeros((len(slots), model.config.hidden_size), caches[0][0].dtype)
     state = (hidden, pending[slots], jnp.zeros((len(slots), most), jnp.int32), caches)
-    hidden, last, drawn, caches = jax.lax.fori_loop(0, field["count"][0], step, state)
+    looped = partial(jax.lax.fori_loop, 0, field["count"][0], step) if most > 1 else partial(step, 0)
+    hidden, last, drawn, caches = looped(state)
     rows = jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0)))
     return rows, drawn, pending.at[slots].set(last), caches
 

@@ -49,7 +49,10 @@ class GatedMLP(nnx.Module):
     def _plain(self, x: Array, activation: Activation) -> Array:
         if self.kernels.tp > 1 or self.gate_up.bias is not None or self.down.bias is not None:
             return self._rows(x, activation)
-        rows, columns = partial(self._rows, activation=activation), partial(self._columns, activation=activation)
+        rows, columns = (
+            partial(self._rows, activation=activation),
+            partial(self._columns, activation=activation),
+        )
         return lax.platform_dependent(x, cpu=columns, default=rows) if few_rows(x) else rows(x)
 
     def _rows(self, x: Array, activation: Activation) -> Array:
