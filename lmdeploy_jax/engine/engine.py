@@ -47,6 +47,7 @@ class Engine(EngineBase):
             max_batch_size=parts.buckets.max_batch_size,
             num_pages=parts.scheduler.cache.pool.capacity,
             startup=parts.startup,
+            on_cpu=parts.on_cpu,
         )
         self.memory = parts.memory
         self.scheduler = parts.scheduler

@@ -28,7 +28,10 @@ class Startup:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What stays as it is once an engine has started. `num_pages`: of the KV cache, for sequences."""
+    """What stays as it is once an engine has started.
+
+    num_pages: of the KV cache, for sequences. on_cpu: it computes on the cores that its users need too.
+    """
 
     folder: Path
     config: JaxEngineConfig
@@ -37,6 +40,7 @@ class EngineFacts:
     max_batch_size: int
     num_pages: int
     startup: Startup
+    on_cpu: bool = False
 
     @property
     def vocab_size(self) -> int:

@@ -7,11 +7,9 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
 
 from lmdeploy_jax.engine.answer import Answer, OutputOptions
+from lmdeploy_jax.engine.joined import Joined
 from lmdeploy_jax.engine.request import StepOutput
 from lmdeploy_jax.messages import Response
 from lmdeploy_jax.text.tokenizer import Tokenizer
@@ -63,7 +61,7 @@ class OutputProcessor:
     def _run(self) -> None:
         going = True
         while going:
-            outs: defaultdict[tuple[_Listener, int], _Joined] = defaultdict(_Joined)
+            outs: defaultdict[tuple[_Listener, int], Joined] = defaultdict(Joined)
             going = self._take(outs)
             for (listener, _), joined in outs.items():
                 listener.process(joined.whole())
@@ -77,7 +75,7 @@ class OutputProcessor:
         except Exception:
             logger.exception("a reader of answers failed")
 
-    def _take(self, outs: defaultdict[tuple[_Listener, int], _Joined]) -> bool:
+    def _take(self, outs: defaultdict[tuple[_Listener, int], Joined]) -> bool:
         """Everything that waits, by sequence; sleeps if nothing does. False once closed."""
         item = self._inbox.get()
         while item is not None:
@@ -110,7 +108,7 @@ class _Listener:
         self._whole = not options.stream
         # Where nobody reads along, tokens become text once, at the end.
         self._collect = self._whole and not options.stops.strings
-        self._waiting = [_Joined() for _ in self._answers]
+        self._waiting = [Joined() for _ in self._answers]
         self._told: list[Response | None] = [None for _ in self._answers]
 
     def receive(self, out: StepOutput) -> None:
@@ -148,41 +146,3 @@ class _Listener:
             logger.exception("the reader of request %d failed; it is aborted", out.request_id)
             self._answers[out.index].done = True
             self._processor.abort(out.request_id, out.index)
-
-
-class _Joined:
-    """Several outputs of one sequence, in order, as one.
-
-    They are taken in one by one: thousands that wait would be walked by Python's garbage collector.
-    """
-
-    __slots__ = ("_out", "_rows")
-
-    def __init__(self) -> None:
-        self._out: StepOutput | None = None
-        self._rows: tuple[list[Any], list[Any]] | None = None  # of logits and hidden states, where asked for
-
-    def add(self, out: StepOutput) -> None:
-        if out.logits is not None or out.hidden is not None:
-            self._add_rows(out)
-        first, self._out = self._out, out
-        if first is not None:
-            first.token_ids += out.token_ids
-            out.token_ids = first.token_ids
-            first.logprobs += out.logprobs
-            out.logprobs = first.logprobs
-            out.prompt_logprobs = out.prompt_logprobs or first.prompt_logprobs
-            out.cached_tokens = max(first.cached_tokens, out.cached_tokens)
-
-    def _add_rows(self, out: StepOutput) -> None:
-        self._rows = self._rows or ([], [])
-        for rows, new in zip(self._rows, (out.logits, out.hidden), strict=True):
-            rows.extend([] if new is None else [new])
-
-    def whole(self) -> StepOutput:
-        assert self._out is not None
-        if self._rows is not None:
-            logits, hidden = self._rows
-            self._out.logits = np.concatenate(logits) if logits else None
-            self._out.hidden = np.concatenate(hidden) if hidden else None
-        return self._out

@@ -55,6 +55,7 @@ class Parts:
     runner: Runner
     startup: Startup
     reload: Callable[[], LoadedModel]  # the same weights, read again
+    on_cpu: bool
 
 
 def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Parts:
@@ -97,7 +98,10 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         rope_switch=model_config.rope.switch_length,
         decode_steps=steps,
     )
-    return Parts(folder, model_config, session_len, memory, buckets, scheduler, runner, startup, reload)
+    on_cpu = platform == "cpu"
+    return Parts(
+        folder, model_config, session_len, memory, buckets, scheduler, runner, startup, reload, on_cpu
+    )
 
 
 def choose_backend(wanted: str, device: jax.Device, model: DecoderConfig) -> str:

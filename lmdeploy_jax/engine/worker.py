@@ -10,8 +10,9 @@ import os
 import queue
 import signal
 import threading
+import time
 import traceback
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine import collector
 from lmdeploy_jax.engine.base import EngineBase
+from lmdeploy_jax.engine.joined import Joined
 from lmdeploy_jax.engine.request import Request, StepOutput
 from lmdeploy_jax.engine.wire import (
     Abort,
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
 Build = Callable[[], EngineBase]
 DEAF = (signal.SIGINT, signal.SIGTERM)  # the parent answers them for both: running answers are finished first
 _GLANCE = 0.25  # seconds after which the state is looked at where nothing has happened
+# Least seconds between two messages where the engine is on a CPU, for each running sequence and at most: what
+# the server does for a message, stream by stream, takes cores away from it.
+_PACE_ON_CPU, _SLOWEST = 0.001, 0.04
 
 
 def open_engine(model: str | Path, config: JaxEngineConfig, progress: bool) -> EngineBase:
@@ -150,6 +155,8 @@ class Outbox:
         engine.on_step = self._steps.append
         self.put = self._waiting.put
         self._told = self._state
+        self._pace = _PACE_ON_CPU if engine.facts.on_cpu else 0.0
+        self._due = 0.0  # on the monotonic clock: when the next message may go
         self._open = True
         connection.send_bytes(dumps(Ready(engine.facts, self._told)))
         self._thread = threading.Thread(target=self._run, name="lmdeploy_jax sender", daemon=True)
@@ -178,16 +185,20 @@ class Outbox:
             os._exit(1)
 
     def _collected(self) -> News:
-        """Everything that waits; after a while, nothing."""
-        outputs, replies = [], []
+        """Everything that waits, the outputs of a sequence as one; after a while, nothing."""
+        outputs: defaultdict[tuple[int, int], Joined] = defaultdict(Joined)
+        replies = []
         with suppress(queue.Empty):
             item = self._waiting.get(timeout=_GLANCE)
+            time.sleep(max(self._due - time.monotonic(), 0.0))
             while item is not None:
                 if isinstance(item, Reply):
                     replies.append(item)
                 else:
-                    outputs.append(packed(item))
+                    outputs[item.request_id, item.index].add(item)
                 item = self._waiting.get_nowait()
             self._open = False
+        state = self._state
+        self._due = time.monotonic() + min(self._pace * state.stats.running, _SLOWEST)
         steps = [self._steps.popleft() for _ in range(len(self._steps))]
-        return News(self._state, outputs, replies, steps)
+        return News(state, [packed(out.whole()) for out in outputs.values()], replies, steps)

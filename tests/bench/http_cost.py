@@ -1,9 +1,9 @@
 """What HTTP costs: tokens/s of 64 streams through the server, and of a pipeline over the engine itself.
 
-python -m tests.bench.http_cost [--streams N]
+python -m tests.bench.http_cost [--streams N] [--rounds N]
 
-The server is as `serve` runs it, with the engine in a process of its own. The pipeline has its engine in its
-own process, which has ended before the server starts: a GPU holds one of them.
+The server is as `serve` runs it, with the engine in a process of its own; the pipeline and the clients have
+theirs. Pipeline and HTTP take turns, so that a noisy machine is noisy for both; who waits for a turn sleeps.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from multiprocessing.connection import Connection
 
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, pipeline
 from lmdeploy_jax.engine.frontend import Frontend
 from lmdeploy_jax.engine.remote import RemoteEngine
 from tests.server.live import serving
 
-ROUNDS = 3
 TOKENS = 128
 
 
@@ -32,20 +32,29 @@ def prompts(count: int) -> list[str]:
     return [" ".join(rnd.choices(["one", "two", "red", "cat", "sea"], k=12)) for _ in range(count)]
 
 
-def offline(streams: int) -> list[float]:
-    """Tokens a second of the pipeline on the whole work, in each round."""
-    config, found = GenerationConfig(max_new_tokens=TOKENS, ignore_eos=True), []
+def offline(connection: Connection, streams: int) -> None:
+    """A pipeline's process: each message asks for the tokens a second of the whole work."""
+    config = GenerationConfig(max_new_tokens=TOKENS, ignore_eos=True)
     with pipeline("tiny-chat", engine_config(streams), progress=False) as pipe:
-        for _ in range(ROUNDS):
+        pipe.infer(prompts(streams), config)
+        connection.send(None)
+        while connection.recv():
             begun = time.perf_counter()
             answers = pipe.infer(prompts(streams * 4), config)
             assert isinstance(answers, list)
-            found.append(sum(a.generate_token_len for a in answers) / (time.perf_counter() - begun))
-    return found
+            connection.send(sum(a.generate_token_len for a in answers) / (time.perf_counter() - begun))
+
+
+def over_http(connection: Connection, port: int, streams: int) -> None:
+    """The clients' process: they take no time of the server's interpreter."""
+    asyncio.run(online(port, streams))
+    connection.send(None)
+    while connection.recv():
+        connection.send(asyncio.run(online(port, streams)))
 
 
 def engine_config(streams: int) -> JaxEngineConfig:
-    return JaxEngineConfig(max_batch_size=streams)
+    return JaxEngineConfig(max_batch_size=streams, cache_max_entry_count=0.3)  # two fit on a GPU
 
 
 async def stream(port: int, prompt: str) -> int:
@@ -88,27 +97,39 @@ async def online(port: int, streams: int) -> float:
     return total / (time.perf_counter() - begun)
 
 
+@contextmanager
+def process(work: Callable[..., None], *args: int) -> Iterator[Connection]:
+    """A process that has said that it is ready."""
+    context = multiprocessing.get_context("spawn")
+    ours, its = context.Pipe()
+    started = context.Process(target=work, args=(its, *args), daemon=True)
+    started.start()
+    ours.recv()
+    yield ours
+    ours.send(False)
+    started.join()
+
+
+def turn(connection: Connection) -> float:
+    connection.send(True)
+    return connection.recv()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=64)
-    streams = parser.parse_args().streams
-    through_pipeline = in_own_process(offline, streams)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    streams = args.streams
     engine = RemoteEngine("tiny-chat", engine_config(streams), progress=False)
     with closing(Frontend.over(engine)) as frontend, serving(frontend) as live:
         port = int(live.url.rsplit(":", 1)[1])
-        through_http = in_own_process(run_online, port, streams)
-    a, b = statistics.median(through_http), statistics.median(through_pipeline)
-    print(json.dumps({"http": round(a), "pipeline": round(b), "share": round(a / b, 3)}))
-
-
-def in_own_process(work: Callable[..., list[float]], *args: int) -> list[float]:
-    """Its result. So the clients take no time of the server's interpreter."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, args)
-
-
-def run_online(port: int, streams: int) -> list[float]:
-    return [asyncio.run(online(port, streams)) for _ in range(ROUNDS)]
+        with process(offline, streams) as pipe, process(over_http, port, streams) as http:
+            pairs = [(turn(http), turn(pipe)) for _ in range(args.rounds)]
+    shares = [a / b for a, b in pairs]
+    a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
+    found = {"http": round(a), "pipeline": round(b), "share": round(statistics.median(shares), 3)}
+    print(json.dumps({**found, "shares": [round(share, 3) for share in sorted(shares)]}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""Outputs of one sequence that wait for the same reader, taken together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lmdeploy_jax.engine.request import StepOutput
+
+
+class Joined:
+    """Several outputs of one sequence, in order, as one.
+
+    They are taken in one by one: thousands that wait would be walked by Python's garbage collector.
+    """
+
+    __slots__ = ("_out", "_rows")
+
+    def __init__(self) -> None:
+        self._out: StepOutput | None = None
+        self._rows: tuple[list[Any], list[Any]] | None = None  # of logits and hidden states, where asked for
+
+    def add(self, out: StepOutput) -> None:
+        if out.logits is not None or out.hidden is not None:
+            self._add_rows(out)
+        first, self._out = self._out, out
+        if first is not None:
+            first.token_ids += out.token_ids
+            out.token_ids = first.token_ids
+            first.logprobs += out.logprobs
+            out.logprobs = first.logprobs
+            out.prompt_logprobs = out.prompt_logprobs or first.prompt_logprobs
+            out.cached_tokens = max(first.cached_tokens, out.cached_tokens)
+
+    def _add_rows(self, out: StepOutput) -> None:
+        self._rows = self._rows or ([], [])
+        for rows, new in zip(self._rows, (out.logits, out.hidden), strict=True):
+            rows.extend([] if new is None else [new])
+
+    def whole(self) -> StepOutput:
+        assert self._out is not None
+        if self._rows is not None:
+            logits, hidden = self._rows
+            self._out.logits = np.concatenate(logits) if logits else None
+            self._out.hidden = np.concatenate(hidden) if hidden else None
+        return self._out
