@@ -94,6 +94,32 @@ class Runner:
             leaf.delete()
         self.leaves = ()
 
+    # -- before the first request --------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Run the programs of plain steps once, on padding alone: on a GPU the first launch of each costs
+        tens of milliseconds more, which somebody would wait for.
+        """
+        rows: Any = None
+        for name, size in self._programs:
+            if name == "ragged":
+                args = (self.leaves, self._caches, self._pending, self.packer.pack_ragged([], size))
+                rows, _, self._caches = self._run(name, size, *args)
+            elif name == "decode":
+                args = (self.leaves, self._caches, self._pending, self.packer.pack_decode([], size))
+                rows, self._caches = self._run(name, size, *args)
+            elif name in ("decode_greedy", "steps_greedy", "steps_sample"):
+                args = (self.leaves, self._caches, self._pending, self.packer.pack_drawing([], size, 1))
+                _, self._pending, self._caches = self._run(name, size, *args)
+        for name, size in self._programs:
+            args = (self.leaves, rows, self._pending)
+            if name == "greedy":
+                _, self._pending = self._run(name, size, *args, self.packer.pack_head([], size))
+            elif name == "sample":
+                mask = self._mask([], size, {})
+                _, self._pending = self._run(name, size, *args, self.packer.pack_head([], size), mask)
+        self._pending.block_until_ready()
+
     # -- a sequence gets its slot -------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:

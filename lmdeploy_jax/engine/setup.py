@@ -87,9 +87,11 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     programs = (
         LazyPrograms(wanted, cache) if config.eager_mode else compile_all(wanted, cache, progress=progress)
     )
+    runner = Runner(loaded, mesh, buckets, packer, spec, programs)
+    if platform != "cpu" and not config.eager_mode:
+        runner.warm_up()
     weight_bytes = sum(leaf.nbytes for leaf in loaded.leaves)
     startup = Startup(backend, weight_bytes, loading, time.perf_counter() - begun)
-    runner = Runner(loaded, mesh, buckets, packer, spec, programs)
     scheduler = Scheduler(
         PrefixCache(memory.num_pages, enabled=_caches_prefixes(config, model_config)),
         max_batch_size=buckets.max_batch_size,

@@ -1,6 +1,6 @@
-"""What guided decoding costs on this machine: python -m tests.bench.guided_cost
+"""What guided decoding costs on this machine: python -m tests.bench.guided_cost [--model FOLDER]
 
-tiny-chat, all requests at once, exactly `--tokens` tokens each, without a grammar, with one that allows
+All requests at once, exactly `--tokens` tokens each, without a grammar, with one that allows
 everything and with a JSON schema. Prints a JSON line for greedy and one for sampled decoding: tokens/s, the
 median and the best of `--repeats`. The three take turns, so that a noisy machine is noisy for all.
 """
@@ -46,13 +46,15 @@ def speed(pipe: Pipeline, prompts: list[str], config: GenerationConfig) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="tiny-chat", help="a checkpoint's folder")
     parser.add_argument("--decode_steps", type=int, help="as in JaxEngineConfig")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     prompts = [f"What is {i} + 30?" for i in range(args.requests)]
-    with Pipeline("tiny-chat", JaxEngineConfig(decode_steps=args.decode_steps), progress=False) as pipe:
+    engine = JaxEngineConfig(decode_steps=args.decode_steps, session_len=2048)
+    with Pipeline(args.model, engine, progress=False) as pipe:
         counter = CompileCounter()
         for sampled in (False, True):
             found: dict[str, list[float]] = {name: [] for name in FORMATS}
