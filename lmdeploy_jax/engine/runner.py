@@ -112,12 +112,10 @@ class Runner:
                 args = (self.leaves, self._caches, self._pending, self.packer.pack_drawing([], size, 1))
                 _, self._pending, self._caches = self._run(name, size, *args)
         for name, size in self._programs:
-            args = (self.leaves, rows, self._pending)
-            if name == "greedy":
-                _, self._pending = self._run(name, size, *args, self.packer.pack_head([], size))
-            elif name == "sample":
-                mask = self._mask([], size, {})
-                _, self._pending = self._run(name, size, *args, self.packer.pack_head([], size), mask)
+            if name in ("greedy", "sample"):
+                mask = [self._mask([], size, {})] if name == "sample" else []
+                drawn = (self.leaves, rows, self._pending, self.packer.pack_head([], size), *mask)
+                _, self._pending = self._run(name, size, *drawn)
         self._pending.block_until_ready()
 
     # -- a sequence gets its slot -------------------------------------------------------------------------
