@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,18 +63,31 @@ class EngineStats:
 def check_request(request: Request, facts: EngineFacts) -> None:
     """Raises RequestError for a request that an engine with these facts can never serve."""
     prompt, params = request.prompt, request.params
-    if not prompt:
-        raise RequestError("The prompt holds no tokens; at least one is needed.")
-    if len(prompt) >= facts.session_len:
-        raise ContextLengthError(
-            f"Input length ({len(prompt)}) must be smaller than the model context length "
-            f"({facts.session_len})."
-        )
-    vocab_size = facts.vocab_size
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        bad = next(t for t in prompt if not 0 <= t < vocab_size)
-        raise RequestError(f"Prompt token id {bad} is outside the vocabulary of {vocab_size} ids.")
+    check_prompt(prompt, facts.session_len, facts.vocab_size)
     NgramStop(params.ngram_size, params.ngram_threshold)  # raises for what it cannot do
     most = min(facts.max_batch_size, facts.num_pages - pages_for(len(prompt)) + 1)
     if params.n > most:
         raise RequestError(f"n={params.n} sequences cannot run at once: at most {most} can for this prompt.")
+
+
+def check_prompt(prompt: Sequence[int], session_len: int, vocab_size: int) -> None:
+    """Raises RequestError for a prompt without tokens or with unknown ones, ContextLengthError for one that
+    leaves no room for an answer.
+    """
+    if not prompt:
+        raise RequestError("The prompt has no tokens: give at least one.")
+    if len(prompt) >= session_len:
+        raise ContextLengthError(
+            f"Input length ({len(prompt)}) must be smaller than the model context length ({session_len})."
+        )
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        check_ids("The prompt", prompt, vocab_size)
+
+
+def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raises RequestError for the first that is no token id."""
+    for i in ids:
+        if not isinstance(i, int) or not 0 <= i < vocab_size:
+            raise RequestError(
+                f"{name} holds token id {i!r}, which is outside the vocabulary of {vocab_size} ids."
+            )

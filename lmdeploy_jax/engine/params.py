@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lmdeploy_jax.engine.facts import check_ids, check_prompt
 from lmdeploy_jax.engine.request import SamplingParams
-from lmdeploy_jax.errors import ContextLengthError, RequestError
+from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.messages import GenerationConfig
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def sampling_params(
     2**32. `max_new_tokens` is cut to the rest of the context. Raises `ContextLengthError` where nothing is
     left of it, `RequestError` for an empty prompt, ids outside the vocabulary and contradictory lengths.
     """
-    _check_prompt(prompt, limits)
+    check_prompt(prompt, limits.session_len, limits.vocab_size)
     room = limits.session_len - len(prompt)
     greedy = not config.do_sample or config.temperature == 0 or config.top_k == 1
     ngrams = config.repetition_ngram_size > 0 and config.repetition_ngram_threshold > 0
@@ -100,7 +101,7 @@ def stops(config: GenerationConfig, limits: ModelLimits) -> Stops:
             strings.append(word)
     if not config.ignore_eos:
         asked = config.stop_token_ids or ()
-        _check_ids("stop_token_ids", asked, limits)
+        check_ids("stop_token_ids", asked, limits.vocab_size)
         for word in limits.template_stops:
             token = _only_id(word, limits)
             strings.extend([word] if token is None and word not in strings else [])
@@ -112,26 +113,6 @@ def stops(config: GenerationConfig, limits: ModelLimits) -> Stops:
 def _only_id(word: str, limits: ModelLimits) -> int | None:
     ids = limits.encode(word)
     return ids[0] if len(ids) == 1 else None
-
-
-def _check_prompt(prompt: Sequence[int], limits: ModelLimits) -> None:
-    if not prompt:
-        raise RequestError("The prompt has no tokens: give at least one.")
-    if len(prompt) >= limits.session_len:
-        raise ContextLengthError(
-            f"Input length ({len(prompt)}) must be smaller than the model context length "
-            f"({limits.session_len})."
-        )
-    if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
-        _check_ids("The prompt", prompt, limits)
-
-
-def _check_ids(name: str, ids: Iterable[int], limits: ModelLimits) -> None:
-    for i in ids:
-        if not isinstance(i, int) or not 0 <= i < limits.vocab_size:
-            raise RequestError(
-                f"{name} holds token id {i!r}, outside the vocabulary [0, {limits.vocab_size})."
-            )
 
 
 def _min_new_tokens(config: GenerationConfig, room: int) -> int:
@@ -149,7 +130,7 @@ def _banned(
     config: GenerationConfig, limits: ModelLimits
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Single banned ids, and banned sequences. A word is banned with and without a space before it."""
-    _check_ids("bad_token_ids", config.bad_token_ids or (), limits)
+    check_ids("bad_token_ids", config.bad_token_ids or (), limits.vocab_size)
     forms = {tuple(limits.encode(form)) for word in config.bad_words or () for form in (word, f" {word}")}
     singles = {form[0] for form in forms if len(form) == 1} | set(config.bad_token_ids or ())
     longer = (form for form in forms if len(form) > 1 and singles.isdisjoint(form))
@@ -158,7 +139,7 @@ def _banned(
 
 def _logit_bias(config: GenerationConfig, limits: ModelLimits) -> tuple[tuple[int, float], ...]:
     bias = config.logit_bias or {}
-    _check_ids("logit_bias", bias, limits)
+    check_ids("logit_bias", bias, limits.vocab_size)
     for token, value in bias.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise RequestError(f"logit_bias[{token}]={value!r} is invalid: it must be a finite number.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from lmdeploy_jax.sampling.sampler import greedy, sample
+from lmdeploy_jax.sampling.sampler import greedy, sample, top_k_of_blocks
 from tests.sampling.batches import make_batch
 
 sample_jit = jax.jit(sample)
@@ -128,6 +129,20 @@ def test_banned_tokens_are_never_drawn() -> None:
     logits[:, 123] = -50.0
     batch = make_batch(ROWS, seed=np.arange(ROWS))
     np.testing.assert_array_equal(sample_jit(jnp.asarray(logits), batch), 123)
+
+
+@pytest.mark.parametrize("columns", [128, 2048, 2049, 2100, 16383, 16385, 32003])
+def test_the_best_of_blocks_are_the_best(columns: int) -> None:
+    """Among few values there are ties everywhere, within blocks and between them."""
+    rng = np.random.default_rng(columns)
+    scores = rng.integers(0, 9, (5, columns)).astype(np.float32)
+    scores[1] = rng.standard_normal(columns)
+    scores[2, 100:] = -np.inf
+    scores[3] = -np.inf
+    scores[4] = np.sort(rng.standard_normal(columns))
+    wanted = jax.lax.top_k(scores, 128)
+    for found, true in zip(top_k_of_blocks(jnp.asarray(scores), 128), wanted, strict=True):
+        np.testing.assert_array_equal(found, true)
 
 
 def test_the_gpu_program_has_no_loop() -> None:
