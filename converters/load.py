@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ class Skeleton:
         """The decoder that holds `leaves`; to be called inside `jax.jit`."""
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
+    def merge_head(self, leaves: tuple[jax.Array, ...]) -> Decoder:
+        """A decoder that can do `logits` and no more, of the leaves at `head_places`."""
+        places = dict(zip(self.head_places, leaves, strict=True))
+        whole: tuple[Any, ...] = tuple(places.get(i, spec) for i, spec in enumerate(self.specs.values()))
+        return self.merge(whole)
+
+    @cached_property
+    def head_places(self) -> tuple[int, ...]:
+        """Which leaves the output head reads: the more arrays a call is given, the longer the host takes."""
+        head = "embedding" if self.config.tie_embeddings else "lm_head"
+        return tuple(i for i, name in enumerate(self.specs) if name.split(".")[0] == head)
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -75,6 +88,10 @@ class LoadedModel:
     def merge(self, leaves: tuple[jax.Array, ...]) -> Decoder:
         """See `Skeleton.merge`."""
         return self.skeleton.merge(leaves)
+
+    def merge_head(self, leaves: tuple[jax.Array, ...]) -> Decoder:
+        """See `Skeleton.merge_head`."""
+        return self.skeleton.merge_head(leaves)
 
 
 def read_config(

@@ -29,7 +29,7 @@ PROGRAMS = (60, 1100)  # of a grid worth trying
 PART_RATE = 3e12  # bytes a second at which the next kernel reads parts, about
 EPS = 1e-5
 LAUNCH = 5e-7  # seconds that one kernel less is worth
-MOSAIC = 3e-6  # what such a call costs in a CUDA graph beyond its kernel; about, by whole decode steps
+MOSAIC = 1e-6  # what such a call costs in a CUDA graph beyond its kernel; about, by whole decode steps
 BLOCKS = (  # outputs and inner elements of a tile, warps, stages
     (32, 128, 4, 4),
     (64, 64, 4, 4),

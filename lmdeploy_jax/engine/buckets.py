@@ -39,7 +39,7 @@ def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) ->
         decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
         return Buckets(decode, sampling, _ladder(32, tokens, 4), True, steps)
     sizes = (size for size in GPU_DECODE if size < max_batch_size)
-    sampling = _ladder(1, max_batch_size, 8)
+    sampling = tuple(sorted({*_ladder(1, max_batch_size, 8), min(128, max_batch_size)}))
     return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), False, steps)
 
 

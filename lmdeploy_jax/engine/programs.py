@@ -50,7 +50,7 @@ class ProgramBuilder:
             if lean:
                 made["head", rows] = self._head_any(rows)
                 continue
-            made["sample", rows] = self._head(steps.head_sample, rows, self._mask(rows))
+            made["sample", rows] = self._head(steps.head_sample, rows)
             made["logits", rows] = self._head_logits(rows)
             made["full", rows] = self._head_full(rows)
         for tokens in self.buckets.tokens:
@@ -96,15 +96,15 @@ class ProgramBuilder:
 
     # -- heads --------------------------------------------------------------------------------------------
 
-    def _head(self, step: Any, rows: int, *more: jax.ShapeDtypeStruct) -> Program:
+    def _head(self, step: Any, rows: int) -> Program:
         layout = self.packer.head_layout(rows)
-        args = (self._leaves, self._rows, self._pending, self._ints(layout.size), *more)
-        return Program(partial(step, self.model.merge, layout), args, self._replicated, donate=(2,))
+        args = (self._head_leaves, self._rows, self._pending, self._ints(layout.size), self._mask(rows))
+        return Program(partial(step, self.model.merge_head, layout), args, self._replicated, donate=(2,))
 
     def _head_logits(self, rows: int) -> Program:
         layout = self.packer.head_layout(rows)
-        args = (self._leaves, self._rows, self._ints(layout.size))
-        return Program(partial(steps.head_logits, self.model.merge, layout), args, self._replicated)
+        args = (self._head_leaves, self._rows, self._ints(layout.size))
+        return Program(partial(steps.head_logits, self.model.merge_head, layout), args, self._replicated)
 
     def _head_full(self, rows: int) -> Program:
         layout = self.packer.head_layout(rows)
@@ -117,8 +117,10 @@ class ProgramBuilder:
         layout = self.packer.head_layout(rows)
         changed = self._spec((rows, self.model.config.vocab_size), jnp.float32)
         state = (self._pending, self._history, self._ints(layout.size), self._mask(rows))
-        function = partial(steps.head_any, self.model.merge, layout)
-        return Program(function, (self._leaves, self._rows, changed, *state), self._replicated, donate=(3, 4))
+        function = partial(steps.head_any, self.model.merge_head, layout)
+        return Program(
+            function, (self._head_leaves, self._rows, changed, *state), self._replicated, donate=(3, 4)
+        )
 
     # -- rows that are reported on, and state -------------------------------------------------------------
 
@@ -128,10 +130,10 @@ class ProgramBuilder:
             args = (self._hidden(source), self._ints(REPORT_ROWS))
             made["take", source] = Program(steps.take_rows, args, self._replicated)
         taken = self._hidden(REPORT_ROWS)
-        logits = partial(steps.row_logits, self.model.merge)
-        logprobs = partial(steps.row_logprobs, self.model.merge)
-        made["row_logits", REPORT_ROWS] = Program(logits, (self._leaves, taken), self._replicated)
-        scored = (self._leaves, taken, self._ints(REPORT_ROWS))
+        logits = partial(steps.row_logits, self.model.merge_head)
+        logprobs = partial(steps.row_logprobs, self.model.merge_head)
+        made["row_logits", REPORT_ROWS] = Program(logits, (self._head_leaves, taken), self._replicated)
+        scored = (self._head_leaves, taken, self._ints(REPORT_ROWS))
         made["row_logprobs", REPORT_ROWS] = Program(logprobs, scored, self._replicated)
         return made
 
@@ -186,3 +188,7 @@ class ProgramBuilder:
     @property
     def _leaves(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.model.leaves)
+
+    @property
+    def _head_leaves(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(self._leaves[i] for i in self.model.skeleton.head_places)

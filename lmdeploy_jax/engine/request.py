@@ -95,7 +95,7 @@ class SamplingParams:
         """The cheapest head that can draw the sequence's tokens."""
         if self.reshapes_logits or self.needs_host or self.logprobs is not None:
             return Head.FULL
-        return Head.GREEDY if self.greedy and self.grammar is None else Head.SAMPLE
+        return Head.GREEDY if self.greedy else Head.SAMPLE
 
 
 @dataclass

@@ -113,9 +113,8 @@ class Runner:
                 _, self._pending, self._caches = self._run(name, size, *args)
         for name, size in self._programs:
             if name in ("greedy", "sample"):
-                mask = [self._mask([], size, {})] if name == "sample" else []
-                drawn = (self.leaves, rows, self._pending, self.packer.pack_head([], size), *mask)
-                _, self._pending = self._run(name, size, *drawn)
+                drawn = (self._head_leaves, rows, self._pending, self.packer.pack_head([], size))
+                _, self._pending = self._run(name, size, *drawn, self._mask([], size, {}))
         self._pending.block_until_ready()
 
     # -- a sequence gets its slot -------------------------------------------------------------------------
@@ -189,9 +188,9 @@ class Runner:
         return Forward(rows)
 
     def _decode_any(self, size: int, step: Step, head: Head) -> Forward:
-        draw = Draw.GREEDY if head is Head.GREEDY else Draw.NOT
-        if head is Head.SAMPLE and all(sequence.params.repeats for sequence, _ in step.sampled):
-            draw = Draw.SAMPLE
+        draw = Draw.NOT
+        if head < Head.FULL and all(sequence.params.grammar is None for sequence, _ in step.sampled):
+            draw = Draw.GREEDY if head is Head.GREEDY else Draw.SAMPLE
         flat = self.packer.pack_drawing(step.chunks, size, step.repeat, draw)
         args = (self.leaves, self._caches, self._pending, flat)
         rows, tokens, self._pending, self._caches = self._run("decode", size, *args)
@@ -229,21 +228,17 @@ class Runner:
             return self._draw_any(draws, rows, head)
         if head is Head.FULL:
             return self._draw_full(draws, rows)
-        if head is Head.GREEDY:
-            size = fit(self.buckets.decode, len(draws))
-            args = (self.leaves, rows, self._pending, self.packer.pack_head(draws, size))
-            tokens, self._pending = self._run("greedy", size, *args)
-            return _started(draws, tokens)
-        size = fit(self.buckets.sampling, len(draws))
+        sizes = self.buckets.decode if head is Head.GREEDY else self.buckets.sampling
+        size = fit(sizes, len(draws))
         errors: dict[Sequence, Exception] = {}
-        args = (self.leaves, rows, self._pending, self.packer.pack_head(draws, size))
-        tokens, self._pending = self._run("sample", size, *args, self._mask(draws, size, errors))
+        args = (self._head_leaves, rows, self._pending, self.packer.pack_head(draws, size))
+        tokens, self._pending = self._run(head.name.lower(), size, *args, self._mask(draws, size, errors))
         return _started(draws, tokens, errors)
 
     def _draw_full(self, draws: Draws, rows: Any) -> Drawn:
         size = fit(self.buckets.sampling, len(draws))
         flat = self._put(self.packer.pack_head(draws, size))
-        raw = self._run("logits", size, self.leaves, rows, flat)
+        raw = self._run("logits", size, self._head_leaves, rows, flat)
         logits: Any = raw
         errors: dict[Sequence, Exception] = {}
         if any(sequence.params.needs_host for sequence, _ in draws):
@@ -269,7 +264,9 @@ class Runner:
         if full:
             self._lift_early_ban(draws)
         state = (self._pending, self._history, flat, self._mask(draws, size, errors))
-        tokens, self._pending, self._history = self._run("head", size, self.leaves, rows, changed, *state)
+        tokens, self._pending, self._history = self._run(
+            "head", size, self._head_leaves, rows, changed, *state
+        )
         return _started(draws, tokens, errors, packed=True)
 
     def _unchanged(self, size: int) -> Any:
@@ -321,7 +318,7 @@ class Runner:
                 targets = np.zeros(REPORT_ROWS, np.int32)
                 following = sequence.tokens[first + 1 : first + 1 + count]
                 targets[: len(following)] = following
-                packed = self._run("row_logprobs", REPORT_ROWS, self.leaves, taken, targets)
+                packed = self._run("row_logprobs", REPORT_ROWS, self._head_leaves, taken, targets)
                 report.logprobs.append(np.asarray(packed)[: len(following)])
             if params.logits == "all":
                 report.logits.append(np.array(self._logits(taken))[:count])
@@ -339,9 +336,13 @@ class Runner:
         return np.concatenate([np.asarray(self._logits(self._take(rows, p)))[: len(p)] for p in parts])
 
     def _logits(self, taken: Any) -> Any:
-        return self._run("row_logits", REPORT_ROWS, self.leaves, taken)
+        return self._run("row_logits", REPORT_ROWS, self._head_leaves, taken)
 
     # -- device -------------------------------------------------------------------------------------------
+
+    @property
+    def _head_leaves(self) -> tuple[jax.Array, ...]:
+        return tuple(self.leaves[i] for i in self.model.skeleton.head_places)
 
     @property
     def _vocab_size(self) -> int:

@@ -120,11 +120,11 @@ def ragged(
 
 
 def head_greedy(
-    merge: Merge, layout: Layout, leaves: Leaves, rows: Array, pending: Array, flat: Array
+    merge: Merge, layout: Layout, leaves: Leaves, rows: Array, pending: Array, flat: Array, mask: Array
 ) -> tuple[Array, Array]:
     """-> tokens i32 [R], pending."""
     field = layout.views(flat)
-    tokens = greedy(merge(leaves).logits(rows[field["rows"]]))
+    tokens = greedy(apply_mask(merge(leaves).logits(rows[field["rows"]]), mask))
     return tokens, pending.at[field["slots"]].set(tokens)
 
 

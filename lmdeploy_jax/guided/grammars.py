@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import threading
@@ -13,13 +14,14 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from lmdeploy_jax.errors import RequestError
-from lmdeploy_jax.guided.matcher import Matcher
+from lmdeploy_jax.guided.matcher import THREADS, Matcher
 from lmdeploy_jax.guided.response_format import BEST_EFFORT, grammar_text
 from lmdeploy_jax.guided.vocabulary import tables
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lmdeploy_jax")
 KEPT = 256  # compiled grammars
+LEXERS = 2 * THREADS if THREADS > 1 else 1  # of a grammar
 _NOT_ENFORCEABLE = ("Unimplemented keys", "Unknown format", "oneOf constraints are not supported")
 _REMEDY = (
     "(Leave it out, or ask for what can be enforced with "
@@ -29,17 +31,28 @@ _LIMITS = LLParserLimits(verbose_errors=False)
 
 
 class Grammar:
-    """A compiled grammar, to be followed by any number of sequences; `text` and `kind` compile to it anew."""
+    """A compiled grammar, to be followed by any number of sequences; `text` and `kind` compile to it anew.
+
+    Copies of one matcher share its lexer and wait for each other there, so that threads that fill their masks
+    together are slower than one. Hence several, one more with each request until there are LEXERS.
+    """
 
     def __init__(self, start: LLMatcher, vocab_size: int, text: str, kind: str) -> None:
         self.text = text
         self.kind = kind
-        self._start = start
+        self._starts = [start]
+        self._turns = itertools.count()
         self._vocab_size = vocab_size
 
     def matcher(self, stop_ids: Iterable[int]) -> Matcher:
         """A sequence's own way through the grammar, at its beginning."""
-        return Matcher(self._start.deep_copy(), self._vocab_size, stop_ids)
+        start = self._starts[next(self._turns) % len(self._starts)]
+        return Matcher(start.deep_copy(), self._vocab_size, stop_ids)
+
+    def grow(self, vocabulary: LLTokenizer) -> None:
+        """Compile it once more, for a lexer more."""
+        if len(self._starts) < LEXERS:
+            self._starts.append(LLMatcher(vocabulary, self.text, log_level=0, limits=_LIMITS))
 
 
 class Grammars:
@@ -71,9 +84,11 @@ class Grammars:
             found = self._kept.get(text)
             if found is not None:
                 self._kept.move_to_end(text)
-                return found
-            start = self._tables
-        grammar = Grammar(_compiled(start, text, kind), self._vocab_size, text, kind)
+            vocabulary = self._tables
+        if found is not None:
+            found.grow(vocabulary)
+            return found
+        grammar = Grammar(_compiled(vocabulary, text, kind), self._vocab_size, text, kind)
         with self._lock:
             self._kept[text] = grammar
             while len(self._kept) > KEPT:

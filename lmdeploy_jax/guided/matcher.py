@@ -12,7 +12,7 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 
 from lmdeploy_jax.errors import RequestError
 
-_THREADS = min(16, max(1, (os.cpu_count() or 1) // 2))  # the other half belongs to the engine and its device
+THREADS = min(16, max(1, (os.cpu_count() or 1) // 2))  # the other half belongs to the engine and its device
 _FEW = 4  # masks that one thread computes sooner than several can be woken
 
 
@@ -55,7 +55,7 @@ class Matcher:
 
 def fill_masks(mask: np.ndarray, matchers: Sequence[tuple[int, Matcher]]) -> None:
     """Write the tokens that each matcher allows into its row of `mask` i32 [rows, words], a bit a token."""
-    if len(matchers) <= _FEW or _THREADS == 1:
+    if len(matchers) <= _FEW or THREADS == 1:
         for row, matcher in matchers:
             fill_next_token_bitmask(matcher._matcher, mask, row)
     else:
@@ -66,7 +66,7 @@ def fill_masks(mask: np.ndarray, matchers: Sequence[tuple[int, Matcher]]) -> Non
 
 @cache
 def _executor() -> LLExecutor:
-    return LLExecutor(_THREADS)
+    return LLExecutor(THREADS)
 
 
 def _first_line(matcher: LLMatcher) -> str:

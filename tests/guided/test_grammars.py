@@ -202,7 +202,7 @@ def test_many_masks_are_computed_alike(grammars, tokenizer, monkeypatch):
     grammar = grammars.compile(schema_format(PERSON))
     masks = []
     for threads in (1, 3):
-        monkeypatch.setattr("lmdeploy_jax.guided.matcher._THREADS", threads)
+        monkeypatch.setattr("lmdeploy_jax.guided.matcher.THREADS", threads)
         mask = np.full((9, mask_words(VOCAB)), -1, np.int32)
         fill_masks(mask, [(row, grammar.matcher([])) for row in range(8)])
         masks.append(mask)
