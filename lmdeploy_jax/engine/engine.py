@@ -24,6 +24,7 @@ from lmdeploy_jax.errors import EngineError, RequestError
 from lmdeploy_jax.sampling.repetition import NgramStop
 
 log = logging.getLogger("lmdeploy_jax")
+Outputs = list[tuple[Request, StepOutput]]
 STEPS_IN_FLIGHT = 2  # a step is dispatched before the one ahead of it is read
 
 
@@ -170,8 +171,7 @@ class Engine(EngineBase):
                 self._drain()
 
     def _drain(self) -> None:
-        while self._flight:
-            self._read(self._flight.popleft())
+        _tell(self._accept_all())
 
     def _dispatch(self, step: Step) -> Drawn:
         for sequence in step.admitted:
@@ -181,14 +181,28 @@ class Engine(EngineBase):
             self.on_step(step.num_tokens)
         passed = self._runner.forward(step)
         draws = step.sampled
-        if any(sequence.matcher and sequence.unread > 1 for sequence, _ in draws):
-            # What a grammar allows next depends on the tokens under way: read them while the pass runs.
-            self._drain()
-            draws = [draw for draw in draws if not draw[0].finished]
+        if not any(sequence.matcher and sequence.unread > 1 for sequence, _ in draws):
+            return self._runner.draw(draws, passed)
+        # What a grammar allows next depends on the tokens under way: read them while the pass runs.
+        outputs = self._accept_all()
+        draws = [draw for draw in draws if not draw[0].finished]
+        self._runner.begin_masks(draws)
+        _tell(outputs)
         return self._runner.draw(draws, passed)
 
+    def _accept_all(self) -> Outputs:
+        outputs: Outputs = []
+        while self._flight:
+            outputs += self._accept(self._flight.popleft())
+        return outputs
+
     def _read(self, drawn: Drawn) -> None:
+        _tell(self._accept(drawn))
+
+    def _accept(self, drawn: Drawn) -> Outputs:
+        """Waits for a step's tokens and adds them to their sequences; what is to be told of them."""
         tokens, packed = read_tokens(drawn)
+        outputs: Outputs = []
         for i, (sequence, _) in enumerate(drawn.draws):
             if sequence.finished:
                 continue  # it ended while this token was under way
@@ -204,7 +218,8 @@ class Engine(EngineBase):
             out.finish_reason, out.stop_token = reason, stop_token
             if reason:
                 self._retire(sequence)
-            sequence.request.tell(out)
+            outputs.append((sequence.request, out))
+        return outputs
 
     def _sleep(self, level: int) -> None:
         for request_id in list(self._sequences):
@@ -265,3 +280,8 @@ class Engine(EngineBase):
             sequence.request.tell(out)
         self._sequences.clear()
         self._flight.clear()
+
+
+def _tell(outputs: Outputs) -> None:
+    for request, out in outputs:
+        request.tell(out)

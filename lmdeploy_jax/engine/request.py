@@ -231,3 +231,6 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.status is Status.FINISHED
+
+
+Draws = list[tuple[Sequence, int]]  # sequences with the row of hidden states that each samples from

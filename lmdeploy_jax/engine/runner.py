@@ -16,13 +16,11 @@ from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.engine.batch import Draw, StepPacker
 from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets, fit
 from lmdeploy_jax.engine.host_logits import change_logits
+from lmdeploy_jax.engine.masks import Masks
 from lmdeploy_jax.engine.program_cache import Key
-from lmdeploy_jax.engine.request import Head, Sequence
+from lmdeploy_jax.engine.request import Draws, Head, Sequence
 from lmdeploy_jax.engine.scheduler import Chunk, Step
-from lmdeploy_jax.sampling.mask import OPEN, mask_words
 from lmdeploy_jax.sampling.penalties import bias_row, count_row
-
-Draws = list[tuple[Sequence, int]]  # sequences with the row of hidden states that each samples from
 
 
 class Forward(NamedTuple):
@@ -72,7 +70,7 @@ class Runner:
         self._pending = self._put(np.zeros(buckets.max_batch_size + 1, np.int32))
         self._history: Any = None  # allocated with the first request that needs it
         self._biased: set[int] = set()  # slots whose bias row is not zero
-        self._open: dict[int, Any] = {}  # by rows: masks on the device that allow everything
+        self._masks = Masks(self._vocab_size, self._put)
         self._no_logits: dict[int, Any] = {}  # by rows: logits on the device that nobody reads
 
     # -- device memory, given back and taken again ---------------------------------------------------------
@@ -114,7 +112,7 @@ class Runner:
         for name, size in self._programs:
             if name in ("greedy", "sample"):
                 drawn = (self._head_leaves, rows, self._pending, self.packer.pack_head([], size))
-                _, self._pending = self._run(name, size, *drawn, self._mask([], size, {}))
+                _, self._pending = self._run(name, size, *drawn, self._masks.of([], size, {}))
         self._pending.block_until_ready()
 
     # -- a sequence gets its slot -------------------------------------------------------------------------
@@ -228,11 +226,10 @@ class Runner:
             return self._draw_any(draws, rows, head)
         if head is Head.FULL:
             return self._draw_full(draws, rows)
-        sizes = self.buckets.decode if head is Head.GREEDY else self.buckets.sampling
-        size = fit(sizes, len(draws))
+        size = self._head_rows(draws)
         errors: dict[Sequence, Exception] = {}
         args = (self._head_leaves, rows, self._pending, self.packer.pack_head(draws, size))
-        tokens, self._pending = self._run(head.name.lower(), size, *args, self._mask(draws, size, errors))
+        tokens, self._pending = self._run(head.name.lower(), size, *args, self._masks.of(draws, size, errors))
         return _started(draws, tokens, errors)
 
     def _draw_full(self, draws: Draws, rows: Any) -> Drawn:
@@ -246,7 +243,7 @@ class Runner:
         self._need_history()
         self._lift_early_ban(draws)
         tokens, self._pending, self._history = self._run(
-            "full", size, raw, logits, self._pending, self._history, flat, self._mask(draws, size, errors)
+            "full", size, raw, logits, self._pending, self._history, flat, self._masks.of(draws, size, errors)
         )
         return _started(draws, tokens, errors, packed=True)
 
@@ -263,7 +260,7 @@ class Runner:
         self._need_history()
         if full:
             self._lift_early_ban(draws)
-        state = (self._pending, self._history, flat, self._mask(draws, size, errors))
+        state = (self._pending, self._history, flat, self._masks.of(draws, size, errors))
         tokens, self._pending, self._history = self._run(
             "head", size, self._head_leaves, rows, changed, *state
         )
@@ -274,20 +271,15 @@ class Runner:
             self._no_logits[size] = self._put(np.zeros((size, self._vocab_size), np.float32))
         return self._no_logits[size]
 
-    def _mask(self, draws: Draws, size: int, errors: dict[Sequence, Exception]) -> Any:
-        """What the grammars of the call allow, i32 [size, words]; tells which of them have failed."""
-        guided = {s: (i, s.matcher) for i, (s, _) in enumerate(draws) if s.matcher is not None}
-        shape = (size, mask_words(self._vocab_size))
-        if not guided:
-            if size not in self._open:
-                self._open[size] = self._put(np.full(shape, OPEN, np.int32))
-            return self._open[size]
-        from lmdeploy_jax.guided.matcher import fill_masks  # llguidance is loaded with the first grammar
+    def begin_masks(self, draws: Draws) -> None:
+        """Start what the next `draw`, which is of these, needs to know of their grammars, in a thread."""
+        if draws:
+            self._masks.begin(draws, self._head_rows(draws))
 
-        mask = np.full(shape, OPEN, np.int32)
-        fill_masks(mask, list(guided.values()))
-        errors |= {s: matcher.failure for s, (_, matcher) in guided.items() if matcher.failure}
-        return mask
+    def _head_rows(self, draws: Draws) -> int:
+        """The rows of the head that draws for them."""
+        greedy = _head(draws) is Head.GREEDY and not self.buckets.lean
+        return fit(self.buckets.decode if greedy else self.buckets.sampling, len(draws))
 
     # -- hidden states and logits that are reported -------------------------------------------------------
 
