@@ -1,7 +1,10 @@
 """Speed on this machine against HuggingFace transformers: python -m tests.bench.against_transformers
 
-Prints JSON lines. Greedy, end-of-sequence ignored, float32, both on all cores:
-  concurrent   `--requests` prompts to tiny-chat at once; transformers one by one, and as one padded batch
+Prints JSON lines. Greedy, float32, both on all cores:
+  questions    `--requests` held-out questions to tiny-chat at once, each answered to its own end; transformers
+               one by one, and as one padded batch
+  concurrent   the same with prompts of nearly one length and `--tokens` tokens each, ends ignored, where a
+               padded batch pads nothing
   single       decode at batch 1 on a random checkpoint of `--shape`
   start        seconds from `pipeline()` to tiny-chat's first token, the compile cache empty and filled
 Each figure is the best of `--repeats`.
@@ -11,18 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
 from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.assets.tasks import TASKS, held_out
+from lmdeploy_jax.bench.accuracy import MOST_TOKENS
 from lmdeploy_jax.bench.checkpoint import make
 
 PAUSE = 0.3  # seconds before each timing: threads of the one before go on spinning for a while
@@ -57,15 +64,18 @@ def say(**figures: object) -> None:
     print(json.dumps(rounded), flush=True)
 
 
-def hf_generate(model: transformers.PreTrainedModel, rows: list[list[int]], count: int) -> None:
-    """Greedy `generate` of exactly `count` tokens for rows of any length, padded on the left."""
+def hf_generate(
+    model: transformers.PreTrainedModel, rows: list[list[int]], count: int, *, ends: bool = False
+) -> torch.Tensor:
+    """Greedy `generate` for rows of any length, padded on the left; `count` tokens, at most if it `ends`."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = model.config.eos_token_id if ends else None
     with torch.no_grad():
         out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
-    assert out.shape[1] == width + count
+    assert ends or out.shape[1] == width + count
+    return out[:, width:]
 
 
 def load_hf(folder: Path) -> transformers.PreTrainedModel:
@@ -73,30 +83,50 @@ def load_hf(folder: Path) -> transformers.PreTrainedModel:
 
 
 def concurrent(requests: int, count: int, repeats: int) -> None:
-    """tiny-chat, many requests at once. The three take turns: what else a machine does comes and goes."""
     config = GenerationConfig(max_new_tokens=count, ignore_eos=True)
-    texts = [f"What is {11 + i} + {90 - i}?" for i in range(requests)]
-    model = load_hf(TINY_CHAT)
+    prompts = [[user(f"What is {11 + i} + {90 - i}?")] for i in range(requests)]
+    many("concurrent", prompts, config, repeats)
+
+
+def questions(requests: int, repeats: int) -> None:
+    found = [
+        list(e.messages)
+        for task in TASKS
+        for e in held_out(task, requests, 1)
+        if not e.tools and not e.template
+    ]
+    random.Random(0).shuffle(found)
+    many("questions", found[:requests], GenerationConfig(max_new_tokens=MOST_TOKENS), repeats)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def many(what: str, prompts: list[Any], config: GenerationConfig, repeats: int) -> None:
+    """Many requests to tiny-chat. The three take turns: what else a machine does comes and goes."""
+    model, count, ends = load_hf(TINY_CHAT), config.max_new_tokens or 0, not config.ignore_eos
     with Pipeline(TINY_CHAT, JaxEngineConfig(enable_prefix_caching=False), progress=False) as pipe:
         tokenizer, template = pipe.tokenizer, pipe.frontend.template
-        rendered = [template.render([{"role": "user", "content": text}]) for text in texts]
-        rows = [tokenizer.encode(text, add_special_tokens=False) for text in rendered]
-        pipe(texts, config)
-        hf_generate(model, rows[:1], count)
+        rows = [tokenizer.encode(template.render(prompt), add_special_tokens=False) for prompt in prompts]
+        answers = pipe.infer(prompts, config)
+        assert isinstance(answers, list)
+        for answer, theirs in zip(answers, hf_generate(model, rows, count, ends=ends).tolist(), strict=True):
+            assert answer.token_ids == theirs[: len(answer.token_ids)]
         turns = [
             (
-                best(1, lambda: pipe(texts, config)),
-                best(1, lambda: [hf_generate(model, [row], count) for row in rows]),
-                best(1, lambda: hf_generate(model, rows, count)),
+                best(1, lambda: pipe.infer(prompts, config)),
+                best(1, lambda: [hf_generate(model, [row], count, ends=ends) for row in rows]),
+                best(1, lambda: hf_generate(model, rows, count, ends=ends)),
             )
             for _ in range(repeats)
         ]
     ours, alone, batch = map(min, zip(*turns, strict=True))
-    tokens = requests * count
+    tokens = sum(answer.generate_token_len for answer in answers)
     say(
-        what="concurrent",
-        requests=requests,
-        tokens_each=count,
+        what=what,
+        requests=len(prompts),
+        tokens=tokens,
         ours_tok_s=tokens / ours,
         hf_one_by_one_tok_s=tokens / alone,
         hf_padded_batch_tok_s=tokens / batch,
@@ -145,7 +175,7 @@ def start() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--what", default="start,concurrent,single")
+    parser.add_argument("--what", default="start,questions,concurrent,single")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -155,6 +185,8 @@ def main() -> None:
     wanted = options.what.split(",")
     if "start" in wanted:
         start()
+    if "questions" in wanted:
+        questions(options.requests, options.repeats)
     if "concurrent" in wanted:
         concurrent(options.requests, options.tokens, options.repeats)
     if "single" in wanted:

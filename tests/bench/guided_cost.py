@@ -1,8 +1,9 @@
 """What guided decoding costs on this machine: python -m tests.bench.guided_cost [--model FOLDER]
 
-All requests at once, exactly `--tokens` tokens each, without a grammar, with one that allows
-everything and with a JSON schema. Prints a JSON line for greedy and one for sampled decoding: tokens/s, the
-median and the best of `--repeats`. The three take turns, so that a noisy machine is noisy for all.
+All requests at once, exactly `--tokens` tokens each, without a grammar, with one that allows everything, with a
+JSON schema, and with one whose strings are so short that tokens have to be tried one by one for most masks.
+Prints a JSON line for greedy and one for sampled decoding: tokens/s, the median and the best of `--repeats`. All
+take turns, so that a noisy machine is noisy for all.
 """
 
 from __future__ import annotations
@@ -16,21 +17,33 @@ from typing import Any
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
 from lmdeploy_jax.engine.compile import CompileCounter
 
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3},
-    },
-    "required": ["name", "age", "tags"],
-    "additionalProperties": False,
-}
-PEOPLE = {"type": "array", "items": PERSON, "minItems": 100}
+
+def people(longest_name: int) -> dict[str, Any]:
+    """A form for many people."""
+    person = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": longest_name},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "tags": {
+                "type": "array",
+                "items": {"enum": ["red", "green", "blue"]},
+                "minItems": 1,
+                "maxItems": 3,
+            },
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    }
+    schema = {"type": "array", "items": person, "minItems": 100}
+    return {"type": "json_schema", "json_schema": {"name": "people", "schema": schema}}
+
+
 FORMATS: dict[str, dict[str, Any] | None] = {
     "free": None,
     "anything": {"type": "regex", "regex": "(?s:.*)"},
-    "schema": {"type": "json_schema", "json_schema": {"name": "people", "schema": PEOPLE}},
+    "schema": people(longest_name=40),
+    "tight": people(longest_name=12),
 }
 
 
