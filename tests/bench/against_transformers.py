@@ -1,8 +1,8 @@
 """Speed on this machine against HuggingFace transformers: python -m tests.bench.against_transformers
 
 Prints JSON lines. Greedy, float32, both on all cores:
-  questions    `--requests` held-out questions to tiny-chat at once, each answered to its own end; transformers
-               one by one, and as one padded batch
+  questions    `--requests` held-out questions to tiny-chat at once, each answered to its own end;
+               transformers one by one, and as one padded batch
   concurrent   the same with prompts of nearly one length and `--tokens` tokens each, ends ignored, where a
                padded batch pads nothing
   single       decode at batch 1 on a random checkpoint of `--shape`
