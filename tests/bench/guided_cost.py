@@ -1,9 +1,9 @@
 """What guided decoding costs on this machine: python -m tests.bench.guided_cost [--model FOLDER]
 
-All requests at once, exactly `--tokens` tokens each: without a grammar, with one that allows everything, with a
-JSON schema, and with one whose strings are so short that most masks need many tokens tried one by one. Prints
-a JSON line for greedy and one for sampled decoding: tokens/s, the median and the best of `--repeats`. All take
-turns, so that a noisy machine is noisy for all.
+All requests at once, exactly `--tokens` tokens each: without a grammar, with one that allows everything, with
+a JSON schema, and with one whose strings are so short that most masks need many tokens tried one by one.
+Prints a JSON line for greedy and one for sampled decoding: tokens/s, the median and the best of `--repeats`.
+All take turns, so that a noisy machine is noisy for all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
 from lmdeploy_jax.engine.compile import CompileCounter
-
 
 COLOURS = ["red", "green", "blue"]
 
