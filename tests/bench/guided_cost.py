@@ -1,9 +1,10 @@
 """What guided decoding costs on this machine: python -m tests.bench.guided_cost [--model FOLDER]
 
 All requests at once, exactly `--tokens` tokens each: without a grammar, with one that allows everything, with
-a JSON schema, and with one whose strings are so short that most masks need many tokens tried one by one.
-Prints a JSON line for greedy and one for sampled decoding: tokens/s, the median and the best of `--repeats`.
-All take turns, so that a noisy machine is noisy for all.
+a JSON schema, and with one whose strings have a greatest length: near it every token of the vocabulary has to
+be tried.
+Prints a JSON line for greedy and one for sampled decoding: tokens/s, the median and best of `--repeats`. All
+take turns, so that a noisy machine is noisy for all.
 """
 
 from __future__ import annotations
@@ -17,35 +18,27 @@ from typing import Any
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
 from lmdeploy_jax.engine.compile import CompileCounter
 
-COLOURS = ["red", "green", "blue"]
+TAGS = {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3}
 
 
-def people(longest_name: int) -> dict[str, Any]:
-    """A form for many people."""
-    person = {
+def many(**properties: Any) -> dict[str, Any]:
+    """A form for a list of records."""
+    record = {
         "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": longest_name},
-            "age": {"type": "integer", "minimum": 0, "maximum": 120},
-            "tags": {
-                "type": "array",
-                "items": {"enum": ["red", "green", "blue"]},
-                "minItems": 1,
-                "maxItems": 3,
-            },
-        },
-        "required": ["name", "age", "tags"],
+        "properties": properties,
+        "required": list(properties),
         "additionalProperties": False,
     }
-    schema = {"type": "array", "items": person, "minItems": 100}
-    return {"type": "json_schema", "json_schema": {"name": "people", "schema": schema}}
+    schema = {"type": "array", "items": record, "minItems": 100}
+    return {"type": "json_schema", "json_schema": {"name": "records", "schema": schema}}
 
 
+AGE = {"type": "integer", "minimum": 0, "maximum": 120}
 FORMATS: dict[str, dict[str, Any] | None] = {
     "free": None,
     "anything": {"type": "regex", "regex": "(?s:.*)"},
-    "schema": people(longest_name=40),
-    "tight": people(longest_name=12),
+    "schema": many(age=AGE, married={"type": "boolean"}, score={"type": "number"}, tags=TAGS),
+    "strings": many(name={"type": "string", "maxLength": 40}, age=AGE, tags=TAGS),
 }
 
 
