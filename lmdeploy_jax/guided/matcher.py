@@ -12,7 +12,8 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 
 from lmdeploy_jax.errors import RequestError
 
-THREADS = min(16, max(1, (os.cpu_count() or 1) // 2))  # the other half belongs to the engine and its device
+# Few: cheap masks take longer in many threads than in one, and only dear ones take less.
+THREADS = min(4, max(1, (os.cpu_count() or 1) // 4))
 _FEW = 4  # masks that one thread computes sooner than several can be woken
 
 
