@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,7 @@ LARGE_NORMED = [
     (6144, 4096, 4, 0.0, Tiling(32, 128, 1, 4, 6)),
     (14336, 4096, 2, 0.0, Tiling(64, 128, 1, 4, 3)),
 ]
+ROUNDS = 16
 NORMED_CASES = [("pallas_interpret", *case) for case in NORMED]
 NORMED_GPU = [pytest.param("pallas", *case, marks=pytest.mark.gpu) for case in NORMED + LARGE_NORMED]
 
@@ -80,21 +83,27 @@ NORMED_GPU = [pytest.param("pallas", *case, marks=pytest.mark.gpu) for case in N
     ("backend", "outputs", "inner", "parts", "offset", "tiling"), [*NORMED_CASES, *NORMED_GPU], ids=str
 )
 def test_with_the_norm_before_it(backend, outputs, inner, parts, offset, tiling, dtype, gated):
-    shapes = (1, inner), (inner,), (2, outputs, inner) if gated else (outputs, inner)
-    x, norm, weight = drawn(backend, dtype, *shapes)
-    (delta,) = drawn(backend, "float32" if parts else dtype, (parts, 1, inner) if parts else (1, inner))
     options = {"eps": 1e-5, "offset": offset, "out_dtype": dtype}
     options["activation"] = jax.nn.silu if gated else None
-    arrays = (x, delta, norm, (weight / inner**0.5).astype(dtype))
-    (added, got), (wanted, separate) = (
-        norm_skinny_gemm(*arrays, tiling, **options, backend=b) for b in (backend, "xla")
+    kernel, plain = (
+        jax.jit(partial(norm_skinny_gemm, tiling=tiling, backend=b, **options)) for b in (backend, "xla")
     )
-    assert error(added, np.asarray(wanted, np.float64)) < TOLERANCE[dtype]
-    row, norm, weight = (np.asarray(array, np.float64) for array in (wanted, norm, arrays[3]))
-    want = weight @ (row[0] / np.sqrt((row**2).mean() + 1e-5) * (norm + offset))
-    want = sigmoid_times(want[0]) * want[1] if gated else want
-    # No further from the truth than the separate operations, which round more often.
-    assert error(got, want[None]) < 1.2 * error(separate, want[None]) + TOLERANCE["float32"]
+    found = []
+    for _ in range(ROUNDS if outputs < 1000 else 1):
+        shapes = (1, inner), (inner,), (2, outputs, inner) if gated else (outputs, inner)
+        x, norm, weight = drawn(backend, dtype, *shapes)
+        (delta,) = drawn(backend, "float32" if parts else dtype, (parts, 1, inner) if parts else (1, inner))
+        arrays = (x, delta, norm, (weight / inner**0.5).astype(dtype))
+        (added, got), (wanted, separate) = kernel(*arrays), plain(*arrays)
+        assert error(added, np.asarray(wanted, np.float64)) < TOLERANCE[dtype]
+        row, norm, weight = (np.asarray(array, np.float64) for array in (wanted, norm, arrays[3]))
+        want = weight @ (row[0] / np.sqrt((row**2).mean() + 1e-5) * (norm + offset))
+        want = sigmoid_times(want[0]) * want[1] if gated else want
+        found.append((got[0], separate[0], want))
+    got, separate, want = (np.asarray(rows, np.float64) for rows in zip(*found, strict=True))
+    # No further from the truth than the separate operations, which round more often; over many rows, since
+    # for a single one luck decides.
+    assert error(got, want) < 1.3 * error(separate, want) + TOLERANCE["float32"]
 
 
 def test_what_does_not_fit_is_refused():
