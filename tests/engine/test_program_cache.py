@@ -36,7 +36,7 @@ def first(llama, tmp_path_factory):
     """A folder that one engine has filled, and what that engine said."""
     folder = tmp_path_factory.mktemp("programs")
     said, compiled = answers(llama, folder)
-    assert compiled > 5
+    assert compiled >= 10
     return folder, said
 
 
@@ -59,7 +59,7 @@ def test_damaged_programs_are_compiled_again(llama, first, damage, caplog):
 def test_other_shapes_are_other_programs(llama, first):
     folder, _ = first
     _, compiled = answers(llama, folder, session_len=256)
-    assert compiled > 5
+    assert compiled >= 10
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path):
