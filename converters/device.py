@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from converters.keytable import Leaf
-from converters.slicing import Index, as_ranges
+from lmdeploy_jax.converters.keytable import Leaf
+from lmdeploy_jax.converters.slicing import Index, as_ranges
 
 Fetch = Callable[[Index], np.ndarray]
 Progress = Callable[[int, int], None]

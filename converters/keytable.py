@@ -15,9 +15,9 @@ from itertools import accumulate
 import ml_dtypes
 import numpy as np
 
-from converters.layouts import Assembly, Layout, Rows, Shape
-from converters.safetensors import CheckpointReader
-from converters.slicing import Index, aligned_empty, as_ranges, runs, sizes
+from lmdeploy_jax.converters.layouts import Assembly, Layout, Rows, Shape
+from lmdeploy_jax.converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters.slicing import Index, aligned_empty, as_ranges, runs, sizes
 from lmdeploy_jax.errors import CheckpointError
 
 MAX_PROBLEMS = 20

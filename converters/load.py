@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from converters import orbax
-from converters.device import load_leaves
-from converters.families import build_config, family_of
-from converters.keytable import bind
-from converters.regroup import load_converted
-from converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters import orbax
+from lmdeploy_jax.converters.device import load_leaves
+from lmdeploy_jax.converters.families import build_config, family_of
+from lmdeploy_jax.converters.keytable import bind
+from lmdeploy_jax.converters.regroup import load_converted
+from lmdeploy_jax.converters.safetensors import CheckpointReader
 from lmdeploy_jax.errors import CheckpointError, ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.decoder import Decoder

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters.device import Placement, Progress, load_parallel, spec_sharding
-from converters.headers import TensorInfo
-from converters.zarr import find_array, read_array
+from lmdeploy_jax.converters.device import Placement, Progress, load_parallel, spec_sharding
+from lmdeploy_jax.converters.headers import TensorInfo
+from lmdeploy_jax.converters.zarr import find_array, read_array
 from lmdeploy_jax.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from converters import orbax
+from lmdeploy_jax.converters import orbax
 
 Specs = Mapping[str, jax.ShapeDtypeStruct]
 

@@ -15,9 +15,9 @@ import weakref
 
 import numpy as np
 
-from converters.headers import DOWNLOAD_AGAIN, TensorInfo, read_header
-from converters.shards import check_index, find_shards
-from converters.slicing import Index, Ranges, aligned_empty, as_ranges, is_whole, sizes
+from lmdeploy_jax.converters.headers import DOWNLOAD_AGAIN, TensorInfo, read_header
+from lmdeploy_jax.converters.shards import check_index, find_shards
+from lmdeploy_jax.converters.slicing import Index, Ranges, aligned_empty, as_ranges, is_whole, sizes
 from lmdeploy_jax.errors import CheckpointError
 
 PIECE_BYTES = 8 << 20  # largest temporary buffer of one read

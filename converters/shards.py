@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from converters.headers import DOWNLOAD_AGAIN, TensorInfo, parse_json
+from lmdeploy_jax.converters.headers import DOWNLOAD_AGAIN, TensorInfo, parse_json
 from lmdeploy_jax.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"

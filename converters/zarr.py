@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from converters.headers import TensorInfo
-from converters.safetensors import fill
-from converters.slicing import Index, aligned_empty, as_ranges, is_whole, sizes
+from lmdeploy_jax.converters.headers import TensorInfo
+from lmdeploy_jax.converters.safetensors import fill
+from lmdeploy_jax.converters.slicing import Index, aligned_empty, as_ranges, is_whole, sizes
 from lmdeploy_jax.errors import CheckpointError
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.options import MASKED, AttentionOptions
+from lmdeploy_jax.pallas_kernels.options import MASKED, AttentionOptions
 
 LOG2E = math.log2(math.e)  # logits are kept in base 2: the hardware's exponential is exp2
 

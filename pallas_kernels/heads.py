@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.norm.pallas import inverse_rms, weigh
+from lmdeploy_jax.pallas_kernels.norm.pallas import inverse_rms, weigh
 
 
 @dataclass(frozen=True)

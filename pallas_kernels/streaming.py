@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.options import MASKED, AttentionOptions
+from lmdeploy_jax.pallas_kernels.options import MASKED, AttentionOptions
 
 HIGHEST = lax.Precision.HIGHEST
 FEW_ROWS = range(2, 17)  # query rows for which keys are turned into columns first

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from converters.families.fields import LENGTHS, Fields
+from lmdeploy_jax.converters.families.fields import LENGTHS, Fields
 from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
 
 ACTIVATION_NAMES = {

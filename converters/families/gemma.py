@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from converters.families.common import (
+from lmdeploy_jax.converters.families.common import (
     ACTIVATION_NAMES,
     FULL,
     SLIDING,
@@ -17,10 +17,10 @@ from converters.families.common import (
     head_size,
     layer_windows,
 )
-from converters.families.fields import Fields
-from converters.families.rope import read_rope, rope_from
-from converters.families.tables import hf_rules
-from converters.keytable import Rule
+from lmdeploy_jax.converters.families.fields import Fields
+from lmdeploy_jax.converters.families.rope import read_rope, rope_from
+from lmdeploy_jax.converters.families.tables import hf_rules
+from lmdeploy_jax.converters.keytable import Rule
 from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
 
 NORMS: Mapping[str, str] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from converters.families.fields import Fields
-from converters.families.llama import llama_config
+from lmdeploy_jax.converters.families.fields import Fields
+from lmdeploy_jax.converters.families.llama import llama_config
 from lmdeploy_jax.models.config import DecoderConfig
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from converters.families.fields import Fields
+from lmdeploy_jax.converters.families.fields import Fields
 from lmdeploy_jax.models.config import ROPE_KINDS, RopeConfig
 
 COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}

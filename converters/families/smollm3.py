@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from converters.families.common import FULL, SLIDING, decoder_config, head_size, layer_windows, used_window
-from converters.families.fields import Fields
-from converters.families.rope import read_rope
+from lmdeploy_jax.converters.families.common import (
+    FULL,
+    SLIDING,
+    decoder_config,
+    head_size,
+    layer_windows,
+    used_window,
+)
+from lmdeploy_jax.converters.families.fields import Fields
+from lmdeploy_jax.converters.families.rope import read_rope
 from lmdeploy_jax.models.config import DecoderConfig
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from converters.keytable import Rule
-from converters.layouts import GroupedQKV, Rows, Stack
+from lmdeploy_jax.converters.keytable import Rule
+from lmdeploy_jax.converters.layouts import GroupedQKV, Rows, Stack
 from lmdeploy_jax.models.config import DecoderConfig
 
 LAYER = r"model\.layers\.(\d+)\."

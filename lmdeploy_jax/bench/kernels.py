@@ -16,9 +16,9 @@ from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.rope import rotation
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.prefill_attention import build_tiles, max_tiles, prefill_attention, tile_rows
-from pallas_kernels.rope_kv_write import HeadWork
+from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
+from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, prefill_attention, tile_rows
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
 DECODE = {
     "256 x 640": [640] * 256,

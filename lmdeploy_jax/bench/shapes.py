@@ -11,7 +11,7 @@ from typing import Any
 import lmdeploy_jax
 from lmdeploy_jax.errors import ConfigError
 
-FOLDER = Path(lmdeploy_jax.__file__).parent.parent / "configs" / "models"
+FOLDER = Path(lmdeploy_jax.__file__).parent / "configs" / "models"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.linear import product
 from lmdeploy_jax.models.tuning import Product, Tuning
-from pallas_kernels.norm import add_rms_norm
-from pallas_kernels.skinny_gemm import (
+from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
+from lmdeploy_jax.pallas_kernels.skinny_gemm import (
     StreamTiling,
     Tiling,
     gated_skinny_gemm,

@@ -39,9 +39,9 @@ def run(flags: FlagSet, args: list[str]) -> int:
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns of what this checkpoint does without
     jax.config.update("jax_platforms", "cpu")  # the weights only pass through: no GPU need hold them
 
-    from converters import orbax
-    from converters.hub import resolve_model
-    from converters.load import load_model, stored_dtype
+    from lmdeploy_jax.converters import orbax
+    from lmdeploy_jax.converters.hub import resolve_model
+    from lmdeploy_jax.converters.load import load_model, stored_dtype
     from lmdeploy_jax.engine.progress import loading_bar
 
     start = time.perf_counter()

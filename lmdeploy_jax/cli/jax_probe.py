@@ -47,7 +47,7 @@ def _runtime() -> str:
 def _kernel_backends() -> dict[str, str]:
     import jax
 
-    from pallas_kernels.registry import why_not
+    from lmdeploy_jax.pallas_kernels.registry import why_not
 
     reason = why_not(jax.devices()[0].platform, 128)
     return {"xla": "usable", "pallas": f"not usable: {reason}" if reason else "usable"}

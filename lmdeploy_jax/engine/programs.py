@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from converters.load import LoadedModel
 from lmdeploy_jax.cache.kv import CacheSpec
+from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.engine import steps
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets

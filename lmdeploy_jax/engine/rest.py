@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
-from converters.load import LoadedModel
 from lmdeploy_jax.cache.prefix import PrefixCache
+from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.engine.base import KV_CACHE, TAGS, WEIGHTS
 from lmdeploy_jax.engine.runner import Runner
 from lmdeploy_jax.engine.scheduler import Scheduler

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from converters.load import LoadedModel
 from lmdeploy_jax.cache.kv import CacheSpec
+from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.engine.batch import Draw, StepPacker
 from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets, fit
 from lmdeploy_jax.engine.host_logits import change_logits

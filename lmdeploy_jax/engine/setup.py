@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from converters.hub import resolve_model
-from converters.load import LoadedModel, load_model, read_config
 from lmdeploy_jax.cache.kv import CacheSpec, MemoryPlan, free_bytes, page_bytes, plan_memory
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.converters.hub import resolve_model
+from lmdeploy_jax.converters.load import LoadedModel, load_model, read_config
 from lmdeploy_jax.engine import buckets as bucket_plan
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import Buckets
@@ -33,9 +33,9 @@ from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
+from lmdeploy_jax.pallas_kernels.prefill_attention import tile_rows
+from lmdeploy_jax.pallas_kernels.registry import why_not
 from lmdeploy_jax.parallel.mesh import make_mesh
-from pallas_kernels.prefill_attention import tile_rows
-from pallas_kernels.registry import why_not
 
 log = logging.getLogger("lmdeploy_jax")
 HOST_BOUND = 4e9  # bytes of weights a device below which a GPU's step ends before the host has the next

@@ -12,7 +12,7 @@ from lmdeploy_jax.models.kernels import AttentionKind, Kernels, LayerCache
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.rope import Rotation
-from pallas_kernels.rope_kv_write import HeadWork
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
 
 class Attention(nnx.Module):

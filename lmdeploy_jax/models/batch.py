@@ -23,4 +23,4 @@ class Batch:
     slots: Array  # i32 [T], where the token's K and V go: page * page_size + offset
     page_table: Array  # i32 [S, M], pages of each sequence in order; unused entries 0
     kv_lens: Array  # i32 [S], tokens in the cache including this step's; 0 in padding rows
-    tiles: Array | None = None  # i32 [W, 4], see pallas_kernels.prefill_attention
+    tiles: Array | None = None  # i32 [W, 4], see lmdeploy_jax.pallas_kernels.prefill_attention

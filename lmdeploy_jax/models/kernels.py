@@ -17,18 +17,18 @@ from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.models.linear import Linear, product
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
-from lmdeploy_jax.parallel.mesh import axis_size
-from pallas_kernels.norm import add_rms_norm
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.prefill_attention import prefill_attention, why_not_mosaic
-from pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
-from pallas_kernels.skinny_gemm import (
+from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
+from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
+from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, why_not_mosaic
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
+from lmdeploy_jax.pallas_kernels.skinny_gemm import (
     StreamTiling,
     Tiling,
     gated_skinny_gemm,
     norm_skinny_gemm,
     skinny_gemm,
 )
+from lmdeploy_jax.parallel.mesh import axis_size
 
 Cache = tuple[Array, Array]
 LayerCache = tuple[Array, Array, Array]  # with the counters of decode attention, which all layers share

@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 
 from lmdeploy_jax.models.linear import param
-from pallas_kernels.norm import rms_norm
+from lmdeploy_jax.pallas_kernels.norm import rms_norm
 
 
 class RMSNorm(nnx.Module):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import lmdeploy_jax
 from lmdeploy_jax.errors import ConfigError
-from pallas_kernels.skinny_gemm import StreamTiling, Tiling
+from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
-FOLDER = Path(lmdeploy_jax.__file__).parent.parent / "configs" / "kernels"
+FOLDER = Path(lmdeploy_jax.__file__).parent / "configs" / "kernels"
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.norm import xla
-from pallas_kernels.norm.xla import rms_norm
-from pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.norm import xla
+from lmdeploy_jax.pallas_kernels.norm.xla import rms_norm
+from lmdeploy_jax.pallas_kernels.registry import check_backend
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -27,7 +27,7 @@ def add_rms_norm(
         )
     if backend == "xla":
         return xla.add_rms_norm(x, delta, weight, eps=eps, offset=offset)
-    from pallas_kernels.norm import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.norm import pallas  # a CPU does without the import's time
 
     parts = delta if delta.ndim == 3 else delta[None]
     return pallas.add_rms_norm(

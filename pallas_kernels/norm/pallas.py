@@ -10,13 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.launch import Launch, launch
+from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 
 
 def add_rms_norm(
     x: jax.Array, parts: jax.Array, weight: jax.Array, *, eps: float, offset: float, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.norm.add_rms_norm`; parts [S, T, E]."""
+    """See `lmdeploy_jax.pallas_kernels.norm`; parts [S, T, E]."""
     rows, size = x.shape
     num_warps = min(max(pl.next_power_of_2(size) // 512, 1), 16)
     how = Launch("add_rms_norm", (rows,), num_warps, num_stages=1, aliases={0: 0})

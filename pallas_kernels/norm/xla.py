@@ -19,7 +19,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, offset: float = 0.0
 def add_rms_norm(
     x: jax.Array, delta: jax.Array, weight: jax.Array, *, eps: float, offset: float
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.norm.add_rms_norm`."""
+    """See `lmdeploy_jax.pallas_kernels.norm`."""
     delta = jnp.sum(delta, axis=0) if delta.ndim == 3 else delta
     x = (x.astype(jnp.float32) + delta.astype(jnp.float32)).astype(x.dtype)
     return x, rms_norm(x, weight, eps=eps, offset=offset)

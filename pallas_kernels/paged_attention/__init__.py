@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from pallas_kernels.options import AttentionOptions, check_sinks
-from pallas_kernels.paged_attention import xla
-from pallas_kernels.registry import check_backend
-from pallas_kernels.rope_kv_write import HeadWork, as_parts
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions, check_sinks
+from lmdeploy_jax.pallas_kernels.paged_attention import xla
+from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, as_parts
 
 
 def paged_attention(
@@ -54,7 +54,7 @@ def paged_attention(
     rest: dict[str, Any] = {"eps": eps, "offset": offset, "dtype": dtype}
     if backend == "xla":
         return *xla.paged_attention(*arrays, work, sinks, options, **rest), arrivals
-    from pallas_kernels.paged_attention import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.paged_attention import pallas  # a CPU does without the import's time
 
     interpret = backend == "pallas_interpret"
     return pallas.paged_attention(*arrays, arrivals, work, sinks, options, **rest, interpret=interpret)

@@ -21,11 +21,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from pallas_kernels.blocks import State, add_sink, attend_page, initial_state, load_page, normalised
-from pallas_kernels.heads import HeadRefs, HeadTile
-from pallas_kernels.launch import Launch, launch
-from pallas_kernels.options import MASKED, AttentionOptions
-from pallas_kernels.rope_kv_write.work import HeadWork
+from lmdeploy_jax.pallas_kernels.blocks import (
+    State,
+    add_sink,
+    attend_page,
+    initial_state,
+    load_page,
+    normalised,
+)
+from lmdeploy_jax.pallas_kernels.heads import HeadRefs, HeadTile
+from lmdeploy_jax.pallas_kernels.launch import Launch, launch
+from lmdeploy_jax.pallas_kernels.options import MASKED, AttentionOptions
+from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
 
 MIN_ROWS = 16  # rows of the smallest tensor-core product
 MAX_SPLITS = 32
@@ -59,7 +66,7 @@ def paged_attention(
     tuning: Tuning | None = None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`; parts [S, T, KH, G + 2, D]."""
+    """See `lmdeploy_jax.pallas_kernels.paged_attention`; parts [S, T, KH, G + 2, D]."""
     _, tokens, kv_heads, rows, head_dim = parts.shape
     tuning = tuning or _tuning(tokens * kv_heads, head_dim, k_pages.dtype)
     splits = split_count(tokens * kv_heads, page_table.shape[1], tuning.programs)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.options import AttentionOptions
-from pallas_kernels.rope_kv_write import xla
-from pallas_kernels.rope_kv_write.work import HeadWork
-from pallas_kernels.streaming import attend_paged
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
+from lmdeploy_jax.pallas_kernels.rope_kv_write import xla
+from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
+from lmdeploy_jax.pallas_kernels.streaming import attend_paged
 
 GROUP = 32  # sequences a loop: faster than fewer, and one long context slows only its own group
 
@@ -29,7 +29,7 @@ def paged_attention(
     offset: float,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`; parts [S, T, KH, G + 2, D]."""
+    """See `lmdeploy_jax.pallas_kernels.paged_attention`; parts [S, T, KH, G + 2, D]."""
     args = (parts, k_pages, v_pages, slots, work)
     q, k_pages, v_pages = xla.rope_kv_write(*args, eps=eps, offset=offset, dtype=dtype)
     positions = jnp.broadcast_to((kv_lens - 1)[:, None], (q.shape[0], q.shape[2]))

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.options import AttentionOptions, check_cache, check_heads
-from pallas_kernels.prefill_attention import xla
-from pallas_kernels.prefill_attention.tiles import build_tiles, max_tiles, tile_rows
-from pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions, check_cache, check_heads
+from lmdeploy_jax.pallas_kernels.prefill_attention import xla
+from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import build_tiles, max_tiles, tile_rows
+from lmdeploy_jax.pallas_kernels.registry import check_backend
 
 __all__ = ["build_tiles", "max_tiles", "prefill_attention", "tile_rows", "why_not_mosaic"]
 
@@ -52,7 +52,7 @@ def prefill_attention(
     options = AttentionOptions(scale, window, soft_cap)
     if backend == "xla":
         return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options)
-    from pallas_kernels.prefill_attention import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.prefill_attention import pallas  # a CPU does without the import's time
 
     arrays = (q, k_pages, v_pages, page_table, tiles)
     if backend != "mosaic":
@@ -62,7 +62,7 @@ def prefill_attention(
         reason = "it knows no sinks, window or soft cap"
     if reason:
         raise ValueError(f"backend 'mosaic' cannot do this prefill attention: {reason}; take 'pallas'")
-    from pallas_kernels.prefill_attention import mosaic
+    from lmdeploy_jax.pallas_kernels.prefill_attention import mosaic
 
     some = pallas.prefill_attention(*arrays, sinks, options, only_short=True, interpret=False)
     return mosaic.prefill_attention(some, *arrays[1:], options)

@@ -22,8 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.options import AttentionOptions
-from pallas_kernels.prefill_attention.tiles import SHORT
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
+from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import SHORT
 
 GROUPS = 2  # of 128 threads that compute
 ROWS = 64  # queries of each

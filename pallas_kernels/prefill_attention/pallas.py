@@ -16,10 +16,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.blocks import State, add_sink, attend_page, initial_state, load_page, normalised
-from pallas_kernels.launch import Launch, launch
-from pallas_kernels.options import AttentionOptions
-from pallas_kernels.prefill_attention.tiles import SHORT, TILE_ROWS
+from lmdeploy_jax.pallas_kernels.blocks import (
+    State,
+    add_sink,
+    attend_page,
+    initial_state,
+    load_page,
+    normalised,
+)
+from lmdeploy_jax.pallas_kernels.launch import Launch, launch
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
+from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import SHORT, TILE_ROWS
 
 SMALL_BLOCK = 16  # rows of the block that serves short tiles
 
@@ -46,7 +53,7 @@ def prefill_attention(
     only_short: bool = False,
     interpret: bool,
 ) -> jax.Array:
-    """See `pallas_kernels.prefill_attention.prefill_attention`; the rows of long tiles may be left alone."""
+    """See `lmdeploy_jax.pallas_kernels.prefill_attention`; the rows of long tiles may be left alone."""
     kv_heads = k_pages.shape[1]
     group = q.shape[1] // kv_heads
     tuning = tuning or _tuning(q.shape[2], k_pages.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.registry import check_backend
 
 TILE_ROWS = {"xla": 8, "pallas": 128, "pallas_interpret": 128, "mosaic": 128}
 SHORT = 4  # queries of a tile that is done beside many of its kind

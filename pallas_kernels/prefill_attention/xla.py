@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.options import AttentionOptions
-from pallas_kernels.prefill_attention.tiles import tile_rows
-from pallas_kernels.streaming import attend_paged
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
+from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import tile_rows
+from lmdeploy_jax.pallas_kernels.streaming import attend_paged
 
 GROUP = 8  # tiles a loop
 
@@ -21,7 +21,7 @@ def prefill_attention(
     sinks: jax.Array | None,
     options: AttentionOptions,
 ) -> jax.Array:
-    """See `pallas_kernels.prefill_attention.prefill_attention`."""
+    """See `lmdeploy_jax.pallas_kernels.prefill_attention`."""
     tokens, heads, head_dim = q.shape
     kv_heads = k_pages.shape[1]
     groups = heads // kv_heads

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 from jax.typing import DTypeLike
 
-from pallas_kernels.options import check_cache
-from pallas_kernels.registry import check_backend
-from pallas_kernels.rope_kv_write import xla
-from pallas_kernels.rope_kv_write.work import HeadWork
+from lmdeploy_jax.pallas_kernels.options import check_cache
+from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.rope_kv_write import xla
+from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
 
 __all__ = ["HeadWork", "as_parts", "rope_kv_write"]
 
@@ -39,7 +39,7 @@ def rope_kv_write(
     args = (parts, k_pages, v_pages, slots, work)
     if backend == "xla":
         return xla.rope_kv_write(*args, eps=eps, offset=offset, dtype=dtype)
-    from pallas_kernels.rope_kv_write import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.rope_kv_write import pallas  # a CPU does without the import's time
 
     return pallas.rope_kv_write(
         *args, eps=eps, offset=offset, dtype=dtype, interpret=backend == "pallas_interpret"

@@ -9,9 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from pallas_kernels.heads import HeadRefs, HeadTile
-from pallas_kernels.launch import Launch, launch
-from pallas_kernels.rope_kv_write.work import HeadWork
+from lmdeploy_jax.pallas_kernels.heads import HeadRefs, HeadTile
+from lmdeploy_jax.pallas_kernels.launch import Launch, launch
+from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
 
 MAX_WARPS = 8
 
@@ -28,7 +28,7 @@ def rope_kv_write(
     dtype: DTypeLike,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `pallas_kernels.rope_kv_write.rope_kv_write`; parts [S, T, KH, G + 2, D]."""
+    """See `lmdeploy_jax.pallas_kernels.rope_kv_write`; parts [S, T, KH, G + 2, D]."""
     _, tokens, kv_heads, rows, head_dim = parts.shape
     size = pl.next_power_of_2(rows - 1) * pl.next_power_of_2(head_dim)
     num_warps = min(max(size // 256, 1), MAX_WARPS)  # eight elements a thread

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.norm.xla import rms_norm
-from pallas_kernels.rope_kv_write.work import HeadWork
+from lmdeploy_jax.pallas_kernels.norm.xla import rms_norm
+from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
 
 Pages = tuple[jax.Array, jax.Array]
 
@@ -24,7 +24,7 @@ def rope_kv_write(
     offset: float,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `pallas_kernels.rope_kv_write.rope_kv_write`; parts [S, T, KH, G + 2, D]."""
+    """See `lmdeploy_jax.pallas_kernels.rope_kv_write`; parts [S, T, KH, G + 2, D]."""
     qkv = (parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0)).astype(dtype)
     if work.bias is not None:
         qkv = qkv + work.bias

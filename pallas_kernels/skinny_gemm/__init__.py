@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from pallas_kernels.registry import check_backend
-from pallas_kernels.skinny_gemm import xla
-from pallas_kernels.skinny_gemm.tiling import MAX_TOKENS, StreamTiling, Tiling
+from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.skinny_gemm import xla
+from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import MAX_TOKENS, StreamTiling, Tiling
 
 __all__ = ["MAX_TOKENS", "StreamTiling", "Tiling", "gated_skinny_gemm", "norm_skinny_gemm", "skinny_gemm"]
 
@@ -26,7 +26,7 @@ def skinny_gemm(
     _check(x, weight.shape, tiling)
     if backend == "xla":
         return xla.skinny_gemm(x, weight, tiling.splits, out_dtype)
-    from pallas_kernels.skinny_gemm import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.skinny_gemm import pallas  # a CPU does without the import's time
 
     return pallas.skinny_gemm(x, weight, tiling, out_dtype, interpret=backend == "pallas_interpret")
 
@@ -51,12 +51,12 @@ def gated_skinny_gemm(
     if backend == "xla":
         return xla.gated_skinny_gemm(x, weight, activation)
     if isinstance(tiling, StreamTiling):
-        from pallas_kernels.skinny_gemm import mosaic
+        from lmdeploy_jax.pallas_kernels.skinny_gemm import mosaic
 
         return mosaic.gated_skinny_gemm(x, weight, tiling, activation)
     if tiling.splits != 1:
         raise ValueError(f"splits is {tiling.splits}; a gated product has whole sums only: it must be 1")
-    from pallas_kernels.skinny_gemm import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.skinny_gemm import pallas  # a CPU does without the import's time
 
     return pallas.gated_skinny_gemm(x, weight, tiling, activation, interpret=backend == "pallas_interpret")
 
@@ -97,7 +97,7 @@ def norm_skinny_gemm(
     rest: dict[str, Any] = {"eps": eps, "offset": offset, "out_dtype": out_dtype}
     if backend == "xla":
         return xla.norm_skinny_gemm(x, parts, norm, halves, activation, **rest)
-    from pallas_kernels.skinny_gemm import normed  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.skinny_gemm import normed  # a CPU does without the import's time
 
     interpret = backend == "pallas_interpret"
     return normed.norm_skinny_gemm(x, parts, norm, halves, tiling, activation, **rest, interpret=interpret)

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.skinny_gemm.tiling import StreamTiling
+from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import StreamTiling
 
 BLOCK_IN = 64  # elements: one swizzled line of 128 bytes
 COMPUTE = 2  # warpgroups
@@ -28,7 +28,7 @@ MIN_ROWS = 64  # of a tensor-core product; those beyond x are garbage and never 
 def gated_skinny_gemm(
     x: jax.Array, weight: jax.Array, tiling: StreamTiling, activation: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """See `pallas_kernels.skinny_gemm.gated_skinny_gemm`; T is a multiple of 8."""
+    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`; T is a multiple of 8."""
     rows = -(-x.shape[0] // MIN_ROWS) * MIN_ROWS
     stages, width = tiling.num_stages, tiling.block_out // COMPUTE
     swizzle, out_swizzle = _swizzled(BLOCK_IN), _swizzled(width)

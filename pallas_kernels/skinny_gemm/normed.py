@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from pallas_kernels.blocks import dot
-from pallas_kernels.launch import launch
-from pallas_kernels.skinny_gemm.pallas import WeightTile, gated, launch_of
-from pallas_kernels.skinny_gemm.tiling import Tiling
+from lmdeploy_jax.pallas_kernels.blocks import dot
+from lmdeploy_jax.pallas_kernels.launch import launch
+from lmdeploy_jax.pallas_kernels.skinny_gemm.pallas import WeightTile, gated, launch_of
+from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import Tiling
 
 Row = tuple[jax.Array, ...]  # blocks [1, block_in] of the residual stream, the norm's weight, and parts
 
@@ -38,7 +38,7 @@ def norm_skinny_gemm(
     out_dtype: DTypeLike,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.skinny_gemm.norm_skinny_gemm`; parts [S, 1, K], weight [1 or 2, N, K]."""
+    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`; parts [S, 1, K], weight [1 or 2, N, K]."""
     outputs = weight.shape[1]
     how = launch_of("norm_skinny_gemm", outputs, tiling)
     # Not in x's place: programs that come late have to find it as it was.

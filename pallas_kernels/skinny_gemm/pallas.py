@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from pallas_kernels.blocks import dot
-from pallas_kernels.launch import Launch, launch
-from pallas_kernels.skinny_gemm.tiling import Tiling
+from lmdeploy_jax.pallas_kernels.blocks import dot
+from lmdeploy_jax.pallas_kernels.launch import Launch, launch
+from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import Tiling
 
 MIN_ROWS = 16  # of the smallest tensor-core product
 
@@ -26,7 +26,7 @@ MIN_ROWS = 16  # of the smallest tensor-core product
 def skinny_gemm(
     x: jax.Array, weight: jax.Array, tiling: Tiling, out_dtype: DTypeLike, *, interpret: bool
 ) -> jax.Array:
-    """See `pallas_kernels.skinny_gemm.skinny_gemm`."""
+    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`."""
     (tokens, _), outputs = x.shape, weight.shape[0]
     how = launch_of("skinny_gemm", outputs, tiling)
     out = jax.ShapeDtypeStruct((tiling.splits, tokens, outputs), out_dtype)
@@ -41,7 +41,7 @@ def gated_skinny_gemm(
     *,
     interpret: bool,
 ) -> jax.Array:
-    """See `pallas_kernels.skinny_gemm.gated_skinny_gemm`."""
+    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`."""
     (tokens, _), outputs = x.shape, weight.shape[1]
     how = launch_of("gated_skinny_gemm", outputs, tiling)
     kernel = functools.partial(_gated_kernel, tiling=tiling, activation=activation)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.norm.xla import add_rms_norm
+from lmdeploy_jax.pallas_kernels.norm.xla import add_rms_norm
 
 
 def skinny_gemm(x: jax.Array, weight: jax.Array, splits: int, out_dtype: DTypeLike) -> jax.Array:
-    """See `pallas_kernels.skinny_gemm.skinny_gemm`."""
+    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`."""
     parts = lax.dot_general(
         x.reshape(x.shape[0], splits, -1),
         weight.reshape(weight.shape[0], splits, -1),
@@ -27,7 +27,7 @@ def skinny_gemm(x: jax.Array, weight: jax.Array, splits: int, out_dtype: DTypeLi
 def gated_skinny_gemm(
     x: jax.Array, weight: jax.Array, activation: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """See `pallas_kernels.skinny_gemm.gated_skinny_gemm`."""
+    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`."""
     inner = jnp.einsum("tk,gnk->gtn", x, weight, precision=_precision(x))
     return activation(inner[0]) * inner[1]
 
@@ -43,7 +43,7 @@ def norm_skinny_gemm(
     offset: float,
     out_dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.skinny_gemm.norm_skinny_gemm`; parts [S, 1, K], weight [1 or 2, N, K]."""
+    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`; parts [S, 1, K], weight [1 or 2, N, K]."""
     added, normed = add_rms_norm(x, parts, norm, eps=eps, offset=offset)
     if activation is None:
         return added, skinny_gemm(normed, weight[0], 1, out_dtype)[0]

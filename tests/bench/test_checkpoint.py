@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from converters.load import read_config
 from lmdeploy_jax.bench import checkpoint, shapes
+from lmdeploy_jax.converters.load import read_config
 from lmdeploy_jax.errors import ConfigError
 
 

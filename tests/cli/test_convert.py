@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from converters.load import load_model
 from lmdeploy_jax.bench import checkpoint
 from lmdeploy_jax.cli.main import main
+from lmdeploy_jax.converters.load import load_model
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import lmdeploy_jax
-from converters.families import FAMILIES
 from lmdeploy_jax.cli.main import COMMANDS
+from lmdeploy_jax.converters.families import FAMILIES
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
 README = (ROOT / "README.md").read_text()

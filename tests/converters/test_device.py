@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from converters.device import Placement, load_parallel, place
-from converters.slicing import Index, aligned_empty
+from lmdeploy_jax.converters.device import Placement, load_parallel, place
+from lmdeploy_jax.converters.slicing import Index, aligned_empty
 
 ARRAY = np.arange(16 * 6, dtype=np.float32).reshape(16, 6)
 

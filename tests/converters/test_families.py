@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from converters.families import FAMILIES, build_config
+from lmdeploy_jax.converters.families import FAMILIES, build_config
 from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
 from lmdeploy_jax.models.config import DecoderConfig
 

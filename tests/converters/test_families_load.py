@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import converters.load
-from converters.load import load_model, pick_dtype, read_config
+import lmdeploy_jax.converters.load
+from lmdeploy_jax.converters.load import load_model, pick_dtype, read_config
 from lmdeploy_jax.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tests.oracle import save_checkpoint
 
@@ -120,7 +120,7 @@ V_PROJ = "model.layers.1.self_attn.v_proj.weight"
 )
 def test_tensors_that_do_not_fit_are_named_and_nothing_is_allocated(copy, monkeypatch, tensors, message):
     change(copy, **tensors)
-    monkeypatch.setattr(converters.load, "load_leaves", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(lmdeploy_jax.converters.load, "load_leaves", lambda *_: pytest.fail("allocated"))
     with pytest.raises(CheckpointError) as caught:
         load_model(copy)
     assert message in str(caught.value)

@@ -10,8 +10,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from converters.hub import resolve_model
 from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.converters.hub import resolve_model
 from lmdeploy_jax.errors import CheckpointError
 
 FILES = [

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from converters.keytable import Leaf, Rule, bind
-from converters.layouts import GroupedQKV, Layout, Rows, Stack
-from converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters.keytable import Leaf, Rule, bind
+from lmdeploy_jax.converters.layouts import GroupedQKV, Layout, Rows, Stack
+from lmdeploy_jax.converters.safetensors import CheckpointReader
 from lmdeploy_jax.errors import CheckpointError
 
 KH, G, D, E, INNER, VOCAB = 2, 4, 3, 8, 6, 5

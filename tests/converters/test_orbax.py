@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from converters import orbax
+from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.errors import CheckpointError
 
 ARRAYS = {

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from converters import safetensors as module
-from converters.safetensors import CheckpointReader
-from converters.shards import INDEX_NAME
+from lmdeploy_jax.converters import safetensors as module
+from lmdeploy_jax.converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters.shards import INDEX_NAME
 from lmdeploy_jax.errors import CheckpointError
 
 RNG = np.random.default_rng(0)

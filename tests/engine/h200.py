@@ -15,18 +15,18 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from converters.families import build_config
-from converters.load import LoadedModel, build_skeleton
 from lmdeploy_jax.bench import shapes
 from lmdeploy_jax.cache.kv import CacheSpec
+from lmdeploy_jax.converters.families import build_config
+from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
 from lmdeploy_jax.engine import buckets
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.compile import Program
 from lmdeploy_jax.engine.programs import ProgramBuilder
 from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.pallas_kernels.prefill_attention import tile_rows
 from lmdeploy_jax.parallel.mesh import AXES
-from pallas_kernels.prefill_attention import tile_rows
 from tests.pallas_kernels.h200 import TARGET, cache_copies, outside_command_buffer
 from tests.pallas_kernels.programs import as_on_h200
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters.load import LoadedModel
+from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE
+from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
 from lmdeploy_jax.parallel.mesh import axis_size
-from pallas_kernels.options import PAGE_SIZE
-from pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
 
 TOKENS = 192  # ragged shape
 PAGES_EACH = 4

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from converters.load import load_model
+from lmdeploy_jax.converters.load import load_model
 from lmdeploy_jax.engine.engine import Engine
 from tests.engine.harness import config, tokens
 from tests.models.paged import PagedRunner

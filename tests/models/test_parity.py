@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from converters.load import load_model
+from lmdeploy_jax.converters.load import load_model
 from tests.models.paged import PagedRunner
 from tests.oracle import CONFIGS, hf_logits, save_checkpoint
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters.load import build_skeleton
+from lmdeploy_jax.converters.load import build_skeleton
 from lmdeploy_jax.models import kernels
 from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.models.config import DecoderConfig, RopeConfig

@@ -13,7 +13,7 @@ from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.tuning import Product, Tuning
-from pallas_kernels.skinny_gemm import StreamTiling, Tiling
+from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
 SMALL, LARGE = Tiling(32, 32, 2, 4, 2), Tiling(32, 64, 1, 4, 2)
 TABLE = Tuning(

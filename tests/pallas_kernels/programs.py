@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.prefill_attention import max_tiles, prefill_attention, tile_rows
-from pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
+from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
+from lmdeploy_jax.pallas_kernels.prefill_attention import max_tiles, prefill_attention, tile_rows
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 
 SEQUENCES, TABLE_WIDTH, TOKENS, PAGES = 16, 32, 256, 128
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
-from pallas_kernels.rope_kv_write import HeadWork
+from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
 PAGE_SIZE = 64
 LENGTHS = (

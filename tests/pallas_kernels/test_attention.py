@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.rope_kv_write import HeadWork
+from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
+from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 from tests.pallas_kernels.reference import PagedBatch, Shape, decode_case, prefill_case, relative_error
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}

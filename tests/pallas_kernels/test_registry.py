@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.launch import Launch, launch
-from pallas_kernels.registry import resolve, why_not
+from lmdeploy_jax.pallas_kernels.launch import Launch, launch
+from lmdeploy_jax.pallas_kernels.registry import resolve, why_not
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 
 PAGES, EPS = 5, 1e-5
 # The 7s and the 0 are padding rows in page 0; the negative ones must not reach other pages.

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.skinny_gemm import MAX_TOKENS, Tiling, gated_skinny_gemm, norm_skinny_gemm, skinny_gemm
+from lmdeploy_jax.pallas_kernels.skinny_gemm import (
+    MAX_TOKENS,
+    Tiling,
+    gated_skinny_gemm,
+    norm_skinny_gemm,
+    skinny_gemm,
+)
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
 SMALL = [  # tokens, outputs, inner, tiling; outputs that fill no block, tokens that fill no tile

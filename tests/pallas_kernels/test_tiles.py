@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
+from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
 
 
 def test_a_chunk_is_cut_into_tiles_the_longest_work_first_and_short_ones_last() -> None:

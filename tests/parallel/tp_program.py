@@ -10,8 +10,8 @@ import tempfile
 import jax
 import numpy as np
 
-from converters import orbax
-from converters.load import LoadedModel, load_model
+from lmdeploy_jax.converters import orbax
+from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.parallel.mesh import make_mesh
 from tests.models.paged import PagedRunner
