@@ -52,3 +52,9 @@ class EngineError(LmdeployError, RuntimeError):
     """The engine cannot go on, or has been closed."""
 
     code = "engine_unavailable"
+
+
+class LogitsError(LmdeployError, ArithmeticError):
+    """There is no distribution to draw a token from: a logit is NaN, or every token is ruled out."""
+
+    code = "invalid_logits"
