@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from lmdeploy_jax.converters import orbax
+from lmdeploy_jax.converters.config import read_json
 from lmdeploy_jax.converters.device import load_leaves
 from lmdeploy_jax.converters.families import build_config, family_of
 from lmdeploy_jax.converters.keytable import bind
@@ -94,17 +93,6 @@ class LoadedModel:
         return self.skeleton.merge_head(leaves)
 
 
-def read_config(
-    folder: str | os.PathLike[str], hf_overrides: Mapping[str, Any] | None = None
-) -> DecoderConfig:
-    """The `DecoderConfig` of a checkpoint folder; `hf_overrides` is laid over its `config.json`, nested too.
-
-    Raises CheckpointError, and UnsupportedModelError for what is not implemented.
-    """
-    raw, where = _read_json(folder, hf_overrides)
-    return build_config(raw, where)
-
-
 def load_model(
     folder: str | os.PathLike[str],
     *,
@@ -124,7 +112,7 @@ def load_model(
     are read too.
     Everything is checked before anything is allocated. Raises CheckpointError and ConfigError.
     """
-    raw, where = _read_json(folder, hf_overrides)
+    raw, where = read_json(folder, hf_overrides)
     rules = family_of(raw, where).rules
     config = build_config(raw, where) if config is None else config
     wanted = pick_dtype(dtype, stored_dtype(folder), _platform(mesh))
@@ -197,29 +185,3 @@ def _spec(name: str, variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtyp
 def _platform(mesh: Mesh | None) -> str:
     devices = jax.devices() if mesh is None else mesh.devices.flat
     return devices[0].platform
-
-
-def _read_json(
-    folder: str | os.PathLike[str], overrides: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], str]:
-    """`config.json` with `overrides` laid over it, and its path."""
-    path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: not found; give the folder of a HuggingFace checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: is a JSON {type(raw).__name__}, not an object")
-    return _overlay(raw, overrides or {}), str(path)
-
-
-def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            value = _overlay(below, value)
-        merged[key] = value
-    return merged

@@ -17,8 +17,9 @@ from lmdeploy_jax.cache.kv import CacheSpec, MemoryPlan, free_bytes, page_bytes,
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.hub import resolve_model
-from lmdeploy_jax.converters.load import LoadedModel, load_model, read_config
+from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.engine import buckets as bucket_plan
 from lmdeploy_jax.engine.batch import StepPacker
 from lmdeploy_jax.engine.buckets import Buckets

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lmdeploy_jax.bench import checkpoint, shapes
-from lmdeploy_jax.converters.load import read_config
+from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lmdeploy_jax.bench import bandwidth, report, shapes
 from lmdeploy_jax.bench.run import Run, Trace
 from lmdeploy_jax.bench.workloads import Job
-from lmdeploy_jax.converters.load import read_config
+from lmdeploy_jax.converters.config import read_config
 
 JOBS = [Job([1] * 10, 3), Job([1] * 20, 3)]
 RUN = Run(0.5, [Trace([0.1, 0.2, 0.3]), Trace([0.2, 0.35, 0.4])])

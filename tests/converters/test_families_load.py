@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lmdeploy_jax.converters.load
-from lmdeploy_jax.converters.load import load_model, pick_dtype, read_config
+from lmdeploy_jax.converters.config import read_config
+from lmdeploy_jax.converters.load import load_model, pick_dtype
 from lmdeploy_jax.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tests.oracle import save_checkpoint
 

@@ -1,0 +1,50 @@
+"""A checkpoint folder's `config.json` -> a decoder's config. Works without JAX: nothing is loaded yet."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmdeploy_jax.converters.families import build_config
+from lmdeploy_jax.errors import CheckpointError
+from lmdeploy_jax.models.config import DecoderConfig
+
+
+def read_config(
+    folder: str | os.PathLike[str], hf_overrides: Mapping[str, Any] | None = None
+) -> DecoderConfig:
+    """The `DecoderConfig` of a checkpoint folder; `hf_overrides` is laid over its `config.json`, nested too.
+
+    Raises CheckpointError, and UnsupportedModelError for what is not implemented.
+    """
+    raw, where = read_json(folder, hf_overrides)
+    return build_config(raw, where)
+
+
+def read_json(
+    folder: str | os.PathLike[str], overrides: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], str]:
+    """`config.json` with `overrides` laid over it, and its path. Raises CheckpointError."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: not found; give the folder of a HuggingFace checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: is a JSON {type(raw).__name__}, not an object")
+    return _overlay(raw, overrides or {}), str(path)
+
+
+def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = _overlay(below, value)
+        merged[key] = value
+    return merged
