@@ -18,7 +18,7 @@ from lmdeploy_jax.arguments import (
     refuse,
     refuse_unknown_fields,
 )
-from lmdeploy_jax.config import EngineConfig, JaxEngineConfig, engine_config
+from lmdeploy_jax.config import EngineConfig, engine_config
 from lmdeploy_jax.errors import EngineError, RequestError
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.messages import GenerationConfig, Response
@@ -27,6 +27,7 @@ from lmdeploy_jax.stream import ResponseStream, start, turn, with_bar
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.engine.prepare import PreparedModel
     from lmdeploy_jax.text import ChatTemplateConfig, Tokenizer
 
 Ids = Sequence[int]
@@ -95,7 +96,10 @@ class Pipeline:
         refuse("vision_config", vision_config, "vision models are not implemented")
         refuse("allowed_media_domains", allowed_media_domains, "images are not implemented")
         config = engine_config(backend_config)
-        self._frontend = _open(model_path, config, chat_template_config, max_log_len, progress)
+        from lmdeploy_jax.engine.prepare import prepare
+
+        model = prepare(model_path, config, chat_template_config)
+        self._frontend = open_frontend(model, max_log_len, progress=progress)
 
     @classmethod
     def over(cls, frontend: Frontend) -> Pipeline:
@@ -271,17 +275,12 @@ class Pipeline:
         self.close()
 
 
-def _open(
-    model: str | Path,
-    config: JaxEngineConfig,
-    template: ChatTemplateConfig | str | None,
-    max_log_len: int | None,
-    progress: bool,
-) -> Frontend:
-    from lmdeploy_jax.engine.engine import Engine
+def open_frontend(model: PreparedModel, max_log_len: int | None = None, *, progress: bool = True) -> Frontend:
+    """A prepared model, loaded into an engine of this process."""
+    from lmdeploy_jax.engine.engine import Engine  # brings JAX
     from lmdeploy_jax.engine.frontend import Frontend
 
-    return Frontend.over(Engine(model, config, progress=progress), template, max_log_len)
+    return Frontend.over(Engine(model.folder, model.config, progress=progress), model, max_log_len)
 
 
 def _with_choices(answers: list[Response]) -> Response:

@@ -53,6 +53,7 @@ WITHOUT_JAX = (
     "lmdeploy_jax.engine.base",
     "lmdeploy_jax.engine.facts",
     "lmdeploy_jax.engine.frontend",
+    "lmdeploy_jax.engine.prepare",
     "lmdeploy_jax.engine.remote",
     "lmdeploy_jax.engine.request",
     "lmdeploy_jax.engine.scheduler",

@@ -13,6 +13,7 @@ from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
 from lmdeploy_jax.cli.flags import FlagSet, UsageError
 from lmdeploy_jax.cli.generation_flags import add_generation_flags, generation_config
 from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.messages import GenerationConfig, Response
 
 if TYPE_CHECKING:
@@ -59,12 +60,13 @@ def run(flags: FlagSet, args: list[str]) -> int:
         name = args[0] if args else None
         return _converse(flags, RemoteConversation(flags["url"], name, flags["api_key"], flags))
 
-    from lmdeploy_jax.pipeline import Pipeline
+    from lmdeploy_jax.engine.prepare import prepare
+    from lmdeploy_jax.pipeline import Pipeline, open_frontend
 
-    model = args[0] if args else DEFAULT_MODEL
-    template, level = flags["chat_template"], flags["log_level"]
-    with Pipeline(model, config, template, level, progress=sys.stderr.isatty()) as pipe:
-        gen_config = generation_config(flags, pipe.frontend.engine.folder)
+    set_level(flags["log_level"])
+    model = prepare(args[0] if args else DEFAULT_MODEL, config, flags["chat_template"])
+    gen_config = generation_config(flags, model.folder)
+    with Pipeline.over(open_frontend(model, progress=sys.stderr.isatty())) as pipe:
         return _converse(flags, Conversation(pipe, gen_config, flags["system"], flags["enable_thinking"]))
 
 

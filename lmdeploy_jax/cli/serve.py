@@ -13,12 +13,12 @@ from absl import flags as absl_flags
 
 from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
 from lmdeploy_jax.cli.flags import FlagSet, UsageError
-from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.server.options import ServerOptions
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.engine.prepare import PreparedModel
 
 DEFAULT_MODEL = "tiny-chat"
 SECTION = "Server"
@@ -52,33 +52,41 @@ def _definition(hint: Any) -> Any:
 
 def run(flags: FlagSet, args: list[str]) -> int:
     """Open the model and serve it until the process is told to end."""
-    if not args or args[0] != "api_server" or len(args) > 2:
-        raise UsageError(f"serve takes api_server and one model, but was given {' '.join(args)!r}.")
+    model = _model(args)
     options = ServerOptions(**{field.name: flags[field.name] for field in fields(ServerOptions)})
     config = engine_config(flags)
+    set_level(flags["log_level"])
 
     from lmdeploy_jax.engine import collector
-    from lmdeploy_jax.server.run import Server
+    from lmdeploy_jax.engine.prepare import prepare
+    from lmdeploy_jax.server.door import bind
+    from lmdeploy_jax.server.run import Server, check
     from lmdeploy_jax.server.service import Service
 
-    model = args[1] if len(args) > 1 else DEFAULT_MODEL
+    prepared = prepare(model, config, flags["chat_template"])
+    check(options, prepared)
+    sockets = bind(options)
     signal.signal(signal.SIGTERM, _exit)
-    with closing(_frontend(model, config, flags)) as frontend:
-        server = Server(Service(frontend, options, model))
+    with closing(_frontend(prepared, flags)) as frontend:
+        service = Service(frontend, options, model)
         collector.settle()
-        print(f"Serving {server.service.models[0]} at {server.address}", flush=True)
-        server.run()
+        Server(service, lambda url: print(f"Serving {service.models[0]} at {url}", flush=True)).run(sockets)
     return 0
 
 
-def _frontend(model: str, config: JaxEngineConfig, flags: FlagSet) -> Frontend:
+def _model(args: list[str]) -> str:
+    if not args or args[0] != "api_server" or len(args) > 2:
+        raise UsageError(f"serve takes api_server and one model, but was given {' '.join(args)!r}.")
+    return args[1] if len(args) > 1 else DEFAULT_MODEL
+
+
+def _frontend(model: PreparedModel, flags: FlagSet) -> Frontend:
     """Over an engine in a process of its own, so that HTTP and the engine's thread share no interpreter."""
     from lmdeploy_jax.engine.frontend import Frontend
     from lmdeploy_jax.engine.remote import RemoteEngine
 
-    set_level(flags["log_level"])
-    engine = RemoteEngine(model, config, progress=sys.stderr.isatty())
-    return Frontend.over(engine, flags["chat_template"], flags["max_log_len"])
+    engine = RemoteEngine(model.folder, model.config, progress=sys.stderr.isatty())
+    return Frontend.over(engine, model, flags["max_log_len"])
 
 
 def _exit(number: int, _: FrameType | None) -> NoReturn:

@@ -11,11 +11,12 @@ from lmdeploy_jax.engine.answer import OutputOptions
 from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.output import Flush, OutputProcessor, Sink
 from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
+from lmdeploy_jax.engine.prepare import PreparedModel, prepare
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.logs import REQUEST, shortened
 from lmdeploy_jax.messages import GenerationConfig
-from lmdeploy_jax.text.chat_template import ChatTemplate, select
+from lmdeploy_jax.text.chat_template import ChatTemplate
 from lmdeploy_jax.text.jinja_template import HfChatTemplate
 from lmdeploy_jax.text.prompts import Prompt
 from lmdeploy_jax.text.settings import read_object
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lmdeploy_jax.guided.grammars import Grammars
-    from lmdeploy_jax.text import ChatTemplateConfig
 
 logger = logging.getLogger("lmdeploy_jax")
 
@@ -63,16 +63,17 @@ class Frontend:
     def over(
         cls,
         engine: EngineBase,
-        template: ChatTemplateConfig | str | None = None,
+        model: PreparedModel | None = None,
         max_log_len: int | None = None,
     ) -> Frontend:
-        """An engine with its checkpoint's tokenizer, and the template that is named, or its own.
+        """An engine with the tokenizer and template of the model that it was opened on; None is what its
+        checkpoint says.
 
         Closes the engine where that fails. Raises `ConfigError` and `CheckpointError`.
         """
         try:
-            tokenizer = Tokenizer(engine.folder)
-            return cls(engine, tokenizer, select(tokenizer, engine.folder, template), max_log_len)
+            model = model or prepare(engine.folder, engine.config)
+            return cls(engine, model.tokenizer, model.template, max_log_len)
         except BaseException:
             engine.close()
             raise

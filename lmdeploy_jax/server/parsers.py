@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.text.chat_template import ChatTemplate
 from lmdeploy_jax.text.parsers import ReasoningFormat, ToolFormat, reasoning_format, tool_format
-
-if TYPE_CHECKING:
-    from lmdeploy_jax.engine.frontend import Frontend
-
-logger = logging.getLogger("lmdeploy_jax")
 
 # What a chat template prints around a call -> its format. The first that fits counts.
 _MARKS = (
@@ -39,16 +33,22 @@ _CALL = {"type": "function", "id": "call00001", "function": {"name": "f", "argum
 
 
 def select_parsers(
-    options: ServerOptions, frontend: Frontend
+    options: ServerOptions, template: ChatTemplate
 ) -> tuple[ToolFormat | None, ReasoningFormat | None]:
     """The formats that the options name, or that the chat template shows. Raises `ConfigError`."""
-    tool, thought = options.tool_call_parser or "auto", options.reasoning_parser or "auto"
-    tool = _shown_calls(frontend.template) if tool == "auto" else tool
-    thought = _shown_reasoning(frontend.template) if thought == "auto" else thought
-    logger.info("tool calls are read as %r, reasoning as %r", tool, thought)
+    tool, thought = parser_names(options, template)
     return (
         None if tool == "none" else tool_format(tool),
         None if thought == "none" else reasoning_format(thought),
+    )
+
+
+def parser_names(options: ServerOptions, template: ChatTemplate) -> tuple[str, str]:
+    """What tool calls and reasoning are read as; "none" leaves them in the text."""
+    tool, thought = options.tool_call_parser or "auto", options.reasoning_parser or "auto"
+    return (
+        _shown_calls(template) if tool == "auto" else tool,
+        _shown_reasoning(template) if thought == "auto" else thought,
     )
 
 

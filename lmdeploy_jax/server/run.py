@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 
 import uvicorn
 
+from lmdeploy_jax.engine.prepare import PreparedModel
 from lmdeploy_jax.server.app import create_app
+from lmdeploy_jax.server.defaults import Defaults
+from lmdeploy_jax.server.door import check_certificate
+from lmdeploy_jax.server.options import ServerOptions
+from lmdeploy_jax.server.parsers import select_parsers
 from lmdeploy_jax.server.service import Service
 
 _GRACE = 5.0  # seconds after the deadline in which answers that were cut still reach their clients
 
 
-class Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT; then takes in nothing more, and cuts what runs beyond the deadline."""
+def check(options: ServerOptions, model: PreparedModel) -> None:
+    """Everything about the options that can be told before the model is loaded.
 
-    def __init__(self, service: Service) -> None:
+    Raises ConfigError for what names nothing, CheckpointError, and OSError for files that cannot be used.
+    """
+    check_certificate(options)
+    select_parsers(options, model.template)
+    Defaults.read(options.generation_config, model.folder)
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or SIGINT; then takes in nothing more, and cuts what runs beyond the deadline.
+
+    tell: is given the URL once connections are taken.
+    """
+
+    def __init__(self, service: Service, tell: Callable[[str], None] = lambda url: None) -> None:
         options = service.options
         self.service = service
+        self._tell = tell
         super().__init__(
             uvicorn.Config(
                 create_app(service),
@@ -33,11 +53,19 @@ class Server(uvicorn.Server):
             )
         )
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Part of uvicorn's interface: starts to listen."""
+        await super().startup(sockets)
+        if self.started:
+            self._tell(self._url)
+
     @property
-    def address(self) -> str:
-        """The URL that the server was told to listen at."""
-        scheme = "https" if self.service.options.ssl_certfile else "http"
-        return f"{scheme}://{self.service.options.server_name}:{self.service.options.server_port}"
+    def _url(self) -> str:
+        options = self.service.options
+        scheme = "https" if options.ssl_certfile else "http"
+        host = f"[{options.server_name}]" if ":" in options.server_name else options.server_name
+        port = options.server_port or self.servers[0].sockets[0].getsockname()[1]
+        return f"{scheme}://{host}:{port}"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Part of uvicorn's interface: called when the server is to end."""

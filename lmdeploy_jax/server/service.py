@@ -17,7 +17,7 @@ from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.generation import Generation, Job, Mailroom
 from lmdeploy_jax.server.metrics import Meter, Metrics
 from lmdeploy_jax.server.options import ServerOptions
-from lmdeploy_jax.server.parsers import select_parsers
+from lmdeploy_jax.server.parsers import parser_names, select_parsers
 from lmdeploy_jax.text.parsers import json_formats
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class Service:
         self.models = (self.options.model_name or model,)
         self.created = int(time.time())
         self.defaults = Defaults.read(self.options.generation_config, frontend.engine.folder)
-        self.chat = Chat(frontend, *select_parsers(self.options, frontend))
+        self.chat = Chat(frontend, *select_parsers(self.options, frontend.template))
+        names = parser_names(self.options, frontend.template)
+        logger.info("tool calls are read as %r, reasoning as %r", *names)
         self.metrics = None if self.options.disable_metrics else Metrics(self)
         self.call_ids = CallIds(bare=self.chat.tools is json_formats.MISTRAL)
         self.unknown_fields: set[str] = set()

@@ -41,10 +41,10 @@ def served(cache: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], st
 
 
 def serving(server: subprocess.Popen[str], url: str) -> psutil.Process:
-    """Waits until it answers; the engine's process."""
+    """Waits until it says that it serves, and then it does; the engine's process."""
     assert server.stdout is not None
     assert server.stdout.readline() == f"Serving tiny-chat at {url}\n"
-    wait_until(lambda: answers(url))
+    assert answers(url)
     return next(p for p in psutil.Process(server.pid).children() if "spawn_main" in " ".join(p.cmdline()))
 
 

@@ -1,0 +1,46 @@
+"""What can be known of a model before it is loaded: seconds, and no JAX. What is wrong with a name, a
+tokenizer or a template is told here, not after minutes of loading and compiling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.converters.config import read_config
+from lmdeploy_jax.converters.hub import resolve_model
+from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.text.chat_config import ChatTemplateConfig
+from lmdeploy_jax.text.chat_template import ChatTemplate, select
+from lmdeploy_jax.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model that has been found and looked at. An engine opens `folder` with `config`."""
+
+    folder: Path
+    config: JaxEngineConfig
+    model_config: DecoderConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+
+def prepare(
+    model: str | Path,
+    config: JaxEngineConfig | None = None,
+    template: ChatTemplateConfig | str | None = None,
+) -> PreparedModel:
+    """Find a model's folder, downloading it from the hub where that is asked for, and read all but its
+    weights.
+
+    model: a checkpoint folder, a hub id, or an embedded model's name.
+    template: the chat template that is to replace the checkpoint's own; see `select`.
+    Raises ConfigError, CheckpointError, UnsupportedModelError.
+    """
+    config = config or JaxEngineConfig()
+    folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
+    model_config = read_config(folder, config.hf_overrides)
+    tokenizer = Tokenizer(folder)
+    return PreparedModel(folder, config, model_config, tokenizer, select(tokenizer, folder, template))

@@ -1,0 +1,122 @@
+"""What is wrong with a model's name, files or template is told before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import ssl
+from pathlib import Path
+
+import pytest
+
+from lmdeploy_jax import pipeline
+from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.cli.main import main
+from lmdeploy_jax.engine import engine, remote
+from lmdeploy_jax.engine.prepare import prepare
+from lmdeploy_jax.errors import LmdeployError
+
+
+@pytest.fixture(autouse=True)
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here gets as far as an engine."""
+
+    def loading(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded before everything had been checked")
+
+    monkeypatch.setattr(engine, "set_up", loading)
+    monkeypatch.setattr(remote, "_start", loading)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY_CHAT, tmp_path / "model"))
+
+
+def test_a_prepared_model_is_all_but_its_weights(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    model = prepare(folder)
+    assert (model.folder, model.model_config.vocab_size) == (folder, 2560)
+    assert model.tokenizer.decode(model.tokenizer.encode("hello")) == "hello"
+    assert "hello" in model.template.render([{"role": "user", "content": "hello"}])
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+
+
+def broken_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% if %}")
+
+
+def unknown_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NopeForCausalLM"]}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [(without_tokenizer, "tokenizer.json"), (broken_template, "template"), (unknown_architecture, "Nope")],
+)
+def test_damaged_folders(damage, text, folder, capsys):
+    damage(folder)
+    with pytest.raises(LmdeployError, match=text):
+        pipeline(str(folder))
+    for command in (["chat", str(folder)], ["serve", "api_server", str(folder)]):
+        assert main(command) == 1
+        assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["chat"], ["serve", "api_server"]])
+def test_a_chat_template_of_no_name(command, capsys):
+    assert main([*command, "--chat-template", "nope"]) != 0
+    assert "nope" in capsys.readouterr().err
+
+
+def test_generation_config_of_the_checkpoint(folder, capsys):
+    (folder / "generation_config.json").write_text('{"temperature": 17}')
+    assert main(["chat", str(folder)]) != 0
+    assert "temperature=17" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--tool-call-parser", "nope"], "'nope'"),
+        (["--reasoning-parser", "nope"], "'nope'"),
+        (["--generation-config", "/no/such/folder"], "/no/such/folder"),
+        (["--server-name", "256.1.1.1"], "256.1.1.1"),
+        (["--log-level", "LOUD"], "LOUD"),
+    ],
+)
+def test_options_of_the_server(flags, text, capsys):
+    assert main(["serve", "api_server", *flags]) in (1, 2)
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["ssl_certfile", "ssl_keyfile"])
+def test_tls_files_are_named(missing, tmp_path, capsys):
+    files = {name: tmp_path / f"{name}.pem" for name in ("ssl_certfile", "ssl_keyfile")}
+    for name, path in files.items():
+        if name != missing:
+            path.write_text("no PEM")
+    flags = [f"--{name}={path}" for name, path in files.items()]
+    assert main(["serve", "api_server", *flags]) == 1
+    assert f"{missing}='{files[missing]}' cannot be read: No such file" in capsys.readouterr().err
+    files[missing].write_text("no PEM either")
+    assert main(["serve", "api_server", *flags]) == 1
+    assert "PEM" in capsys.readouterr().err
+    with pytest.raises(ssl.SSLError):
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files.values())
+
+
+def test_a_port_in_use(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "api_server", "--server-name=127.0.0.1", f"--server-port={port}"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"server_port={port}: cannot listen there: Address already in use" in err
