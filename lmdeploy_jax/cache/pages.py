@@ -60,6 +60,10 @@ class PagePool:
         self._idle.pop(page, None)
         self._refs[page] += 1
 
+    def users(self, page: int) -> int:
+        """How many refer to a page."""
+        return self._refs[page]
+
     def release(self, pages: Iterable[int], keep: Callable[[int], bool] = lambda page: False) -> None:
         """One user fewer of each page; pages that `keep` wants become idle, the others free.
 

@@ -68,5 +68,13 @@ class PrefixCache:
         """Give pages back; registered ones stay findable until their space is needed."""
         self.pool.release(pages, self._hash_of.__contains__)
 
+    def discard(self, pages: Sequence[int]) -> list[int]:
+        """Forget what those of `pages` hold that have one user; returns them. They stay that user's."""
+        alone = [page for page in pages if self.pool.users(page) == 1]
+        for page in alone:
+            if page in self._hash_of:
+                self._forget(page)
+        return alone
+
     def _forget(self, page: int) -> None:
         del self._page_of[self._hash_of.pop(page)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
+from lmdeploy_jax.cache.pages import DUMP_PAGE
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import ASLEEP, TAGS, EngineBase
 from lmdeploy_jax.engine.compile import CompileCounter
@@ -20,7 +21,8 @@ from lmdeploy_jax.engine.results import accept, output_of, read_tokens
 from lmdeploy_jax.engine.runner import Drawn
 from lmdeploy_jax.engine.scheduler import DrainFirst, Step
 from lmdeploy_jax.engine.setup import set_up
-from lmdeploy_jax.errors import EngineError, RequestError
+from lmdeploy_jax.errors import EngineError, LogitsError
+from lmdeploy_jax.messages import FinishReason
 from lmdeploy_jax.sampling.repetition import NgramStop
 
 log = logging.getLogger("lmdeploy_jax")
@@ -174,13 +176,13 @@ class Engine(EngineBase):
         _tell(self._accept_all())
 
     def _dispatch(self, step: Step) -> Drawn:
-        for sequence in step.admitted:
-            sequence.request.note_admitted()
-            self._runner.begin(sequence)
+        faults = self._begin(step.admitted)
         if self.on_step is not None:
             self.on_step(step.num_tokens)
         passed = self._runner.forward(step)
-        draws = step.sampled
+        for sequence, error in faults.items():  # the step is planned with them: they end once it is under way
+            self._fail(sequence, error)
+        draws = [draw for draw in step.sampled if not draw[0].finished] if faults else step.sampled
         if not any(sequence.matcher and sequence.unread > 1 for sequence, _ in draws):
             return self._runner.draw(draws, passed)
         # What a grammar allows next depends on the tokens under way: read them while the pass runs.
@@ -189,6 +191,18 @@ class Engine(EngineBase):
         self._runner.begin_masks(draws)
         _tell(outputs)
         return self._runner.draw(draws, passed)
+
+    def _begin(self, admitted: list[Sequence]) -> dict[Sequence, BaseException]:
+        """Set up the slots of sequences that have one now; returns those that could not be."""
+        faults: dict[Sequence, BaseException] = {}
+        for sequence in admitted:
+            sequence.request.note_admitted()
+            try:
+                self._runner.begin(sequence)
+            except BaseException as error:
+                log.exception("a sequence of request %d could not begin", sequence.request.request_id)
+                faults[sequence] = error
+        return faults
 
     def _accept_all(self) -> Outputs:
         outputs: Outputs = []
@@ -209,14 +223,11 @@ class Engine(EngineBase):
             if sequence in drawn.errors:
                 self._fail(sequence, drawn.errors[sequence])
                 continue
-            try:
-                taken, reason, stop_token = accept(sequence, tokens[i], self.session_len)
-            except RequestError as error:
-                self._fail(sequence, error)
-                continue
-            out = output_of(sequence, drawn, i, taken, packed)
-            out.finish_reason, out.stop_token = reason, stop_token
-            if reason:
+            accepted = accept(sequence, tokens[i], self.session_len)
+            out = output_of(sequence, drawn, i, accepted, packed)
+            if isinstance(out.error, LogitsError):
+                self._runner.clear_pages([DUMP_PAGE, *self.scheduler.discard_cache(sequence)])
+            if out.finish_reason:
                 self._retire(sequence)
             outputs.append((sequence.request, out))
         return outputs
@@ -232,27 +243,39 @@ class Engine(EngineBase):
             request.refuse(EngineError(ASLEEP))
             return
         first = self.scheduler.add(request)
-        params = request.params
-        self._sequences[request.request_id] = [first, *first.siblings]
-        for sequence in self._sequences[request.request_id]:
-            if params.ngram_size and params.ngram_threshold:
-                sequence.ngram = NgramStop(params.ngram_size, params.ngram_threshold)
-            if params.grammar is not None:
-                sequence.matcher = params.grammar.matcher(params.stop_token_ids)
+        sequences = self._sequences[request.request_id] = [first, *first.siblings]
+        try:
+            for sequence in sequences:
+                self._watch(sequence)
+        except BaseException as error:
+            log.exception("request %d could not be taken in", request.request_id)
+            self._fail(first, error)
+
+    def _watch(self, sequence: Sequence) -> None:
+        """Give it what looks at its tokens as they come."""
+        params = sequence.params
+        if params.ngram_size and params.ngram_threshold:
+            sequence.ngram = NgramStop(params.ngram_size, params.ngram_threshold)
+        if params.grammar is not None:
+            sequence.matcher = params.grammar.matcher(params.stop_token_ids)
 
     def _abort(self, request_id: int, index: int | None) -> None:
-        live = self._sequences.get(request_id, [])
-        named = [s for s in live if index in (None, s.index)]
-        ending = {s: None for first in named for s in (first, *first.siblings)}
-        for sequence in ending:
-            out = StepOutput(request_id, sequence.index, finish_reason="abort", cached_tokens=sequence.cached)
-            self._retire(sequence)
-            sequence.request.tell(out)
+        for sequence in list(self._sequences.get(request_id, ())):
+            if index in (None, sequence.index):
+                self._end(sequence, "abort")
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
-        out = StepOutput(sequence.request.request_id, sequence.index, finish_reason="error", error=error)
-        self._retire(sequence)
-        sequence.request.tell(out)
+        self._end(sequence, "error", error)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: BaseException | None = None) -> None:
+        """End a sequence between two tokens, and those that hang on its prompt."""
+        for ending in (sequence, *sequence.siblings):
+            if ending not in self._sequences.get(ending.request.request_id, ()):
+                continue
+            out = StepOutput(ending.request.request_id, ending.index, finish_reason=reason, error=error)
+            out.cached_tokens = ending.cached
+            self._retire(ending)
+            ending.request.tell(out)
 
     def _retire(self, sequence: Sequence) -> None:
         if not sequence.finished:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from lmdeploy_jax.errors import ContextLengthError, RequestError
 from lmdeploy_jax.sampling.repetition import NgramStop
 
 if TYPE_CHECKING:
-    from lmdeploy_jax.engine.request import Request
+    from lmdeploy_jax.engine.request import Request, SamplingParams
     from lmdeploy_jax.models.config import DecoderConfig
 
 
@@ -64,10 +65,20 @@ def check_request(request: Request, facts: EngineFacts) -> None:
     """Raises RequestError for a request that an engine with these facts can never serve."""
     prompt, params = request.prompt, request.params
     check_prompt(prompt, facts.session_len, facts.vocab_size)
+    for name, ids in _token_ids(params):
+        check_ids(name, ids, facts.vocab_size)
     NgramStop(params.ngram_size, params.ngram_threshold)  # raises for what it cannot do
     most = min(facts.max_batch_size, facts.num_pages - pages_for(len(prompt)) + 1)
     if params.n > most:
         raise RequestError(f"n={params.n} sequences cannot run at once: at most {most} can for this prompt.")
+
+
+def _token_ids(params: SamplingParams) -> Iterator[tuple[str, Iterable[int]]]:
+    """Every list of token ids that a request carries besides its prompt, and what to call it."""
+    yield "stop_token_ids", params.stop_token_ids
+    yield "bad_token_ids", params.banned_token_ids
+    yield "bad_words", chain.from_iterable(params.banned_sequences)
+    yield "logit_bias", (token for token, _ in params.logit_bias)
 
 
 def check_prompt(prompt: Sequence[int], session_len: int, vocab_size: int) -> None:
@@ -91,3 +102,8 @@ def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
             raise RequestError(
                 f"{name} holds token id {i!r}, which is outside the vocabulary of {vocab_size} ids."
             )
+
+
+def within(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Those of `ids` that the model can draw. A tokenizer may know more, which then can be left alone."""
+    return [i for i in ids if 0 <= i < vocab_size]

@@ -12,7 +12,7 @@ import numpy as np
 from lmdeploy_jax.engine.request import Draws, Sequence
 from lmdeploy_jax.sampling.mask import OPEN, mask_words
 
-Failures = dict[Sequence, Exception]
+Failures = dict[Sequence, BaseException]
 
 
 class Masks:

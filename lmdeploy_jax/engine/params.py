@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmdeploy_jax.engine.facts import check_ids, check_prompt
+from lmdeploy_jax.engine.facts import check_ids, check_prompt, within
 from lmdeploy_jax.engine.request import SamplingParams
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.messages import GenerationConfig
@@ -106,8 +106,8 @@ def stops(config: GenerationConfig, limits: ModelLimits) -> Stops:
             token = _only_id(word, limits)
             strings.extend([word] if token is None and word not in strings else [])
             ids.update([] if token is None else [token])
-        ids.update(asked, (i for i in limits.eos_ids if 0 <= i < limits.vocab_size))
-    return Stops(frozenset(ids), tuple(strings), words)
+        ids.update(asked, limits.eos_ids)
+    return Stops(frozenset(within(ids, limits.vocab_size)), tuple(strings), words)
 
 
 def _only_id(word: str, limits: ModelLimits) -> int | None:
@@ -129,9 +129,12 @@ def _seed(config: GenerationConfig) -> int:
 def _banned(
     config: GenerationConfig, limits: ModelLimits
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Single banned ids, and banned sequences. A word is banned with and without a space before it."""
+    """Single banned ids, and banned sequences. A word is banned with and without a space before it, unless
+    the model cannot say it anyway.
+    """
     check_ids("bad_token_ids", config.bad_token_ids or (), limits.vocab_size)
-    forms = {tuple(limits.encode(form)) for word in config.bad_words or () for form in (word, f" {word}")}
+    spelled = (limits.encode(form) for word in config.bad_words or () for form in (word, f" {word}"))
+    forms = {tuple(ids) for ids in spelled if len(within(ids, limits.vocab_size)) == len(ids)}
     singles = {form[0] for form in forms if len(form) == 1} | set(config.bad_token_ids or ())
     longer = (form for form in forms if len(form) > 1 and singles.isdisjoint(form))
     return tuple(sorted(singles)), tuple(sorted(longer))

@@ -146,6 +146,9 @@ class ProgramBuilder:
         zeros = partial(jax.tree.map, lambda spec: jnp.zeros(spec.shape, spec.dtype), self._history)
         return {
             ("copy", 0): Program(steps.copy_pages, copied, self.cache.shardings, donate=(0,)),
+            ("clear", 0): Program(
+                steps.clear_pages, (self.cache.specs, pages), self.cache.shardings, donate=(0,)
+            ),
             ("new_history", 0): Program(zeros, (), self._replicated),
             ("set_history", 0): Program(steps.set_history, started, self._replicated, donate=(0,)),
             ("set_bias", 0): Program(

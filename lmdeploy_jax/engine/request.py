@@ -157,7 +157,7 @@ class Request:
         """Call the listener, whose faults must not end the other requests."""
         try:
             self.on_output(out)
-        except Exception:
+        except BaseException:  # a listener's sys.exit() would end the engine's thread
             logger.exception("the listener of request %d failed", self.request_id)
 
 

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from lmdeploy_jax.engine.request import Sequence, StepOutput, TokenLogprobs
 from lmdeploy_jax.engine.runner import Drawn
+from lmdeploy_jax.errors import LogitsError
 from lmdeploy_jax.messages import FinishReason
+from lmdeploy_jax.sampling.sampler import EMPTY, NAN
+
+NO_TOKEN = {
+    NAN: "The model's logits are NaN, so that no token can be drawn. The weights may hold NaN, or values may "
+    "have grown too large for the dtype: float16 ends at 65504; try dtype='bfloat16' or 'float32'.",
+    EMPTY: "Every token is ruled out (bad words, bad_token_ids, logit_bias, a grammar, a logits processor), "
+    "so that none can be drawn.",
+}
+
+
+@dataclass
+class Accepted:
+    """What a draw adds to its sequence: the tokens that count, and why the last ends it if it does.
+
+    stop_token: the stop id that ended it. error: why there is no token, with finish_reason "error".
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: BaseException | None = None
 
 
 def read_tokens(drawn: Drawn) -> tuple[list[list[int]], np.ndarray | None]:
@@ -31,24 +54,27 @@ def unpack_logprobs(row: np.ndarray, top: int) -> TokenLogprobs:
     return TokenLogprobs(logprob, dict(zip(row[2 : 2 + top].tolist(), values.tolist(), strict=True)))
 
 
-def accept(
-    sequence: Sequence, drawn: Seq[int], session_len: int
-) -> tuple[list[int], FinishReason | None, int | None]:
-    """Append read tokens: those that count, why the last ends the sequence if it does, the stop id that did.
-
-    Raises RequestError for a token that the sequence's grammar does not allow.
-    """
-    taken: list[int] = []
+def accept(sequence: Sequence, drawn: Seq[int], session_len: int) -> Accepted:
+    """Append the tokens read for a sequence, up to the one that ends it."""
+    accepted = Accepted()
     for token in drawn:
-        taken.append(token)
-        reason, stop = _accept(sequence, token, session_len)
+        try:
+            reason, stop = _accept(sequence, token, session_len)
+        except BaseException as error:  # a panic of the grammar library is no Exception
+            accepted.finish_reason, accepted.error = "error", error
+            break
+        accepted.tokens.append(token)
         if reason:
-            return taken, reason, stop
-    return taken, None, None
+            accepted.finish_reason, accepted.stop_token = reason, stop
+            break
+    return accepted
 
 
 def _accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishReason | None, int | None]:
+    """Raises LogitsError where the device found none, RequestError for one that the grammar forbids."""
     sequence.unread -= 1
+    if token in NO_TOKEN:
+        raise LogitsError(NO_TOKEN[token])
     tokens, params = sequence.tokens, sequence.params
     tokens.append(token)
     if token in params.stop_token_ids and len(tokens) - sequence.num_prompt > params.min_new_tokens:
@@ -65,12 +91,15 @@ def _accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishRea
 
 
 def output_of(
-    sequence: Sequence, drawn: Drawn, i: int, tokens: list[int], packed: np.ndarray | None
+    sequence: Sequence, drawn: Drawn, i: int, accepted: Accepted, packed: np.ndarray | None
 ) -> StepOutput:
-    """The StepOutput for draw `i`, its finish reason still open."""
+    """The StepOutput for draw `i`."""
     request, wanted = sequence.request, sequence.params.logprobs
-    out = StepOutput(request.request_id, sequence.index, tokens, cached_tokens=sequence.cached)
-    out.queue_seconds = request.queue_seconds
+    out = StepOutput(request.request_id, sequence.index, accepted.tokens, cached_tokens=sequence.cached)
+    out.finish_reason, out.stop_token = accepted.finish_reason, accepted.stop_token
+    out.error, out.queue_seconds = accepted.error, request.queue_seconds
+    if not out.token_ids:
+        return out
     if wanted is not None and packed is not None:
         out.logprobs = [unpack_logprobs(packed[i], wanted)]
     if drawn.logits:  # and then the hidden states are there too

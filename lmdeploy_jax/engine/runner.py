@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmdeploy_jax.cache.kv import CacheSpec
+from lmdeploy_jax.cache.pages import DUMP_PAGE
 from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.engine.batch import Draw, StepPacker
 from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets, fit
@@ -44,7 +45,7 @@ class Drawn:
     packed: bool = False
     hidden: list[Any] = field(default_factory=list)  # per draw [E] or None
     logits: list[Any] = field(default_factory=list)  # per draw [V] or None
-    errors: dict[Sequence, Exception] = field(default_factory=dict)  # draws whose user code failed
+    errors: dict[Sequence, BaseException] = field(default_factory=dict)  # draws whose user code failed
 
 
 class Runner:
@@ -218,6 +219,15 @@ class Runner:
             pages[:, : len(part)] = np.array(part, np.int32).T
             self._caches = self._run("copy", 0, self._caches, pages[0].copy(), pages[1].copy())
 
+    def clear_pages(self, pages: Seq[int]) -> None:
+        """Overwrite pages that may hold NaN, and the dump page, to which padding writes: not every kernel
+        keeps what stands behind a sequence's end out of its sums, and zero times NaN is NaN.
+        """
+        for i in range(0, len(pages), PAGE_COPIES):
+            part = np.full(PAGE_COPIES, DUMP_PAGE, np.int32)
+            part[: len(pages[i : i + PAGE_COPIES])] = pages[i : i + PAGE_COPIES]
+            self._caches = self._run("clear", 0, self._caches, part)
+
     # -- sampling -----------------------------------------------------------------------------------------
 
     def _draw(self, draws: Draws, rows: Any) -> Drawn:
@@ -227,7 +237,7 @@ class Runner:
         if head is Head.FULL:
             return self._draw_full(draws, rows)
         size = self._head_rows(draws)
-        errors: dict[Sequence, Exception] = {}
+        errors: dict[Sequence, BaseException] = {}
         args = (self._head_leaves, rows, self._pending, self.packer.pack_head(draws, size))
         tokens, self._pending = self._run(head.name.lower(), size, *args, self._masks.of(draws, size, errors))
         return _started(draws, tokens, errors)
@@ -237,7 +247,7 @@ class Runner:
         flat = self._put(self.packer.pack_head(draws, size))
         raw = self._run("logits", size, self._head_leaves, rows, flat)
         logits: Any = raw
-        errors: dict[Sequence, Exception] = {}
+        errors: dict[Sequence, BaseException] = {}
         if any(sequence.params.needs_host for sequence, _ in draws):
             logits, errors = change_logits(np.array(raw), [sequence for sequence, _ in draws])
         self._need_history()
@@ -251,7 +261,7 @@ class Runner:
         size, full = fit(self.buckets.sampling, len(draws)), head is Head.FULL
         host = any(sequence.params.needs_host for sequence, _ in draws)
         flat = self.packer.pack_head(draws, size, changed=host, reshapes=full)
-        errors: dict[Sequence, Exception] = {}
+        errors: dict[Sequence, BaseException] = {}
         changed = self._unchanged(size)
         if host:
             changed = np.zeros(changed.shape, np.float32)
@@ -356,7 +366,7 @@ class Runner:
 def _started(
     draws: Draws,
     tokens: Any,
-    errors: dict[Sequence, Exception] | None = None,
+    errors: dict[Sequence, BaseException] | None = None,
     *,
     steps: int = 1,
     packed: bool = False,

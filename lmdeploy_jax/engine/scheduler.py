@@ -111,6 +111,13 @@ class Scheduler:
         self._vacate(sequence)
         sequence.status = Status.FINISHED
 
+    def discard_cache(self, sequence: Sequence) -> list[int]:
+        """Let nothing of what a running sequence has computed be found again; returns the pages that only
+        it uses.
+        """
+        sequence.computed = 0
+        return self.cache.discard(sequence.pages)
+
     def _leave_first(self, sibling: Sequence) -> None:
         """Take a sibling that has not forked yet out of its first sequence's group."""
         for first in (*self.waiting, *self.running):

@@ -74,7 +74,7 @@ def decode_any(
                 lambda: sample(model.logits(hidden), sampling_batch(field, i)),
             ),
         )
-        return hidden, last, drawn.at[:, i].set(last), caches
+        return hidden, _next_input(last), drawn.at[:, i].set(last), caches
 
     hidden = jnp.zeros((len(slots), model.config.hidden_size), caches[0][0].dtype)
     state = (hidden, pending[slots], jnp.zeros((len(slots), most), jnp.int32), caches)
@@ -103,7 +103,7 @@ def decode_drawing(
         hidden, caches = model(caches, decode_batch(field, last, i))
         logits = model.logits(hidden)
         last = sample(logits, sampling_batch(field, i)) if sampled else greedy(logits)
-        return last, drawn.at[:, i].set(last), caches
+        return _next_input(last), drawn.at[:, i].set(last), caches
 
     state = (pending[slots], jnp.zeros((len(slots), count), jnp.int32), caches)
     last, drawn, caches = jax.lax.fori_loop(0, count, step, state) if count > 1 else step(0, state)
@@ -125,7 +125,7 @@ def head_greedy(
     """-> tokens i32 [R], pending."""
     field = layout.views(flat)
     tokens = greedy(apply_mask(merge(leaves).logits(rows[field["rows"]]), mask))
-    return tokens, pending.at[field["slots"]].set(tokens)
+    return tokens, pending.at[field["slots"]].set(_next_input(tokens))
 
 
 def head_sample(
@@ -135,7 +135,7 @@ def head_sample(
     field = layout.views(flat)
     logits = apply_mask(merge(leaves).logits(rows[field["rows"]]), mask)
     tokens = sample(logits, sampling_batch(field))
-    return tokens, pending.at[field["slots"]].set(tokens)
+    return tokens, pending.at[field["slots"]].set(_next_input(tokens))
 
 
 def head_logits(merge: Merge, layout: Layout, leaves: Leaves, rows: Array, flat: Array) -> Array:
@@ -195,7 +195,12 @@ def _drawn(
     )
     packed = pack_logprobs(tokens, found)
     history = History(add_tokens(history.counts, slots, tokens), history.bias)
-    return packed, pending.at[slots].set(tokens), history
+    return packed, pending.at[slots].set(_next_input(tokens)), history
+
+
+def _next_input(tokens: Array) -> Array:
+    """Drawn tokens i32 [R] as the next step reads them: a sequence that got none is in that step already."""
+    return jnp.maximum(tokens, 0)
 
 
 def pack_logprobs(tokens: Array, found: TopLogprobs) -> Array:
@@ -222,6 +227,11 @@ def row_logprobs(merge: Merge, leaves: Leaves, rows: Array, targets: Array) -> A
 def copy_pages(caches: Caches, source: Array, target: Array) -> Caches:
     """Duplicate pages in every layer; unused entries copy the dump page onto itself."""
     return tuple((k.at[target].set(k[source]), v.at[target].set(v[source])) for k, v in caches)
+
+
+def clear_pages(caches: Caches, pages: Array) -> Caches:
+    """Fill these pages of every layer with zeros."""
+    return tuple((k.at[pages].set(0), v.at[pages].set(0)) for k, v in caches)
 
 
 def set_history(history: History, slot: Array, counts: Array, bias: Array) -> History:

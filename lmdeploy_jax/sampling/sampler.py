@@ -13,22 +13,30 @@ from lmdeploy_jax.sampling.params import SamplingBatch
 
 SHORT_ROW = 2048  # elements that are sorted as they are
 CANDIDATES = 128  # best scores looked at first; most rows that filter keep fewer tokens
+NAN, EMPTY = -1, -2  # in a token's place: why there is none
 
 
 def greedy(logits: Array) -> Array:
-    """The best token of each row: `[R, V]` f32 -> `[R]` i32. NaN counts as -inf."""
-    return _argmax(_finite(logits))
+    """The best token of each row: `[R, V]` f32 -> `[R]` i32.
+
+    A row with a NaN gives `NAN`, one in which every logit is -inf gives `EMPTY`. The search for the maximum
+    tells both, so that they cost no pass over the logits of their own.
+    """
+    token, best = _argmax(logits.astype(jnp.float32))
+    return jnp.where(token < 0, NAN, jnp.where(best == -jnp.inf, EMPTY, token))
 
 
 def sample(logits: Array, batch: SamplingBatch) -> Array:
     """Draws a token per row: `[R, V]` f32 -> `[R]` i32; rows with temperature 0 take the best token.
+
+    Rows that give no token are marked as `greedy` marks them.
 
     Gumbel-max over the kept tokens. A token's noise depends on its id and the row's seed and step only.
     Rows whose kept set lies within the best `CANDIDATES` tokens never touch the rest of the vocabulary, and
     the answer of a row is computed the same way whatever the other rows need.
     """
     best = greedy(logits)
-    random = batch.temperature > 0
+    random = (batch.temperature > 0) & (best >= 0)
     scores = _scores(logits, batch.temperature)
     keys = jax.vmap(_row_key)(batch.seed, batch.step)
     filtered = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
@@ -97,21 +105,29 @@ def _draw_from_vocabulary(scores: Array, keys: Array, batch: SamplingBatch, want
 def _gumbel_argmax(scores: Array, threshold: Array, keys: Array, ids: Array) -> Array:
     noise = jax.vmap(jax.vmap(_gumbel, (None, 0)))(keys, ids)
     noisy = jnp.where(scores >= threshold[:, None], scores + noise, -jnp.inf)
-    return _argmax(noisy)
+    return _argmax(noisy)[0]
 
 
-def _argmax(values: Array) -> Array:
-    """The first best column of each row, [R] i32; always in range. `values` [R, V] holds no NaN."""
+def _argmax(values: Array) -> tuple[Array, Array]:
+    """The first best column of each row of `values` [R, V], i32 [R], and what stands there; a negative one
+    for a row that holds NaN.
+    """
 
-    def by_equality(values: Array) -> Array:  # two plain reductions: XLA's CPU argmax takes 7 times as long
+    def by_equality(
+        values: Array,
+    ) -> tuple[Array, Array]:  # two plain reductions: XLA's CPU argmax takes 7 times as long
         # Down the columns, which is the order of `linear.product` there. The barrier keeps the reductions
         # from computing the noise twice.
         values = lax.optimization_barrier(values.T)
-        index = jnp.arange(len(values), dtype=jnp.int32)[:, None]
-        return jnp.where(values == values.max(0), index, len(values) - 1).min(0)
+        index, best = jnp.arange(len(values), dtype=jnp.int32)[:, None], values.max(0)
+        index = jnp.where(values == best, index, len(values) - 1)
+        # A maximum over NaN is anything on a CPU, so the second reduction looks for them.
+        return jnp.where(jnp.isnan(values), -1, index).min(0), best
 
-    def direct(values: Array) -> Array:
-        return jnp.argmax(values, axis=1).astype(jnp.int32)
+    def direct(values: Array) -> tuple[Array, Array]:
+        index = jnp.argmax(values, axis=1).astype(jnp.int32)  # of the first NaN, if there is one
+        best = jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
+        return jnp.where(jnp.isnan(best), -1, index), best
 
     return lax.platform_dependent(values, cpu=by_equality, default=direct)
 

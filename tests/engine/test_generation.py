@@ -154,7 +154,10 @@ def test_a_failing_processor_ends_its_own_request_only(engine, prompt, answer):
     bad, good = Collector(), Collector()
     submit(engine, prompt, good)
     submit(engine, prompt, bad, logits_processors=(broken,))
-    assert isinstance(bad.wait()[0].last.error, ZeroDivisionError)
+    error = bad.wait()[0].last.error
+    assert isinstance(error.__cause__, ZeroDivisionError)
+    assert "logits processor" in str(error)
+    assert "ZeroDivisionError: mine" in str(error)
     assert good.wait()[0].tokens == answer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
@@ -9,7 +11,17 @@ from lmdeploy_jax.engine.request import SamplingParams
 from lmdeploy_jax.errors import ContextLengthError, RequestError
 from lmdeploy_jax.messages import GenerationConfig
 
-WORDS = {"<end>": [9], "one": [1], " one": [11], "two": [2, 3], " two": [12, 3], "bare": [4], " bare": [4]}
+WORDS = {
+    "<image>": [25],
+    " <image>": [10, 25],
+    "<end>": [9],
+    "one": [1],
+    " one": [11],
+    "two": [2, 3],
+    " two": [12, 3],
+    "bare": [4],
+    " bare": [4],
+}
 LIMITS = ModelLimits(
     session_len=32,
     vocab_size=20,
@@ -114,6 +126,15 @@ def test_bad_words_are_banned_with_and_without_a_space():
     got = params(bad_words=["one", "two", "bare"], bad_token_ids=[16])
     assert got.banned_token_ids == (1, 4, 11, 16)
     assert got.banned_sequences == ((2, 3), (12, 3))
+
+
+def test_what_the_model_cannot_say_is_neither_banned_nor_a_stop():
+    """A tokenizer may know tokens that the model has no logits for, such as placeholders of images."""
+    got = params(bad_words=["<image>", "one"], stop_words=["<image>"])
+    assert got.banned_token_ids == (1, 11)
+    assert got.banned_sequences == ()
+    limits = replace(LIMITS, template_stops=("<image>",))
+    assert stops(GenerationConfig(stop_words=["<image>"]), limits).ids == {8}
 
 
 def test_a_sequence_with_a_banned_token_needs_no_ban_of_its_own():
