@@ -33,7 +33,7 @@ def read_json(
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found; give the folder of a HuggingFace checkpoint") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: nested a thousand deep and more
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: is a JSON {type(raw).__name__}, not an object")

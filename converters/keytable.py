@@ -10,6 +10,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import ml_dtypes
@@ -22,6 +23,7 @@ from lmdeploy_jax.errors import CheckpointError
 
 MAX_PROBLEMS = 20
 PLAIN = Rows()
+PREFIX = "model."  # stands before a decoder's names where it was saved with its head, and nowhere where not
 FLOATS = frozenset(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 
 
@@ -38,6 +40,10 @@ class Rule:
     target: str | None
     part: str = ""
     layout: Layout = PLAIN
+
+    @cached_property
+    def regex(self) -> re.Pattern[str]:
+        return re.compile(self.pattern)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Leaf:
     def read(self, index: Index, dtype: np.dtype) -> np.ndarray:
         """The slice `index` of the weight, converted to `dtype`; reads the bytes of that slice only."""
         ranges = as_ranges(index, self.shape)
+        self.check_dtypes(np.dtype(dtype))
         out = aligned_empty(sizes(ranges), np.dtype(dtype))
         if not out.size:
             return out
@@ -85,7 +92,6 @@ class Leaf:
             out[...] = 0
             return
         name, rows = self.names[part], slice(start, start + len(out))
-        self._check_dtype(name, out.dtype)
         column_shape = self.shape[self.assembly.row_axes :]
         if self.assembly.sources[part][1:] == column_shape:
             self.reader.read_into(name, (rows, *(slice(c.start, c.stop) for c in columns)), out)
@@ -95,20 +101,27 @@ class Leaf:
             self.reader.read_into(name, (rows, slice(run.start, run.stop)), flat[:, done : done + len(run)])
             done += len(run)
 
-    def _check_dtype(self, name: str, wanted: np.dtype) -> None:
-        stored = self.reader.info(name).dtype
-        if stored != wanted and not {stored, wanted} <= FLOATS:
-            raise CheckpointError(f"{name}: stored as {stored}, which cannot be read as {wanted}")
+    def check_dtypes(self, wanted: np.dtype) -> None:
+        """Raises CheckpointError where a tensor cannot be read as `wanted`: only floats are converted."""
+        for name in self.names.values():
+            stored = self.reader.info(name).dtype
+            if stored != wanted and not {stored, wanted} <= FLOATS:
+                raise CheckpointError(f"{name}: stored as {stored}, which cannot be read as {wanted}")
 
 
-def bind(rules: Sequence[Rule], reader: CheckpointReader, shapes: Mapping[str, Shape]) -> dict[str, Leaf]:
-    """A Leaf for every weight of `shapes` (name -> shape).
+def bind(
+    rules: Sequence[Rule],
+    reader: CheckpointReader,
+    shapes: Mapping[str, Shape],
+    names: Iterable[str] | None = None,
+) -> dict[str, Leaf]:
+    """A Leaf for every weight of `shapes` (name -> shape), of the tensors `names` (default: all).
 
     Raises one CheckpointError that lists all tensors without a rule or with two, tensors and weights without
     a counterpart, and tensors of a wrong shape.
     """
     problems: list[str] = []
-    found = _match(rules, reader.names(), shapes, problems)
+    found = _match(rules, reader.names() if names is None else names, shapes, problems)
     leaves = {}
     for target, shape in shapes.items():
         leaf = _bind_leaf(rules, reader, target, shape, found.get(target, {}), problems)
@@ -128,10 +141,9 @@ Sources = dict[str, tuple[str, Layout]]  # part -> tensor name, layout
 def _match(
     rules: Sequence[Rule], names: Iterable[str], shapes: Mapping[str, Shape], problems: list[str]
 ) -> dict[str, Sources]:
-    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     found: dict[str, Sources] = {}
     for name in names:
-        hits = [(match, rule) for regex, rule in compiled if (match := regex.fullmatch(name))]
+        hits = _hits(rules, name)
         if len(hits) != 1:
             patterns = " and ".join(rule.pattern for _, rule in hits)
             problems.append(f"ambiguous tensor {name}: {patterns}" if hits else f"unknown tensor {name}")
@@ -147,6 +159,21 @@ def _match(
         else:
             sources[part] = (name, rule.layout)
     return found
+
+
+def find_tensor(rules: Sequence[Rule], names: Iterable[str], target: str) -> str | None:
+    """The first tensor that `rules` put into the weight `target`; None where there is none."""
+    mine = [rule for rule in rules if rule.target == target]
+    return next((name for name in names if _hits(mine, name)), None)
+
+
+def _hits(rules: Sequence[Rule], name: str) -> list[tuple[re.Match[str], Rule]]:
+    """The rules for a tensor. As in transformers, a name that has none is tried with and without `model.`."""
+    for spelling in (name, PREFIX + name, name.removeprefix(PREFIX)):
+        hits = [(match, rule) for rule in rules if (match := rule.regex.fullmatch(spelling))]
+        if hits:
+            return hits
+    return []
 
 
 def _bind_leaf(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +17,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.config import read_json
 from lmdeploy_jax.converters.device import load_leaves
-from lmdeploy_jax.converters.families import build_config, family_of
+from lmdeploy_jax.converters.families import Family, build_config, family_of
 from lmdeploy_jax.converters.keytable import bind
+from lmdeploy_jax.converters.published import HEAD, names_read, settle_head
 from lmdeploy_jax.converters.regroup import load_converted
 from lmdeploy_jax.converters.safetensors import CheckpointReader
 from lmdeploy_jax.errors import CheckpointError, ConfigError
@@ -113,29 +114,52 @@ def load_model(
     Everything is checked before anything is allocated. Raises CheckpointError and ConfigError.
     """
     raw, where = read_json(folder, hf_overrides)
-    rules = family_of(raw, where).rules
+    family = family_of(raw, where)
     config = build_config(raw, where) if config is None else config
     wanted = pick_dtype(dtype, stored_dtype(folder), _platform(mesh))
-    skeleton = build_skeleton(config, wanted, Kernels(backend, mesh, tuning))
+    kernels = Kernels(backend, mesh, tuning)
     if orbax.is_converted(folder):
-        arrays = _load_converted(folder, skeleton, on_progress)
-    else:
-        with CheckpointReader(folder) as reader:
-            shapes = {name: spec.shape for name, spec in skeleton.specs.items()}
-            leaves = bind(rules(config, skeleton.kv_heads), reader, shapes)
-            arrays = load_leaves(leaves, skeleton.specs, on_progress)
-    return LoadedModel(skeleton, tuple(arrays[name] for name in skeleton.specs), wanted)
+        return _load_converted(folder, config, wanted, kernels, on_progress)
+    return _load_tensors(folder, family, config, wanted, kernels, on_progress)
+
+
+def _load_tensors(
+    folder: str | os.PathLike[str],
+    family: Family,
+    config: DecoderConfig,
+    dtype: jnp.dtype,
+    kernels: Kernels,
+    on_progress: Progress | None,
+) -> LoadedModel:
+    with CheckpointReader(folder) as reader:
+        names = names_read(reader, config.num_layers)
+        rules = family.rules(config, config.kv_heads(axis_size(kernels.mesh, "tp")))
+        config, rules = settle_head(config, rules, reader, names, dtype)
+        skeleton = build_skeleton(config, dtype, kernels)
+        shapes = {name: spec.shape for name, spec in skeleton.specs.items()}
+        leaves = bind(rules, reader, shapes, names)
+        for leaf in leaves.values():
+            leaf.check_dtypes(dtype)
+        arrays = load_leaves(leaves, skeleton.specs, on_progress)
+    return LoadedModel(skeleton, tuple(arrays[name] for name in skeleton.specs), dtype)
 
 
 def _load_converted(
-    folder: str | os.PathLike[str], skeleton: Skeleton, on_progress: Progress | None
-) -> dict[str, jax.Array]:
-    saved = build_skeleton(skeleton.config, jnp.dtype("float32"), Kernels()).specs
+    folder: str | os.PathLike[str],
+    config: DecoderConfig,
+    dtype: jnp.dtype,
+    kernels: Kernels,
+    on_progress: Progress | None,
+) -> LoadedModel:
+    if HEAD in orbax.read_manifest(folder)["leaves"]:  # `settle_head` may have kept it
+        config = replace(config, tie_embeddings=False)
+    skeleton = build_skeleton(config, dtype, kernels)
+    saved = build_skeleton(config, jnp.dtype("float32"), Kernels()).specs
     arrays = load_converted(folder, saved, skeleton.specs)
     if on_progress is not None:
         total = sum(array.nbytes for array in arrays.values())
         on_progress(total, total)
-    return arrays
+    return LoadedModel(skeleton, tuple(arrays[name] for name in skeleton.specs), dtype)
 
 
 def build_skeleton(config: DecoderConfig, dtype: jnp.dtype, kernels: Kernels) -> Skeleton:

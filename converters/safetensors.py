@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import weakref
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -28,7 +29,8 @@ class CheckpointReader:
     """The tensors of a checkpoint folder; safe to use from several threads.
 
     Takes `model.safetensors`, or the shards that `model.safetensors.index.json` names, or every
-    `*.safetensors` of the folder. Raises CheckpointError for anything else, and for damage of any kind.
+    `*.safetensors` of the folder. Of a tensor in several shards it takes the one that the index names.
+    Raises CheckpointError for anything else, and for damage of any kind.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -39,7 +41,7 @@ class CheckpointReader:
         try:
             files, weight_map = find_shards(self.folder)
             for file in files:
-                self._add(file)
+                self._add(file, weight_map)
             check_index(self._tensors, weight_map, self.folder)
         except BaseException:
             self.close()
@@ -85,13 +87,15 @@ class CheckpointReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _add(self, file: pathlib.Path) -> None:
+    def _add(self, file: pathlib.Path, weight_map: Mapping[str, str]) -> None:
         try:
             self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             header = read_header(file, self._files[file])
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         for name, info in header.items():
+            if weight_map.get(name, file.name) != file.name:
+                continue
             if name in self._tensors:
                 other = self._tensors[name].file.name
                 raise CheckpointError(f"{file}: tensor {name!r} is also in {other}; remove one of the two")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lmdeploy_jax.converters.families.fields import Fields
+from lmdeploy_jax.converters.families.fields import Fields, shown
 from lmdeploy_jax.converters.families.gemma import gemma2_config, gemma2_rules, gemma3_config, gemma_config
 from lmdeploy_jax.converters.families.granite import granite_config
 from lmdeploy_jax.converters.families.internlm import internlm2_config, internlm3_config
@@ -49,20 +49,51 @@ FAMILIES: Mapping[str, Family] = {
 }
 """The supported architectures, by the name in a config's `architectures`."""
 
+MODEL_TYPES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+"""The architecture of each `model_type`, by which a config without `architectures` goes."""
+
 
 def family_of(raw: Mapping[str, Any], where: str) -> Family:
-    """The family of a config. Raises UnsupportedModelError for an architecture that is not supported."""
-    names = raw.get("architectures")
-    if not isinstance(names, list) or not names:
-        raise CheckpointError(
-            f"{where}: architectures is {names!r}; it must list the model's class, as transformers writes it"
-        )
+    """The family of a config: the first supported one of its `architectures`, else that of its `model_type`.
+
+    Raises UnsupportedModelError for an architecture that is not supported.
+    """
+    names = _architectures(raw, where)
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
     raise UnsupportedModelError(
-        f"{where}: architecture {', '.join(map(str, names))} is not supported; "
-        f"supported: {', '.join(FAMILIES)}"
+        f"{where}: architecture {', '.join(names)} is not supported; supported: {', '.join(FAMILIES)}"
+    )
+
+
+def _architectures(raw: Mapping[str, Any], where: str) -> list[str]:
+    named, kind = raw.get("architectures"), raw.get("model_type")
+    names = [named] if isinstance(named, str) else named or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{where}: architectures is {shown(named)}; it must be a list of class names")
+    if names:
+        return names
+    if isinstance(kind, str) and kind in MODEL_TYPES:
+        return [MODEL_TYPES[kind]]
+    raise CheckpointError(
+        f"{where}: architectures is {shown(named)} and model_type {shown(kind)} tells no architecture; write "
+        'the model\'s class into config.json, such as "architectures": ["LlamaForCausalLM"]'
     )
 
 

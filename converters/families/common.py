@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmdeploy_jax.converters.families.fields import LENGTHS, Fields
+from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
 
 ACTIVATION_NAMES = {
@@ -17,6 +18,8 @@ ACTIVATION_NAMES = {
     "gelu_fast": "gelu_tanh",
 }
 DEFAULT_LENGTH = 2048
+MOST_LAYERS, MOST_HEADS = 10_000, 4096  # lists are made of so many entries before a tensor is looked at
+MOST_ELEMENTS = 2**40  # of one weight
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -29,10 +32,11 @@ def decoder_config(
     **features: Any,
 ) -> DecoderConfig:
     """A `DecoderConfig` of the fields that all families name alike, and of `features`, which prevail."""
-    heads, layers = fields.size("num_attention_heads"), fields.size("num_hidden_layers")
+    heads, layers = count_heads(fields), count_layers(fields)
     kv_heads = fields.size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise fields.unsupported("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
+    _check_elements(fields, head_dim)
     values: dict[str, Any] = {
         "hidden_size": fields.size("hidden_size"),
         "num_layers": layers,
@@ -46,7 +50,7 @@ def decoder_config(
         "rope_layers": (True,) * layers,
         "windows": (None,) * layers if windows is None else tuple(windows),
         "attention_scale": head_dim**-0.5,
-        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "norm_eps": fields.positive("rms_norm_eps", 1e-6),
     }
     if "activation" not in features:
         values["activation"] = fields.require("hidden_act", ACTIVATION_NAMES, "silu")
@@ -55,9 +59,32 @@ def decoder_config(
     return DecoderConfig(**values | features)
 
 
+def count_layers(fields: Fields) -> int:
+    """`num_hidden_layers`."""
+    return fields.size("num_hidden_layers", most=MOST_LAYERS)
+
+
+def count_heads(fields: Fields) -> int:
+    """`num_attention_heads`."""
+    return fields.size("num_attention_heads", most=MOST_HEADS)
+
+
+def _check_elements(fields: Fields, head_dim: int) -> None:
+    """No weight is of a size that nobody has: shapes are computed with before a tensor is looked at."""
+    hidden = fields.size("hidden_size")
+    widths = {name: fields.size(name) for name in ("vocab_size", "intermediate_size")}
+    widths["head_dim"] = head_dim * count_heads(fields)
+    for name, width in widths.items():
+        if hidden * width > MOST_ELEMENTS:
+            raise CheckpointError(
+                f"{fields.where}: hidden_size={hidden} and {name} ask for a weight of {hidden * width} "
+                f"numbers; at most {MOST_ELEMENTS} can be read"
+            )
+
+
 def head_size(fields: Fields, default: int | None = None) -> int:
     """`head_dim`, or `default`, or the hidden size shared out over the heads."""
-    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    hidden, heads = fields.size("hidden_size"), count_heads(fields)
     if default is None and fields.get("head_dim") is None and hidden % heads:
         raise fields.unsupported("num_attention_heads", heads, f"a divisor of hidden_size={hidden}")
     return fields.size("head_dim", default or hidden // heads)
@@ -70,9 +97,9 @@ def longest_sequence(fields: Fields) -> int:
 
 def layer_windows(fields: Fields, default: Sequence[str], window: int | None) -> tuple[int | None, ...]:
     """One window a layer: `window` in the layers that `layer_types` (or else `default`) calls sliding."""
-    types = fields.get("layer_types") or default
-    layers = fields.size("num_hidden_layers")
-    if len(types) != layers or not set(types) <= {SLIDING, FULL}:
+    types = fields.items("layer_types", list(default))
+    layers = count_layers(fields)
+    if len(types) != layers or not all(kind in (SLIDING, FULL) for kind in types):
         raise fields.unsupported("layer_types", types, f"{layers} entries, each {SLIDING!r} or {FULL!r}")
     if window is None and SLIDING in types:
         raise fields.unsupported("sliding_window", None, f"a size, as layer_types has {SLIDING!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,10 @@ from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
 log = logging.getLogger("lmdeploy_jax")
 T = TypeVar("T")
 REQUIRED: Any = object()
+MOST = 2**31 - 1  # sizes are 32-bit integers on the devices, numbers 32-bit floats
+LARGEST = 3.4e38
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
 
 
 def _words(text: str) -> frozenset[str]:
@@ -24,6 +29,7 @@ HARMLESS = _words("""
     tie_encoder_decoder is_decoder is_encoder_decoder return_dict output_attentions output_hidden_states
     cache_implementation task_specific_params problem_type id2label label2id finetuning_task
     keys_to_ignore_at_inference gradient_checkpointing use_bfloat16 unsloth_version unsloth_fixed
+    num_nextn_predict_layers
     rope_theta rope_scaling rope_parameters original_max_position_embeddings partial_rotary_factor
 """)
 """Fields that do not change a forward pass, and those of RoPE, of which `rope.py` takes care."""
@@ -34,8 +40,10 @@ LENGTHS = _words("""
 """)
 """Names under which a config may give its longest sequence."""
 
+QUANTISATION = _words("quantization_config compression_config")
+
 MATHS = _words("""
-    quantization_config compression_config tie_word_embeddings sliding_window use_sliding_window
+    tie_word_embeddings sliding_window use_sliding_window
     max_window_layers layer_types sliding_window_pattern attention_bias qkv_bias bias use_bias use_qkv_bias
     mlp_bias attention_out_bias qk_norm use_qk_norm qk_layernorm clip_qkv rotary_pct rotary_percent
     no_rope_layers no_rope_layer_interval rope_local_base_freq rope_interleaved use_mrope mrope_section
@@ -44,7 +52,7 @@ MATHS = _words("""
     query_pre_attn_scalar use_bidirectional_attention attn_temperature_tuning attention_chunk_size
     parallel_attn use_parallel_residual alibi use_alibi attention_sink num_meta_tokens layernorm_type
     norm_type use_gated_attention attention_gate layer_scale use_layer_scale num_experts num_local_experts
-    n_routed_experts moe_intermediate_size kv_lora_rank q_lora_rank num_nextn_predict_layers
+    n_routed_experts moe_intermediate_size kv_lora_rank q_lora_rank
 """)
 """Fields known to change a forward pass in some family: one that does not read them refuses them."""
 
@@ -62,30 +70,49 @@ class Fields:
         self._read.add(name)
         return self.raw.get(name, default)
 
-    def size(self, name: str, default: Any = REQUIRED) -> int:
-        """A positive integer; `default` where it is absent or null."""
+    def size(self, name: str, default: Any = REQUIRED, *, least: int = 1, most: int = MOST) -> int:
+        """An integer from `least` to `most`; `default` where it is absent or null."""
         value = self._present(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a positive integer")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise self.damaged(name, value, wanted)
+        if value > most:
+            raise self.damaged(name, value, f"at most {most}")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
-        """A number; `default` where it is absent or null."""
+        """A finite number; `default` where it is absent or null."""
         value = self._present(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a number")
+            raise self.damaged(name, value, "a number")
+        if not abs(value) <= LARGEST:  # NaN too
+            raise self.damaged(name, value, "a finite number of 32 bits")
         return float(value)
+
+    def positive(self, name: str, default: Any = REQUIRED) -> float:
+        """A number above 0; `default` where it is absent or null."""
+        value = self.number(name, default)
+        if value <= 0:
+            raise self.damaged(name, value, "a number above 0")
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false; `default` where it is absent or null."""
         value = self._present(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be true or false")
+            raise self.damaged(name, value, "true or false")
+        return value
+
+    def items(self, name: str, default: list[Any]) -> list[Any]:
+        """A list, as it stands; `default` where it is absent, null or empty."""
+        value = self.get(name) or default
+        if not isinstance(value, list):
+            raise self.damaged(name, value, "a list")
         return value
 
     def optional_number(self, name: str, default: float | None) -> float | None:
-        """A number or null; `default` only where it is absent."""
-        return None if self.get(name, default) is None else self.number(name, default)
+        """A number above 0 or null; `default` only where it is absent."""
+        return None if self.get(name, default) is None else self.positive(name, default)
 
     def optional_size(self, name: str, default: int | None) -> int | None:
         """A positive integer or null; `default` only where it is absent."""
@@ -102,31 +129,55 @@ class Fields:
         """A nested object, as it stands; empty where it is absent or null."""
         value = self.get(name)
         if value is not None and not isinstance(value, Mapping):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be an object")
+            raise self.damaged(name, value, "an object")
         return value or {}
+
+    def within(self, name: str) -> Fields:
+        """The fields of a nested object; none where it is absent or null."""
+        return Fields(self.table(name), f"{self.where}: {name}")
+
+    def damaged(self, name: str, value: Any, wanted: str) -> CheckpointError:
+        """The error that says which field has a value that means nothing."""
+        return CheckpointError(f"{self.where}: {name} is {shown(value)}; it must be {wanted}")
 
     def unsupported(self, name: str, value: Any, supported: str) -> UnsupportedModelError:
         """The error that says which field has a value that this project does not implement."""
-        shown = repr(value)
-        shown = shown if len(shown) <= 200 else shown[:200] + "..."
-        return UnsupportedModelError(f"{self.where}: {name}={shown} is not supported; supported: {supported}")
+        return UnsupportedModelError(
+            f"{self.where}: {name}={shown(value)} is not supported; supported: {supported}"
+        )
 
     def finish(self) -> None:
         """Refuses unread fields that change the maths; logs those that nobody knows."""
         unread = self.raw.keys() - self._read - HARMLESS - LENGTHS
         rest = sorted(name for name in unread if not _is_neutral(self.raw[name]))
         for name in rest:
+            if name in QUANTISATION:
+                raise self._quantised(name)
             if name in MATHS:
                 raise self.unsupported(name, self.raw[name], "this architecture without that field")
         unknown = [name for name in rest if not name.startswith("_")]
         if unknown:
             log.warning("%s: fields without a meaning here are ignored: %s", self.where, ", ".join(unknown))
 
+    def _quantised(self, name: str) -> UnsupportedModelError:
+        given = self.raw[name]
+        method = given.get("quant_method") if isinstance(given, Mapping) else None
+        kind = method if isinstance(method, str) else name
+        return UnsupportedModelError(
+            f"{self.where}: quantised checkpoints ({shown(kind)[1:-1]}) cannot be loaded yet: "
+            "give the 16-bit one"
+        )
+
     def _present(self, name: str, default: Any) -> Any:
         value = self.get(name)
         if value is None and default is REQUIRED:
             raise CheckpointError(f"{self.where}: {name} is missing")
         return default if value is None else value
+
+
+def shown(value: Any) -> str:
+    """A value of a JSON file for an error: short, whatever its size and nesting."""
+    return _REPR.repr(value)
 
 
 def _is_neutral(value: Any) -> bool:

@@ -13,6 +13,7 @@ from lmdeploy_jax.converters.families.common import (
     ACTIVATION_NAMES,
     FULL,
     SLIDING,
+    count_layers,
     decoder_config,
     head_size,
     layer_windows,
@@ -57,9 +58,10 @@ def gemma3_config(fields: Fields) -> DecoderConfig:
         raise fields.unsupported(
             "rope_parameters", ropes, f"{FULL} and {SLIDING}, each with its own settings"
         )
-    full, local = {**(ropes.get(FULL) or {}), **fields.table("rope_scaling")}, ropes.get(SLIDING) or {}
-    theta = full.get("rope_theta") or fields.number("rope_theta", 1e6)
-    local_theta = local.get("rope_theta") or fields.number("rope_local_base_freq", 1e4)
+    each = Fields(ropes, f"{fields.where}: rope_parameters")
+    full, local = {**each.table(FULL), **fields.table("rope_scaling")}, each.table(SLIDING)
+    theta = Fields(full, each.where).positive("rope_theta", fields.positive("rope_theta", 1e6))
+    local_theta = each.within(SLIDING).positive("rope_theta", fields.positive("rope_local_base_freq", 1e4))
     local_rope = rope_from(fields, local, head_dim, local_theta)
     if local_rope.depends_on_length:
         raise fields.unsupported(f"rope_type of {SLIDING}", local_rope.kind, "kinds that ignore the length")
@@ -90,7 +92,7 @@ def _double_norm(
 ) -> DecoderConfig:
     if fields.get("use_bidirectional_attention"):
         raise fields.unsupported("use_bidirectional_attention", True, "false")
-    layers = fields.size("num_hidden_layers")
+    layers = count_layers(fields)
     default = [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]
     activation = fields.require("hidden_activation", ACTIVATION_NAMES, "gelu_pytorch_tanh")
     fields.get("hidden_act")
@@ -99,7 +101,7 @@ def _double_norm(
         head_dim=head_dim,
         rope=rope,
         windows=layer_windows(fields, default, fields.optional_size("sliding_window", 4096)),
-        attention_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_scale=fields.positive("query_pre_attn_scalar", 256) ** -0.5,
         attention_soft_cap=fields.optional_number("attn_logit_softcapping", caps[0]),
         logit_soft_cap=fields.optional_number("final_logit_softcapping", caps[1]),
         post_norm=True,

@@ -16,5 +16,5 @@ def granite_config(fields: Fields) -> DecoderConfig:
         attention_scale=fields.number("attention_multiplier", 1.0),
         embedding_multiplier=fields.number("embedding_multiplier", 1.0),
         residual_multiplier=fields.number("residual_multiplier", 1.0),
-        logit_multiplier=1.0 / fields.number("logits_scaling", 1.0),
+        logit_multiplier=1.0 / fields.positive("logits_scaling", 1.0),
     )

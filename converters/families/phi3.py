@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmdeploy_jax.converters.families.common import decoder_config, head_size
+from lmdeploy_jax.converters.families.common import count_layers, decoder_config, head_size
 from lmdeploy_jax.converters.families.fields import Fields
 from lmdeploy_jax.converters.families.rope import read_rope
 from lmdeploy_jax.models.config import DecoderConfig
@@ -14,5 +14,5 @@ def phi3_config(fields: Fields) -> DecoderConfig:
     aliases = {"su": "longrope", "yarn": "longrope"}
     rope = read_rope(fields, head_dim, partial=True, aliases=aliases, original=4096)
     window = fields.optional_size("sliding_window", None)
-    windows = (window,) * fields.size("num_hidden_layers")
+    windows = (window,) * count_layers(fields)
     return decoder_config(fields, head_dim=head_dim, rope=rope, windows=windows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lmdeploy_jax.converters.families.common import (
     FULL,
     SLIDING,
+    count_layers,
     decoder_config,
     head_size,
     layer_windows,
@@ -41,6 +42,6 @@ def qwen3_config(fields: Fields) -> DecoderConfig:
 def _windows(fields: Fields) -> tuple[int | None, ...]:
     """With `use_sliding_window`, the layers from `max_window_layers` on have a window."""
     window = used_window(fields, 4096)
-    first, layers = fields.get("max_window_layers", 28), fields.size("num_hidden_layers")
+    first, layers = fields.size("max_window_layers", 28, least=0), count_layers(fields)
     default = [SLIDING if window is not None and i >= first else FULL for i in range(layers)]
     return layer_windows(fields, default, window)

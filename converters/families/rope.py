@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmdeploy_jax.converters.families.fields import Fields
+from lmdeploy_jax.errors import UnsupportedModelError
 from lmdeploy_jax.models.config import ROPE_KINDS, RopeConfig
 
 COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 LENGTH = "original_max_position_embeddings"
-ATTENTION = {"attention_factor", "mscale", "mscale_all_dim"}
+MSCALES = ("mscale", "mscale_all_dim")
+ATTENTION = {"attention_factor", *MSCALES}
 KEYS: Mapping[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -40,10 +42,11 @@ def read_rope(
     """
     given = fields.table("rope_scaling") or fields.table("rope_parameters")
     outer = Fields(given, f"{fields.where}: rope_parameters")
-    base = outer.number("rope_theta", fields.number("rope_theta", theta))
+    base = outer.positive("rope_theta", fields.positive("rope_theta", theta))
     share = outer.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
-    if share != 1.0 and not partial:
-        raise fields.unsupported("partial_rotary_factor", share, "1.0 for this architecture")
+    if share != 1.0 and not (partial and 0 < share < 1):
+        wanted = "a share of each head up to 1.0" if partial else "1.0 for this architecture"
+        raise fields.unsupported("partial_rotary_factor", share, wanted)
     return rope_from(fields, given, int(head_dim * share), base, aliases=aliases, original=original)
 
 
@@ -58,45 +61,69 @@ def rope_from(
 ) -> RopeConfig:
     """The RoPE that `given` describes, turning `dim` elements of each head; lengths come from `fields`."""
     named = given.get("rope_type") or given.get("type") or "default"
-    kind = ROPE_KINDS.get((aliases or {}).get(named, named))
+    kind = ROPE_KINDS.get((aliases or {}).get(named, named)) if isinstance(named, str) else None
     if kind is None:
         raise fields.unsupported("rope_type", named, ", ".join(ROPE_KINDS))
+    if dim < 4 or dim % 2:
+        raise fields.unsupported(
+            "head_dim", dim, "an even number from 4 on of rotating elements of each head"
+        )
+    if kind == "yarn" and theta <= 1:
+        raise fields.damaged("rope_theta", theta, "above 1 for yarn")
     said = {key: value for key, value in given.items() if value is not None and key not in COMMON}
     for key in sorted(said.keys() - KEYS[kind]):
-        raise fields.unsupported(f"{key} in rope_parameters", said[key], f"{sorted(KEYS[kind])} for {kind!r}")
+        raise _misplaced(fields, key, said[key], kind)
     values = Fields(said, f"{fields.where}: rope_parameters")
     return RopeConfig(dim=dim, kind=kind, theta=theta, **_settings(fields, values, kind, dim, original))
+
+
+def _misplaced(fields: Fields, key: str, value: Any, kind: str) -> UnsupportedModelError:
+    if kind == "default" and any(key in keys for keys in KEYS.values()):
+        kinds = ", ".join(name for name, keys in KEYS.items() if key in keys)
+        return UnsupportedModelError(
+            f"{fields.where}: {key} in rope_parameters needs a rope_type other than 'default': "
+            f"name one of {kinds}"
+        )
+    allowed = ", ".join(sorted(KEYS[kind])) or "no further key"
+    return fields.unsupported(f"{key} in rope_parameters", value, f"{allowed} for {kind!r}")
 
 
 def _settings(fields: Fields, values: Fields, kind: str, dim: int, original: int | None) -> dict[str, Any]:
     if kind == "default":
         return {}
     if kind == "linear":
-        return {"factor": values.number("factor")}
+        return {"factor": values.positive("factor")}
     longest = fields.size("max_position_embeddings", 2048)
     if kind == "dynamic":
-        return {"factor": values.number("factor"), "original_max_position": longest}
-    original = fields.size(LENGTH, original or values.size(LENGTH, longest))
+        return {"factor": values.positive("factor"), "original_max_position": longest}
+    original = fields.size(LENGTH, original or values.size(LENGTH, longest), least=2)
     if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        return {"original_max_position": original} | {name: values.number(name) for name in names}
-    factor = values.number("factor", longest / original)
+        return {"original_max_position": original} | _llama3(values)
+    factor = values.positive("factor", longest / original)
     special = _yarn(values, factor) if kind == "yarn" else _longrope(values, factor, original, dim)
     return {"original_max_position": original, "factor": factor} | special
 
 
+def _llama3(values: Fields) -> dict[str, Any]:
+    made = {name: values.positive(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+    if made["low_freq_factor"] >= made["high_freq_factor"]:
+        wanted = f"below high_freq_factor={made['high_freq_factor']}"
+        raise values.damaged("low_freq_factor", made["low_freq_factor"], wanted)
+    return made
+
+
 def _yarn(values: Fields, factor: float) -> dict[str, Any]:
     return {
-        "attention_factor": values.number("attention_factor", _yarn_temperature(values, factor)),
-        "beta_fast": values.number("beta_fast", 32.0),
-        "beta_slow": values.number("beta_slow", 1.0),
+        "attention_factor": values.positive("attention_factor", _yarn_temperature(values, factor)),
+        "beta_fast": values.positive("beta_fast", 32.0),
+        "beta_slow": values.positive("beta_slow", 1.0),
         "truncate": values.flag("truncate", True),
     }
 
 
 def _yarn_temperature(values: Fields, factor: float) -> float:
     """YaRN's recommended temperature, or DeepSeek's quotient of two."""
-    scale, scale_all = values.number("mscale", 0.0), values.number("mscale_all_dim", 0.0)
+    scale, scale_all = (0.0 if values.get(name) in (None, 0) else values.positive(name) for name in MSCALES)
     if scale and scale_all:
         return _mscale(factor, scale) / _mscale(factor, scale_all)
     return _mscale(factor, 1.0)
@@ -112,6 +139,7 @@ def _longrope(values: Fields, factor: float, original: int, dim: int) -> dict[st
         factors = values.get(name)
         if not isinstance(factors, list) or len(factors) != dim // 2:
             raise values.unsupported(name, factors, f"a list of {dim // 2} numbers")
-        made[name] = tuple(map(float, factors))
+        each = Fields({str(i): value for i, value in enumerate(factors)}, f"{values.where}: {name}")
+        made[name] = tuple(map(each.positive, each.raw))
     temperature = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return made | {"attention_factor": values.number("attention_factor", temperature)}
+    return made | {"attention_factor": values.positive("attention_factor", temperature)}

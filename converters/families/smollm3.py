@@ -5,6 +5,7 @@ from __future__ import annotations
 from lmdeploy_jax.converters.families.common import (
     FULL,
     SLIDING,
+    count_layers,
     decoder_config,
     head_size,
     layer_windows,
@@ -17,11 +18,11 @@ from lmdeploy_jax.models.config import DecoderConfig
 
 def smollm3_config(fields: Fields) -> DecoderConfig:
     """HF `SmolLM3Config`: a 1 in `no_rope_layers` is a layer with RoPE; windows are on the others."""
-    head_dim, layers = head_size(fields), fields.size("num_hidden_layers")
+    head_dim, layers = head_size(fields), count_layers(fields)
     interval = fields.size("no_rope_layer_interval", 4)
-    rotated = fields.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]
-    if len(rotated) < layers:
-        raise fields.unsupported("no_rope_layers", rotated, f"{layers} entries")
+    rotated = fields.items("no_rope_layers", [(i + 1) % interval != 0 for i in range(layers)])
+    if len(rotated) < layers or not all(flag in (0, 1) for flag in rotated):
+        raise fields.unsupported("no_rope_layers", rotated, f"{layers} entries, each 0 or 1")
     window = used_window(fields, None)
     default = [FULL if window is None or rotated[i] else SLIDING for i in range(layers)]
     bias = fields.flag("attention_bias", False)

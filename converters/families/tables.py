@@ -61,18 +61,21 @@ def hf_rules(
         ),
         Rule(attention + r"o_proj\.bias", LAYER_TARGET + "attention.o.bias"),
         Rule(attention + r"(q|k)_norm\.weight", LAYER_TARGET + r"attention.\2_norm.weight"),
-        Rule(attention + r"rotary_emb\.inv_freq", None),
         gate_up,
         Rule(mlp + r"down_proj\.(weight|bias)", LAYER_TARGET + r"mlp.down.\2"),
     )
 
 
 def outer_rules(config: DecoderConfig, embedding: str, head: str) -> tuple[Rule, ...]:
-    """Embedding and output head; a tied checkpoint may hold the head once more, or not."""
+    """Embedding and output head (see `settle_head` for tied ones), and what is left unread.
+
+    Old checkpoints hold RoPE's tables, which the model computes itself.
+    """
     rows = Rows(valid=config.vocab_size)
     return (
         Rule(embedding.replace(".", r"\.") + r"\.weight", "embedding.weight", "", rows),
-        Rule(head + r"\.weight", None if config.tie_embeddings else "lm_head.weight", "", rows),
+        Rule(head + r"\.weight", "lm_head.weight", "", rows),
+        Rule(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)", None),
     )
 
 
@@ -89,7 +92,6 @@ def internlm2_rules(config: DecoderConfig, kv_heads: int) -> tuple[Rule, ...]:
         Rule(attention + r"wqkv\.(weight|bias)", LAYER_TARGET + r"attention.qkv.\2", "", qkv),
         Rule(attention + r"wo\.weight", LAYER_TARGET + "attention.o.weight", "", Rows(1, flat_columns=True)),
         Rule(attention + r"wo\.bias", LAYER_TARGET + "attention.o.bias"),
-        Rule(attention + r"rotary_emb\.inv_freq", None),
         Rule(mlp + r"w(1|3)\.weight", LAYER_TARGET + "mlp.gate_up.weight", r"\2", gate_up),
         Rule(mlp + r"w2\.weight", LAYER_TARGET + "mlp.down.weight"),
     )

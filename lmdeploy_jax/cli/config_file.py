@@ -32,10 +32,14 @@ def apply(values: absl_flags.FlagValues, path: str) -> None:
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        found = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"the configuration file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    try:
+        found = yaml.safe_load(text)
+    except (
+        Exception
+    ) as error:  # a YAMLError, or whatever a wrong date, number or nesting raises in the library
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if found is None:
         return {}

@@ -44,7 +44,9 @@ def read_json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # the latter: nested a thousand deep and more
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download the file again.") from error
 
 

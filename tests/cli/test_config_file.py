@@ -66,6 +66,9 @@ def test_the_command_line_wins(flags: FlagSet, file: Path) -> None:
         ("hf_overrides: 3", "hf_overrides"),
         ("- a", "name: value"),
         ("a: [", "YAML"),
+        ("a: " + "[" * 3000, "YAML"),
+        ("a: 2020-99-99", "YAML"),
+        ("a: !!timestamp 3", "YAML"),
     ],
 )
 def test_what_does_not_fit_is_named(flags: FlagSet, tmp_path: Path, text: str, said: str) -> None:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from lmdeploy_jax.converters.families import FAMILIES, build_config
+from lmdeploy_jax.converters.families import FAMILIES, MODEL_TYPES, build_config
 from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
 from lmdeploy_jax.models.config import DecoderConfig
 
@@ -103,7 +103,12 @@ def test_sizes_that_are_left_out_are_derived():
             "partial_rotary_factor=0.5",
         ),
         ({"hidden_act": "relu2"}, "hidden_act='relu2' is not supported; supported: one of silu"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config={'quant_method': 'awq'}"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantised checkpoints (awq) cannot be loaded yet",
+        ),
+        ({"compression_config": [1]}, "quantised checkpoints (compression_config) cannot be loaded yet"),
+        ({"rope_parameters": {"factor": 2.0}}, "factor in rope_parameters needs a rope_type other than"),
         ({"sliding_window": 128}, "sliding_window=128"),
         ({"clip_qkv": True}, "clip_qkv=True"),
         ({"num_local_experts": 8}, "num_local_experts=8"),
@@ -149,7 +154,10 @@ def test_an_unknown_architecture_is_named_with_those_that_are_known():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"architectures": None}, "architectures is None"),
+        ({"architectures": None}, "architectures is None and model_type None tells no architecture"),
+        ({"architectures": [], "model_type": "gemma3"}, "model_type 'gemma3' tells no architecture"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "must be a list of class names"),
+        ({"architectures": {"a": 1}}, "must be a list of class names"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size is '64'; it must be a positive integer"),
         ({"vocab_size": 0}, "vocab_size is 0"),
@@ -157,12 +165,86 @@ def test_an_unknown_architecture_is_named_with_those_that_are_known():
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object"),
         ({"rope_scaling": {"type": "linear"}}, "rope_parameters: factor is missing"),
+        ({"hidden_size": [64]}, "hidden_size is [64]"),
+        ({"hidden_size": 2**31}, "hidden_size is 2147483648; it must be at most"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; it must be at most 10000"),
+        ({"num_attention_heads": 2**30}, "num_attention_heads is 1073741824"),
+        ({"vocab_size": 10**9, "hidden_size": 10**6}, "hidden_size=1000000 and vocab_size ask for a weight"),
+        ({"head_dim": 10**9, "hidden_size": 10**6}, "hidden_size=1000000 and head_dim ask for a weight"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a finite number"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1.0; it must be a number above 0"),
+        ({"rope_theta": 10**400}, "it must be a finite number"),
+        ({"rope_theta": 0}, "rope_theta is 0.0; it must be a number above 0"),
+        ({"rope_theta": True}, "rope_theta is True; it must be a number"),
+        ({"rope_scaling": {"type": ["yarn"]}}, "rope_type=['yarn'] is not supported"),
+        (
+            {"rope_scaling": {"type": "yarn"}, "rope_theta": 1},
+            "rope_theta is 1.0; it must be above 1 for yarn",
+        ),
+        ({"head_dim": 15}, "head_dim=15 is not supported"),
+        ({"max_position_embeddings": "512"}, "max_position_embeddings is '512'"),
+        ({"hidden_act": ["silu"]}, "hidden_act=['silu'] is not supported"),
     ],
 )
 def test_a_damaged_config_is_named(fields, message):
     with pytest.raises(CheckpointError) as caught:
         build(**fields)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "message"),
+    [
+        ("Qwen2ForCausalLM", {"layer_types": 3}, "layer_types is 3; it must be a list"),
+        ("Qwen2ForCausalLM", {"layer_types": [["full_attention"]] * 4}, "layer_types="),
+        (
+            "Qwen2ForCausalLM",
+            {"use_sliding_window": True, "max_window_layers": "3"},
+            "max_window_layers is '3'; it must be an integer of at least 0",
+        ),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": {"a": 1}}, "no_rope_layers is {'a': 1}; it must be a list"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, [], 1]}, "no_rope_layers=[1, 0, [], 1]"),
+        ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0.0"),
+        ("Gemma2ForCausalLM", {"final_logit_softcapping": 0}, "final_logit_softcapping is 0.0"),
+        ("Gemma3ForCausalLM", {"rope_parameters": {"full_attention": 3}}, "full_attention is 3"),
+        ("Gemma3ForCausalLM", {"rope_local_base_freq": "x"}, "rope_local_base_freq is 'x'"),
+        ("GraniteForCausalLM", {"logits_scaling": 0}, "logits_scaling is 0.0"),
+        (
+            "Phi3ForCausalLM",
+            {"rope_scaling": {"type": "longrope", "short_factor": ["1"] * 8, "long_factor": [1.0] * 8}},
+            "short_factor: 0 is '1'",
+        ),
+        (
+            "Phi3ForCausalLM",
+            {"partial_rotary_factor": -0.5},
+            "partial_rotary_factor=-0.5 is not supported",
+        ),
+    ],
+)
+def test_a_damaged_field_of_one_family_is_named(architecture, fields, message):
+    with pytest.raises(CheckpointError) as caught:
+        build(architecture, **fields)
+    assert message in str(caught.value)
+
+
+def test_deep_and_long_values_are_cut_short_in_errors():
+    deep: object = 1
+    for _ in range(5000):
+        deep = [deep]
+    for value in (deep, "x" * 10**6, list(range(10**6))):
+        with pytest.raises(CheckpointError) as caught:
+            build(hidden_size=value)
+        assert len(str(caught.value)) < 400
+
+
+def test_without_architectures_the_model_type_decides():
+    expected = build("Qwen3ForCausalLM", model_type="qwen3")
+    for named in ({}, {"architectures": None}, {"architectures": []}):
+        assert build_config({**BASE, "model_type": "qwen3", **named}, "config.json") == expected
+    both = ["Qwen3Custom", "Qwen3ForCausalLM"]
+    assert build_config({**BASE, "architectures": both}, "config.json") == expected
+    assert build_config({**BASE, "architectures": "Qwen3ForCausalLM"}, "config.json") == expected
+    assert set(MODEL_TYPES.values()) == set(FAMILIES)
 
 
 def test_fields_that_nobody_knows_are_logged_and_off_switches_ignored(caplog):

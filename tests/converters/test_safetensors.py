@@ -156,6 +156,18 @@ def test_wrong_index(weight_map: dict[str, str], message: str, tmp_path: Path) -
         CheckpointReader(tmp_path)
 
 
+def test_the_index_decides_between_two_shards(tmp_path: Path) -> None:
+    save_file({"a": np.zeros(2), "b": np.zeros(2)}, tmp_path / "model-1.safetensors")
+    save_file({"a": np.ones(2)}, tmp_path / "model-2.safetensors")
+    for file, expected in (("model-1.safetensors", 0), ("model-2.safetensors", 1)):
+        weight_map = {"a": file, "b": "model-1.safetensors", "c": "model-2.safetensors"}
+        save_file({"a": np.ones(2), "c": np.ones(2)}, tmp_path / "model-2.safetensors")
+        (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+        with CheckpointReader(tmp_path) as reader:
+            assert reader.read("a")[0] == expected
+            assert sorted(reader.names()) == ["a", "b", "c"]
+
+
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     save_file({"a": np.zeros(2)}, tmp_path / "1.safetensors")
     save_file({"a": np.zeros(2)}, tmp_path / "2.safetensors")
@@ -193,6 +205,11 @@ def test_no_folder(tmp_path: Path) -> None:
         CheckpointReader(tmp_path)
 
 
+def many_keys(count: int) -> bytes:
+    """A header whose last key repeats the first: quadratic time would take hours."""
+    return ("{" + ",".join(f'"{i}":0' for i in [*range(count), 0]) + "}").encode()
+
+
 # --- Damage ------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +231,7 @@ def test_no_folder(tmp_path: Path) -> None:
         ({"a": 3}, b"", "lacks"),
         ([], b"", "JSON list"),
         (b'{"a": 1, "a": 2}', b"", "'a' stands twice"),
+        (many_keys(200_000), b"", "'0' stands twice"),
         (b"[" * 100_000, b"", "not valid JSON"),
         (b"\xff", b"", "not valid JSON"),
     ],

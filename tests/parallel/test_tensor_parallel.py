@@ -39,6 +39,11 @@ def test_a_converted_checkpoint_loads_alike(found, tp):
     assert found[tp]["converted_alike"]
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_head_that_differs_from_a_tied_embedding_is_kept(found, tp):
+    assert found[tp]["head_kept"]
+
+
 def test_only_activations_are_communicated(found):
     """One sum for the embedding, [rows, E], and two a layer, the other way round; then the logits."""
     sums = {"all-reduce f32[3,64]": 1, "all-reduce f32[64,3]": 4}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.load import LoadedModel, load_model
@@ -36,12 +39,22 @@ def collectives(runner: PagedRunner) -> list[str]:
     return [f"{kind} {shape}" for shape, kind in re.findall(rf"= (\S+?)(?:\{{\S*)? ({kinds})\(", text)]
 
 
+def add_head(path: Path, folder: str) -> tuple[Path, np.ndarray]:
+    """A converted checkpoint, tied by its config, with a head of its own: the embedding turned round."""
+    plain = load_file(path / "model.safetensors")
+    rows = plain["model.embed_tokens.weight"]
+    copy = Path(shutil.copytree(path, f"{folder}/hf"))
+    save_file(plain | {"lm_head.weight": rows[::-1].copy()}, copy / "model.safetensors")
+    return orbax.save(f"{folder}/converted", load_model(copy).named_leaves, {}, copy), rows
+
+
 def compare(name: str, folder: str) -> None:
     path = save_checkpoint(name, f"{folder}/hf")
     ids = np.random.default_rng(0).integers(3, 257, TOTAL).tolist()
     want = hf_logits(path, ids, PROMPT)
     single = load_model(path)
     converted = orbax.save(f"{folder}/converted", single.named_leaves, {}, path)
+    untied, rows = add_head(path, f"{folder}/untied")
     for tp in (1, 2, 4):
         mesh = make_mesh(tp)
         model = load_model(path, mesh=mesh)
@@ -51,8 +64,10 @@ def compare(name: str, folder: str) -> None:
             x.sharding == y.sharding and np.array_equal(x, y)
             for x, y in zip(model.leaves, again.leaves, strict=True)
         ]
+        head = load_model(untied, mesh=mesh).named_leaves["lm_head.weight"]
         found = {
             "tp": tp,
+            "head_kept": bool(np.array_equal(np.asarray(head)[:257], rows[::-1])),
             "kv_heads": model.kv_heads,
             "error": float(np.abs(got - want).max() / np.abs(want).max()),
             "converted_alike": all(alike),
