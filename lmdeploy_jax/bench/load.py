@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 
 from lmdeploy_jax.bench.report import distribution
-from lmdeploy_jax.bench.workloads import Job
+from lmdeploy_jax.bench.workloads import HIGHEST_ID, Job
 from lmdeploy_jax.errors import EngineError
 
 CONNECT_SECONDS = 30
@@ -122,6 +122,13 @@ def model_name(url: str, api_key: str | None = None) -> str:
     return asyncio.run(_model_name(Target(url, "", api_key)))
 
 
+def ids_below(target: Target) -> int:
+    """A bound below which the server's model knows every token id: the work's own, or the largest of its
+    halves that is not refused, since nothing in the protocol tells a vocabulary's size.
+    """
+    return asyncio.run(_ids_below(target))
+
+
 def summary(jobs: Sequence[Job], wall: float, answers: Sequence[Answer]) -> dict[str, Any]:
     """The figures of one pass: tokens and requests a second; times in milliseconds, with percentiles."""
     good = [a for a in answers if a.error is None and a.pieces]
@@ -143,6 +150,17 @@ def summary(jobs: Sequence[Job], wall: float, answers: Sequence[Answer]) -> dict
         if seconds:
             figures[name] = distribution(seconds)
     return figures
+
+
+async def _ids_below(target: Target) -> int:
+    bound = HIGHEST_ID
+    async with _session(target) as session:
+        while bound > 1:
+            answer = await _ask(session, target, Job([bound - 1], 1), time.perf_counter())
+            if answer.error is None or not answer.error.startswith("400"):
+                return bound
+            bound //= 2
+    return HIGHEST_ID  # it is not the id that is refused: the work itself will tell
 
 
 async def _run(target: Target, jobs: Sequence[Job], arrivals: Arrivals) -> tuple[float, list[Answer]]:

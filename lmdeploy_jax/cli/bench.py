@@ -4,72 +4,89 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
 from lmdeploy_jax.bench import checkpoint, shapes
-from lmdeploy_jax.bench.workloads import MAX_LEN, WORKLOADS, Job, make
+from lmdeploy_jax.bench.workloads import HIGHEST_ID, MAX_LEN, WORKLOADS, Job, make
 from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
-from lmdeploy_jax.cli.flags import FlagSet, UsageError
+from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError
 
 if TYPE_CHECKING:
     from lmdeploy_jax.bench.session import Session
     from lmdeploy_jax.models.config import DecoderConfig
 
 DEFAULT_WORKLOADS = {"throughput": "b1,b32,b128,mix256", "latency": "b1", "serve": "mix256"}
-MODES = (*DEFAULT_WORKLOADS, "kernels", "tune")
+SECTION = "Work"
 USAGE = "bench throughput|latency|kernels|tune MODEL [FLAGS], or bench serve URL [FLAGS]"
-ABOUT = f"""MODEL is a checkpoint folder, a hub id, or one of these shapes, for which a checkpoint of random
-weights is made: {", ".join(shapes.names())}.
-
-Every run is greedy and ignores stop ids; the prefix cache is off unless asked for. A first, unreported run
-warms up. Figures go to standard output as JSON lines, everything else to standard error.
-
-throughput  all requests of a workload at once: tokens a second, time a step, share of the bandwidth limit
+MODEL = f"""MODEL is a checkpoint folder, a hub id, or one of these shapes, for which a checkpoint of random
+weights is made: {", ".join(shapes.names())}."""
+RUNS = """Every run is greedy and ignores stop ids. A first, unreported run warms up. Figures go to standard
+output as JSON lines, everything else to standard error."""
+ABOUT = f"""throughput  all requests of a workload at once: tokens a second, share of the bandwidth limit
 latency     the requests one after another: time to the first token and between tokens, with percentiles
-serve       the requests over HTTP to the server at URL (any that speaks OpenAI's protocol), at once, at
-            --request_rate, or at most --concurrency at a time; flags of the engine have no meaning then
+serve       the requests over HTTP to a running server, any that speaks OpenAI's protocol
 kernels     the attention kernels alone, by MODEL's heads: time and share of the GPU's limit
-tune        measures which way of multiplying few rows is fastest for MODEL's matrices on this GPU, and keeps
-            the answers in --tuning_dir, where the engine looks for them at its start"""
+tune        measures which way of multiplying few rows is fastest for MODEL's matrices on this GPU
+
+{PROGRAM} bench SUBCOMMAND --help lists the flags of each; these are common to the first three."""
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """A command of its own behind `bench`, as `cli.main` takes it."""
+
+    USAGE: str
+    ABOUT: str
+    define: Callable[[FlagSet], None]
+    run: Callable[[FlagSet, list[str]], int]
 
 
 def define(flags: FlagSet) -> None:
-    """The flags of the command."""
-    section = "Work"
-    add, text, number = flags.add, absl_flags.DEFINE_string, absl_flags.DEFINE_integer
+    """What every run of workloads can be told."""
+    number = absl_flags.DEFINE_integer
     about = (
-        f"comma-separated list of {', '.join(WORKLOADS)}; without it b1,b32,b128,mix256, or b1 for latency"
+        f"comma-separated list of {', '.join(WORKLOADS)}; without it b1,b32,b128,mix256 for throughput, b1 "
+        "for latency, mix256 for serve"
     )
-    add(section, text, "workloads", None, about)
-    add(section, number, "reps", 2, "repetitions of each workload", lower_bound=1)
-    add(section, number, "seed", 0, "seed of the prompts")
-    add(
-        section,
-        absl_flags.DEFINE_float,
-        "bandwidth",
-        None,
-        "memory bandwidth in GB/s; without it measured once",
-    )
-    add(
-        section,
-        text,
-        "checkpoint_dir",
-        None,
-        "where random checkpoints are kept; without it the cache folder",
-    )
-    add(section, text, "out", None, "file to which the JSON lines are appended too")
-    add(section, text, "tuning_dir", None, "folder of bench tune's table; without it the cache folder")
-    _define_serve(flags)
+    flags.add(SECTION, absl_flags.DEFINE_string, "workloads", None, about)
+    flags.add(SECTION, number, "reps", 2, "repetitions of each workload", lower_bound=1)
+    flags.add(SECTION, number, "seed", 0, "seed of the prompts")
+    _define_out(flags)
+
+
+def run(flags: FlagSet, args: list[str]) -> int:
+    """Which of the subcommands is wanted must be said."""
+    known = ", ".join(SUBCOMMANDS)
+    raise UsageError(f"usage: {PROGRAM} {USAGE}; bench does one of {known}, but was given {args}.")
+
+
+def _define_out(flags: FlagSet) -> None:
+    text = "file to which the JSON lines are appended too"
+    flags.add(SECTION, absl_flags.DEFINE_string, "out", None, text)
+
+
+def _define_bandwidth(flags: FlagSet) -> None:
+    text = "memory bandwidth in GB/s; without it measured once"
+    flags.add(SECTION, absl_flags.DEFINE_float, "bandwidth", None, text)
+
+
+def _define_engine(flags: FlagSet) -> None:
+    define(flags)
+    _define_bandwidth(flags)
+    text = "where random checkpoints are kept; without it the cache folder"
+    flags.add(SECTION, absl_flags.DEFINE_string, "checkpoint_dir", None, text)
     add_engine_flags(flags, {"enable_prefix_caching": False, "session_len": MAX_LEN})
 
 
 def _define_serve(flags: FlagSet) -> None:
-    section = "Work of bench serve"
+    define(flags)
+    section = "Load"
     rate = "requests a second, arriving at random (Poisson); without it all at once"
     flags.add(section, absl_flags.DEFINE_float, "request_rate", None, rate, lower_bound=1e-3)
     most = "most requests at a time; without it no limit"
@@ -79,14 +96,21 @@ def _define_serve(flags: FlagSet) -> None:
     flags.add(section, absl_flags.DEFINE_string, "api_key", None, "key that the server asks for")
 
 
-def run(flags: FlagSet, args: list[str]) -> int:
-    """Run the workloads and print the figures."""
-    mode, model = _positional(args)
-    if mode in ("kernels", "tune"):
-        return (_kernels if mode == "kernels" else _tune)(flags, model)
+def _define_kernels(flags: FlagSet) -> None:
+    _define_bandwidth(flags)
+    _define_out(flags)
+
+
+def _define_tune(flags: FlagSet) -> None:
+    text = "folder of the table, where the engine looks for it; without it the cache folder"
+    flags.add(SECTION, absl_flags.DEFINE_string, "tuning_dir", None, text)
+    _define_out(flags)
+
+
+def _engine(mode: str, flags: FlagSet, args: list[str]) -> int:
+    """Throughput or latency of an engine in this process."""
+    model = _target(mode, args)
     names = _workloads(flags["workloads"] or DEFAULT_WORKLOADS[mode])
-    if mode == "serve":
-        return _serve(flags, model.rstrip("/").removesuffix("/v1"), names)
     config = engine_config(flags)
     folder = _checkpoint(model, flags["checkpoint_dir"])
 
@@ -95,20 +119,27 @@ def run(flags: FlagSet, args: list[str]) -> int:
     bandwidth, how = _bandwidth(flags["bandwidth"], config.tp)
     _say(f"starting the engine on {folder}")
     session = Session(folder, config, bandwidth)
-    common = {"engine": "lmdeploy_jax", "model": model, "mode": mode, **_device()}
+    vocabulary = session.engine.vocab_size
+    common = {"engine": PROGRAM, "model": model, "mode": mode, **_device(), **_folded(vocabulary)}
     common |= {"bandwidth_gb_s": round(bandwidth / 1e9, 1), "bandwidth_is": how, **session.startup}
     try:
         for name in names:
-            for line in _measure(session, mode, make(name, flags["seed"]), flags["reps"]):
+            for line in _measure(session, mode, make(name, flags["seed"], vocabulary), flags["reps"]):
                 _write(common | {"workload": name} | line, flags["out"])
     finally:
         session.engine.close()
     return 0
 
 
-def _kernels(flags: FlagSet, model: str) -> int:
+def _folded(vocabulary: int) -> dict[str, int]:
+    """Told where the work's ids differ from those of other models."""
+    return {"ids_below": vocabulary} if vocabulary < HIGHEST_ID else {}
+
+
+def _kernels(flags: FlagSet, args: list[str]) -> int:
     from lmdeploy_jax.bench import kernels
 
+    model = _target("kernels", args)
     config = _decoder_config(model)
     bandwidth, _ = _bandwidth(flags["bandwidth"], 1)
     for result in kernels.measure(config, bandwidth):
@@ -116,7 +147,8 @@ def _kernels(flags: FlagSet, model: str) -> int:
     return 0
 
 
-def _tune(flags: FlagSet, model: str) -> int:
+def _tune(flags: FlagSet, args: list[str]) -> int:
+    model = _target("tune", args)
     import jax
 
     from lmdeploy_jax.bench.tune import products, tune
@@ -147,23 +179,29 @@ def _decoder_config(model: str) -> DecoderConfig:
     return read_config(resolve_model(model))
 
 
-def _serve(flags: FlagSet, url: str, names: list[str]) -> int:
+def _serve(flags: FlagSet, args: list[str]) -> int:
     from lmdeploy_jax.bench import load
 
+    url = _target("serve", args).rstrip("/").removesuffix("/v1")
+    names = _workloads(flags["workloads"] or DEFAULT_WORKLOADS["serve"])
     model = flags["model_name"] or load.model_name(url, flags["api_key"])
     target = load.Target(url, model, flags["api_key"])
+    vocabulary = load.ids_below(target)
     rate, concurrency = flags["request_rate"], flags["concurrency"]
     arrivals = load.Arrivals(rate, concurrency, flags["seed"])
     common = {"mode": "serve", "url": url, "model": model, "request_rate": rate, "concurrency": concurrency}
+    common |= _folded(vocabulary)
+    failed = 0
     for name in names:
-        jobs = make(name, flags["seed"])
+        jobs = make(name, flags["seed"], vocabulary)
         load.run(target, jobs, arrivals)  # warm-up
         for rep in range(flags["reps"]):
             wall, answers = load.run(target, jobs, arrivals)
             _write(common | {"workload": name, "rep": rep} | load.summary(jobs, wall, answers), flags["out"])
             if bad := [a.error for a in answers if a.error]:
                 _say(f"{len(bad)} of {len(jobs)} requests failed; the first: {bad[0]}")
-    return 0
+            failed += len(bad)
+    return 1 if failed else 0
 
 
 def _measure(session: Session, mode: str, jobs: list[Job], reps: int) -> Iterator[dict[str, Any]]:
@@ -173,12 +211,11 @@ def _measure(session: Session, mode: str, jobs: list[Job], reps: int) -> Iterato
         yield {"rep": rep, **once(jobs)}
 
 
-def _positional(args: list[str]) -> tuple[str, str]:
-    if len(args) != 2 or args[0] not in MODES:
-        raise UsageError(
-            f"usage: lmdeploy_jax {USAGE}; MODEL may be one of the shapes {', '.join(shapes.names())}"
-        )
-    return args[0], args[1]
+def _target(mode: str, args: list[str]) -> str:
+    """The one argument of a subcommand: a model, or a URL."""
+    if len(args) != 1:
+        raise UsageError(f"usage: {PROGRAM} {SUBCOMMANDS[mode].USAGE}; it was given {args}")
+    return args[0]
 
 
 def _workloads(text: str) -> list[str]:
@@ -226,3 +263,41 @@ def _write(line: dict[str, Any], out: str | None) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+SUBCOMMANDS = {
+    "throughput": Subcommand(
+        "bench throughput MODEL [FLAGS]",
+        "All requests of a workload at once: tokens a second, time a step, share of the bandwidth limit.\n\n"
+        f"{MODEL}\n\n{RUNS} The prefix cache is off unless asked for.",
+        _define_engine,
+        partial(_engine, "throughput"),
+    ),
+    "latency": Subcommand(
+        "bench latency MODEL [FLAGS]",
+        "The requests one after another: time to the first token and between tokens, with percentiles.\n\n"
+        f"{MODEL}\n\n{RUNS} The prefix cache is off unless asked for.",
+        _define_engine,
+        partial(_engine, "latency"),
+    ),
+    "serve": Subcommand(
+        "bench serve URL [FLAGS]",
+        "The requests over HTTP to the server at URL (any that speaks OpenAI's protocol), at once, at\n"
+        f"--request-rate, or at most --concurrency at a time. Exit code 1 where requests failed.\n\n{RUNS}",
+        _define_serve,
+        _serve,
+    ),
+    "kernels": Subcommand(
+        "bench kernels MODEL [FLAGS]",
+        f"The attention kernels alone, by MODEL's heads: time and share of the GPU's limit.\n\n{MODEL}",
+        _define_kernels,
+        _kernels,
+    ),
+    "tune": Subcommand(
+        "bench tune MODEL [FLAGS]",
+        "Measures which way of multiplying few rows is fastest for MODEL's matrices on this GPU, and keeps\n"
+        f"the answers in --tuning-dir, where the engine looks for them at its start.\n\n{MODEL}",
+        _define_tune,
+        _tune,
+    ),
+}

@@ -63,7 +63,16 @@ def _dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise UsageError(f"Unknown command {argv[0]!r}. Commands: {', '.join(COMMANDS)}.")
     command: Command = importlib.import_module(f"{PROGRAM}.cli.{name}")  # type: ignore[assignment]
-    return _run(command, argv[1:])
+    return _run(*_subcommand(command, argv[1:]))
+
+
+def _subcommand(command: Command, argv: list[str]) -> tuple[Command, list[str]]:
+    """The command that a word of `argv` names among those behind `command`, and the other words."""
+    known: dict[str, Command] = getattr(command, "SUBCOMMANDS", {})
+    place = next((i for i, word in enumerate(argv) if word in known), None)
+    if place is None:
+        return command, argv
+    return known[argv[place]], argv[:place] + argv[place + 1 :]
 
 
 def _run(command: Command, argv: list[str]) -> int:

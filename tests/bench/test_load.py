@@ -9,17 +9,21 @@ import threading
 import pytest
 from aiohttp import web
 
-from lmdeploy_jax.bench.load import Arrivals, Target, model_name, run, summary
+from lmdeploy_jax.bench.load import Arrivals, Target, ids_below, model_name, run, summary
 from lmdeploy_jax.bench.workloads import Job
+from lmdeploy_jax.cli.main import main
 from lmdeploy_jax.errors import EngineError
 
 KEY = "secret"
 
 
 class ScriptedServer:
-    """Streams a word a token; counts how many requests run at a time. Prompts that begin with 999 fail."""
+    """Streams a word a token; counts how many requests run at a time. Prompts that begin with 999 fail, and
+    those with tokens that the vocabulary lacks are refused.
+    """
 
-    def __init__(self):
+    def __init__(self, vocabulary=30000, broken=False):
+        self.vocabulary, self.broken = vocabulary, broken
         self.running = self.most = 0
         self.bodies = []
         self._loop = asyncio.new_event_loop()
@@ -48,6 +52,8 @@ class ScriptedServer:
             return web.json_response({"error": {"message": "no key"}}, status=401)
         body = await request.json()
         self.bodies.append(body)
+        if max(body["prompt"]) >= self.vocabulary:
+            return web.json_response({"error": {"message": "no such token"}}, status=400)
         self.running += 1
         self.most = max(self.most, self.running)
         response = web.StreamResponse()
@@ -56,7 +62,7 @@ class ScriptedServer:
         for _ in range(count):
             await asyncio.sleep(0.01)
             await response.write(event({"choices": [{"text": "word "}]}))
-        if body["prompt"][0] == 999:
+        if self.broken or body["prompt"][0] == 999:
             await response.write(event({"error": {"message": "it broke"}}))
         else:
             await response.write(event({"choices": [], "usage": {"completion_tokens": count}}))
@@ -115,3 +121,28 @@ def test_the_model_is_asked_for(server):
     assert model_name(server.url) == "scripted"
     with pytest.raises(EngineError, match="No server answers"):
         model_name("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(("vocabulary", "bound"), [(30000, 30000), (2560, 1875), (7, 7), (0, 30000)])
+def test_the_work_fits_any_vocabulary(vocabulary, bound):
+    server = ScriptedServer(vocabulary)
+    assert ids_below(Target(server.url, "scripted", KEY)) == bound
+
+
+def bench_serve(server, capsys):
+    """The command's exit code and its only line of figures."""
+    flags = ["--workloads=smoke", "--reps=1", "--api-key", KEY]
+    code = main(["bench", "serve", server.url, *flags])
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    return code, line
+
+
+def test_bench_serve_of_a_small_vocabulary(capsys):
+    code, line = bench_serve(ScriptedServer(2560), capsys)
+    assert (code, line["failed"], line["out_tok"], line["ids_below"]) == (0, 0, 32, 1875)
+
+
+def test_requests_that_fail_end_in_exit_code_1(capsys):
+    code, line = bench_serve(ScriptedServer(broken=True), capsys)
+    assert (code, line["failed"]) == (1, 4)
+    assert "ids_below" not in line

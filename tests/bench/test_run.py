@@ -37,3 +37,9 @@ def test_lines(
     assert line["compilations_while_serving"] == 0
     assert 0 < line["bandwidth_share"] < 10
     assert ("between_tokens_ms" in line) == (mode == "latency")
+
+
+def test_a_model_of_a_small_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "latency", "tiny-chat", *FLAGS]) == 0
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (line["out_tok"], line["ids_below"]) == (32, 2560)

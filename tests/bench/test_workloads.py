@@ -31,5 +31,18 @@ def test_work_is_pinned(name: str) -> None:
     assert all(LOWEST_ID <= token < HIGHEST_ID for job in jobs for token in job.prompt)
 
 
+@pytest.mark.parametrize("vocabulary", [2, 300, 301, 2560, 29999])
+def test_ids_are_folded_into_a_small_vocabulary(vocabulary: int) -> None:
+    tokens = {token for job in make("smoke", ids_below=vocabulary) for token in job.prompt}
+    assert max(tokens) < vocabulary
+    assert len(tokens) > min(vocabulary, 100) // 3
+    if vocabulary > 2 * LOWEST_ID:
+        assert min(tokens) >= LOWEST_ID
+
+
+def test_a_large_vocabulary_changes_nothing() -> None:
+    assert make("smoke", ids_below=151936) == make("smoke")
+
+
 def test_seeds_differ() -> None:
     assert make("smoke", seed=1) != make("smoke")

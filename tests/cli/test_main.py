@@ -36,6 +36,29 @@ def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
+    ("subcommand", "own", "foreign"),
+    [
+        ("throughput", "--tp", "--request-rate"),
+        ("latency", "--bandwidth", "--tuning-dir"),
+        ("serve", "--request-rate", "--tp"),
+        ("kernels", "--bandwidth", "--workloads"),
+        ("tune", "--tuning-dir", "--bandwidth"),
+    ],
+)
+def test_each_benchmark_has_its_own_flags(
+    subcommand: str, own: str, foreign: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", subcommand, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: lmdeploy_jax bench {subcommand} ")
+    assert f"  {own} " in text
+    assert foreign not in text
+    assert main(["bench", subcommand, "x", foreign, "1"]) == 2
+    assert foreign[2:].replace("-", "_") in capsys.readouterr().err
+    assert "_" not in text.partition("usage: lmdeploy_jax")[2].split("Work:")[0]
+
+
+@pytest.mark.parametrize(
     ("argv", "code", "text"),
     [
         (["talk"], 2, "Unknown command 'talk'"),
