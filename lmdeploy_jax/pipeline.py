@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lmdeploy_jax.arguments import (
     Configs,
@@ -107,6 +107,9 @@ class Pipeline:
         self = cls.__new__(cls)
         self._frontend = frontend
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A pipeline cannot be handed to another process; call pipeline() there.")
 
     @property
     def frontend(self) -> Frontend:

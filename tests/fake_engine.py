@@ -14,6 +14,7 @@ import numpy as np
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import TAGS, EngineBase
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup
+from lmdeploy_jax.engine.forks import Home
 from lmdeploy_jax.engine.request import Request, StepOutput, TokenLogprobs
 from lmdeploy_jax.errors import EngineError, RequestError
 
@@ -37,6 +38,7 @@ class FakeEngine(EngineBase):
         vocab_size: int = 2560,
         max_batch_size: int = 64,
     ) -> None:
+        self.home = Home()
         self.facts = EngineFacts(
             folder=folder,
             config=JaxEngineConfig(),
@@ -59,6 +61,7 @@ class FakeEngine(EngineBase):
         self._thread.start()
 
     def submit(self, request: Request) -> None:
+        self.home.check()
         if request.params.n > self.max_batch_size:
             raise RequestError(f"n={request.params.n} sequences cannot run at once.")
         self.seen.append(request)
@@ -79,6 +82,8 @@ class FakeEngine(EngineBase):
         return EngineStats(running=len(self._live))
 
     def close(self) -> None:
+        if self.home.left:
+            return
         self.gate.set()
         with self._wake:
             self._closed = True

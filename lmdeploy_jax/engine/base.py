@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup, check_request
+from lmdeploy_jax.engine.forks import Home
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import EngineError
 
@@ -24,6 +25,7 @@ class EngineBase(ABC):
     """Token ids in, token ids out. Every method may be called from any thread."""
 
     facts: EngineFacts
+    home: Home
     on_step: Callable[[int], None] | None = None  # told the tokens of each step that is dispatched
 
     @abstractmethod
@@ -66,9 +68,16 @@ class EngineBase(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Abort what runs and stop. May be called twice; done at exit where the caller has not."""
+        """Abort what runs and stop. May be called twice; done at exit where the caller has not.
+
+        A process that was forked from the engine's has nothing to close.
+        """
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("An engine cannot be handed to another process; open one there.")
 
     def _check(self, request: Request) -> None:
+        self.home.check()
         if self.sleeping:
             raise EngineError(ASLEEP)
         check_request(request, self.facts)

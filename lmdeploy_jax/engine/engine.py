@@ -15,6 +15,7 @@ from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import ASLEEP, TAGS, EngineBase
 from lmdeploy_jax.engine.compile import CompileCounter
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats
+from lmdeploy_jax.engine.forks import Home, claim_jax
 from lmdeploy_jax.engine.request import Request, Sequence, StepOutput
 from lmdeploy_jax.engine.rest import Rest
 from lmdeploy_jax.engine.results import accept, output_of, read_tokens
@@ -39,6 +40,8 @@ class Engine(EngineBase):
     def __init__(
         self, model: str | Path, config: JaxEngineConfig | None = None, *, progress: bool = True
     ) -> None:
+        claim_jax()
+        self.home = Home()
         config = config or JaxEngineConfig()
         self._compilations = CompileCounter()
         parts = set_up(model, config, progress=progress)
@@ -73,7 +76,7 @@ class Engine(EngineBase):
         self._post(lambda: self._add(request))
 
     def abort(self, request_id: int, index: int | None = None) -> None:
-        if not self._closed:
+        if not self._closed and not self.home.left:
             self._post(lambda: self._abort(request_id, index))
 
     def sleep(self, level: int = 1) -> None:
@@ -87,6 +90,8 @@ class Engine(EngineBase):
         return bool(self._rest.missing)
 
     def close(self) -> None:
+        if self.home.left:
+            return
         atexit.unregister(self.close)
         with self._wake:
             self._closed = True
@@ -113,6 +118,7 @@ class Engine(EngineBase):
         )
 
     def _post(self, command: Callable[[], None]) -> None:
+        self.home.check()
         with self._wake:
             if self._closed:
                 cause = f": {self._failure!r}" if self._failure else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,11 @@ class PromptOptions:
 
 
 class Frontend:
-    """An engine with its tokenizer and chat template. Every method may be called from any thread."""
+    """An engine with its tokenizer and chat template. Every method may be called from any thread.
+
+    The engine is closed with the last reference to its frontend, so that a notebook's cell that is run again
+    leaves neither threads nor memory behind.
+    """
 
     def __init__(
         self, engine: EngineBase, tokenizer: Tokenizer, template: ChatTemplate, max_log_len: int | None = None
@@ -57,7 +62,9 @@ class Frontend:
             is_special=tokenizer.is_special,
         )
         self._max_log_len = max_log_len
-        self._outputs = OutputProcessor(tokenizer, self.abort)
+        # Nothing of what these threads hold leads back here: else this would never be the last reference.
+        self._outputs = OutputProcessor(tokenizer, partial(_abort, engine))
+        self._finalizer = weakref.finalize(self, _close, engine, self._outputs)
 
     @classmethod
     def over(
@@ -136,15 +143,23 @@ class Frontend:
 
     def abort(self, request_id: int, choice: int | None = None) -> None:
         """End a request, or one of its answers. What has ended already is left alone."""
-        try:
-            self.engine.abort(request_id, choice)
-        except EngineError:
-            logger.debug("request %d has ended with the engine", request_id)
+        _abort(self.engine, request_id, choice)
 
     def close(self) -> None:
         """Close the engine; what still runs ends with finish_reason "abort"."""
-        self.engine.close()
-        self._outputs.close()
+        self._finalizer()
+
+
+def _abort(engine: EngineBase, request_id: int, choice: int | None) -> None:
+    try:
+        engine.abort(request_id, choice)
+    except EngineError:
+        logger.debug("request %d has ended with the engine", request_id)
+
+
+def _close(engine: EngineBase, outputs: OutputProcessor) -> None:
+    engine.close()
+    outputs.close()
 
 
 def _config_eos_ids(folder: Path) -> frozenset[int]:

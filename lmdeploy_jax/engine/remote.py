@@ -27,6 +27,7 @@ from typing import Any
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import TAGS, EngineBase
 from lmdeploy_jax.engine.facts import EngineStats
+from lmdeploy_jax.engine.forks import Home
 from lmdeploy_jax.engine.request import Request, StepOutput
 from lmdeploy_jax.engine.wire import (
     Abort,
@@ -63,6 +64,7 @@ class RemoteEngine(EngineBase):
         progress: bool = True,
         build: Any = open_engine,
     ) -> None:
+        self.home = Home()
         opened = partial(build, model, config or JaxEngineConfig(), progress)
         self._process, self._connection = _start(opened)
         self._live: dict[int, _Live] = {}
@@ -109,6 +111,8 @@ class RemoteEngine(EngineBase):
         self._outgoing.put(message)
 
     def abort(self, request_id: int, index: int | None = None) -> None:
+        if self.home.left:
+            return
         self._outgoing.put(dumps(Abort(request_id, index)))
 
     def sleep(self, level: int = 1) -> None:
@@ -131,6 +135,8 @@ class RemoteEngine(EngineBase):
         return self._state.stats
 
     def close(self) -> None:
+        if self.home.left:
+            return
         atexit.unregister(self.close)
         with self._lock:
             self._closed = True
@@ -151,6 +157,7 @@ class RemoteEngine(EngineBase):
 
     def _call(self, method: str, *args: Any) -> None:
         """Have the engine do something and wait for it; raises what it raises."""
+        self.home.check()
         done: Future[None] = Future()
         number = next(self._numbers)
         with self._lock:
