@@ -44,5 +44,5 @@ class Home:
         """Raises EngineError in another process."""
         if self.left:
             raise EngineError(
-                f"This engine was opened in process {self._process}, which this one was forked from. {_REMEDY}"
+                f"This engine was opened in process {self._process}, not in this one, a fork of it. {_REMEDY}"
             )
