@@ -12,6 +12,8 @@ from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import DecoderConfig
 
+ROPE_NAMES = ("rope_scaling", "rope_parameters")  # the old name prevails where a config has both
+
 
 def read_config(
     folder: str | os.PathLike[str], hf_overrides: Mapping[str, Any] | None = None
@@ -37,7 +39,25 @@ def read_json(
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: is a JSON {type(raw).__name__}, not an object")
-    return _overlay(raw, overrides or {}), str(path)
+    return _overlay(raw, _renamed(raw, overrides or {})), str(path)
+
+
+def _renamed(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`overrides` with RoPE's settings under the name that the config has for them: the other would replace
+    them all, or be passed over. A config with one RoPE for each kind of layer is left alone.
+    """
+    held = next((name for name in ROPE_NAMES if raw.get(name)), None)
+    settings = raw.get(held) if held else None
+    if not isinstance(settings, Mapping) or any(isinstance(value, Mapping) for value in settings.values()):
+        return overrides
+    given = {name: value for name, value in overrides.items() if isinstance(value, Mapping)}
+    rope = [_new_spelling(given[name]) for name in ROPE_NAMES if name in given]
+    rest = {name: value for name, value in overrides.items() if name not in ROPE_NAMES or name not in given}
+    return {**rest, held: {key: value for each in rope for key, value in each.items()}} if rope else overrides
+
+
+def _new_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rope_type" if key == "type" else key: value for key, value in settings.items()}
 
 
 def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -21,6 +23,7 @@ from lmdeploy_jax.errors import CheckpointError
 
 # Weights as safetensors and data only: never a pickle, never code.
 PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+NOT_FOUND = (RepositoryNotFoundError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -63,8 +66,22 @@ def _download(name: str, revision: str | None, download_dir: str | os.PathLike[s
             name, revision=revision, cache_dir=cache, allow_patterns=list(PATTERNS)
         )
     except Exception as error:
-        raise CheckpointError(f"model {name!r}: {_reason(error, revision)}") from error
+        hint = _like(name, cache) if isinstance(error, NOT_FOUND) else ""
+        raise CheckpointError(f"model {name!r}: {_reason(error, revision)}{hint}") from error
     return pathlib.Path(folder)
+
+
+def _like(name: str, cache: str | None) -> str:
+    """What a mistyped name may have meant: an embedded model, or one of the local cache."""
+    known = {other.lower(): other for other in (*_cached(cache), *assets.names())}
+    close = difflib.get_close_matches(name.lower(), known, cutoff=0.7)
+    return f". Did you mean {' or '.join(repr(known[other]) for other in close)}?" if close else ""
+
+
+def _cached(cache: str | None) -> Iterator[str]:
+    folder = pathlib.Path(cache or huggingface_hub.constants.HF_HUB_CACHE)
+    for entry in sorted(folder.glob("models--*")):
+        yield entry.name.removeprefix("models--").replace("--", "/")
 
 
 def _reason(error: Exception, revision: str | None) -> str:

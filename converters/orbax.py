@@ -52,7 +52,8 @@ def save(
     folder, unless `force` allows to replace it.
     """
     target, source = pathlib.Path(out).absolute(), pathlib.Path(copy_from).absolute()
-    _check_target(target, source, force)
+    check_apart(target, source)
+    check_target(target, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
@@ -139,13 +140,23 @@ def _restore(weights: pathlib.Path, specs: Mapping[str, jax.ShapeDtypeStruct]) -
         return checkpointer.restore(weights, args=request)
 
 
-def _check_target(target: pathlib.Path, source: pathlib.Path, force: bool) -> None:
-    if target.is_file():
+def check_target(target: pathlib.Path, *, force: bool) -> None:
+    """Raises CheckpointError where `save` could not write to `target`, whatever it is to write."""
+    if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: a file; name a new folder to write to")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise CheckpointError(
+            f"{target}: is not empty; name a new folder, or force its replacement (--force)"
+        )
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CheckpointError(f"{target}: {above} is no folder that you may write to; name another one")
+
+
+def check_apart(target: pathlib.Path, source: pathlib.Path) -> None:
+    """Raises CheckpointError where replacing `target` would remove the checkpoint `source`."""
     if source.resolve().is_relative_to(target.resolve()):
         raise CheckpointError(f"{target}: holds the checkpoint to convert; name another folder to write to")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise CheckpointError(f"{target}: is not empty; name a new folder, or force its replacement")
 
 
 def _copy_small_files(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ from absl import flags as absl_flags
 
 from lmdeploy_jax.cli.engine_flags import HELP
 from lmdeploy_jax.cli.flags import FlagSet, UsageError
+from lmdeploy_jax.errors import CheckpointError
 
 USAGE = "convert MODEL OUT [FLAGS]"
 ABOUT = """Reads the Hugging Face checkpoint MODEL (a folder or a hub id) and writes an Orbax checkpoint into
@@ -44,9 +45,10 @@ def run(flags: FlagSet, args: list[str]) -> int:
     from lmdeploy_jax.converters.load import load_model, stored_dtype
     from lmdeploy_jax.engine.progress import loading_bar
 
+    _check_out(Path(out), flags["force"])
     start = time.perf_counter()
     folder = resolve_model(model, revision=flags["revision"], download_dir=flags["download_dir"])
-    _check_out(Path(out), flags["force"])
+    orbax.check_apart(Path(out), folder)
     dtype = str(stored_dtype(folder)) if flags["dtype"] == "auto" else flags["dtype"]
     with loading_bar(sys.stderr.isatty()) as on_progress:
         loaded = load_model(folder, dtype=dtype, on_progress=on_progress)
@@ -60,9 +62,13 @@ def run(flags: FlagSet, args: list[str]) -> int:
 
 
 def _check_out(out: Path, force: bool) -> None:
-    """Refuse before the long read what the writer would refuse after it."""
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise UsageError(f"{out} is not empty; name a new folder, or give --force to replace it.")
+    """Refuse before the download and the long read what the writer would refuse after them."""
+    from lmdeploy_jax.converters import orbax
+
+    try:
+        orbax.check_target(out, force=force)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
 
 
 def _folder_bytes(folder: Path) -> int:

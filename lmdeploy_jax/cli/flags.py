@@ -41,6 +41,8 @@ class FlagSet:
             positional = list(self.values([PROGRAM, *_canonical(self.values, argv)])[1:])
         except (absl_flags.Error, ValueError) as error:
             raise UsageError(str(error)) from error
+        except RecursionError as error:
+            raise UsageError("A flag's JSON object is nested too deep to be read.") from error
         if config_file.NAME in self.values and self[config_file.NAME] is not None:
             config_file.apply(self.values, self[config_file.NAME])
         return positional

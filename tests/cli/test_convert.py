@@ -34,6 +34,16 @@ def test_converted_weights_are_the_originals(
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("out", ["file", "file/below/it"])
+def test_out_is_looked_at_before_the_model(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert main(["convert", str(tmp_path / "no-such-model"), str(tmp_path / out)]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_a_full_folder_is_kept_unless_forced(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import lmdeploy_jax
+from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.cli import serve
+from lmdeploy_jax.cli.engine_flags import engine_config
+from lmdeploy_jax.cli.flags import FlagSet
 from lmdeploy_jax.cli.main import COMMANDS
+from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.families import FAMILIES
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
@@ -19,6 +25,14 @@ def test_the_table_of_models_is_the_code() -> None:
 
 def test_the_table_of_commands_is_the_code() -> None:
     assert set(re.findall(r"^\| `lmdeploy_jax (\w+)", README, re.M)) == set(COMMANDS)
+
+
+def test_the_example_of_an_override_works_with_the_default_model() -> None:
+    (example,) = re.findall(r"`(--hf-overrides[^`]*)`", README)
+    flags = FlagSet()
+    serve.define(flags)
+    flags.parse(shlex.split(example))
+    assert read_config(TINY_CHAT, engine_config(flags).hf_overrides).rope.factor == 2
 
 
 def test_the_map_names_every_folder() -> None:

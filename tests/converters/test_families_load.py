@@ -91,6 +91,18 @@ def test_overrides_are_laid_over_nested_objects(llama):
     assert load_model(llama, hf_overrides={"rms_norm_eps": 0.5}).config.norm_eps == 0.5
 
 
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+@pytest.mark.parametrize("held", ["rope_scaling", "rope_parameters"])
+def test_rope_is_overridden_by_either_name(copy, name, kind, held):
+    """What the override does not say stays as it was, whatever the names in the file."""
+    config = json.loads((copy / "config.json").read_text())
+    settings = config.pop("rope_parameters") | {"rope_theta": 5000.0}
+    (copy / "config.json").write_text(json.dumps(config | {held: settings}))
+    rope = read_config(copy, {name: {kind: "linear", "factor": 2}}).rope
+    assert (rope.kind, rope.factor, rope.theta) == ("linear", 2.0, 5000.0)
+
+
 V_PROJ = "model.layers.1.self_attn.v_proj.weight"
 
 

@@ -100,6 +100,30 @@ def test_offline_says_what_to_do(error: Exception, monkeypatch: pytest.MonkeyPat
         resolve_model("Qwen/Qwen3-0.6B")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("tinychat", "Did you mean 'tiny-chat'?"),
+        ("Tiny_Chat", "Did you mean 'tiny-chat'?"),
+        ("qwen/qwen3-0.6b", "Did you mean 'Qwen/Qwen3-0.6B'?"),
+        ("Qwen3-0.6B", "Did you mean 'Qwen/Qwen3-0.6B'?"),
+        ("another/model", None),
+    ],
+)
+def test_a_typo_is_told_from_what_is_here(
+    name: str, meant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, LocalEntryNotFoundError("not cached"))
+    (tmp_path / "models--Qwen--Qwen3-0.6B").mkdir()
+    (tmp_path / "datasets--tiny--chats").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        resolve_model(name, download_dir=tmp_path)
+    if meant is None:
+        assert "Did you mean" not in str(caught.value)
+    else:
+        assert str(caught.value).endswith(meant)
+
+
 def test_other_failures_keep_their_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, OSError("disk full"))
     with pytest.raises(CheckpointError, match="OSError: disk full"):
