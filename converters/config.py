@@ -46,14 +46,19 @@ def _renamed(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mapping[st
     """`overrides` with RoPE's settings under the name that the config has for them: the other would replace
     them all, or be passed over. A config with one RoPE for each kind of layer is left alone.
     """
-    held = next((name for name in ROPE_NAMES if raw.get(name)), None)
-    settings = raw.get(held) if held else None
-    if not isinstance(settings, Mapping) or any(isinstance(value, Mapping) for value in settings.values()):
+    held = next((name for name in ROPE_NAMES if raw.get(name)), "")
+    settings = raw.get(held)
+    given = {name: overrides[name] for name in ROPE_NAMES if isinstance(overrides.get(name), Mapping)}
+    if (
+        not given
+        or not isinstance(settings, Mapping)
+        or any(isinstance(v, Mapping) for v in settings.values())
+    ):
         return overrides
-    given = {name: value for name, value in overrides.items() if isinstance(value, Mapping)}
-    rope = [_new_spelling(given[name]) for name in ROPE_NAMES if name in given]
-    rest = {name: value for name, value in overrides.items() if name not in ROPE_NAMES or name not in given}
-    return {**rest, held: {key: value for each in rope for key, value in each.items()}} if rope else overrides
+    rest = {name: value for name, value in overrides.items() if name not in given}
+    return rest | {
+        held: {key: value for each in given.values() for key, value in _new_spelling(each).items()}
+    }
 
 
 def _new_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:

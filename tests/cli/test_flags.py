@@ -78,6 +78,8 @@ def test_json_and_dotted_flags_merge(flags: FlagSet) -> None:
         (["--backend", "tensorrt"], "tensorrt"),
         (["--hf-overrides", "{broken"], "not valid JSON"),
         (["--hf-overrides", "[1]"], "JSON object"),
+        (["--hf-overrides", '{"a":' * 5000], "nested too deep"),
+        (["--hf-overrides." + "a." * 5000 + "b", "1"], "nested too deep"),
     ],
 )
 def test_mistakes_are_named(flags: FlagSet, argv: list[str], text: str) -> None:
