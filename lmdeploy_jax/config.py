@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from math import inf
+from typing import Annotated, Any, Literal
 
+from lmdeploy_jax.checked import Checked, Rule, at_least
 from lmdeploy_jax.errors import ConfigError
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-BACKENDS = ("auto", "pallas", "xla")
 PAGE_SIZE = 64  # tokens a page; the kernels are written for it
+_SHARE = Rule("> 0: a share of the free memory below 1, else bytes", lambda value: 0 < value < inf)
+_Positive = Annotated[int, at_least(1)]
+_Path = str | os.PathLike[str]
 
 logger = logging.getLogger("lmdeploy_jax")
 
 
 @dataclass
-class JaxEngineConfig:
-    """How a model is loaded and run. Raises `ConfigError` for a value that cannot work.
+class JaxEngineConfig(Checked):
+    """How a model is loaded and run.
+
+    Raises `ConfigError` for a value that cannot work, here and where a field is set later.
 
     cache_max_entry_count: share of the free memory given to the KV cache if < 1, else an absolute number of
         bytes.
@@ -33,52 +39,22 @@ class JaxEngineConfig:
     """
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    tp: int = 1
-    session_len: int | None = None
-    max_batch_size: int | None = None
-    cache_max_entry_count: float = 0.8
-    cache_block_seq_len: int = PAGE_SIZE
+    tp: _Positive = 1
+    session_len: _Positive | None = None
+    max_batch_size: _Positive | None = None
+    cache_max_entry_count: Annotated[float, _SHARE] = 0.8
     enable_prefix_caching: bool = True
-    max_prefill_token_num: int | None = None
-    decode_steps: int | None = None
+    max_prefill_token_num: _Positive | None = None
+    decode_steps: _Positive | None = None
     backend: Literal["auto", "pallas", "xla"] = "auto"
     revision: str | None = None
-    download_dir: str | None = None
+    download_dir: _Path | None = None
     hf_overrides: dict[str, Any] | None = None
-    compile_cache_dir: str | None = None
+    compile_cache_dir: _Path | None = None
     eager_mode: bool = False
 
-    def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("backend", self.backend, BACKENDS)
-        _positive("tp", self.tp)
-        for name in ("session_len", "max_batch_size", "max_prefill_token_num", "decode_steps"):
-            if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
-        if self.cache_block_seq_len != PAGE_SIZE:
-            raise ConfigError(
-                f"cache_block_seq_len={self.cache_block_seq_len!r} is not supported: pages hold {PAGE_SIZE} "
-                "tokens. Leave the field out."
-            )
-        share = self.cache_max_entry_count
-        if not isinstance(share, int | float) or isinstance(share, bool) or not share > 0:
-            raise ConfigError(
-                f"cache_max_entry_count={share!r} is invalid: give a share of the free memory in (0, 1) "
-                "or a number of bytes >= 1."
-            )
 
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is invalid: it must be one of {', '.join(allowed)}.")
-
-
-def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r} is invalid: it must be a positive integer.")
-
-
-class _LmdeployConfig:
+class _LmdeployConfig(Checked):
     """What LMDeploy's two engine configs share: which fields carry over, are refused or are ignored.
 
     A field is carried over to `JaxEngineConfig`, or refused when its value would change the results or the
@@ -90,24 +66,39 @@ class _LmdeployConfig:
     _refused: dict[str, tuple[tuple[object, ...], str]]  # field -> (values that are fine, what to do instead)
 
     def __post_init__(self) -> None:
+        self._refuse()
+        self._carry_over()
+
+    def _refuse(self) -> None:
+        """Raises ConfigError for what cannot be honoured."""
         for name, (fine, remedy) in self._refused.items():
             value = getattr(self, name)
             if value not in fine:
                 raise ConfigError(f"{type(self).__name__}.{name}={value!r} is not supported: {remedy}")
+        for name in _ALL_DEVICES:
+            value = getattr(self, name, None)
+            if value not in (None, self.tp):  # type: ignore[attr-defined]
+                raise ConfigError(
+                    f"{type(self).__name__}.{name}={value!r} is not supported: every layer is shared "
+                    "out among the tp devices. Leave it out."
+                )
         share = self.cache_max_entry_count  # type: ignore[attr-defined]
-        if isinstance(share, int | float) and share >= 1:
+        if share >= 1:
             raise ConfigError(
                 f"cache_max_entry_count={share!r} is a number of blocks in LMDeploy, which is not supported: "
                 "give a share of the free memory in (0, 1), or a number of bytes in a JaxEngineConfig."
             )
-        self._carry_over()
 
     def _carry_over(self) -> JaxEngineConfig:
         return JaxEngineConfig(**{ours: getattr(self, theirs) for ours, theirs in self._carried.items()})
 
     def to_jax(self) -> JaxEngineConfig:
-        """The same instructions for this engine. Warns of each field that has no meaning here."""
-        known = {*self._carried.values(), *self._refused} - {"device_type"}  # JAX picks the device
+        """The same instructions for this engine. Warns of each field that has no meaning here.
+
+        Raises ConfigError for fields that were set to what cannot be honoured.
+        """
+        self._refuse()
+        known = {*self._carried.values(), *self._refused, *_HONOURED} - {"device_type"}  # JAX picks it
         for f in fields(self):  # type: ignore[arg-type]
             if f.name not in known and getattr(self, f.name) != f.default:
                 logger.warning(
@@ -134,7 +125,10 @@ _CARRIED = {
         "hf_overrides",
     )
 }
-_ONE_DEVICE_GROUP = ((1,), "only tensor parallelism (tp) is implemented.")
+_ALL_DEVICES = ("attn_tp_size", "mlp_tp_size", "moe_tp_size", "device_num")
+_HONOURED = (*_ALL_DEVICES, "language_model_only")  # what they ask for is so whether they are given or not
+_ONE_DEVICE_GROUP = ((None, 1), "only tensor parallelism (tp) is implemented.")
+_ONE_PAGE_SIZE = ((PAGE_SIZE,), f"pages hold {PAGE_SIZE} tokens; leave the field out.")
 _REFUSED = {
     "model_format": ((None, "hf"), "quantised checkpoints cannot be loaded yet."),
     "quant_policy": ((0, None), "the KV cache cannot be quantised yet; leave the field out."),
@@ -151,9 +145,14 @@ class TurbomindEngineConfig(_LmdeployConfig):
     Two defaults differ: prefix caching is on, and `max_prefill_token_num` is left to the engine.
     """
 
-    _carried = _CARRIED | {"cache_block_seq_len": "cache_block_seq_len"}
+    _carried = _CARRIED
     _refused = _REFUSED | {
+        "cache_block_seq_len": _ONE_PAGE_SIZE,
         "cp": _ONE_DEVICE_GROUP,
+        "attn_cp_size": _ONE_DEVICE_GROUP,
+        "attn_dp_size": _ONE_DEVICE_GROUP,
+        "mlp_dp_size": _ONE_DEVICE_GROUP,
+        "outer_dp_size": _ONE_DEVICE_GROUP,
         "nnodes": _ONE_DEVICE_GROUP,
         "node_rank": ((0,), "only one node is implemented."),
         "devices": ((None,), "choose GPUs before the process starts, with CUDA_VISIBLE_DEVICES."),
@@ -194,12 +193,12 @@ class TurbomindEngineConfig(_LmdeployConfig):
     quant_policy: int = 0
     rope_scaling_factor: float = 0.0
     use_logn_attn: bool = False
-    download_dir: str | None = None
+    download_dir: _Path | None = None
     revision: str | None = None
     max_prefill_token_num: int | None = None
     num_tokens_per_iter: int = 0
     max_prefill_iters: int = 1
-    async_: int = 1
+    async_: bool | int = 1
     empty_init: bool = False
     language_model_only: bool = False
     communicator: str = "nccl"
@@ -216,9 +215,12 @@ class PytorchEngineConfig(_LmdeployConfig):
     LMDeploy's enum members.
     """
 
-    _carried = _CARRIED | {"cache_block_seq_len": "block_size", "eager_mode": "eager_mode"}
+    _carried = _CARRIED | {"eager_mode": "eager_mode"}
     _refused = _REFUSED | {
+        "block_size": _ONE_PAGE_SIZE,
         "dp_rank": ((0,), "only tensor parallelism (tp) is implemented."),
+        "num_cpu_blocks": ((0,), "the KV cache is not moved to the host's memory; leave the field out."),
+        "enable_eplb": ((False,), "mixtures of experts are not implemented."),
         "num_gpu_blocks": ((0,), "give cache_max_entry_count, in bytes if need be, in a JaxEngineConfig."),
         "adapters": ((None, {}), "LoRA adapters cannot be loaded yet."),
         "device_type": (("cuda", "gpu", "cpu", "auto"), "JAX runs here on CUDA GPUs and on CPUs."),
@@ -256,7 +258,7 @@ class PytorchEngineConfig(_LmdeployConfig):
     device_type: str = "cuda"
     eager_mode: bool = False
     custom_module_map: dict[str, str] | None = None
-    download_dir: str | None = None
+    download_dir: _Path | None = None
     revision: str | None = None
     quant_policy: int = 0
     distributed_executor_backend: str | None = None

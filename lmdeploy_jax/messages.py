@@ -4,131 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.checked import NOT_EMPTY, POSITIVE, Checked, Rule, at_least, within
 
 MAX_LOGPROBS = 20  # most alternatives a token can be reported with
 FinishReason = Literal["stop", "length", "error", "abort"]
 LogitsProcessor = Callable[[list[int], Any], Any]  # (ids so far, logits f32 [V] as numpy) -> logits f32 [V]
 
 
-def _require(ok: bool, name: str, value: object, rule: str) -> None:
-    if not ok:
-        raise ConfigError(f"GenerationConfig.{name}={value!r} is invalid: it must be {rule}.")
+# What a form must have, whatever its type; `guided/response_format.py` reads the rest.
+_TYPED = Rule("with a 'type' that is a text", lambda form: isinstance(form.get("type"), str))
+_Count = Annotated[int, at_least(0)]
 
 
 @dataclass
-class GenerationConfig:
+class GenerationConfig(Checked):
     """How one prompt is continued. Names and defaults are LMDeploy's.
 
     Greedy unless `do_sample`; `temperature=0` is greedy too. Penalties, stop and bad words and `logit_bias`
-    work in both modes. `ignore_eos` disables every stop *id*; stop strings are still honoured. Raises
-    `ConfigError`.
+    work in both modes. `ignore_eos` disables every stop *id*; stop strings are still honoured.
+
+    Raises `ConfigError` for a value that cannot work, here and where a field is set later.
     """
 
-    n: int = 1
-    max_new_tokens: int | None = 512  # None: up to the end of the context
+    n: Annotated[int, at_least(1)] = 1
+    max_new_tokens: Annotated[int, at_least(1)] | None = 512  # None: up to the end of the context
     do_sample: bool = False
-    top_p: float = 1.0
-    top_k: int = 50  # 0: off
-    min_p: float = 0.0
-    temperature: float = 0.8
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    top_p: Annotated[float, within(0.0, 1.0)] = 1.0
+    top_k: _Count = 50  # 0: off
+    min_p: Annotated[float, within(0.0, 1.0)] = 0.0
+    temperature: Annotated[float, within(0.0, 2.0)] = 0.8
+    repetition_penalty: Annotated[float, POSITIVE] = 1.0
+    presence_penalty: Annotated[float, within(-2.0, 2.0)] = 0.0
+    frequency_penalty: Annotated[float, within(-2.0, 2.0)] = 0.0
     ignore_eos: bool = False
-    random_seed: int | None = None
-    stop_words: Sequence[str] | None = None
-    bad_words: Sequence[str] | None = None
+    random_seed: _Count | None = None
+    stop_words: Sequence[Annotated[str, NOT_EMPTY]] | None = None
+    bad_words: Sequence[Annotated[str, NOT_EMPTY]] | None = None
     stop_token_ids: Sequence[int] | None = None
     bad_token_ids: Sequence[int] | None = None
-    min_new_tokens: int | None = None
+    min_new_tokens: _Count | None = None
     logit_bias: dict[int, float] | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    logprobs: int | None = None  # top N alternatives of every generated token
-    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    logprobs: Annotated[int, within(0, MAX_LOGPROBS)] | None = None  # top N alternatives of every token
+    prompt_logprobs: Annotated[int, within(0, MAX_LOGPROBS)] | None = None  # the same for the prompt's
     output_logits: Literal["all", "generation"] | None = None
     output_last_hidden_state: Literal["all", "generation"] | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
-    repetition_ngram_size: int = 0
-    repetition_ngram_threshold: int = 0
-    response_format: dict[str, Any] | None = None  # a form to hold the answer to: docs/structured_output.md
-
-    def __post_init__(self) -> None:
-        self._check_counts()
-        self._check_ranges()
-        self._check_lists()
-
-    def _check_counts(self) -> None:
-        for name, least in (
-            ("n", 1),
-            ("top_k", 0),
-            ("repetition_ngram_size", 0),
-            ("repetition_ngram_threshold", 0),
-        ):
-            value = getattr(self, name)
-            _require(_is_int(value) and value >= least, name, value, f"an integer >= {least}")
-        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("random_seed", 0)):
-            value = getattr(self, name)
-            _require(
-                value is None or (_is_int(value) and value >= least),
-                name,
-                value,
-                f"None or an integer >= {least}",
-            )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            ok = value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS)
-            _require(ok, name, value, f"None or an integer in [0, {MAX_LOGPROBS}]")
-
-    def _check_ranges(self) -> None:
-        bounds = {
-            "top_p": (0.0, 1.0),
-            "min_p": (0.0, 1.0),
-            "temperature": (0.0, 2.0),
-            "presence_penalty": (-2.0, 2.0),
-            "frequency_penalty": (-2.0, 2.0),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            _require(_is_number(value) and low <= value <= high, name, value, f"a number in [{low}, {high}]")
-        penalty = self.repetition_penalty
-        _require(
-            _is_number(penalty) and 0 < penalty < float("inf"), "repetition_penalty", penalty, "a number > 0"
-        )
-
-    def _check_lists(self) -> None:
-        for name, kind in (
-            ("stop_words", str),
-            ("bad_words", str),
-            ("stop_token_ids", int),
-            ("bad_token_ids", int),
-        ):
-            value = getattr(self, name)
-            ok = value is None or (
-                not isinstance(value, str | bytes) and all(isinstance(v, kind) for v in value)
-            )
-            _require(ok, name, value, f"None or a list of {kind.__name__}")
-            _require(kind is int or not value or all(value), name, value, "free of empty strings")
-        for name in ("output_logits", "output_last_hidden_state"):
-            value = getattr(self, name)
-            _require(value in (None, "all", "generation"), name, value, "None, 'all' or 'generation'")
-        form = self.response_format
-        ok = form is None or (isinstance(form, dict) and isinstance(form.get("type"), str))
-        _require(ok, "response_format", form, "None or a dict with a 'type'")
-        processors = self.logits_processors or ()
-        _require(all(callable(p) for p in processors), "logits_processors", processors, "a list of callables")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    repetition_ngram_size: _Count = 0
+    repetition_ngram_threshold: _Count = 0
+    # A form to hold the answer to: docs/structured_output.md
+    response_format: Annotated[dict[str, Any], _TYPED] | None = None
 
 
 @dataclass

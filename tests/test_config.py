@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,12 @@ def test_a_field_without_a_meaning_warns_by_name(kind, name, value, caplog):
         (TurbomindEngineConfig, "cache_max_entry_count", 100),
         (TurbomindEngineConfig, "cache_block_seq_len", 32),
         (TurbomindEngineConfig, "dtype", "int8"),
+        (TurbomindEngineConfig, "attn_tp_size", 2),
+        (TurbomindEngineConfig, "device_num", 8),
+        (TurbomindEngineConfig, "outer_dp_size", 2),
+        (PytorchEngineConfig, "mlp_tp_size", 2),
+        (PytorchEngineConfig, "num_cpu_blocks", 3),
+        (PytorchEngineConfig, "enable_eplb", True),
         (PytorchEngineConfig, "adapters", {"a": "path"}),
         (PytorchEngineConfig, "ep", 2),
         (PytorchEngineConfig, "block_size", 16),
@@ -80,8 +87,65 @@ def test_a_field_without_a_meaning_warns_by_name(kind, name, value, caplog):
     ],
 )
 def test_what_cannot_be_honoured_is_refused_at_once(kind, name, value):
-    with pytest.raises(ConfigError, match="cache_block_seq_len" if name == "block_size" else name):
+    with pytest.raises(ConfigError, match=name):
         kind(**{name: value})
+    config = kind()
+    object.__setattr__(config, name, value)
+    with pytest.raises(ConfigError, match=name):
+        config.to_jax()
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (TurbomindEngineConfig, {"tp": 2, "attn_tp_size": 2, "mlp_tp_size": 2, "device_num": 2}),
+        (TurbomindEngineConfig, {"tp": 2, "cache_block_seq_len": 64, "language_model_only": True}),
+        (PytorchEngineConfig, {"tp": 2, "moe_tp_size": 2, "block_size": 64}),
+    ],
+)
+def test_what_is_so_anyway_is_taken_without_a_word(kind, given, caplog):
+    assert engine_config(kind(**given)) == JaxEngineConfig(tp=2)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("enable_prefix_caching", "no", "True or False"),
+        ("eager_mode", 1, "True or False"),
+        ("tp", 0, "an integer >= 1"),
+        ("tp", True, "an integer >= 1"),
+        ("session_len", "8k", "None or an integer >= 1"),
+        ("dtype", "int8", "one of auto, float32, float16, bfloat16"),
+        ("cache_max_entry_count", 0, "a number > 0"),
+        ("cache_max_entry_count", float("nan"), "a number > 0"),
+        ("hf_overrides", "x", "None or a dict"),
+        ("hf_overrides", {1: 2}, "every key is a text"),
+        ("revision", 3, "None or a text"),
+        ("download_dir", 5, "None or a text or a PathLike"),
+        ("compile_cache_dir", 3, "None or a text or a PathLike"),
+    ],
+)
+def test_a_value_that_does_not_fit_its_field_is_named(name, value, text):
+    with pytest.raises(ConfigError, match=f"JaxEngineConfig.{name}=.* must be .*{text}"):
+        JaxEngineConfig(**{name: value})
+    config = JaxEngineConfig()
+    with pytest.raises(ConfigError, match=f"JaxEngineConfig.{name}="):
+        setattr(config, name, value)
+    assert config == JaxEngineConfig()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_lmdeploys_fields_are_checked_alike(kind):
+    for name, value in (("enable_prefix_caching", "no"), ("session_len", "8k"), ("revision", 3)):
+        with pytest.raises(ConfigError, match=f"{kind.__name__}.{name}="):
+            kind(**{name: value})
+
+
+def test_a_misspelt_field_cannot_be_set():
+    config = JaxEngineConfig(download_dir=Path("somewhere"))
+    with pytest.raises(AttributeError, match=r"no field 'sesion_len'. Did you mean 'session_len'"):
+        config.sesion_len = 5
 
 
 @pytest.mark.parametrize("kind", BOTH)

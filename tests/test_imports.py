@@ -18,6 +18,7 @@ SOURCES = sorted(path for top in ("lmdeploy_jax", *BESIDE) for path in (ROOT / t
 # Lower numbers are imported by higher ones, never the other way round. The longest matching prefix counts.
 LAYERS = {
     "lmdeploy_jax.errors": 0,
+    "lmdeploy_jax.checked": 0,
     "lmdeploy_jax.messages": 1,
     "lmdeploy_jax.config": 1,
     "lmdeploy_jax.logs": 1,
@@ -40,6 +41,7 @@ LAYERS = {
 }
 WITHOUT_JAX = (
     "lmdeploy_jax.errors",
+    "lmdeploy_jax.checked",
     "lmdeploy_jax.messages",
     "lmdeploy_jax.config",
     "lmdeploy_jax.logs",
@@ -113,7 +115,7 @@ def offences(path: Path) -> Iterator[str]:
         if above is not None and own is not None and above > own and target != "lmdeploy_jax":
             yield f"{line}: against the direction of imports"
         if own == 1 and top == "lmdeploy_jax" and above == 1 and not within(target, (parent(name),)):
-            yield f"{line}: it may import errors only"
+            yield f"{line}: it may import errors and checked only"
         if top == "jax" and within(name, WITHOUT_JAX):
             yield f"{line}: it works without JAX"
         if target.startswith("jax._src"):

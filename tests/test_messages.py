@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,11 +37,45 @@ from lmdeploy_jax.messages import GenerationConfig, Response
         ("output_logits", "some"),
         ("random_seed", -1),
         ("logits_processors", [3]),
+        ("do_sample", "no"),
+        ("ignore_eos", "no"),
+        ("skip_special_tokens", 0),
+        ("include_stop_str_in_output", None),
+        ("stop_token_ids", [True]),
+        ("stop_words", {"a": 1}),
+        ("logit_bias", [1]),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", {5: "1"}),
+        ("response_format", {}),
+        ("response_format", {"type": 3}),
+        ("response_format", "json"),
     ],
 )
 def test_a_wrong_value_is_named(name, value):
     with pytest.raises(ConfigError, match=f"GenerationConfig.{name}="):
         GenerationConfig(**{name: value})
+    config = GenerationConfig()
+    with pytest.raises(ConfigError, match=f"GenerationConfig.{name}="):
+        setattr(config, name, value)
+    assert config == GenerationConfig()
+
+
+def test_what_fits_is_taken_in_every_spelling():
+    config = GenerationConfig(stop_words=("a", "b"), bad_words={"c"}, temperature=1, logit_bias={})
+    config.max_new_tokens, config.logits_processors = None, [len]
+    assert pickle.loads(pickle.dumps(config)) == config == replace(config)
+
+
+def test_a_misspelt_field_cannot_be_set():
+    config = GenerationConfig()
+    with pytest.raises(AttributeError, match=r"no field 'max_tokens'. Did you mean"):
+        config.max_tokens = 3
+
+
+def test_a_long_value_is_cut_in_the_error():
+    with pytest.raises(ConfigError) as caught:
+        GenerationConfig(stop_words="x" * 10_000)
+    assert len(str(caught.value)) < 400
 
 
 def test_defaults_are_lmdeploys():

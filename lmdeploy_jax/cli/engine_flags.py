@@ -20,7 +20,6 @@ HELP = {
     "session_len": "longest context in tokens, prompt and answer together; without it the model's own",
     "max_batch_size": "most requests in one step; without it chosen by device",
     "cache_max_entry_count": "memory of the KV cache: a share of what is free if below 1, else bytes",
-    "cache_block_seq_len": "tokens a page of the KV cache; the kernels are written for 64",
     "enable_prefix_caching": "reuse the KV cache of prompts that begin alike",
     "max_prefill_token_num": "most prompt tokens in one step; without it chosen by device",
     "decode_steps": "steps at once while no request waits; without it 4 for small models on GPUs, else 1",
@@ -68,6 +67,6 @@ def _definition(name: str, hint: Any) -> tuple[Any, dict[str, Any]]:
 
 def _without_none(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
-        (kind,) = [arg for arg in get_args(hint) if arg is not types.NoneType]
-        return kind
+        kinds = [arg for arg in get_args(hint) if arg is not types.NoneType]
+        return str if str in kinds else kinds[0]  # a path is a text on the command line
     return hint

@@ -61,7 +61,7 @@ def tuning_dir() -> Path:
     return default_cache_dir().parent / "kernels"
 
 
-def use_cache(folder: str | None) -> Path | None:
+def use_cache(folder: str | os.PathLike[str] | None) -> Path | None:
     """Keep what is compiled in `folder`: None is the default folder, "" switches that off. -> Where the
     engine's programs belong; JAX's cache beside them has what is compiled on the way.
     """
