@@ -10,7 +10,8 @@ import pytest
 from lmdeploy_jax import GenerationConfig, Response, pipeline
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import ConfigError, EngineError, RequestError
-from tests.scripted import ENDLESS, RAW, TOKENIZER, Opener, echo, endless, ids, opener, wait_until
+from tests.patience import wait_until
+from tests.scripted import ENDLESS, RAW, TOKENIZER, Opener, echo, endless, ids, opener
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from lmdeploy_jax.engine.frontend import Frontend
 from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.text.chat_template import select
 from tests.fake_engine import FakeEngine
-from tests.scripted import RAW, TOKENIZER, echo, endless, opener, wait_until
+from tests.patience import PATIENCE, wait_until
+from tests.scripted import RAW, TOKENIZER, echo, endless, opener
 
 CONFIG = GenerationConfig(max_new_tokens=4)
 
@@ -83,7 +84,7 @@ def in_a_fork(work: Callable[[], object]) -> str:
         warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
     try:
-        assert here.poll(120), "the child hangs"
+        assert here.poll(PATIENCE), "the child hangs"
         return here.recv()
     finally:
         child.kill()

@@ -12,7 +12,8 @@ import pytest
 from lmdeploy_jax import GenerationConfig, Response
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import RequestConflictError, RequestError
-from tests.scripted import RAW, TOKENIZER, Opener, echo, endless, ids, opener, wait_until
+from tests.patience import wait_until
+from tests.scripted import RAW, TOKENIZER, Opener, echo, endless, ids, opener
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.engine.frontend import Frontend
 from lmdeploy_jax.text.chat_template import select
 from tests.fake_engine import FakeEngine
-from tests.scripted import RAW, TOKENIZER, Opener, echo, endless, opener, wait_until
+from tests.patience import PATIENCE, wait_until
+from tests.scripted import RAW, TOKENIZER, Opener, echo, endless, opener
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_several_threads_share_a_pipeline(opened):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     assert results == {i: [f"thread {i} text {j} #0" for j in range(5)] for i in range(6)}
 
 

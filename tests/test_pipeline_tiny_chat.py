@@ -13,6 +13,7 @@ import transformers
 
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline, Response, pipeline
 from lmdeploy_jax.assets import TINY_CHAT
+from tests.patience import PATIENCE
 
 PROMPTS = ["What is 12 + 30?", "Spell candle.", "Name a colour."]
 SHORT = GenerationConfig(max_new_tokens=12)
@@ -187,7 +188,7 @@ def test_threads_get_their_own_answers(pipe, answers):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert got == {i: answers[i % 3].text for i in range(9)}
 
 

@@ -23,7 +23,8 @@ from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
 from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.frontend import Frontend
 from lmdeploy_jax.engine.remote import RemoteEngine
-from tests.server.live import LiveServer, serving, wait_until
+from tests.patience import wait_until
+from tests.server.live import LiveServer, serving
 
 TOKENS = 48
 HANG_UPS = 0.2  # share of the clients

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 import lmdeploy_jax
-from tests.server.live import wait_until
+from tests import patience
+from tests.patience import PATIENCE, wait_until
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
 ASK = {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True, "max_tokens": 400, "stream": True}
@@ -50,7 +51,7 @@ def serving(server: subprocess.Popen[str], url: str) -> psutil.Process:
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(url + "/health").status_code == 200
+        return patience.get(url + "/health").status_code == 200
     except httpx.TransportError:
         return False
 
@@ -64,14 +65,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_signal_to_the_group_lets_answers_finish(cache, number, code):
     with served(cache) as (server, url):
         engine = serving(server, url)
-        with httpx.stream("POST", url + "/v1/chat/completions", json=ASK, timeout=60) as answer:
+        with patience.stream("POST", url + "/v1/chat/completions", json=ASK) as answer:
             lines = answer.iter_lines()
             next(lines)
             os.killpg(server.pid, number)
             rest = "".join(lines)
         assert '"finish_reason":"length"' in rest
         assert rest.endswith("[DONE]")
-        assert server.wait(30) == code
+        assert server.wait(PATIENCE) == code
         assert not engine.is_running()
         assert server.stderr is not None
         assert server.stderr.read() == ""
@@ -80,17 +81,17 @@ def test_a_signal_to_the_group_lets_answers_finish(cache, number, code):
 def test_an_engine_that_is_killed_shows_in_health(cache):
     with served(cache) as (server, url):
         engine = serving(server, url)
-        with httpx.stream("POST", url + "/v1/chat/completions", json=ASK, timeout=60) as answer:
+        with patience.stream("POST", url + "/v1/chat/completions", json=ASK) as answer:
             lines = answer.iter_lines()
             next(lines)
             engine.kill()
             assert '"code":"engine_unavailable"' in "".join(lines)
-        health = httpx.get(url + "/health")
+        health = patience.get(url + "/health")
         assert health.status_code == 503
         assert "signal 9" in health.json()["message"]
-        assert httpx.post(url + "/v1/chat/completions", json=ASK).status_code == 503
+        assert patience.post(url + "/v1/chat/completions", json=ASK).status_code == 503
         server.terminate()
-        assert server.wait(30) == 143
+        assert server.wait(PATIENCE) == 143
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_an_engine_that_is_killed_shows_in_health(cache):
 )
 def test_a_start_that_fails_ends_in_one_line(cache, flags, text):
     with served(cache, *flags) as (server, _):
-        out, err = server.communicate(timeout=60)
+        out, err = server.communicate(timeout=PATIENCE)
         assert (server.returncode, out) == (1, "")
         assert err.startswith("lmdeploy_jax: ")
         assert text in err
@@ -114,6 +115,6 @@ def test_a_signal_while_it_starts(cache, number, code):
         children = process.children()
         time.sleep(0.3)
         os.killpg(server.pid, number)
-        _, err = server.communicate(timeout=30)
+        _, err = server.communicate(timeout=PATIENCE)
         assert (server.returncode, err) == (code, "")
-        assert not psutil.wait_procs(children, timeout=10)[1]
+        assert not psutil.wait_procs(children, timeout=PATIENCE)[1]

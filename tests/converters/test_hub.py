@@ -76,6 +76,8 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(
 )
 def test_paths_never_reach_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = install(monkeypatch, "/unused")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")  # whatever lies around the folder that the tests are run in
     if name == ".":
         assert resolve_model(name) == Path(".")
     else:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
-
-PATIENCE = 120  # seconds; a test that waits longer hangs
+from tests.patience import PATIENCE
 
 
 def config(cache_dir: object, **changes: object) -> JaxEngineConfig:

@@ -12,6 +12,7 @@ from lmdeploy_jax.engine.engine import Engine
 from tests.engine.conftest import COUNT
 from tests.engine.harness import Collector, config, generate, submit, tokens
 from tests.oracle import hf_greedy
+from tests.patience import PATIENCE
 
 
 def other_engine(folder, compile_cache, **changes) -> Engine:
@@ -166,7 +167,7 @@ def test_tensor_parallel_devices_give_the_same_tokens(llama, compile_cache, prom
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("tokens")]

@@ -15,6 +15,7 @@ from lmdeploy_jax.errors import LogitsError, RequestError
 from lmdeploy_jax.sampling.repetition import NgramStop
 from tests.engine.harness import Collector, Result, config, generate, submit, tokens
 from tests.oracle import save_checkpoint
+from tests.patience import PATIENCE
 
 POISON = 250  # a token whose embedding is NaN in the model of these tests
 PROMPT = [5, 77, 130, 9, 64, 201]
@@ -155,7 +156,7 @@ def test_a_listener_or_processor_that_breaks_off_ends_nobody_else(engine, fault)
     engine.submit(Request(PROMPT, SamplingParams(max_new_tokens=3), listener))
     (bad,) = generate(engine, [PROMPT], logits_processors=(broken,))[0]
     assert bad.last.error.__cause__ is fault
-    assert done.wait(120)
+    assert done.wait(PATIENCE)
     assert clean(generate(engine, [PROMPT])[0][0])
 
 

@@ -14,6 +14,7 @@ from lmdeploy_jax.errors import ContextLengthError, EngineError, RequestError
 from tests.engine.conftest import COUNT
 from tests.engine.harness import Collector, generate, submit, tokens
 from tests.oracle import hf_logits
+from tests.patience import PATIENCE
 
 CLOSE = 5e-4  # 1e-4 of the largest logit
 
@@ -243,7 +244,7 @@ def test_an_engine_that_breaks_fails_its_requests_and_hangs_no_one(llama, compil
     running = Collector()
     submit(engine, prompts[0], running)
     assert "ZeroDivisionError" in str(running.wait()[0].last.error)
-    engine._thread.join(20)
+    engine._thread.join(PATIENCE)
     with pytest.raises(EngineError, match="ZeroDivisionError"):
         submit(engine, prompts[0], Collector())
 
@@ -259,5 +260,5 @@ submit(engine, [5], Collector(), max_new_tokens=400)
 
 def test_a_script_may_end_without_closing(llama, compile_cache):
     command = [sys.executable, "-c", FORGETFUL, str(llama), str(compile_cache)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

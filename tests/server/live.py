@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,8 +12,7 @@ from lmdeploy_jax.engine.frontend import Frontend
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.run import Server
 from lmdeploy_jax.server.service import Service
-
-PATIENCE = 60  # seconds
+from tests.patience import PATIENCE, wait_until
 
 
 class LiveServer:
@@ -53,10 +51,3 @@ def serving(frontend: Frontend, **options: object) -> Iterator[LiveServer]:
         yield live
     finally:
         live.stop()
-
-
-def wait_until(condition, patience: float = PATIENCE) -> None:
-    end = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)

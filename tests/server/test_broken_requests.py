@@ -15,10 +15,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.server.live import serving, wait_until
+from tests import patience
+from tests.patience import PATIENCE, wait_until
+from tests.server.live import serving
 from tests.server.mutations import broken
 
-COUNT, AT_ONCE, PATIENCE = 2000, 32, 60.0
+COUNT, AT_ONCE = 2000, 32
 GOOD = {"messages": [{"role": "user", "content": "What is 12 + 30?"}], "max_tokens": 4}
 STREAM = json.dumps(GOOD | {"max_tokens": 200, "ignore_eos": True, "stream": True})
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -42,7 +44,7 @@ async def send_all(url: str) -> Counter[int]:
 
 def check_unharmed(live, pipe) -> None:
     """A good request is answered; then nothing runs and every page is back."""
-    assert httpx.post(live.url + "/v1/chat/completions", json=GOOD, timeout=PATIENCE).status_code == 200
+    assert patience.post(live.url + "/v1/chat/completions", json=GOOD).status_code == 200
     scheduler = pipe.frontend.engine.scheduler
     wait_until(lambda: not live.service.running and not scheduler.has_work and not scheduler.cache.pool.used)
     scheduler.check_integrity()
@@ -68,7 +70,7 @@ TORN = [
 
 def connect(live) -> socket.socket:
     parts = urlsplit(live.url)
-    return socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE)
+    return socket.create_connection((parts.hostname, parts.port))
 
 
 def read_all(connection: socket.socket, size: int = 4096, pause: float = 0.0) -> bytes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 
-import httpx
 import pytest
 
+from tests import patience
 from tests.server.live import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -36,6 +36,7 @@ def browser():
 def page(browser, live):
     page = browser.new_page(bypass_csp=True)  # the waits below are scripts of their own
     faults = []
+    page.set_default_timeout(patience.PATIENCE * 1000)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto(live.url)
     page.wait_for_function("document.querySelectorAll('#model option').length > 0")
@@ -55,7 +56,7 @@ def finished(page, answers=1):
 
 
 def test_the_page_needs_nothing_from_elsewhere(live):
-    answer = httpx.get(live.url)
+    answer = patience.get(live.url)
     assert answer.status_code == 200
     assert "https://" not in answer.text
     assert "default-src 'none'" in answer.headers["content-security-policy"]
@@ -104,6 +105,7 @@ def test_the_docs_page_lists_the_routes_offline(browser, live):
     page = browser.new_page(bypass_csp=True)
     asked, faults = [], []
     page.on("request", lambda request: asked.append(request.url))
+    page.set_default_timeout(patience.PATIENCE * 1000)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto(live.url + "/docs")
     page.wait_for_function("document.querySelectorAll('details').length > 10")
@@ -117,5 +119,5 @@ def test_the_docs_page_lists_the_routes_offline(browser, live):
 
 def test_the_docs_page_can_be_left_out(pipe):
     with serving(pipe.frontend, disable_fastapi_docs=True) as bare:
-        assert httpx.get(bare.url + "/docs").status_code == 404
-        assert httpx.get(bare.url + "/openapi.json").status_code == 404
+        assert patience.get(bare.url + "/docs").status_code == 404
+        assert patience.get(bare.url + "/openapi.json").status_code == 404

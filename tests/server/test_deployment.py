@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 
@@ -14,6 +13,7 @@ import lmdeploy_jax
 from lmdeploy_jax.cli import serve
 from lmdeploy_jax.cli.flags import FlagSet
 from lmdeploy_jax.server.options import DEFAULT_PORT, ServerOptions
+from tests import patience
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
 DOCKER = ROOT / "configs" / "docker"
@@ -25,7 +25,7 @@ SERVERS = ("cpu", "cuda12")
 
 def test_the_board_asks_for_what_the_server_counts(live, client):
     client.completions.create(model="tiny-chat", prompt="a", max_tokens=2, temperature=0)
-    counted = set(re.findall(r"^([\w:]+?)(?:\{| )", httpx.get(live.url + "/metrics").text, re.M))
+    counted = set(re.findall(r"^([\w:]+?)(?:\{| )", patience.get(live.url + "/metrics").text, re.M))
     board = json.loads((DOCKER / "grafana" / "board.json").read_text())
     asked = {
         name

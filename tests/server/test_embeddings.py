@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import httpx
 import numpy as np
 import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+from tests import patience
 
 MODEL = "tiny-chat"
 TEXTS = ["The capital of France is Paris.", "one two three", "Bye.<|im_end|>"]  # after the last comes an end
@@ -56,7 +57,7 @@ def test_tokens_and_a_repeated_input(client, pipe, hidden):
 
 
 def test_pooling_is_not_normalised(live, hidden):
-    answer = httpx.post(f"{live.url}/pooling", json={"input": TEXTS[0]}).json()
+    answer = patience.post(f"{live.url}/pooling", json={"input": TEXTS[0]}).json()
     assert (answer["object"], answer["data"][0]["object"]) == ("list", "pooling")
     np.testing.assert_allclose(answer["data"][0]["data"], hidden(TEXTS[0])[-1], rtol=1e-3, atol=1e-3)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 
 import httpx
 import openai
 import pytest
 
+from tests import patience
+from tests.patience import wait_until
 from tests.scripted import ENDLESS, endless
-from tests.server.live import serving, wait_until
+from tests.server.live import serving
 from tests.server.scripted import scripted
 from tests.server.test_chat import ASK, MODEL
 
@@ -80,7 +81,7 @@ def test_sigterm_lets_answers_finish():
         answers = []
 
         def ask():
-            answers.append(httpx.post(live.url + CHAT, json=LONG | {"max_tokens": 5}, timeout=20))
+            answers.append(patience.post(live.url + CHAT, json=LONG | {"max_tokens": 5}))
 
         thread = threading.Thread(target=ask)
         thread.start()
@@ -89,7 +90,7 @@ def test_sigterm_lets_answers_finish():
         wait_until(lambda: live.service.draining)
         assert live.service.health[0] == "draining"
         with pytest.raises(httpx.TransportError):
-            httpx.get(live.url + "/health", timeout=5)
+            patience.get(live.url + "/health")
         engine.gate.set()
         thread.join()
         assert answers[0].json()["choices"][0]["finish_reason"] == "length"
@@ -111,21 +112,20 @@ def test_a_crash_ends_what_runs_and_shows_in_health():
         answers = {}
 
         def ask(stream):
-            answers[stream] = httpx.post(live.url + CHAT, json=LONG | {"stream": stream}, timeout=20)
+            answers[stream] = patience.post(live.url + CHAT, json=LONG | {"stream": stream})
 
         threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(engine.seen) == 2)
-        time.sleep(0.05)
+        wait_until(lambda: len(engine._live) == 2)
         engine.crash()
         for thread in threads:
             thread.join()
         assert answers[False].status_code == 503
         assert answers[False].json()["error"]["code"] == "engine_unavailable"
         assert '"code":"engine_unavailable"' in answers[True].text
-        assert httpx.get(live.url + "/health").status_code == 503
-        assert httpx.post(live.url + CHAT, json=LONG).status_code == 503
+        assert patience.get(live.url + "/health").status_code == 503
+        assert patience.post(live.url + CHAT, json=LONG).status_code == 503
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -135,7 +135,7 @@ def test_sleep_gives_memory_back_and_waking_restores_it(live, client, pipe, leve
 
     before = ask()
     runner = pipe.frontend.engine._runner
-    with httpx.Client(base_url=live.url, timeout=60) as http:
+    with httpx.Client(base_url=live.url) as http:
         assert http.post("/sleep", params={"level": level}).json() == {"is_sleeping": True}
         assert runner.leaves == runner._caches == ()
         assert http.get("/health").json()["status"] == "sleeping"
@@ -151,14 +151,12 @@ def test_sleep_gives_memory_back_and_waking_restores_it(live, client, pipe, leve
 
 def test_sleep_aborts_what_runs(live, pipe):
     answers = []
-    thread = threading.Thread(
-        target=lambda: answers.append(httpx.post(live.url + CHAT, json=LONG, timeout=60))
-    )
+    thread = threading.Thread(target=lambda: answers.append(patience.post(live.url + CHAT, json=LONG)))
     thread.start()
     wait_until(lambda: pipe.frontend.engine.scheduler.running)
-    httpx.post(live.url + "/sleep", timeout=60)
+    patience.post(live.url + "/sleep")
     thread.join()
-    httpx.post(live.url + "/wakeup", timeout=60)
+    patience.post(live.url + "/wakeup")
     assert answers[0].json()["choices"][0]["finish_reason"] == "abort"
     assert settled(live, pipe)
 
@@ -167,25 +165,25 @@ def test_requests_are_aborted_by_session_and_all_together():
     options = {"enable_abort_handling": True}
     with scripted(endless) as (frontend, engine), serving(frontend, **options) as live:
         url = live.url + "/abort_request"
-        assert httpx.post(url, json={"session_id": 7}).status_code == 400
-        assert httpx.post(url, json={}).status_code == 400
+        assert patience.post(url, json={"session_id": 7}).status_code == 400
+        assert patience.post(url, json={}).status_code == 400
         engine.gate.clear()
         for body in ({"session_id": 7}, {"abort_all": True}):
             answers = []
             thread = threading.Thread(
                 target=lambda found: found.append(
-                    httpx.post(live.url + CHAT, json=LONG | {"session_id": 7}, timeout=20)
+                    patience.post(live.url + CHAT, json=LONG | {"session_id": 7})
                 ),
                 args=(answers,),
             )
             thread.start()
             wait_until(lambda: live.service.running == 1)
             wait_until(lambda: engine._live)
-            assert httpx.post(url, json=body).json() == {"aborted": 1}
+            assert patience.post(url, json=body).json() == {"aborted": 1}
             thread.join()
             assert answers[0].json()["choices"][0]["finish_reason"] == "abort"
 
 
 def test_ending_and_aborting_must_be_allowed(live):
-    assert httpx.get(live.url + "/terminate").status_code == 400
-    assert httpx.post(live.url + "/abort_request", json={"abort_all": True}).status_code == 501
+    assert patience.get(live.url + "/terminate").status_code == 400
+    assert patience.post(live.url + "/abort_request", json={"abort_all": True}).status_code == 501

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 
@@ -9,8 +10,10 @@ import httpx
 import openai
 import pytest
 
+from tests import patience
+from tests.patience import PATIENCE, wait_until
 from tests.scripted import TOKENIZER, endless, ids
-from tests.server.live import serving, wait_until
+from tests.server.live import serving
 from tests.server.scripted import scripted
 
 CHAT = "/v1/chat/completions"
@@ -31,7 +34,7 @@ def guarded():
     with (
         scripted(say) as (frontend, _),
         serving(frontend, api_keys=("k1", "k2"), max_body_size=2000, strict=True) as live,
-        httpx.Client(base_url=live.url, timeout=20) as http,
+        httpx.Client(base_url=live.url, timeout=PATIENCE) as http,
     ):
         yield http
 
@@ -77,7 +80,7 @@ def plain():
     with (
         scripted(say) as (frontend, engine),
         serving(frontend) as live,
-        httpx.Client(base_url=live.url, timeout=20) as http,
+        httpx.Client(base_url=live.url, timeout=PATIENCE) as http,
     ):
         yield http, live, engine
 
@@ -202,14 +205,14 @@ def test_concurrency_limit_leaves_health_alone():
         answers = []
 
         def ask():
-            answers.append(httpx.post(live.url + CHAT, json=HI | {"max_tokens": 3}, timeout=20))
+            answers.append(patience.post(live.url + CHAT, json=HI | {"max_tokens": 3}))
 
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
         wait_until(lambda: live.service.running == 1)
         for path in ("/health", "/metrics"):
-            assert httpx.get(live.url + path, timeout=5).status_code == 200
+            assert patience.get(live.url + path).status_code == 200
         assert live.service.running == 1
         engine.gate.set()
         for thread in threads:
@@ -217,11 +220,16 @@ def test_concurrency_limit_leaves_health_alone():
         assert [a.status_code for a in answers] == [200] * 3
 
 
+def unending(request, index):
+    return itertools.repeat(5)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_time_is_up(stream):
-    with scripted(endless) as (frontend, engine), serving(frontend, request_timeout=0.3) as live:
-        answer = httpx.post(live.url + CHAT, json=HI | {"stream": stream}, timeout=20)
-        assert "longer than 0.3 s" in answer.text
+    sizes, options = {"session_len": 10**6}, {"request_timeout": 1}
+    with scripted(unending, **sizes) as (frontend, engine), serving(frontend, **options) as live:
+        answer = patience.post(live.url + CHAT, json=HI | {"stream": stream})
+        assert "longer than 1 s" in answer.text
         assert answer.status_code == (200 if stream else 504)
         wait_until(lambda: engine.idle)
 
@@ -232,7 +240,7 @@ def test_the_tokens_of_a_script_are_the_tokenizers():
 
 def test_a_repetition_that_cannot_be_watched_is_refused(live):
     body = {"messages": "hi", "max_tokens": 3, "repetition_ngram_size": 2000, "repetition_ngram_threshold": 2}
-    answer = httpx.post(live.url + "/v1/chat/completions", json=body)
+    answer = patience.post(live.url + "/v1/chat/completions", json=body)
     assert answer.status_code == 400
     assert "2000" in answer.json()["error"]["message"]
-    assert httpx.get(live.url + "/health").status_code == 200
+    assert patience.get(live.url + "/health").status_code == 200

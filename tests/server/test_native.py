@@ -8,11 +8,12 @@ import httpx
 import pytest
 
 from lmdeploy_jax import GenerationConfig
+from tests.patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
 def http(live):
-    with httpx.Client(base_url=live.url, timeout=60) as http:
+    with httpx.Client(base_url=live.url, timeout=PATIENCE) as http:
         yield http
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 
+from tests import patience
 from tests.server.live import serving
 from tests.server.test_broken_requests import check_unharmed
 
-EXAMPLES, PATIENCE = 16, 60.0  # of each operation and mode; seconds
+EXAMPLES = 16  # of each operation and mode
 LEFT_ALONE = {"/terminate", "/sleep", "/wakeup"}  # they would end or stop the server that other tests use
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "request_output_len")
 BOUNDED = settings(
@@ -33,7 +33,7 @@ def send(case: Case, url: str) -> int:
         case.body |= {name: 3 for name in LENGTHS if isinstance(case.body.get(name), int)}
         if not any(name in case.body for name in LENGTHS):
             case.body["max_tokens"] = 3
-    return case.call(base_url=url, timeout=PATIENCE).status_code
+    return case.call(base_url=url, timeout=patience.PATIENCE).status_code
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def live(pipe):
 
 
 def test_no_drawn_request_breaks_the_server(live, pipe):
-    schema = schemathesis.openapi.from_dict(httpx.get(live.url + "/openapi.json").json())
+    schema = schemathesis.openapi.from_dict(patience.get(live.url + "/openapi.json").json())
     operations = [found.ok() for found in schema.get_all_operations()]
     asked = [operation for operation in operations if operation.path not in LEFT_ALONE]
     assert len(asked) >= 15, "the document has lost its routes"
