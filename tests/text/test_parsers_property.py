@@ -8,14 +8,15 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdeploy_jax.text.parsers import Block, ContentDelta, Event, ParsedAnswer, ReasoningDelta, collect
 from lmdeploy_jax.text.parsers.json_scan import JsonScanner
+from tests.fuzz import cases, drawn
 from tests.text.parser_formats import WRITERS, Calls, new_parser, parse, pieces, stream
 
-CASES = 1000  # per format and property
+WHOLE = 1000  # cases of each format and property
 WORDS = st.text('aé😀"\\{}[]<>/｜ \n;`', max_size=8)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 99) | st.just(0.5) | WORDS,
@@ -109,9 +110,10 @@ def answers(draw: st.DrawFn, write: Callable[[Calls], str]) -> str:
     return text[:start] + draw(st.sampled_from(["", "", *SCRAPS])) + text[start + length :]
 
 
+@cases(WHOLE)
 @pytest.mark.parametrize(("tools", "write"), WRITERS)
-def test_what_was_written_is_read(tools: str, write: Callable[[Calls], str]) -> None:
-    @settings(max_examples=150, deadline=None, derandomize=True)
+def test_what_was_written_is_read(tools: str, write: Callable[[Calls], str], cases: int) -> None:
+    @drawn(cases)
     @given(CALLS, PROSE, PROSE, st.sampled_from(["", "\n", "<think>hm</think>\n"]), CUTS)
     def check(calls: Calls, before: str, after: str, thought: str, cuts: list[int]) -> None:
         bare = write.__name__ == "llama3_bare"  # such calls stand at the answer's start or not at all
@@ -124,9 +126,12 @@ def test_what_was_written_is_read(tools: str, write: Callable[[Calls], str]) -> 
     check()
 
 
+@cases(WHOLE)
 @pytest.mark.parametrize(("tools", "write"), WRITERS)
-def test_any_split_is_the_whole_and_nothing_is_lost(tools: str, write: Callable[[Calls], str]) -> None:
-    @settings(max_examples=CASES, deadline=None, derandomize=True)
+def test_any_split_is_the_whole_and_nothing_is_lost(
+    tools: str, write: Callable[[Calls], str], cases: int
+) -> None:
+    @drawn(cases)
     @given(answers(write), st.sampled_from([None, "default"]), st.booleans(), CUTS)
     def check(text: str, reasoning: str | None, starts: bool, cuts: list[int]) -> None:
         starts = starts and reasoning is not None
@@ -172,16 +177,20 @@ def is_arguments_prefix(arguments: str) -> bool:
     return arguments.startswith("{") and all(map(scanner.push, arguments))
 
 
-@settings(max_examples=CASES, deadline=None, derandomize=True)
-@given(
-    st.lists(st.sampled_from(["<think>", "</think>", "<th", "ink>", "a", " ", "\n", "</"]), max_size=8),
-    st.booleans(),
-)
-def test_reasoning_alone(scraps: list[str], starts: bool) -> None:
-    text = "".join(scraps)
-    whole = parse(text, None, "default", starts)
-    assert collect(stream(new_parser(None, "default", starts), text)) == whole
-    assert whole == reasoning_reference(text, starts)
+@cases(WHOLE)
+def test_reasoning_alone(cases: int) -> None:
+    @drawn(cases)
+    @given(
+        st.lists(st.sampled_from(["<think>", "</think>", "<th", "ink>", "a", " ", "\n", "</"]), max_size=8),
+        st.booleans(),
+    )
+    def check(scraps: list[str], starts: bool) -> None:
+        text = "".join(scraps)
+        whole = parse(text, None, "default", starts)
+        assert collect(stream(new_parser(None, "default", starts), text)) == whole
+        assert whole == reasoning_reference(text, starts)
+
+    check()
 
 
 def reasoning_reference(text: str, starts: bool) -> ParsedAnswer:
