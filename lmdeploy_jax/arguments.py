@@ -40,13 +40,14 @@ def refuse_unknown_fields(unknown: Mapping[str, Any]) -> None:
 def prompt_options(do_preprocess: bool, adapter_name: str | None, kwargs: Mapping[str, Any]) -> PromptOptions:
     """Raises TypeError for an unknown keyword, `RequestError` for one that cannot be honoured."""
     from lmdeploy_jax.engine.frontend import PromptOptions
+    from lmdeploy_jax.text.template_arguments import checked_variables
 
     _refuse_unknown(kwargs)
     if adapter_name is not None:
         raise RequestError(
             f"adapter_name={adapter_name!r} is not supported: LoRA adapters cannot be loaded yet."
         )
-    variables = dict(kwargs.get("chat_template_kwargs") or {})
+    variables = checked_variables(kwargs.get("chat_template_kwargs") or {})
     variables |= {name: kwargs[name] for name in _TEMPLATE_WORDS if kwargs.get(name) is not None}
     tools = kwargs.get("tools") or None
     if not do_preprocess and (tools or variables):

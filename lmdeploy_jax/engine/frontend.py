@@ -21,6 +21,7 @@ from lmdeploy_jax.text.chat_template import ChatTemplate
 from lmdeploy_jax.text.jinja_template import HfChatTemplate
 from lmdeploy_jax.text.prompts import Prompt
 from lmdeploy_jax.text.settings import read_object
+from lmdeploy_jax.text.template_arguments import SWITCHES, checked_tools, checked_variables
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,15 +30,23 @@ if TYPE_CHECKING:
     from lmdeploy_jax.guided.grammars import Grammars
 
 logger = logging.getLogger("lmdeploy_jax")
+_MOST_NAMES, _LONGEST_NAME = 256, 64  # of template variables that are told of, each once
 
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How a prompt becomes token ids. Without `chat` it is raw text, messages their contents joined."""
+    """How a prompt becomes token ids. Without `chat` it is raw text, messages their contents joined.
+
+    Raises `RequestError` for tools and variables that no template can be given.
+    """
 
     chat: bool = True
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tools", checked_tools(self.tools) if self.tools else None)
+        object.__setattr__(self, "template_kwargs", checked_variables(self.template_kwargs))
 
 
 class Frontend:
@@ -62,6 +71,7 @@ class Frontend:
             is_special=tokenizer.is_special,
         )
         self._max_log_len = max_log_len
+        self._unread: set[str] = set()  # variables that have been told of
         # Nothing of what these threads hold leads back here: else this would never be the last reference.
         self._outputs = OutputProcessor(tokenizer, partial(_abort, engine))
         self._finalizer = weakref.finalize(self, _close, engine, self._outputs)
@@ -94,14 +104,26 @@ class Frontend:
             return list(prompt.token_ids)
         messages = [dict(m) for m in prompt.messages or ()]
         if not options.chat:
-            text = prompt.text if prompt.text is not None else "".join(m["content"] or "" for m in messages)
+            text = prompt.text if prompt.text is not None else "".join(m.get("content", "") for m in messages)
             return self.tokenizer.encode(text)
         if prompt.text is not None:
             messages = [{"role": "user", "content": prompt.text}]
+        self._tell_unread(options.template_kwargs)
         text = self.template.render(messages, tools=options.tools, **options.template_kwargs)
         # A checkpoint's own template writes every special token itself, as transformers has it.
         complete = isinstance(self.template, HfChatTemplate)
         return self.tokenizer.encode(text, add_special_tokens=not complete)
+
+    def _tell_unread(self, variables: dict[str, Any]) -> None:
+        """A variable that the template never reads changes nothing, which its sender should know."""
+        unread = {name[:_LONGEST_NAME] for name in {*variables} - self.template.reads.union(SWITCHES)}
+        new = unread - self._unread
+        if new and len(self._unread) < _MOST_NAMES:
+            self._unread |= new
+            logger.warning(
+                "the chat template does not read these variables, so they change nothing: %s",
+                ", ".join(map(ascii, sorted(new))),
+            )
 
     def submit(
         self,

@@ -27,6 +27,7 @@ def tool_grammar(
     parallel: bool = True,
     reasoning: ReasoningFormat | None = None,
     starts_in_reasoning: bool = False,
+    reasoning_forbidden: bool = False,
 ) -> dict[str, Any]:
     """The response format of an answer that calls tools and says nothing else.
 
@@ -34,7 +35,8 @@ def tool_grammar(
         these hold what cannot be enforced, a tool with `strict: true` is refused and another does without.
     name: the one tool to be called; None leaves the model the choice (`tool_choice="required"`).
     parallel: whether there may be several calls.
-    reasoning: how the model marks its reasoning, which may then come first (see `after_reasoning`).
+    reasoning: how the model marks its reasoning, which may then come first, unless it is forbidden (see
+        `after_reasoning`).
 
     Raises `RequestError` where there is nothing to call, and for parameters that cannot be enforced.
     """
@@ -45,7 +47,13 @@ def tool_grammar(
         )
     writer = Writer(tokenizer)
     style = make_style(writer)
-    begin = thinking(writer, reasoning, starts_in_reasoning, tool_format.open_tags)
+    begin = thinking(
+        writer,
+        reasoning,
+        starts_in_reasoning,
+        forbidden=reasoning_forbidden,
+        not_within=tool_format.open_tags,
+    )
     call = writer.any_of(style.call(function) for function in _functions(tools, name))
     more = f"({style.between} {call})*" if parallel else ""
     start = f"{begin} {style.begin} {call} {more} {style.end}"

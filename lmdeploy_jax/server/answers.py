@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lmdeploy_jax.messages import GenerationConfig, Response
-from lmdeploy_jax.server.errors import failed_answer
+from lmdeploy_jax.server.errors import ApiError, own_failure
 from lmdeploy_jax.server.generation import Generation
 from lmdeploy_jax.text.parsers import (
     AnswerParser,
@@ -20,16 +20,20 @@ from lmdeploy_jax.text.parsers import (
 )
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
-Reason = Literal["stop", "length", "tool_calls", "abort"]
+Reason = Literal["stop", "length", "tool_calls", "parse_error", "abort", "error"]
 TokenLogprobs = dict[int, float]  # token id -> log-probability: the likeliest, and the sampled one
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How an answer ended. stop_match: the stop string or id that ended it."""
+    """How an answer ended. stop_match: the stop string or id that ended it. error: why it is not whole.
+
+    parse_error, LMDeploy's word: the model's tool call cannot be read.
+    """
 
     reason: Reason
     stop_match: str | int | None = None
+    error: ApiError | None = None
 
 
 @dataclass(slots=True)
@@ -100,14 +104,18 @@ class AnswerReader:
         self._called = False
 
     def read(self, piece: Response) -> Delta:
-        """The piece as a Delta. Raises `ApiError` for one that tells of a failure."""
-        if piece.finish_reason == "error":
-            raise failed_answer(piece.error_code, piece.error_message)
+        """The piece as a Delta. Raises `ApiError` for a failure that is not this answer's own."""
+        error = own_failure(piece)
         events = self._events(piece)
         if self._counter is not None:
             self._counter.feed(piece.token_ids)
         return Delta(
-            self._choice, events, piece.token_ids, piece.logprobs, piece.prompt_logprobs, self._finish(piece)
+            self._choice,
+            events,
+            piece.token_ids,
+            piece.logprobs,
+            piece.prompt_logprobs,
+            self._finish(piece) if error is None else Finish("error", error=error),
         )
 
     @property
@@ -119,7 +127,7 @@ class AnswerReader:
             return [ContentDelta(piece.text)] if piece.text else []
         events = self._parser.feed(piece.text) if piece.text else []
         if piece.finish_reason is not None:
-            events += self._parser.finish()
+            events += self._parser.finish(cut_off=piece.finish_reason != "stop")
         return self._kept(events) if events else events
 
     def _kept(self, events: list[Event]) -> list[Event]:
@@ -138,9 +146,13 @@ class AnswerReader:
         if reason is None or reason == "error":
             return None
         return Finish(
-            "tool_calls" if reason == "stop" and self._called else reason,
-            user_stop(self._config, piece.stop_match),
+            self._ending() if reason == "stop" else reason, user_stop(self._config, piece.stop_match)
         )
+
+    def _ending(self) -> Reason:
+        if self._parser is not None and self._parser.malformed:
+            return "parse_error"
+        return "tool_calls" if self._called else "stop"
 
 
 class ReasoningCounter:

@@ -7,13 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmdeploy_jax.server.answers import Answer, Delta, Finish, Usage
+from lmdeploy_jax.server.anthropic_prompt import RAW_ARGUMENTS
 from lmdeploy_jax.server.call_ids import CallIds
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.sse import event
-from lmdeploy_jax.text.parsers import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart
+from lmdeploy_jax.text.parsers import (
+    ContentDelta,
+    Event,
+    ReasoningDelta,
+    ToolCallArguments,
+    ToolCallBroken,
+    ToolCallStart,
+)
 
 SIGNATURE = "lmdeploy_jax"  # clients want one; the text is not signed
-_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+_REASONS = {
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "parse_error": "parse_error",
+    "error": "error",
+}  # others are an end of turn
 _ERRORS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -27,8 +40,8 @@ _ERRORS = {
 def error_body(error: ApiError) -> dict[str, Any]:
     """Anthropic's error object."""
     usual = "api_error" if error.status >= 500 else "invalid_request_error"
-    kind = _ERRORS.get(error.status, usual)
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    told = {"type": _ERRORS.get(error.status, usual), "message": error.message}
+    return {"type": "error", "error": told | ({"code": error.code} if error.code else {})}
 
 
 def message(id: str, model: str, answer: Answer, usage: Usage, call_ids: CallIds) -> dict[str, Any]:
@@ -41,7 +54,9 @@ def message(id: str, model: str, answer: Answer, usage: Usage, call_ids: CallIds
         content.append({"type": "text", "text": parsed.content})
     for call in parsed.tool_calls:
         content.append(_tool_use(call_ids.new(), call.name, _input(call.arguments)))
-    return _envelope(id, model, usage) | {"content": content} | _ending(answer.finish)
+    error = answer.finish.error
+    failed = {} if error is None else {"error": error_body(error)["error"]}
+    return _envelope(id, model, usage) | {"content": content} | _ending(answer.finish) | failed
 
 
 @dataclass
@@ -60,7 +75,9 @@ class EventWriter:
         parts = [] if self._begun else [self._start(usage)]
         for said in delta.events:
             parts += self._event(said)
-        if delta.finish is not None:
+        if delta.finish is not None and delta.finish.error is not None:
+            parts.append(self.error(delta.finish.error))
+        elif delta.finish is not None:
             parts += self._end(delta.finish, usage)
         return b"".join(parts)
 
@@ -86,6 +103,8 @@ class EventWriter:
                 return self._open(("tool_use", index), _tool_use(self.call_ids.new(), name, {}))
             case ToolCallArguments(_, arguments):
                 return [self._delta({"type": "input_json_delta", "partial_json": arguments})]
+            case ToolCallBroken():
+                return self._close()  # what was sent of it stays sent: the stop reason tells
 
     def _open(self, block: tuple[str, int], start: dict[str, Any]) -> list[bytes]:
         """Begin a block, unless it is the one that is being written."""
@@ -153,4 +172,4 @@ def _input(arguments: str) -> dict[str, Any]:
     try:
         return dict(json.loads(arguments))
     except ValueError:
-        return {"raw_arguments": arguments}
+        return {RAW_ARGUMENTS: arguments}

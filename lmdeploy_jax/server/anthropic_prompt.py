@@ -7,7 +7,7 @@ from typing import Any
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.messages import GenerationConfig
-from lmdeploy_jax.server.chat import ChatCall, Tool, ToolChoice
+from lmdeploy_jax.server.chat import ChatCall, ToolChoice
 from lmdeploy_jax.server.protocol.anthropic import (
     Content,
     CountTokensRequest,
@@ -18,8 +18,10 @@ from lmdeploy_jax.server.protocol.anthropic import (
 )
 from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.prompts import Prompt
+from lmdeploy_jax.text.template_arguments import Tool
 
 Message = dict[str, Any]
+RAW_ARGUMENTS = "raw_arguments"  # the one key of a call's input that was no JSON: its text
 _BILLING = "x-anthropic-billing-header"  # a block that some clients put first; it is not for the model
 _MODES: dict[str, Any] = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
 
@@ -119,7 +121,9 @@ def _assistant(blocks: list[dict[str, Any]]) -> list[Message]:
 
 
 def _tool_use(block: Mapping[str, Any]) -> dict[str, Any]:
-    function = {"name": _field(block, "name"), "arguments": block.get("input") or {}}
+    given = block.get("input") or {}
+    raw = given.get(RAW_ARGUMENTS) if isinstance(given, Mapping) and len(given) == 1 else None
+    function = {"name": _field(block, "name"), "arguments": raw if isinstance(raw, str) else given}
     return {"id": _field(block, "id"), "type": "function", "function": function}
 
 

@@ -13,11 +13,11 @@ from lmdeploy_jax.server.answers import AnswerReader, ReaderFactory, ReasoningCo
 from lmdeploy_jax.server.generation import Job
 from lmdeploy_jax.text.parsers import AnswerParser, ReasoningFormat, ToolFormat
 from lmdeploy_jax.text.prompts import Prompt
+from lmdeploy_jax.text.template_arguments import Tool, checked_tools, thinking_is_off
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.frontend import Frontend
 
-Tool = dict[str, Any]  # {"type": "function", "function": {"name": …, "parameters": …}}
 _TAIL = 32  # tokens of a prompt's end in which an open tag of reasoning is looked for
 
 
@@ -49,6 +49,12 @@ class ChatCall:
     parallel_tool_calls: bool = True
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_form(self) -> bool:
+        """Whether the content is held to a form. A call that is required goes first."""
+        form = self.config.response_format
+        return form is not None and form["type"] != "text" and self.tool_choice.mode != "required"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -79,9 +85,13 @@ class Chat:
         if not call.chat:
             return Prepared(Job(ids, call.config), partial(AnswerReader, config=call.config))
         started = self._starts_in_reasoning(ids)
-        tool_format = self.tools if tools else None
-        config = self._enforced(call, tools, started)
-        return Prepared(Job(ids, config), self._reader(call, tools, tool_format, started))
+        thinks_not = thinking_is_off(options.template_kwargs)
+        form = self._form(call, tools, started, thinks_not)
+        skip = call.config.skip_special_tokens and not self._tags_are_special(bool(tools))
+        config = replace(call.config, response_format=form, skip_special_tokens=skip)
+        never = call.has_form and thinks_not and not started  # no grammar that lets it think either
+        reasoning = None if never else self.reasoning
+        return Prepared(Job(ids, config), self._reader(call, tools, reasoning, started))
 
     def count(self, call: ChatCall) -> int:
         """Tokens of the call's prompt."""
@@ -99,21 +109,23 @@ class Chat:
                 "This model's format of tool calls is not known, so tools cannot be used. Start the server "
                 "with --tool-call-parser, or set tool_choice to 'none'."
             )
-        return _allowed(call.tools, choice)
+        return _allowed(checked_tools(call.tools), choice)
 
     def _starts_in_reasoning(self, ids: list[int]) -> bool:
         if self.reasoning is None:
             return False
         return self.reasoning.opened_by(self._tokenizer.decode(ids[-_TAIL:], skip_special_tokens=False))
 
-    def _enforced(self, call: ChatCall, tools: list[Tool], started: bool) -> GenerationConfig:
-        """The config with the grammar that holds the answer to its form, and with the tags in sight."""
+    def _form(
+        self, call: ChatCall, tools: list[Tool], started: bool, thinks_not: bool
+    ) -> dict[str, Any] | None:
+        """The form of the whole answer, reasoning included; None where it is free."""
         from lmdeploy_jax.guided import after_reasoning, tool_grammar
 
         form = call.config.response_format
         if tools and call.tool_choice.mode == "required":
             assert self.tools is not None
-            form = tool_grammar(
+            return tool_grammar(
                 self.tools,
                 tools,
                 self._tokenizer,
@@ -121,11 +133,11 @@ class Chat:
                 parallel=call.parallel_tool_calls,
                 reasoning=self.reasoning,
                 starts_in_reasoning=started,
+                reasoning_forbidden=thinks_not,
             )
-        elif form is not None and self.reasoning is not None:
-            form = after_reasoning(form, self._tokenizer, self.reasoning, started)
-        skip = call.config.skip_special_tokens and not self._tags_are_special(bool(tools))
-        return replace(call.config, response_format=form, skip_special_tokens=skip)
+        if form is None or self.reasoning is None:
+            return form
+        return after_reasoning(form, self._tokenizer, self.reasoning, started, thinks_not)
 
     def _tags_are_special(self, with_tools: bool) -> bool:
         """Whether leaving special tokens out of the text would hide the tags from the parser."""
@@ -135,15 +147,17 @@ class Chat:
         return any(i is not None and self._tokenizer.is_special(i) for i in ids)
 
     def _reader(
-        self, call: ChatCall, tools: list[Tool], tool_format: ToolFormat | None, started: bool
+        self, call: ChatCall, tools: list[Tool], reasoning: ReasoningFormat | None, started: bool
     ) -> ReaderFactory:
-        if tool_format is None and self.reasoning is None:
+        """Content that is held to a form is not looked through for calls: it cannot hold any."""
+        tool_format = self.tools if tools and not call.has_form else None
+        if tool_format is None and reasoning is None:
             return partial(AnswerReader, config=call.config)
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
         def make(choice: int) -> AnswerReader:
-            parser = AnswerParser(self.reasoning, tool_format, schemas, started)
-            counter = ReasoningCounter(self._tokenizer, self.reasoning, started) if self.reasoning else None
+            parser = AnswerParser(reasoning, tool_format, schemas, started, call.has_form)
+            counter = ReasoningCounter(self._tokenizer, reasoning, started) if reasoning else None
             return AnswerReader(choice, call.config, parser, counter, one_call=not call.parallel_tool_calls)
 
         return make
@@ -151,10 +165,6 @@ class Chat:
 
 def _allowed(tools: Sequence[Tool], choice: ToolChoice) -> list[Tool]:
     """The tools that `choice` allows. Raises `RequestError` where it names one that there is not."""
-    for i, tool in enumerate(tools):
-        function = tool.get("function")
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RequestError(f"tools[{i}] must be an object with a 'function' that has a 'name'.")
     names = [tool["function"]["name"] for tool in tools]
     wanted = [choice.name] if choice.name is not None else list(choice.allowed or ())
     missing = [name for name in wanted if name not in names]

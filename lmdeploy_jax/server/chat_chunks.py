@@ -10,9 +10,17 @@ import orjson
 
 from lmdeploy_jax.server.answers import Answer, Delta, Usage
 from lmdeploy_jax.server.call_ids import CallIds
+from lmdeploy_jax.server.errors import ApiError, openai_body
 from lmdeploy_jax.server.logprobs import chat_logprobs, finite
 from lmdeploy_jax.server.sse import data
-from lmdeploy_jax.text.parsers import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart
+from lmdeploy_jax.text.parsers import (
+    ContentDelta,
+    Event,
+    ReasoningDelta,
+    ToolCallArguments,
+    ToolCallBroken,
+    ToolCallStart,
+)
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 
@@ -71,7 +79,7 @@ class ChunkWriter:
             said = self._said(events[-1]) if events else b"{}"
             chunks.append(self._chunk(delta.choice, said, extra))
         if delta.finish is not None:
-            finish: dict[str, Any] = {"finish_reason": delta.finish.reason}
+            finish: dict[str, Any] = {"finish_reason": delta.finish.reason} | error_of(delta.finish.error)
             if delta.finish.stop_match is not None:
                 finish |= {"stop_reason": delta.finish.stop_match}
             chunks.append(self._chunk(delta.choice, b"{}", b"," + orjson.dumps(finish)[1:-1], b""))
@@ -95,6 +103,8 @@ class ChunkWriter:
             case ToolCallArguments(index, arguments):
                 call = {"index": index, "function": {"arguments": arguments}}
                 return orjson.dumps({"tool_calls": [call]})
+            case ToolCallBroken():
+                return b"{}"  # what was sent of it stays sent: the finish reason tells
 
     def _extras(self, delta: Delta) -> bytes:
         fields = extras(self.shape, delta.token_ids, delta.logprobs) if delta.token_ids else {}
@@ -152,7 +162,12 @@ def _choice(shape: ChatShape, answer: Answer, call_ids: CallIds) -> dict[str, An
         "logprobs": None,
         "finish_reason": answer.finish.reason,
         "stop_reason": answer.finish.stop_match,
-    } | extras(shape, answer.token_ids, answer.logprobs)
+    } | (error_of(answer.finish.error) | extras(shape, answer.token_ids, answer.logprobs))
+
+
+def error_of(error: ApiError | None) -> dict[str, Any]:
+    """A choice's own error, for a choice that has one. Beside the choices, clients would throw it."""
+    return {} if error is None else openai_body(error)
 
 
 def extras(shape: ChatShape, ids: Sequence[int], logprobs: list[dict[int, float]] | None) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from lmdeploy_jax.messages import Response
 from lmdeploy_jax.server.answers import TokenLogprobs, Usage, user_stop
-from lmdeploy_jax.server.chat_chunks import usage_body
-from lmdeploy_jax.server.errors import failed_answer
+from lmdeploy_jax.server.chat_chunks import error_of, usage_body
+from lmdeploy_jax.server.errors import own_failure
 from lmdeploy_jax.server.generation import Job
 from lmdeploy_jax.server.logprobs import completion_logprobs
 from lmdeploy_jax.text.tokenizer import Tokenizer
@@ -40,9 +40,8 @@ class CompletionWriter:
     _cached: dict[int, int] = field(default_factory=dict)
 
     def choice(self, piece: Response) -> dict[str, Any]:
-        """One choice. Raises `ApiError` for a piece that tells of a failure."""
-        if piece.finish_reason == "error":
-            raise failed_answer(piece.error_code, piece.error_message)
+        """One choice. Raises `ApiError` for a failure that is not this answer's own."""
+        error = own_failure(piece)
         key = piece.index, piece.choice
         first = key not in self._lengths
         self._lengths[key] = piece.generate_token_len
@@ -56,7 +55,7 @@ class CompletionWriter:
             "logprobs": self._logprobs(piece, first),
             "finish_reason": "length" if self.shape.only_prompt else piece.finish_reason,
             "stop_reason": user_stop(config, piece.stop_match),
-        }
+        } | error_of(error)
 
     def _text(self, piece: Response, first: bool) -> str:
         echo = self.shape.echo[piece.index] if self.shape.echo is not None and first else ""
@@ -71,7 +70,8 @@ class CompletionWriter:
             ids, entries = [], []
         if first and shape.echo is not None:
             ids = [*shape.jobs[piece.index].prompt, *ids]
-            entries = [*self._prompts[piece.index], *entries]
+            prompt = shape.jobs[piece.index].prompt
+            entries = [*self._prompts.get(piece.index, [None] * len(prompt)), *entries]
         key = piece.index, piece.choice
         told, self._offsets[key] = completion_logprobs(
             shape.tokenizer, ids, entries, shape.top, self._offsets.get(key, 0)

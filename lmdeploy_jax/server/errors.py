@@ -10,16 +10,18 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import Response as HttpResponse
 
 from lmdeploy_jax.errors import (
     ConfigError,
     ContextLengthError,
     EngineError,
     LmdeployError,
+    LogitsError,
     RequestError,
 )
 from lmdeploy_jax.logs import shortened
+from lmdeploy_jax.messages import Response
 
 logger = logging.getLogger("lmdeploy_jax")
 
@@ -27,7 +29,7 @@ INVALID, AUTHENTICATION, NOT_FOUND = "invalid_request_error", "authentication_er
 RATE_LIMIT, SERVER, TIMEOUT = "rate_limit_error", "server_error", "timeout_error"
 _TYPES = {401: AUTHENTICATION, 404: NOT_FOUND, 408: TIMEOUT, 429: RATE_LIMIT, 504: TIMEOUT}
 _LONGEST = 2000  # characters of a message: some repeat what the client has sent
-_STATUS = {EngineError.code: 503, LmdeployError.code: 500}  # by a Response's error_code; else 400
+_STATUS = {EngineError.code: 503, LogitsError.code: 500, LmdeployError.code: 500}  # by error_code; else 400
 
 
 class ApiError(Exception):
@@ -69,6 +71,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(400, str(error), code=error.code)
         case EngineError():
             return ApiError(503, str(error), code=error.code)
+        case LogitsError():
+            return ApiError(500, str(error), code=error.code)
         case RecursionError():
             return ApiError(400, "The request is nested too deeply.", code="invalid_value")
     logger.error("a request failed", exc_info=error)
@@ -78,10 +82,23 @@ def as_api_error(error: BaseException) -> ApiError:
 def failed_answer(code: str | None, message: str | None) -> ApiError:
     """The error that a `Response` with finish_reason "error" stands for."""
     status = _STATUS.get(code or "", 400)
-    if status == 500:
+    if code == LmdeployError.code:
         logger.error("a request failed: %s", message)
         message = "An internal server error occurred."
     return ApiError(status, message or "The request failed.", code=code)
+
+
+def own_failure(piece: Response) -> ApiError | None:
+    """What has gone wrong with one answer while it was made: it ends with that, and others go on.
+
+    Raises `ApiError` for a failure that says that there is no answer: a status tells of it, or an event.
+    """
+    if piece.finish_reason != "error":
+        return None
+    error = failed_answer(piece.error_code, piece.error_message)
+    if piece.error_code != LogitsError.code:
+        raise error
+    return error
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:
@@ -106,29 +123,29 @@ def error_body(path: str, error: ApiError) -> dict[str, Any]:
     return openai_body(error)
 
 
-def error_response(path: str, error: ApiError) -> Response:
+def error_response(path: str, error: ApiError) -> HttpResponse:
     """The HTTP response that tells of the error."""
     body = json.dumps(error_body(path, error)).encode()
-    return Response(body, error.status, error.headers, media_type="application/json")
+    return HttpResponse(body, error.status, error.headers, media_type="application/json")
 
 
 def install_handlers(app: FastAPI) -> None:
     """Every error of a route, the framework's too, gets its protocol's shape."""
 
-    async def tell(request: Request, error: Exception) -> Response:
+    async def tell(request: Request, error: Exception) -> HttpResponse:
         return error_response(request.url.path, as_api_error(error))
 
-    async def invalid(request: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> HttpResponse:
         assert isinstance(error, RequestValidationError)
         return error_response(request.url.path, validation_error(error.errors()))
 
-    async def http(request: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> HttpResponse:
         assert isinstance(error, HTTPException)
         message = f"{request.method} {request.url.path}: {error.detail}"
         return error_response(request.url.path, ApiError(error.status_code, message, headers=error.headers))
 
-    async def gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # as nginx notes a client that has hung up
+    async def gone(request: Request, error: Exception) -> HttpResponse:
+        return HttpResponse(status_code=499)  # as nginx notes a client that has hung up
 
     for kind in (ApiError, LmdeployError):
         app.add_exception_handler(kind, tell)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmdeploy_jax.messages import GenerationConfig, Response
-from lmdeploy_jax.server.errors import ApiError, failed_answer
+from lmdeploy_jax.server.errors import ApiError, own_failure
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.frontend import Frontend
@@ -123,12 +123,11 @@ class Generation:
             self._waiter.set_result(None)
 
     async def begin(self) -> None:
-        """Wait for the first pieces. Raises `ApiError` if there will be none, or they tell of a failure."""
+        """Wait for the first pieces. Raises `ApiError` if there will be none, or they tell why."""
         try:
             await self._come()
-            failed = next((piece for piece in self._inbox if piece.finish_reason == "error"), None)
-            if failed is not None:
-                raise failed_answer(failed.error_code, failed.error_message)
+            for piece in self._inbox:
+                own_failure(piece)
         except BaseException:
             self.close()
             raise

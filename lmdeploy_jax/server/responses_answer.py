@@ -10,10 +10,18 @@ from lmdeploy_jax.server.call_ids import CallIds
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.protocol.responses import ResponsesRequest
 from lmdeploy_jax.server.sse import event
-from lmdeploy_jax.text.parsers import ContentDelta, Event, ReasoningDelta, ToolCallArguments, ToolCallStart
+from lmdeploy_jax.text.parsers import (
+    ContentDelta,
+    Event,
+    ReasoningDelta,
+    ToolCallArguments,
+    ToolCallBroken,
+    ToolCallStart,
+)
 
 Item = dict[str, Any]
 CALL_IDS = CallIds("call_")
+_CUT_BY = {"length": "max_output_tokens", "parse_error": "parse_error"}  # how an incomplete one ended
 _ITEM_IDS = {name: CallIds(f"{name}_") for name in ("msg", "rs", "fc")}
 
 
@@ -32,19 +40,19 @@ class ResponseShape:
         output: list[Item],
         usage: Usage | None = None,
         error: ApiError | None = None,
+        cut_by: str | None = None,
     ) -> dict[str, Any]:
-        """The response object."""
+        """The response object. cut_by: why it is incomplete."""
         body = self.body
         asked = body.model_dump(by_alias=True, exclude_none=True, include={"tools", "tool_choice", "text"})
-        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
             "id": self.id,
             "object": "response",
             "created_at": self.created,
             "status": status,
             "background": False,
-            "error": error and {"code": "server_error", "message": error.message},
-            "incomplete_details": cut,
+            "error": error and {"code": error.code or "server_error", "message": error.message},
+            "incomplete_details": cut_by and {"reason": cut_by},
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
@@ -64,6 +72,10 @@ class ResponseShape:
             "user": body.user,
         }
 
+    def ended(self, finish: Finish, output: list[Item], usage: Usage) -> dict[str, Any]:
+        """The response object of an answer that has ended so."""
+        return self.render(status_of(finish), output, usage, finish.error, _CUT_BY.get(finish.reason))
+
 
 def usage_body(usage: Usage) -> dict[str, Any]:
     """This protocol's object of token counts."""
@@ -78,13 +90,19 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 def status_of(finish: Finish) -> str:
     """The status of a response whose answer ended so."""
-    return {"length": "incomplete", "abort": "cancelled"}.get(finish.reason, "completed")
+    if finish.reason in _CUT_BY:
+        return "incomplete"
+    return {"abort": "cancelled", "error": "failed"}.get(finish.reason, "completed")
+
+
+def _item_status(finish: Finish) -> str:
+    """That of the last item. What a malformed call left behind is whole: text."""
+    return "completed" if finish.reason in ("stop", "tool_calls", "parse_error") else "incomplete"
 
 
 def output_items(answer: Answer) -> list[Item]:
     """A complete answer as items."""
-    parsed, status = answer.parsed, status_of(answer.finish)
-    done = "completed" if status == "completed" else "incomplete"
+    parsed, done = answer.parsed, _item_status(answer.finish)
     items = [_filled(_new_item("reasoning"), parsed.reasoning, done)] if parsed.reasoning else []
     if parsed.content or not (items or parsed.tool_calls):
         items.append(_filled(_new_item("message"), parsed.content, done))
@@ -138,17 +156,16 @@ class ResponseWriter:
         """The events of what the answer has gained."""
         parts = [self._said(said) for said in delta.events]
         if delta.finish is not None:
-            parts.append(self._close("completed" if status_of(delta.finish) == "completed" else "incomplete"))
+            parts.append(self._close(_item_status(delta.finish)))
         return b"".join(parts)
 
     def end(self, finish: Finish, usage: Usage) -> bytes:
         """The last event."""
-        status = status_of(finish)
-        name = "response.completed" if status == "completed" else "response.incomplete"
-        return self._event(name, response=self.shape.render(status, self.items, usage))
+        name = {"completed": "completed", "failed": "failed"}.get(status_of(finish), "incomplete")
+        return self._event(f"response.{name}", response=self.shape.ended(finish, self.items, usage))
 
     def error(self, error: ApiError) -> bytes:
-        """The last event of a response that failed."""
+        """The last event of a response that there is no answer to."""
         closed = self._close("incomplete")
         return closed + self._event(
             "response.failed", response=self.shape.render("failed", self.items, error=error)
@@ -164,6 +181,8 @@ class ResponseWriter:
                 return self._close("completed") + self._start(_new_item("function_call", name))
             case ToolCallArguments(_, arguments):
                 return self._delta("response.function_call_arguments.delta", arguments)
+            case ToolCallBroken():
+                return self._close("incomplete")  # what was sent of it stays sent: the status tells
 
     def _open(self, kind: str) -> bytes:
         """Begin an item, unless it is the one that is being written."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.server.chat import ChatCall, ToolChoice
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.protocol.responses import AllowedTools, NamedTool, ResponsesRequest, SchemaFormat
-from lmdeploy_jax.text.conversation import normalise_messages
+from lmdeploy_jax.text.conversation import normalise_messages, without_nulls
 from lmdeploy_jax.text.prompts import Prompt
 
 Message = dict[str, Any]
@@ -129,7 +128,7 @@ def _messages(items: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Items as messages: an assistant's reasoning, text and calls in a row are one."""
     messages: list[Message] = []
     for item in items:
-        message = _item(item)
+        message = _item(without_nulls(item))
         last = messages[-1] if messages else None
         if last and last["role"] == message["role"] == "assistant":
             _join(last, message)
@@ -171,11 +170,7 @@ def _item(item: Mapping[str, Any]) -> Message:
 
 
 def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(arguments)
-    except ValueError as error:
-        raise RequestError(f"The arguments of call {id!r} are not valid JSON: {error}.") from None
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": parsed}}
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _text(content: Any) -> str:

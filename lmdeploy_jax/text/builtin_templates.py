@@ -38,6 +38,8 @@ class Layout:
 class BuiltinTemplate:
     """Prints a conversation by a `Layout`."""
 
+    reads: frozenset[str] = frozenset()
+
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self.stop_words = layout.stop_words

@@ -24,8 +24,10 @@ Message = dict[str, Any]
 def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Copies of the messages with text as one string and tool arguments as objects.
 
-    Text parts are joined by newlines. Content None becomes "", except beside tool calls, where templates look
-    for it.
+    Text parts are joined by newlines. Keys that are None are left out, as in transformers: templates handle
+    what is missing, and print None as a word. Missing content is "", except beside tool calls. Arguments that
+    are no JSON object stay a text: models write such calls, and the conversation in which one is told so must
+    go on.
     Raises `RequestError` naming the message by its position.
     """
     if not messages:
@@ -43,29 +45,34 @@ def _normalise(message: Mapping[str, Any], where: str) -> Message:
         raise RequestError(
             f"{where} must be an object with 'role' and 'content', not {type(message).__name__}."
         )
+    message = without_nulls(message)
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}: unknown role {role!r}. Use one of {', '.join(ROLES)}.")
     calls = _tool_calls(message.get("tool_calls"), where)
     if calls and role != "assistant":
         raise RequestError(f"{where}: only the assistant calls tools, not {role!r}.")
-    content = _content(message.get("content"), where)
     rest = {key: value for key, value in _with_thought(message).items() if key != "tool_calls"}
-    if calls:
-        return rest | {"content": content, "tool_calls": calls}
-    return rest | {"content": content or ""}
+    if "content" in message or not calls:
+        rest["content"] = _content(message.get("content", ""), where)
+    return rest | {"tool_calls": calls} if calls else rest
+
+
+def without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said by it: a key that is null says as much as one that is not there."""
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _with_thought(message: Mapping[str, Any]) -> Message:
     """A thought goes by three names. Templates read the first one, gpt-oss's the second; so in HF."""
-    thought = next((message[name] for name in REASONING_FIELDS if message.get(name) is not None), None)
+    thought = next((message[name] for name in REASONING_FIELDS if name in message), None)
     return (
         dict(message) if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
     )
 
 
-def _content(content: Any, where: str) -> str | None:
-    if content is None or isinstance(content, str):
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
         return content
     if isinstance(content, Sequence):
         return "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
@@ -100,19 +107,25 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RequestError(f"{where} must be an object with a 'function' that has a 'name' and 'arguments'.")
     arguments = _arguments(function.get("arguments"), where)
-    return {**call, "function": {**function, "arguments": arguments}}
+    return {**without_nulls(call), "function": {**without_nulls(function), "arguments": arguments}}
 
 
-def _arguments(arguments: Any, where: str) -> dict[str, Any]:
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
-            raise RequestError(f"{where}.function.arguments is not valid JSON: {error}.") from error
+def _arguments(arguments: Any, where: str) -> dict[str, Any] | str:
+    """Text is opaque in OpenAI's protocol; templates want an object where it is one."""
     if arguments is None:
         return {}
+    if isinstance(arguments, str):
+        return _object(arguments)
     if not isinstance(arguments, Mapping):
         raise RequestError(
             f"{where}.function.arguments must be a JSON object, not {type(arguments).__name__}."
         )
     return dict(arguments)
+
+
+def _object(text: str) -> dict[str, Any] | str:
+    try:
+        value = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text

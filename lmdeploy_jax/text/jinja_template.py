@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -19,7 +20,6 @@ from lmdeploy_jax.text.conversation import is_prefill
 
 # Stands for the end of a message that is to be continued. Its space shows whether the template trims.
 _CUT_HERE = "<|lmdeploy-jax-cut-here|> "
-_RESERVED = ("messages", "tools", "add_generation_prompt")
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -75,6 +75,7 @@ class HfChatTemplate:
     ) -> None:
         sources = {"default": source} if isinstance(source, str) else dict(source)
         self._templates = {name: _compile(name, text) for name, text in sources.items()}
+        self.reads = frozenset().union(*map(_variables, sources.values()))
         self._tokens = dict(tokens)
         self.stop_words = stop_words
 
@@ -94,12 +95,14 @@ class HfChatTemplate:
         Raises `RequestError` with the template's words if it refuses the conversation.
         """
         template = self._pick(tools)
+        open_end = continue_final_message or is_prefill(messages)
         variables = self._tokens | _free_variables(kwargs) | {"tools": tools}
-        if not (continue_final_message or is_prefill(messages)):
-            return _render(template, messages, add_generation_prompt=add_generation_prompt, **variables)
+        variables["add_generation_prompt"] = add_generation_prompt and not open_end
+        if not open_end:
+            return _render(template, variables, messages)
         final = messages[-1]
         marked = [*messages[:-1], final | {"content": (final.get("content") or "") + _CUT_HERE}]
-        return _cut(_render(template, marked, add_generation_prompt=False, **variables), final)
+        return _cut(_render(template, variables, marked), final)
 
     def _pick(self, tools: list[dict[str, Any]] | None) -> jinja2.Template:
         if tools and "tool_use" in self._templates:
@@ -122,13 +125,32 @@ def _compile(name: str, source: str) -> jinja2.Template:
         ) from error
 
 
-def _render(template: jinja2.Template, messages: list[dict[str, Any]], **variables: Any) -> str:
+def _variables(source: str) -> set[str]:
+    return jinja2.meta.find_undeclared_variables(_environment().parse(source))
+
+
+def _render(template: jinja2.Template, variables: dict[str, Any], messages: list[dict[str, Any]]) -> str:
     try:
-        return template.render(messages=messages, **variables)
-    except (
-        Exception
-    ) as error:  # whatever the checkpoint's code does, the request has failed and not the server
-        raise RequestError(f"The chat template refused the messages: {error}") from error
+        return template.render(variables | {"messages": messages})
+    except Exception as error:  # whatever the checkpoint's code does, the request has failed, not the server
+        tolerable = [_with_object_arguments(message) for message in messages]
+        if tolerable != messages:
+            return _render(template, variables, tolerable)
+        words = str(error) or type(error).__name__
+        raise RequestError(f"The chat template refused the messages: {words}") from error
+
+
+def _with_object_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """Malformed arguments, a text, as an object: some templates walk through them by name."""
+    calls = message.get("tool_calls")
+    return message | {"tool_calls": [_with_object(call) for call in calls]} if calls else message
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    if not isinstance(function["arguments"], str):
+        return call
+    return call | {"function": function | {"arguments": {"arguments": function["arguments"]}}}
 
 
 def _cut(text: str, final: dict[str, Any]) -> str:
@@ -145,9 +167,4 @@ def _cut(text: str, final: dict[str, Any]) -> str:
 
 def _free_variables(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The caller's variables. None means not given, as in LMDeploy; HF always defines `documents`."""
-    for name in _RESERVED:
-        if name in kwargs:
-            raise RequestError(
-                f"The chat template variable {name!r} is set by the request itself. Leave it out."
-            )
     return {"documents": None} | {name: value for name, value in kwargs.items() if value is not None}

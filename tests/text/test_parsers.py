@@ -57,17 +57,27 @@ EXAMPLES = [
     ("qwen", 'a \n<tool_call>{"name": "f", "argu', 'a \n<tool_call>{"name": "f", "argu', "", []),
     ("qwen", '<tool_call>{"arguments": {"a": 1}}</tool_call>', '<tool_call>{"arguments": {"a": 1}}</tool_call>', "", []),
     ("qwen", f"<tool_call> {NOW_BLOCK}", "<tool_call> ", "", [NOW]),
-    # Bad after that: the call ends there, the rest is content.
-    ("qwen", '<tool_call>{"name": "f", "arguments": {"a": oops}}', "oops}}", "", [("f", '{"a": ')]),
-    ("qwen", '<tool_call>{"name": "f", "arguments": {"a": "cut o', "", "", [("f", '{"a": "cut o')]),
+    # Bad after that: the call is taken back, and all of it is content.
+    ("qwen", 'a \n<tool_call>{"name": "f", "arguments": {"a": oops}}', 'a \n<tool_call>{"name": "f", "arguments": {"a": oops}}', "", []),
+    ("qwen", '<tool_call>\n{"name": "f", "arguments": {"a"}}\n</tool_call>', '<tool_call>\n{"name": "f", "arguments": {"a"}}\n</tool_call>', "", []),
+    ("qwen", '<tool_call>{"name": "f", "arguments": {"a": "cut o', '<tool_call>{"name": "f", "arguments": {"a": "cut o', "", []),
+    ("qwen", f'<tool_call>{{"name": "f", "arguments": {{"a": {NOW_BLOCK}', '<tool_call>{"name": "f", "arguments": {"a": ', "", [NOW]),
+    ("qwen", f'{NOW_BLOCK}<tool_call>{{"name": "f", "arguments": {{]', '<tool_call>{"name": "f", "arguments": {]', "", [NOW]),
+    ("qwen", '<think>hm <tool_call>{"name": "f", "arguments": {]\n</think>x', "x", 'hm <tool_call>{"name": "f", "arguments": {]', []),
+    ("mistral", '[TOOL_CALLS] [{"name": "now", "arguments": {}}, {"name": "f", "arguments": {]', ', {"name": "f", "arguments": {]', "", [NOW]),
+    # Bad after the arguments: the rest is content.
     ("qwen", '<tool_call>{"name": "now", "arguments": {}}', "", "", [NOW]),
     ("qwen", '<tool_call>{"name": "now", "arguments": {}}</tool_', "</tool_", "", [NOW]),
     # Reasoning.
-    ("qwen", f"<think>\nhm\n</think>\n\n{NOW_BLOCK}", "", "\nhm\n", [NOW]),
+    ("qwen", f"<think>\nhm\n</think>\n\n{NOW_BLOCK}", "", "hm", [NOW]),
+    ("qwen", "<think>\n\n a\n\nb \n\n</think>\n\n  x\n", "  x\n", " a\n\nb ", []),
+    ("qwen", "<think>hm\n\n", "", "hm\n\n", []),
+    ("qwen", f"<think>hm\n{NOW_BLOCK}", "", "hm\n", [NOW]),
+    ("qwen", "<think>hm\n<tool_call>\n</think>\nx", "x", "hm\n<tool_call>", []),
     ("qwen", f"<think>hm {NOW_BLOCK}</think>x", "</think>x", "hm ", [NOW]),
     ("qwen", "<think>say <tool_call> so</think>x", "x", "say <tool_call> so", []),
     ("qwen", "<think>hm", "", "hm", []),
-    ("qwen", "<think>\n\n</think>\n\nx", "\n\nx", "", []),
+    ("qwen", "<think>\n\n</think>\n\nx", "x", "", []),
     ("qwen", "The <think> tag </think>.", "The <think> tag </think>.", "", []),
     ("qwen", f"{NOW_BLOCK}\n<think>hm</think>x", "x", "hm", [NOW]),
     # Llama's bare calls.
@@ -88,10 +98,13 @@ EXAMPLES = [
      [("write", r'{"path": "\"a\"\n\n\tb"}')]),
     ("qwen3coder", "<tool_call><function=add><parameter=a>1</parameter><parameter=b>x</parameter></function></tool_call>",
      "", "", [("add", '{"a": 1, "b": "x"}')]),
-    ("qwen3coder", "<tool_call><function=write><parameter=path>a</para", "</para", "", [("write", '{"path": "a')]),
+    ("qwen3coder", "<tool_call><function=write><parameter=path>a</para", "<tool_call><function=write><parameter=path>a</para", "", []),
     ("qwen3coder", "<tool_call><function=add><parameter=a>1", "<tool_call><function=add><parameter=a>1", "", []),
     ("glm4", "<tool_call>now</tool_call>", "", "", [NOW]),
-    ("glm4", "<tool_call>new<arg_key>k</arg_key><arg_value>[1]</arg_value></tool_call>", "", "", [("new", '{"k": [1]}')]),
+    # What no schema names is text, whatever it looks like: identifiers keep their digits.
+    ("glm4", "<tool_call>new<arg_key>k</arg_key><arg_value>[1]</arg_value></tool_call>", "", "", [("new", '{"k": "[1]"}')]),
+    ("glm4", "<tool_call>add<arg_key>zip</arg_key><arg_value>077004</arg_value></tool_call>", "", "", [("add", '{"zip": "077004"}')]),
+    ("qwen3coder", "<tool_call>\n<function=add>\n<parameter=zip>\ntrue\n</parameter>\n</function>\n</tool_call>", "", "", [("add", '{"zip": "true"}')]),
 ]  # fmt: skip
 
 

@@ -103,6 +103,7 @@ PARAMETERS = {
         "circle": {"$ref": "#/$defs/Circle"},
         "odd": {"type": 5, "anyOf": "x"},
         "lost": {"$ref": "elsewhere#/x"},
+        "untyped": {"description": "anything"},
     },
     "$defs": {"Point": {"type": "object"}, "Circle": {"$ref": "#/$defs/Circle"}},
 }
@@ -118,7 +119,8 @@ ALL = {"string", "number", "integer", "boolean", "null", "array", "object"}
         ("unit", {"string"}),
         ("fixed", {"integer", "number"}),
         ("point", {"object"}),
-        *((key, ALL) for key in ("circle", "odd", "lost", "unknown")),
+        *((key, ALL) for key in ("circle", "odd", "lost", "untyped")),
+        ("undeclared", {"string"}),
     ],
 )
 def test_types_of_a_parameter(key: str, types: set[str]) -> None:
@@ -126,8 +128,21 @@ def test_types_of_a_parameter(key: str, types: set[str]) -> None:
 
 
 @pytest.mark.parametrize("parameters", [{}, {"properties": 3}, {"properties": []}])
-def test_a_schema_that_says_nothing_allows_all(parameters: dict[str, Any]) -> None:
-    assert value_types(parameters, "x") == ALL
+def test_what_no_schema_names_is_text(parameters: dict[str, Any]) -> None:
+    assert value_types(parameters, "x") == {"string"}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"additionalProperties": {"type": "integer"}, "properties": {"y": {"type": "string"}}},
+        {"$ref": "#/$defs/all", "$defs": {"all": {"properties": {"x": {"type": "integer"}}}}},
+        {"allOf": [{"properties": {"y": {}}}, {"$ref": "#/$defs/x"}, 3],
+         "$defs": {"x": {"$ref": "#/$defs/x", "properties": {"x": {"type": "integer"}}}}},
+    ],
+)  # fmt: skip
+def test_a_parameter_may_be_declared_elsewhere(parameters: dict[str, Any]) -> None:
+    assert value_types(parameters, "x") == {"integer"}
 
 
 @pytest.mark.parametrize(

@@ -203,9 +203,10 @@ def reasoning_reference(text: str, starts: bool) -> ParsedAnswer:
             block_before = True
         starts = False
         thought, close, text = text.partition("</think>")
+        thought = thought.strip("\n") if close and thought.strip() else thought.lstrip("\n")
         reasoning.append(thought if thought.strip() or not (close or block_before) else "")
         block_before = True
         if not close:
             break
-    content = "" if block_before and not text.strip() else text
+    content = text.lstrip("\n") if block_before and text.strip() else "" if block_before else text
     return ParsedAnswer(content, "".join(reasoning), [])

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lmdeploy_jax.text.conversation import without_nulls
 
 Count = Annotated[int, Field(ge=0)]
 MAX_BIAS = 100.0
 
 
 class ProtocolModel(BaseModel):
-    """A request's body. Fields that it does not have are kept in `model_extra`, see `routes.common`."""
+    """A request's body, or an object within. Fields that it does not have are kept in `model_extra`, see
+    `routes.common`. A field that is null is as good as absent: typed clients send all that they know.
+    """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return without_nulls(given) if isinstance(given, dict) else given
 
-class StreamOptions(BaseModel):
+
+class StreamOptions(ProtocolModel):
     """include_usage: a last chunk tells the tokens of the whole request."""
 
     include_usage: bool = False

@@ -11,6 +11,7 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from lmdeploy_jax.errors import LogitsError
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.messages import Response as Piece
 from lmdeploy_jax.server.errors import ApiError, failed_answer
@@ -69,8 +70,10 @@ def _vector(piece: Piece, body: PoolingRequest) -> np.ndarray:
     if piece.finish_reason in ("error", "abort"):
         raise failed_answer(piece.error_code, piece.error_message or "The request was aborted.")
     rows = piece.last_hidden_state[: piece.input_token_len]
-    vector = rows[-1] if body.pooling == "last" else rows.mean(0)
-    return np.asarray(vector[: body.dimensions], np.float32)
+    vector = np.asarray(rows[-1] if body.pooling == "last" else rows.mean(0), np.float32)
+    if not np.isfinite(vector).all():
+        raise LogitsError("The model's hidden states are not finite. Try dtype 'float32'.")
+    return vector[: body.dimensions]
 
 
 def _check_dimensions(service: Service, body: PoolingRequest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -9,10 +10,12 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response as HttpResponse
 
+from lmdeploy_jax.errors import LogitsError
 from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.pipeline import cross_entropy
 from lmdeploy_jax.server.answers import user_stop
-from lmdeploy_jax.server.errors import ApiError, failed_answer
+from lmdeploy_jax.server.chat_chunks import error_of
+from lmdeploy_jax.server.errors import ApiError, failed_answer, own_failure
 from lmdeploy_jax.server.generation import Generation, Job
 from lmdeploy_jax.server.logprobs import finite
 from lmdeploy_jax.server.protocol.native import GenerateRequest, PerplexityRequest
@@ -61,26 +64,22 @@ async def _begun(
 
 
 async def _all(generation: Generation) -> list[Response]:
-    """Complete answers. Raises `ApiError` for one that failed."""
+    """Complete answers."""
     try:
-        found = [piece async for pieces in generation for piece in pieces]
+        return [piece async for pieces in generation for piece in pieces]
     finally:
         generation.close()
-    for piece in found:
-        if piece.finish_reason == "error":
-            raise failed_answer(piece.error_code, piece.error_message)
-    return found
 
 
 async def _events(generation: Generation, config: GenerationConfig) -> AsyncGenerator[bytes, None]:
     async for pieces in generation:
         for piece in pieces:
-            if piece.finish_reason == "error":
-                raise failed_answer(piece.error_code, piece.error_message)
             yield data(_body(piece, config))
 
 
 def _body(piece: Response, config: GenerationConfig) -> dict[str, Any]:
+    """An answer, or a piece of one. Raises `ApiError` for a failure that is not its own."""
+    error = own_failure(piece)
     finish = None
     if piece.finish_reason is not None:
         finish = {"type": piece.finish_reason, "matched": user_stop(config, piece.stop_match)}
@@ -98,7 +97,7 @@ def _body(piece: Response, config: GenerationConfig) -> dict[str, Any]:
             "finish_reason": finish,
             "output_token_logprobs": logprobs,
         },
-    }
+    } | error_of(error)
 
 
 @router.post("/get_ppl")
@@ -122,4 +121,9 @@ async def _perplexity(service: Service, given: str | list[int]) -> float:
         return jobs
 
     (answer,) = await _all(await service.generate(prepare, stream=False))
-    return cross_entropy(jobs[0].prompt, answer)
+    if answer.finish_reason == "error":
+        raise failed_answer(answer.error_code, answer.error_message)
+    loss = cross_entropy(jobs[0].prompt, answer)
+    if not math.isfinite(loss):
+        raise LogitsError(f"The cross-entropy is {loss}: the model gives no distribution for this text.")
+    return loss

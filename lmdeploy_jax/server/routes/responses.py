@@ -16,7 +16,6 @@ from lmdeploy_jax.server.responses_answer import (
     ResponseShape,
     ResponseWriter,
     output_items,
-    status_of,
 )
 from lmdeploy_jax.server.responses_prompt import (
     Message,
@@ -63,9 +62,9 @@ async def responses(
         return EventStream(_events(answers, ResponseWriter(shape), said, store), answers.close)
     answers, answer = await unless_gone(request, _whole(service, call))
     items = output_items(answer)
-    if body.store:
+    if body.store and answer.finish.error is None:
         store.put(shape.id, [*said, *answer_messages(items)])
-    return shape.render(status_of(answer.finish), items, answers.usage)
+    return shape.ended(answer.finish, items, answers.usage)
 
 
 async def _begun(service: Service, call: ChatCall) -> Answers:
@@ -87,7 +86,7 @@ async def _events(
             for delta in deltas:
                 yield writer.write(delta)
                 finish = delta.finish or finish
-        if writer.shape.body.store:
+        if writer.shape.body.store and finish.error is None:
             store.put(writer.shape.id, [*said, *answer_messages(writer.items)])
         yield writer.end(finish, answers.usage)
     except Exception as error:

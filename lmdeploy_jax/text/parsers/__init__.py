@@ -24,6 +24,7 @@ from lmdeploy_jax.text.parsers.events import (
     ReasoningDelta,
     ToolCall,
     ToolCallArguments,
+    ToolCallBroken,
     ToolCallStart,
     collect,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "ReasoningFormat",
     "ToolCall",
     "ToolCallArguments",
+    "ToolCallBroken",
     "ToolCallStart",
     "ToolFormat",
     "ViolationError",

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.text.parsers.block import Block, ReasoningFormat, Schemas, ToolFormat, ViolationError
-from lmdeploy_jax.text.parsers.events import ContentDelta, Event, ReasoningDelta, merge
+from lmdeploy_jax.text.parsers.events import ContentDelta, Event, ReasoningDelta, ToolCallBroken, merge
 from lmdeploy_jax.text.stop import StopMatcher
 
 TextKind = type[ContentDelta] | type[ReasoningDelta]
@@ -18,13 +18,17 @@ class AnswerParser:
 
     - A block that is not a call, or is cut off before the call's name and the beginning of its arguments are
       known, is text from its open tag on. It does not end the reasoning that it stands in.
-    - A call that has been announced stays: where its block goes wrong or ends too early the call ends too,
-      and what follows is content. So arguments are always JSON text or the beginning of it.
+    - A call that has been announced is taken back with a `ToolCallBroken` where its arguments go wrong or end
+      too early, and then it is text likewise. Where they are whole it stays, and what follows is content.
+    - `malformed` tells that there was one or the other. Of the first amid reasoning, which may well speak of
+      tags, it does not.
     - Space between two blocks, or between a block and the answer's end, belongs to the format and is dropped.
+      So do newlines around reasoning.
     - The open tag of reasoning counts at the answer's start and right after a block, not amid content.
 
     tool_schemas: tool name -> JSON schema of its parameters. Formats without types of their own coerce by it;
     formats without tags take only calls of these tools for calls.
+    has_form: a grammar holds the content to a form, so that all behind the reasoning and its gap is content.
     Raises `ConfigError` for an answer that starts in reasoning without a reasoning format.
     """
 
@@ -34,6 +38,7 @@ class AnswerParser:
         tools: ToolFormat | None,
         tool_schemas: Schemas | None = None,
         starts_in_reasoning: bool = False,
+        has_form: bool = False,
     ) -> None:
         if starts_in_reasoning and reasoning is None:
             raise ConfigError("starts_in_reasoning=True needs a reasoning format; name a reasoning parser.")
@@ -42,6 +47,9 @@ class AnswerParser:
         self.schemas = tool_schemas
         self.events: list[Event] = []
         self.indices = count()
+        self.malformed = False
+        self.cut_off = False  # whether the answer's end is none of the model's
+        self._has_form = has_form
         self.mode: _Mode = _Edge(self, ReasoningDelta if starts_in_reasoning else ContentDelta, first=True)
         self._finished = False
 
@@ -52,9 +60,13 @@ class AnswerParser:
         self._read(text)
         return self._drain()
 
-    def finish(self) -> list[Event]:
-        """The answer has ended: what was held back comes out."""
+    def finish(self, cut_off: bool = False) -> list[Event]:
+        """The answer has ended: what was held back comes out.
+
+        cut_off: by a limit, so that a call that is not whole is the beginning of one, not a malformed one.
+        """
         self._finished = True
+        self.cut_off = cut_off
         while text := self.mode.end():
             self._read(text)
         return self._drain()
@@ -62,9 +74,10 @@ class AnswerParser:
     def enter(self, tag: str, before: str, kind: TextKind) -> None:
         """Goes where the tag leads. `before`: space held back, which is text if the tag opens nothing."""
         if self.reasoning and tag == self.reasoning.open:
-            self.mode = _Edge(self, ReasoningDelta)
+            self.mode = _Edge(self, ReasoningDelta, trims=True)
         elif self.reasoning and tag == self.reasoning.close and kind is ReasoningDelta:
-            self.mode = _Edge(self, ContentDelta)
+            form = _Form(self, self.reasoning.gap) if self._has_form else None
+            self.mode = form or _Edge(self, ContentDelta, trims=True)
         else:
             self.mode = _InBlock(self, tag, before, kind)
 
@@ -86,12 +99,18 @@ class _Mode(Protocol):
 
 
 class _Edge:
-    """At the answer's start or right after a block: space is held back until what follows is known."""
+    """At the answer's start or right after a block: space is held back until what follows is known.
 
-    def __init__(self, parser: AnswerParser, kind: TextKind, first: bool = False) -> None:
+    trims: whether newlines here belong to the format.
+    """
+
+    def __init__(
+        self, parser: AnswerParser, kind: TextKind, first: bool = False, trims: bool = False
+    ) -> None:
         self._parser = parser
         self._kind = kind
         self._first = first
+        self._trims = trims or kind is ReasoningDelta
         self._tags = self._expected()
         self._space: list[str] = []
         self._body = ""  # the beginning of a tag
@@ -111,15 +130,19 @@ class _Edge:
                 continue
             self._body += char
             if self._body in self._tags:
-                self._parser.enter(self._body, "".join(self._space), self._kind)
+                self._parser.enter(self._body, self._lead(), self._kind)
                 return text[i:]
             if not any(tag.startswith(self._body) for tag in self._tags):
                 self._parser.mode = _Text(self._parser, self._kind)
-                return "".join(self._space) + self._body + text[i:]
+                return self._lead() + self._body + text[i:]
         return ""
 
+    def _lead(self) -> str:
+        space = "".join(self._space)
+        return space.lstrip("\n") if self._trims else space
+
     def end(self) -> str:
-        held = "".join(self._space) + self._body
+        held = self._lead() + self._body
         if held and (self._body or self._first):
             self._parser.events.append(self._kind(held))
         self._space.clear()
@@ -127,8 +150,30 @@ class _Edge:
         return ""
 
 
+class _Form:
+    """Content that is held to a form: `gap` comes first, then everything counts."""
+
+    def __init__(self, parser: AnswerParser, gap: str) -> None:
+        self._parser = parser
+        self._gap = gap
+
+    def read(self, text: str) -> str:
+        while text and self._gap.startswith(text[0]):
+            text, self._gap = text[1:], self._gap[1:]
+        if text:
+            self._gap = ""
+            self._parser.events.append(ContentDelta(text))
+        return ""
+
+    def end(self) -> str:
+        return ""
+
+
 class _Text:
-    """Amid content or reasoning: everything is text but tags; what may become one is held back."""
+    """Amid content or reasoning: everything is text but tags; what may become one is held back.
+
+    So are newlines amid reasoning, which belong to the format where the close tag comes next.
+    """
 
     def __init__(self, parser: AnswerParser, kind: TextKind) -> None:
         self._parser = parser
@@ -138,23 +183,38 @@ class _Text:
             tags.append(parser.reasoning.close)
         self._matcher = StopMatcher(tags)
         self._held = 0  # characters
+        self._newlines = 0
 
     def read(self, text: str) -> str:
         shown, tag = self._matcher.feed(text)
-        self._say(shown)
+        self.say(shown)
         if tag is None:
             self._held += len(text) - len(shown)
             return ""
+        if not (self._parser.reasoning and tag == self._parser.reasoning.close):
+            self._say_newlines()
         self._parser.enter(tag, "", self._kind)
         return text[len(shown) + len(tag) - self._held :]
 
     def end(self) -> str:
-        self._say(self._matcher.finish())
+        self.say(self._matcher.finish())
+        self._say_newlines()
         return ""
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Adds to the content or the reasoning."""
+        if self._kind is ReasoningDelta:
+            body = text.rstrip("\n")
+            held = len(text) - len(body)
+            text = "\n" * self._newlines + body if body else ""
+            self._newlines = held if body else self._newlines + held
         if text:
             self._parser.events.append(self._kind(text))
+
+    def _say_newlines(self) -> None:
+        if self._newlines:
+            self._parser.events.append(self._kind("\n" * self._newlines))
+            self._newlines = 0
 
 
 class _InBlock:
@@ -165,6 +225,7 @@ class _InBlock:
         self._parser = parser
         self._kind = kind
         self._block = Block(tag, parser.schemas, parser.events, parser.indices, list(before + tag))
+        self._violated = False
         self._grammar = parser.tools.read(self._block)
         next(self._grammar)
 
@@ -183,15 +244,30 @@ class _InBlock:
     def _ends_at(self, char: str) -> bool:
         try:
             self._grammar.send(char)
-        except (StopIteration, ViolationError):
+        except (StopIteration, ViolationError) as end:
+            self._violated = isinstance(end, ViolationError)
             return True
         return False
 
     def _leave(self) -> str:
-        rest = "".join(self._block.raw)
-        if self._block.committed:
-            self._parser.mode = _Edge(self._parser, ContentDelta)
+        parser, block = self._parser, self._block
+        rest = "".join(block.raw)
+        call = block.call
+        if self._violated and call is not None and not (parser.cut_off or call.is_whole):
+            parser.malformed = True
+            parser.events.append(ToolCallBroken(call.index, block.text_of_call, self._kind is ReasoningDelta))
+            parser.mode = _Text(parser, self._kind)
             return rest
-        self._parser.events.append(self._kind(rest))
-        self._parser.mode = _Text(self._parser, self._kind)
+        if block.committed:
+            parser.mode = _Edge(parser, ContentDelta)
+            return rest
+        parser.malformed |= self._is_no_call()
+        parser.mode = text = _Text(parser, self._kind)
+        text.say(rest)
         return ""
+
+    def _is_no_call(self) -> bool:
+        """Whether the block was to be a call. Text behind an edge tag may look like the beginning of one."""
+        assert self._parser.tools is not None
+        marked = self._block.tag in self._parser.tools.open_tags
+        return marked and self._kind is ContentDelta and not self._parser.cut_off

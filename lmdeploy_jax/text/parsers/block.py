@@ -37,6 +37,8 @@ class Block:
     indices: Iterator[int]
     raw: list[str]  # taken but not committed; begins with the open tag
     committed: bool = False
+    call: Call | None = None  # the last one that has been announced
+    said: list[str] = field(default_factory=list)  # what has been committed since that call's beginning
     pending: str | None = field(default=None, init=False)  # peeked but not taken
 
     def peek(self) -> Reading[str]:
@@ -92,19 +94,26 @@ class Block:
 
     def commit(self, keep: int = 0) -> None:
         """Everything taken has been said, but for the last `keep` characters."""
-        del self.raw[: len(self.raw) - keep]
+        end = len(self.raw) - keep
+        self.said += self.raw[:end]
+        del self.raw[:end]
         self.committed = True
+
+    @property
+    def text_of_call(self) -> str:
+        """What the model has written of the last call, as far as it has been committed."""
+        return "".join(self.said)
 
 
 class Call:
-    """One call being read. It is announced as soon as its name is whole and its arguments have begun.
-
-    From then on what has been sent stays: a violation ends the call where it is, and the rest is content.
-    """
+    """One call being read. It is announced as soon as its name is whole and its arguments have begun."""
 
     def __init__(self, block: Block, name: str | None = None) -> None:
+        if block.call is not None:  # it is whole: the grammar has read on
+            block.said.clear()
+        self.index = -1  # until it is announced
         self._block = block
-        self._index: int | None = None
+        self._sent: list[str] = []
         self._waiting: list[str] = []
         self.name = name
         self.has_arguments = False
@@ -121,13 +130,21 @@ class Call:
         if self.name is not None:
             self._send(keep)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the arguments are one JSON value."""
+        scanner = JsonScanner()
+        return all(map(scanner.push, "".join(self._sent))) and scanner.complete
+
     def _send(self, keep: int) -> None:
-        if self._index is None:
+        if self.index < 0:
             assert self.name is not None
-            self._index = next(self._block.indices)
-            self._block.events.append(ToolCallStart(self._index, self.name))
+            self.index = next(self._block.indices)
+            self._block.call = self
+            self._block.events.append(ToolCallStart(self.index, self.name))
         if delta := "".join(self._waiting):
-            self._block.events.append(ToolCallArguments(self._index, delta))
+            self._block.events.append(ToolCallArguments(self.index, delta))
+            self._sent.append(delta)
         self._waiting.clear()
         self._block.commit(keep)
 
@@ -161,11 +178,15 @@ class ToolFormat:
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """How a model marks its reasoning: between two tags, the first of which the prompt may already hold."""
+    """How a model marks its reasoning: between two tags, the first of which the prompt may already hold.
+
+    gap: what a grammar puts between the close tag and an answer that is held to a form.
+    """
 
     open: str = "<think>"
     close: str = "</think>"
     needs_special_tokens: bool = False
+    gap: str = "\n\n"
 
     def __post_init__(self) -> None:
         if not self.open or not self.close:

@@ -33,7 +33,19 @@ class ToolCallArguments:
     delta: str
 
 
-Event = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallArguments
+@dataclass(frozen=True, slots=True)
+class ToolCallBroken:
+    """A call that has been announced is none: its arguments are no JSON, and nothing of it follows.
+
+    text: what the model wrote of it. It is content, or where the block stood amid reasoning part of that.
+    """
+
+    index: int
+    text: str
+    in_reasoning: bool = False
+
+
+Event = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallArguments | ToolCallBroken
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +69,7 @@ def merge(events: Iterable[Event]) -> list[Event]:
 
 def _join(pieces: list[Event]) -> Event:
     match pieces[0]:
-        case ToolCallStart():
+        case ToolCallStart() | ToolCallBroken():
             return pieces[0]
         case ToolCallArguments(index):
             return ToolCallArguments(
@@ -68,7 +80,7 @@ def _join(pieces: list[Event]) -> Event:
 
 
 def collect(events: Iterable[Event]) -> ParsedAnswer:
-    """The complete answer that a stream of events amounts to."""
+    """The complete answer that a stream of events amounts to. Calls that were taken back are text in it."""
     content: list[str] = []
     reasoning: list[str] = []
     names: dict[int, str] = {}
@@ -83,5 +95,8 @@ def collect(events: Iterable[Event]) -> ParsedAnswer:
                 names[index], arguments[index] = name, []
             case ToolCallArguments(index, delta):
                 arguments[index].append(delta)
+            case ToolCallBroken(index, text, in_reasoning):
+                (reasoning if in_reasoning else content).append(text)
+                del names[index]
     calls = [ToolCall(names[i], "".join(arguments[i])) for i in names]
     return ParsedAnswer("".join(content), "".join(reasoning), calls)

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 _ALL_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
+_BRANCHES = ("allOf", "anyOf", "oneOf")
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 def value_types(parameters: Mapping[str, Any], key: str) -> frozenset[str]:
-    """The JSON types of one parameter; all of them where the schema doesn't say."""
-    properties = parameters.get("properties")
-    waiting = [properties.get(key) if isinstance(properties, Mapping) else None]
+    """The JSON types of one parameter: all where its own schema doesn't say, text where it has no schema."""
+    waiting = _declared(parameters, key)
+    if not waiting:
+        return frozenset({"string"})
     types: set[str] = set()
     followed: set[str] = set()  # references, which may go in circles
     while waiting:
@@ -34,6 +36,32 @@ def value_types(parameters: Mapping[str, Any], key: str) -> frozenset[str]:
             case _:
                 return _ALL_TYPES
     return frozenset(types) or _ALL_TYPES
+
+
+def _declared(parameters: Mapping[str, Any], key: str) -> list[Any]:
+    """The schemas that the parameters' schema has for the key."""
+    found: list[Any] = []
+    waiting: list[Any] = [parameters]
+    followed: set[str] = set()
+    while waiting:
+        schema = waiting.pop()
+        if not isinstance(schema, Mapping):
+            continue
+        properties, others = schema.get("properties"), schema.get("additionalProperties")
+        if isinstance(properties, Mapping) and key in properties:
+            found.append(properties[key])
+        elif isinstance(others, Mapping):
+            found.append(others)
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference not in followed:
+            followed.add(reference)
+            waiting.append(resolve(reference, parameters))
+        waiting += [branch for word in _BRANCHES for branch in _listed(schema.get(word))]
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def resolve(reference: str, root: Mapping[str, Any]) -> Any:
