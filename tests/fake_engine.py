@@ -42,7 +42,7 @@ class FakeEngine(EngineBase):
         self.facts = EngineFacts(
             folder=folder,
             config=JaxEngineConfig(),
-            model_config=SimpleNamespace(vocab_size=vocab_size),
+            model_config=SimpleNamespace(vocab_size=vocab_size, hidden_size=WIDTH),
             session_len=session_len,
             max_batch_size=max_batch_size,
             num_pages=7,

@@ -77,6 +77,41 @@ def test_a_refusal_carries_the_templates_words(byte_level: Path) -> None:
         HfChatTemplate("a\n{% if %}", {})
 
 
+def test_whatever_goes_wrong_in_a_template_is_a_refusal(byte_level: Path) -> None:
+    recursion = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+    sums = ("{{ 1 + 'x' }}", "{{ 1 / 0 }}", "{{ '%d' % 'x' }}", "{{ range(10 ** 9) | list }}")
+    for source in ("{{ messages.x.y.z }}", "{{ x() }}", recursion, *sums):
+        with pytest.raises(RequestError, match=r"chat template refused the messages: ."):
+            hf_template(byte_level, source)[0].render([USER])
+
+
+def test_variables_may_have_any_name(byte_level: Path) -> None:
+    ours, _ = hf_template(byte_level, "{{ template }}{{ variables }}{{ loop }}")
+    assert ours.render([USER], template=1, variables=2, loop=3) == "123"
+    assert ours.reads == {"template", "variables", "loop"}
+
+
+BROKEN_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{bad"}}]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        ("call.arguments", "{bad"),
+        ("call.arguments | tojson", '"{bad"'),
+        ("call.arguments.items() | list", "[('arguments', '{bad')]"),
+        ("call.arguments | items | list", "[('arguments', '{bad')]"),
+    ],
+)
+def test_malformed_arguments_reach_every_template(byte_level: Path, arguments: str, printed: str) -> None:
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{% set call = c.function %}"
+        f"{{{{ {arguments} }}}}{{% endfor %}}{{% endfor %}}"
+    )
+    ours, _ = hf_template(byte_level, source)
+    assert ours.render([USER, BROKEN_CALL, USER]) == printed
+
+
 def test_named_templates(byte_level: Path) -> None:
     ours, _ = hf_template(byte_level, {"default": "plain", "tool_use": "tools"})
     assert (ours.render([USER]), ours.render([USER], tools=TOOLS)) == ("plain", "tools")
