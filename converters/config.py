@@ -31,6 +31,8 @@ def read_json(
 ) -> tuple[dict[str, Any], str]:
     """`config.json` with `overrides` laid over it, and its path. Raises CheckpointError."""
     path = Path(folder) / "config.json"
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is no plain file; give the folder of a HuggingFace checkpoint")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

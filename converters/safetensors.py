@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+import stat
 import weakref
 from collections.abc import Mapping
 
@@ -89,7 +90,10 @@ class CheckpointReader:
 
     def _add(self, file: pathlib.Path, weight_map: Mapping[str, str]) -> None:
         try:
-            self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            # Without O_NONBLOCK a pipe of that name would be waited for.
+            self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if not stat.S_ISREG(os.fstat(self._files[file]).st_mode):
+                raise CheckpointError(f"{file}: cannot be read: it is no plain file")
             header = read_header(file, self._files[file])
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error

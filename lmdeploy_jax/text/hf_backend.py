@@ -12,11 +12,9 @@ import tokenizers
 
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.text.pieces import ByteDecoding, DecoderKind, byte_decoding, classify_decoder
-from lmdeploy_jax.text.settings import AddedToken, TokenizerSettings
+from lmdeploy_jax.text.settings import MAX_ID, AddedToken, TokenizerSettings
 
 logger = logging.getLogger("lmdeploy_jax")
-
-MAX_ID = 2**32 - 1  # `tokenizers` takes ids as u32
 
 
 class HfBackend:

@@ -118,9 +118,10 @@ class HfChatTemplate:
 def _compile(name: str, source: str) -> jinja2.Template:
     try:
         return _environment().from_string(source)
-    except jinja2.TemplateSyntaxError as error:
+    except Exception as error:  # a TemplateSyntaxError, or what odd constants and deep nesting raise in jinja
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise CheckpointError(
-            f"The chat template {name!r} is not valid jinja, line {error.lineno}: {error.message}. "
+            f"The chat template {name!r} is not valid jinja{line}: {error}. "
             "Give another one with chat_template_config."
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from lmdeploy_jax.errors import CheckpointError
 
+MAX_ID = 2**32 - 1  # `tokenizers` takes ids as u32
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SAVE_FAST = (  # the remedy for vocabularies that only Python code can read
     "transformers.AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained(FOLDER)"
@@ -91,14 +93,28 @@ def _token(value: Any) -> AddedToken | None:
 def _extra_tokens(merged: dict[str, Any]) -> Iterator[Any]:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         values = merged.get(key) or ()
+        if not isinstance(values, list | tuple | dict):
+            raise CheckpointError(f"{key} is {reprlib.repr(values)} beside the tokenizer; it must be a list.")
         yield from values.values() if isinstance(values, dict) else values
 
 
 def _added(folder: Path, config: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
-    legacy = read_object(folder / "added_tokens.json")
-    added = {int(i): AddedToken(text, special=text in special) for text, i in legacy.items()}
-    for key, value in (config.get("added_tokens_decoder") or {}).items():
-        token = _token({"special": False} | value)
-        if token:
-            added[int(key)] = token
+    path = folder / "added_tokens.json"
+    added = {
+        _token_id(i, path): AddedToken(text, special=text in special) for text, i in read_object(path).items()
+    }
+    path, table = folder / "tokenizer_config.json", config.get("added_tokens_decoder") or {}
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: added_tokens_decoder is {reprlib.repr(table)}; it must be an object.")
+    for key, value in table.items():
+        token = _token({"special": False} | value) if isinstance(value, dict) else None
+        if token is None:
+            raise CheckpointError(f"{path}: added token {key} is {reprlib.repr(value)}; it needs a content.")
+        added[_token_id(int(key) if key.isdecimal() and len(key) < 20 else key, path)] = token
     return dict(sorted(added.items()))
+
+
+def _token_id(value: Any, path: Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ID:
+        raise CheckpointError(f"{path}: {reprlib.repr(value)} is no token id.")
+    return value
