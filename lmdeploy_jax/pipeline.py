@@ -67,7 +67,7 @@ class Pipeline:
         checkpoint's own.
     log_level, max_log_len: how much is logged; at level REQUEST each prompt, its first `max_log_len`
         characters.
-    progress: whether loading and compiling show bars.
+    progress: whether loading and compiling are told on stderr: bars on a terminal, else a line for each.
     trust_remote_code, speculative_config, allowed_media_domains, vision_config: not supported; refused when
         set.
 

@@ -176,11 +176,10 @@ def turn(session: Session, prompt: Turn, stream: ResponseStream) -> Iterator[Res
 
 
 def with_bar(stream: ResponseStream) -> Iterator[Response]:
-    """The same pieces, with a progress bar that counts answers."""
-    from rich.progress import Progress
+    """The same pieces, with a progress bar that counts answers, in a notebook too."""
+    from tqdm import tqdm  # not tqdm.auto, which asks a notebook without ipywidgets to install them
 
-    with Progress(transient=True) as progress:
-        task = progress.add_task("Answers", total=stream.answers_left)
+    with tqdm(total=stream.answers_left, desc="Answers", leave=False) as bar:
         for piece in stream:
-            progress.advance(task, piece.finish_reason is not None)
+            bar.update(piece.finish_reason is not None)
             yield piece

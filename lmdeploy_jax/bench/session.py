@@ -27,7 +27,7 @@ class Session:
     def __init__(self, model: str | Path, config: JaxEngineConfig, bytes_per_second: float) -> None:
         counter = CompileCounter()
         start = time.perf_counter()
-        self.engine = Engine(model, config, progress=sys.stderr.isatty())
+        self.engine = Engine(model, config)
         startup = self.engine.startup
         self.startup = {
             "backend": startup.backend,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
     folder = resolve_model(model, revision=flags["revision"], download_dir=flags["download_dir"])
     orbax.check_apart(Path(out), folder)
     dtype = str(stored_dtype(folder)) if flags["dtype"] == "auto" else flags["dtype"]
-    with loading_bar(sys.stderr.isatty()) as on_progress:
+    with loading_bar(True) as on_progress:
         loaded = load_model(folder, dtype=dtype, on_progress=on_progress)
     read = time.perf_counter()
     leaves = dict(zip(loaded.skeleton.specs, loaded.leaves, strict=True))

@@ -19,6 +19,8 @@ COMMANDS = {
     "check_env": "report what is installed, which devices are seen and what works on them",
 }
 
+INTERRUPTED = 130  # exit code: 128 and the number of SIGINT, as shells have it
+
 
 class Command(Protocol):
     """What a command's module offers."""
@@ -37,7 +39,12 @@ class Command(Protocol):
 
 def run() -> None:
     """Entry point of the console script."""
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == INTERRUPTED:  # else the interpreter waits for threads that compile: XLA cannot be stopped
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +56,7 @@ def main(argv: list[str]) -> int:
     except (LmdeployError, OSError, ImportError, UnicodeError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _dispatch(argv: list[str]) -> int:

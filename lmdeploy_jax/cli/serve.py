@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from contextlib import closing
 from dataclasses import fields
 from types import FrameType
@@ -85,7 +84,7 @@ def _frontend(model: PreparedModel, flags: FlagSet) -> Frontend:
     from lmdeploy_jax.engine.frontend import Frontend
     from lmdeploy_jax.engine.remote import RemoteEngine
 
-    engine = RemoteEngine(model.folder, model.config, progress=sys.stderr.isatty())
+    engine = RemoteEngine(model.folder, model.config)
     return Frontend.over(engine, model, flags["max_log_len"])
 
 

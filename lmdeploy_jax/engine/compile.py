@@ -1,12 +1,13 @@
-"""Ahead-of-time compilation: in threads, with a progress bar and a cache that outlives the process."""
+"""Ahead-of-time compilation: in threads, with progress told and a cache that outlives the process."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -78,31 +79,64 @@ def compile_all(
     programs: Mapping[Key, Program], cache: ProgramCache, *, progress: bool
 ) -> dict[Key, jax.stages.Compiled]:
     """Every program, from the cache or compiled; the largest are begun first. Raises what the first failing
-    compilation raises.
+    compilation raises, and KeyboardInterrupt, without waiting for those that run.
     """
     start = time.perf_counter()
-    workers = min(16, os.cpu_count() or 1)
     order = sorted(programs, key=lambda key: (-key[1], key[0]))
-    with counting_bar(progress, "compiling", len(programs)) as advance, ThreadPoolExecutor(workers) as pool:
-        found = dict(zip(order, pool.map(cache.load, order), strict=True))
-        ready = {key: program for key, program in found.items() if program is not None}
-        advance(len(ready))
-        # Lowering is Python, which one thread does as fast as many.
-        futures: dict[Future[jax.stages.Compiled], Key] = {}
-        with OUTSIDE_JAX_CACHE:
-            for key in order:
-                if key not in ready:
-                    futures[pool.submit(_compile_and_store, programs[key].lower(), key, cache)] = key
-            for future in as_completed(futures):
-                ready[futures[future]] = future.result()
-                advance(1)
+    with _workers() as pool:
+        ready = _read(order, cache, pool, progress)
+        missing = {key: programs[key] for key in order if key not in ready}
+        ready |= _compile(missing, cache, pool, progress)
     took = time.perf_counter() - start
-    log.info("compiled %d programs and read %d in %.1f s", len(futures), len(ready) - len(futures), took)
+    log.info("compiled %d programs and read %d in %.1f s", len(missing), len(ready) - len(missing), took)
+    return ready
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that are not waited for after an exception: XLA cannot be interrupted. What is queued is
+    dropped.
+    """
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _read(
+    keys: Sequence[Key], cache: ProgramCache, pool: ThreadPoolExecutor, progress: bool
+) -> dict[Key, jax.stages.Compiled]:
+    """Those that were kept. One whose file is damaged is missing."""
+    kept = [key for key in keys if cache.holds(key)]
+    found = {}
+    with counting_bar(progress, "reading", len(kept)) as advance:
+        for key, program in zip(kept, pool.map(cache.load, kept), strict=True):
+            advance(1)
+            if program is not None:
+                found[key] = program
+    return found
+
+
+def _compile(
+    programs: Mapping[Key, Program], cache: ProgramCache, pool: ThreadPoolExecutor, progress: bool
+) -> dict[Key, jax.stages.Compiled]:
+    ready, futures = {}, {}
+    with counting_bar(progress, "compiling", len(programs)) as advance:
+        # Lowering is Python, which one thread does as fast as many.
+        for key, program in programs.items():
+            futures[pool.submit(_compile_and_store, program.lower(), key, cache)] = key
+        for future in as_completed(futures):
+            ready[futures[future]] = future.result()
+            advance(1)
     return ready
 
 
 def _compile_and_store(lowered: jax.stages.Lowered, key: Key, cache: ProgramCache) -> jax.stages.Compiled:
-    compiled = lowered.compile()
+    with OUTSIDE_JAX_CACHE:
+        compiled = lowered.compile()
     cache.store(key, compiled)
     return compiled
 
@@ -148,7 +182,6 @@ class LazyPrograms(dict[Key, jax.stages.Compiled]):
     def __missing__(self, key: Key) -> jax.stages.Compiled:
         program = self._cache.load(key)
         if program is None:
-            with OUTSIDE_JAX_CACHE:
-                program = _compile_and_store(self._programs[key].lower(), key, self._cache)
+            program = _compile_and_store(self._programs[key].lower(), key, self._cache)
         self[key] = program
         return program

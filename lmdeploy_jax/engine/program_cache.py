@@ -15,7 +15,9 @@ import os
 import pickle
 import platform
 import shutil
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -31,6 +33,8 @@ ROOT = Path(lmdeploy_jax.__file__).parent
 CODE = ("models", "sampling", "engine", "parallel", "cache", "pallas_kernels", "converters")
 COMPILERS = ("jax", "jaxlib", "flax", "numpy")
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision")
+UNFINISHED = "tmp"  # how the names of files begin that are being written
+LONGEST_WRITE = 3600.0  # seconds
 MOST_FOLDERS = 24  # one for each model, size of cache, version …
 
 
@@ -47,11 +51,17 @@ class ProgramCache:
         self._folder = None if folder is None else folder / _fingerprint(self._devices, made_from)
         if self._folder is not None and self._folder.is_dir():
             os.utime(self._folder)
+            _sweep(self._folder)
+
+    def holds(self, key: Key) -> bool:
+        """Whether a program was kept, as far as its file's name tells."""
+        return self._folder is not None and self._path(self._folder, key).is_file()
 
     def load(self, key: Key) -> jax.stages.Compiled | None:
         """The program, or None if it has to be compiled (damaged files count as missing)."""
-        if self._folder is None or not (path := self._path(self._folder, key)).is_file():
+        if self._folder is None or not self.holds(key):
             return None
+        path = self._path(self._folder, key)
         try:
             payload, in_tree, out_tree = pickle.loads(path.read_bytes())
             client = self._devices[0].client
@@ -68,9 +78,7 @@ class ProgramCache:
             return
         try:
             self._make_room(self._folder)
-            with NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                pickle.dump(serialize_executable.serialize(compiled), file)
-            os.replace(file.name, self._path(self._folder, key))
+            _write(self._path(self._folder, key), serialize_executable.serialize(compiled))
         except OSError as error:
             log.warning("compiled programs are not kept: %s", error)
             self._folder = None
@@ -88,6 +96,27 @@ class ProgramCache:
         by_age = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in by_age[:-MOST_FOLDERS]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(path: Path, content: object) -> None:
+    """A whole file or none: others may read the folder, and a disk may be full."""
+    with NamedTemporaryFile(dir=path.parent, prefix=UNFINISHED, delete=False) as file:
+        try:
+            pickle.dump(content, file)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
+
+
+def _sweep(folder: Path) -> None:
+    """Drop what a process left that was killed while it wrote."""
+    for path in folder.glob(UNFINISHED + "*"):
+        with suppress(OSError):  # gone already: another process sweeps too, or has finished it
+            if time.time() - path.stat().st_mtime > LONGEST_WRITE:
+                path.unlink()
 
 
 def _fingerprint(devices: Sequence[jax.Device], made_from: Sequence[object]) -> str:

@@ -1,46 +1,52 @@
-"""Progress on the terminal for what takes long. Everything goes to stderr: stdout belongs to the answers."""
+"""What takes long tells how far it is, on stderr: stdout belongs to the answers. A terminal gets bars, a log
+or a notebook a plain line for each.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
+from tqdm import tqdm
 
 
 @contextmanager
 def loading_bar(enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yields a callback that takes (bytes done, bytes in all)."""
-    with _bar(enabled, DownloadColumn(), TransferSpeedColumn()) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """Yields a callback that takes (bytes done, bytes in all), from any thread."""
+    lock, told = Lock(), False
+    with _bar(enabled, desc="loading", unit="B", unit_scale=True) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal told
+            with lock:
+                if not told:
+                    _line(enabled, f"loading {total / 1e9:.2f} GB")
+                    told, bar.total = True, total
+                bar.update(done - bar.n)
+
+        yield on_progress
 
 
 @contextmanager
-def counting_bar(enabled: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a callback that counts so many more of `total`."""
-    with _bar(enabled, MofNCompleteColumn(), TimeElapsedColumn()) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
+def counting_bar(enabled: bool, what: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Yields a callback that counts so many more of `total` programs; `what` is done to them."""
+    if total:
+        _line(enabled, f"{what} {total} programs")
+    with _bar(enabled and total > 0, desc=f"{what} programs", total=total) as bar:
+        yield bar.update
 
 
-def announce(enabled: bool, text: object) -> None:
+def announce(enabled: bool, text: str) -> None:
     """One line that stays."""
     if enabled:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(str(text), style="dim")
+        print(text, file=sys.stderr, flush=True)
 
 
-def _bar(enabled: bool, *columns: ProgressColumn) -> Progress:
-    console = Console(stderr=True)
-    shown = (TextColumn("{task.description}"), BarColumn(), *columns)
-    return Progress(*shown, console=console, transient=True, disable=not enabled or not console.is_terminal)
+def _line(enabled: bool, text: str) -> None:
+    announce(enabled and not sys.stderr.isatty(), text)
+
+
+def _bar(enabled: bool, **options: object) -> tqdm:
+    return tqdm(leave=False, file=sys.stderr, disable=not enabled or not sys.stderr.isatty(), **options)

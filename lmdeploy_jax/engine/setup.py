@@ -61,6 +61,7 @@ class Parts:
 
 def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Parts:
     """Everything up to the first request. Raises ConfigError, CheckpointError, UnsupportedModelError."""
+    started = time.perf_counter()
     kept = use_cache(config.compile_cache_dir)
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
     mesh = make_mesh(tp=config.tp)
@@ -75,7 +76,6 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     buckets = _buckets(config, platform, steps)
     session_len = config.session_len or model_config.max_position
     memory = _plan(config, loaded, mesh, buckets, session_len)
-    announce(progress, memory)
     log.info("%s", memory)
     session_len = _fitting(session_len, memory)
     packer = StepPacker(buckets.max_batch_size, session_len, model_config.vocab_size, tile_rows(backend))
@@ -102,6 +102,8 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         decode_steps=steps,
     )
     on_cpu = platform == "cpu"
+    room = (memory.num_pages - 1) * PAGE_SIZE
+    announce(progress, f"ready in {time.perf_counter() - started:.1f} s, room for {room:,} tokens of context")
     return Parts(
         folder, model_config, session_len, memory, buckets, scheduler, runner, startup, reload, on_cpu
     )

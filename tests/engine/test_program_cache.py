@@ -1,6 +1,9 @@
 """Programs that an engine finds on disk do what fresh ones do, and are found only where they fit."""
 
+import errno
 import logging
+import os
+import re
 from pathlib import Path
 
 import jax
@@ -20,7 +23,7 @@ SETTINGS = {"eager_mode": False, "max_prefill_token_num": 64}
 def answers(model: Path, folder: object, **changes: object) -> tuple[list[list[int]], int]:
     """Greedy and sampled answers of an engine, and how many programs its life compiled."""
     counter = CompileCounter()
-    engine = Engine(model, config(folder, **(SETTINGS | changes)), progress=False)
+    engine = Engine(model, config(folder, **(SETTINGS | changes)))
     try:
         collectors = [Collector() for _ in range(2 * len(PROMPTS))]
         for i, collector in enumerate(collectors):
@@ -40,19 +43,24 @@ def first(llama, tmp_path_factory):
     return folder, said
 
 
-def test_a_second_start_compiles_nothing_and_answers_alike(llama, first):
+def test_a_second_start_compiles_nothing_and_answers_alike(llama, first, capsys):
     folder, said = first
     assert answers(llama, folder) == (said, 0)
+    loading, reading, ready = capsys.readouterr().err.splitlines()
+    assert loading.startswith("loading ")
+    assert int(reading.removeprefix("reading ").removesuffix(" programs")) >= 10
+    assert re.fullmatch(r"ready in [\d.]+ s, room for [\d,]+ tokens of context", ready)
 
 
 @pytest.mark.parametrize("damage", [b"", b"no pickle", None], ids=["empty", "foreign", "cut"])
-def test_damaged_programs_are_compiled_again(llama, first, damage, caplog):
+def test_damaged_programs_are_compiled_again(llama, first, damage, caplog, capsys):
     folder, said = first
     victim = next((folder / "programs").glob("*/decode-1"))
     victim.write_bytes(victim.read_bytes()[:-100] if damage is None else damage)
     with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
         assert answers(llama, folder) == (said, 1)
     assert str(victim) in caplog.text
+    assert "\ncompiling 1 programs\n" in capsys.readouterr().err
     assert answers(llama, folder) == (said, 0), "it was not kept again"
 
 
@@ -100,3 +108,36 @@ def test_a_disk_that_cannot_be_written_costs_only_the_next_start(tmp_path, caplo
     with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
         cache.store(("f", 1), jax.jit(lambda x: x + 1).lower(1.0).compile())
     assert "not kept" in caplog.text
+
+
+@pytest.fixture
+def compiled():
+    return jax.jit(lambda x: x + 1).lower(1.0).compile()
+
+
+def test_a_full_disk_leaves_no_torn_file(tmp_path, compiled, monkeypatch, caplog):
+    def full(content, file):
+        file.write(b"as much as fits")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = ProgramCache(tmp_path, jax.devices(), "model")
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "lmdeploy_jax"):
+        patch.setattr(program_cache.pickle, "dump", full)
+        cache.store(("decode", 1), compiled)
+        cache.store(("decode", 2), compiled)
+    assert [r.getMessage() for r in caplog.records].count(caplog.records[0].getMessage()) == 1
+    assert "No space left" in caplog.text
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path, compiled):
+    ProgramCache(tmp_path, jax.devices(), "model").store(("decode", 1), compiled)
+    (folder,) = tmp_path.iterdir()
+    old, fresh = folder / "tmp_old", folder / "tmp_fresh"  # another process may be writing the fresh one
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cache = ProgramCache(tmp_path, jax.devices(), "model")
+    assert sorted(path.name for path in folder.iterdir()) == ["decode-1", "tmp_fresh"]
+    assert cache.holds(("decode", 1))
+    assert not cache.holds(("decode", 2))
