@@ -14,7 +14,7 @@ from lmdeploy_jax.engine.output import Flush, OutputProcessor, Sink
 from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
 from lmdeploy_jax.engine.prepare import PreparedModel, prepare
 from lmdeploy_jax.engine.request import Request
-from lmdeploy_jax.errors import EngineError
+from lmdeploy_jax.errors import ContextLengthError, EngineError
 from lmdeploy_jax.logs import REQUEST, shortened
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.text.chat_template import ChatTemplate
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lmdeploy_jax")
 _MOST_NAMES, _LONGEST_NAME = 256, 64  # of template variables that are told of, each once
+
+MOST_COUNTED = 1 << 19  # tokens of a text that is to be counted, not continued
 
 
 @dataclass(frozen=True)
@@ -95,24 +97,41 @@ class Frontend:
             engine.close()
             raise
 
-    def encode(self, prompt: Prompt, options: PromptOptions) -> list[int]:
+    def encode(self, prompt: Prompt, options: PromptOptions, *, to_count: bool = False) -> list[int]:
         """The prompt's token ids, through the chat template unless `options` say no.
 
-        Raises `RequestError` for a conversation that the template refuses.
+        to_count: the ids are wanted for themselves, so that more than the context holds may be given, up to
+            `MOST_COUNTED`.
+        Raises `RequestError` for a conversation that the template refuses, `ContextLengthError` for a text
+        that is far too long, without tokenising it whole.
         """
         if prompt.token_ids is not None:
             return list(prompt.token_ids)
         messages = [dict(m) for m in prompt.messages or ()]
         if not options.chat:
             text = prompt.text if prompt.text is not None else "".join(m.get("content", "") for m in messages)
-            return self.tokenizer.encode(text)
+            return self.encode_text(text, to_count=to_count)
         if prompt.text is not None:
             messages = [{"role": "user", "content": prompt.text}]
         self._tell_unread(options.template_kwargs)
         text = self.template.render(messages, tools=options.tools, **options.template_kwargs)
         # A checkpoint's own template writes every special token itself, as transformers has it.
         complete = isinstance(self.template, HfChatTemplate)
-        return self.tokenizer.encode(text, add_special_tokens=not complete)
+        return self.encode_text(text, add_special_tokens=not complete, to_count=to_count)
+
+    def encode_text(
+        self, text: str, *, add_bos: bool = True, add_special_tokens: bool = True, to_count: bool = False
+    ) -> list[int]:
+        """`Tokenizer.encode` for a text of any length, see `encode`. Call it off the event loop."""
+        most = self.limits.session_len
+        most = max(most, MOST_COUNTED) if to_count else most
+        if self.tokenizer.exceeds(text, most):
+            bound = "what is counted in one request" if to_count else "the model context length"
+            raise ContextLengthError(
+                f"Input length (a text of {len(text)} characters, more than {most} tokens) must be smaller "
+                f"than {bound} ({most})."
+            )
+        return self.tokenizer.encode(text, add_bos=add_bos, add_special_tokens=add_special_tokens)
 
     def _tell_unread(self, variables: dict[str, Any]) -> None:
         """A variable that the template never reads changes nothing, which its sender should know."""

@@ -77,11 +77,8 @@ class Chat:
 
     def prepare(self, call: ChatCall) -> Prepared:
         """Renders and tokenises. Raises `RequestError` for what cannot be served."""
-        from lmdeploy_jax.engine.frontend import PromptOptions
-
         tools = self._offered(call)
-        options = PromptOptions(call.chat, tools or None, dict(call.template_kwargs))
-        ids = self._frontend.encode(call.prompt, options)
+        ids = self._encoded(call, tools)
         if not call.chat:
             return Prepared(Job(ids, call.config), partial(AnswerReader, config=call.config))
         started = self._starts_in_reasoning(ids)
@@ -95,7 +92,13 @@ class Chat:
 
     def count(self, call: ChatCall) -> int:
         """Tokens of the call's prompt."""
-        return len(self.prepare(call).job.prompt)
+        return len(self._encoded(call, self._offered(call), to_count=True))
+
+    def _encoded(self, call: ChatCall, tools: list[Tool], *, to_count: bool = False) -> list[int]:
+        from lmdeploy_jax.engine.frontend import PromptOptions
+
+        options = PromptOptions(call.chat, tools or None, dict(call.template_kwargs))
+        return self._frontend.encode(call.prompt, options, to_count=to_count)
 
     def _offered(self, call: ChatCall) -> list[Tool]:
         """The tools that the model is told of."""

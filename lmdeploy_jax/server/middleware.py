@@ -121,23 +121,24 @@ class BodyLimit:
         if not length.isdecimal() or int(length) > self._most:
             raise self._too_large()
 
-    async def _read(self, receive: Receive) -> bytes:
+    async def _read(self, receive: Receive) -> bytearray:
         """The whole body. Raises `ApiError` if it is too long, `ClientGone` if it ends too soon."""
-        parts, size, more = [], 0, True
+        body, more = bytearray(), True  # it grows in place: to join parts in the end would hold up the loop
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            part = message.get("body", b"")
-            parts.append(part)
-            size += len(part)
-            if size > self._most:
+            body += message.get("body", b"")
+            if len(body) > self._most:
                 raise self._too_large()
             more = message.get("more_body", False)
-        return b"".join(parts)
+        return body
 
     def _too_large(self) -> ApiError:
-        message = f"The request's body is too large: at most {self._most} bytes are taken."
+        message = (
+            f"The request's body is too large: at most {self._most} bytes are taken. Send less, or start the "
+            "server with a larger --max-body-size."
+        )
         return ApiError(413, message, code="body_too_large")
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,7 +146,7 @@ class BodyLimit:
         await error_response(scope["path"], error)(scope, receive, send)
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
+def _replayed(body: bytearray, receive: Receive) -> Receive:
     first = True
 
     async def replay() -> Message:

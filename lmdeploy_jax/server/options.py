@@ -32,7 +32,7 @@ class ServerOptions:
     max_queued_requests: int | None = _option(
         None, "most answers that wait for the engine; a request beyond is told to come back later (429)"
     )
-    max_body_size: int = _option(64 << 20, "most bytes of a request's body")
+    max_body_size: int = _option(16 << 20, "most bytes of a request's body")
     body_timeout: float = _option(60.0, "seconds in which a request's body must have come (408)")
     request_timeout: float | None = _option(None, "seconds after which a request is given up (504)")
     drain_seconds: float = _option(30.0, "seconds that running answers may go on after SIGTERM")

@@ -16,6 +16,10 @@ from lmdeploy_jax.text.settings import MAX_ID, AddedToken, TokenizerSettings
 
 logger = logging.getLogger("lmdeploy_jax")
 
+# Characters from which on the interpreter's lock is released, which only the calls for batches do. To get it
+# back may take longer than a short text does.
+_LONG = 4096
+
 
 class HfBackend:
     """A `tokenizers.Tokenizer` with the added tokens that the files beside it name."""
@@ -27,12 +31,16 @@ class HfBackend:
         _add_missing(self._tokenizer, settings)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
+        self.swallows_space = any(token.lstrip or token.rstrip for token in added.values())
         self.base_size = self._tokenizer.get_vocab_size(with_added_tokens=False)
         self.size = self._tokenizer.get_vocab_size()
         self.decoding = self._decoding()
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < _LONG:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return found.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The library's own decoding, for decoders that work on text."""

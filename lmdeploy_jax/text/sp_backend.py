@@ -1,18 +1,19 @@
 """tokenizer.model of Llama 1/2, InternLM and their kin, through sentencepiece itself.
 
-Added tokens are cut out of the text first; what lies between them goes to sentencepiece. Its dummy prefix (a
+Added tokens are cut out of the text first; what lies between them goes to sentencepiece, which releases the
+interpreter's lock meanwhile. Its dummy prefix (a
 space put before the text) goes before every piece of text (`legacy`, the way these checkpoints were trained),
 or only before text at the very start (`legacy: false` in tokenizer_config.json), as in HF's LlamaTokenizer.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.errors import CheckpointError
+from lmdeploy_jax.text.added_tokens import AddedTokenCutter
 from lmdeploy_jax.text.pieces import EACH_BYTE, SPACE_MARK, ByteDecoding, byte_decoding, sentencepiece_piece
 from lmdeploy_jax.text.settings import SAVE_FAST, AddedToken, TokenizerSettings
 
@@ -34,8 +35,8 @@ class SentencePieceBackend:
         self.base_size = self._model.vocab_size()
         self._added = self._collect_added(settings)
         self._ids = {token.content: i for i, token in self._added.items()}
-        self._matched = sorted(self._added, key=lambda i: len(self._added[i].content), reverse=True)
-        self._pattern = _pattern(self._added[i] for i in self._matched)
+        self._cutter = AddedTokenCutter(self._added)
+        self.swallows_space = any(token.lstrip or token.rstrip for token in self._added.values())
         self.size = max(self.base_size, 1 + max(self._added, default=-1))
         self._bos = self._ids[self.named["bos_token"]] if self._adds(config, "bos_token", True) else None
         self._eos = self._ids[self.named["eos_token"]] if self._adds(config, "eos_token", False) else None
@@ -68,12 +69,12 @@ class SentencePieceBackend:
 
     def _body(self, text: str) -> Iterator[int]:
         """Ids of the text without BOS and EOS."""
-        start, model = 0, self._first
-        for match in self._pattern.finditer(text):
-            yield from model.encode(text[start : match.start()], out_type=int)
-            yield self._matched[(match.lastindex or 0) - 1]
-            start, model = match.end(), self._rest
-        yield from model.encode(text[start:], out_type=int)
+        end, model = 0, self._first
+        for start, stop, token_id in self._cutter.find(text):
+            yield from model.encode(text[end:start], out_type=int)
+            yield token_id
+            end, model = stop, self._rest
+        yield from model.encode(text[end:], out_type=int)
 
     def _piece(self, token_id: int) -> bytes:
         token = self.id_to_token(token_id)
@@ -132,17 +133,6 @@ def _prefix_models(
         return model, model, True
     bare = _processor(model.serialized_model_proto() + _NO_DUMMY_PREFIX)
     return (bare, bare, False) if never else (model, bare, True)
-
-
-def _pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
-    """Matches any added token, one capturing group for each in the order given."""
-    alternatives = []
-    for token in tokens:
-        body = f"({re.escape(token.content)})"
-        if token.single_word:
-            body = rf"(?<!\w){body}(?!\w)"
-        alternatives.append((r"\s*" if token.lstrip else "") + body + (r"\s*" if token.rstrip else ""))
-    return re.compile("|".join(alternatives) or "(?!)")  # (?!) never matches
 
 
 def _load(path: Path) -> sentencepiece.SentencePieceProcessor:

@@ -16,6 +16,11 @@ from lmdeploy_jax.text.settings import SAVE_FAST, TokenizerSettings, read_eos_id
 
 logger = logging.getLogger("lmdeploy_jax")
 
+_ROOMY = 6  # characters a token that a text may well have: above, it is looked through before it is tokenised
+_UNREAD = 1 << 20  # characters above which every text is looked through, since a token takes up to 400 bytes
+_SLICE = 1 << 16  # characters
+_BY_CUTS = 2048  # tokens that cuts within words may add where there are few
+
 
 class Backend(Protocol):
     """What a vocabulary file can do. `decoding` is None where tokens are not plain bytes."""
@@ -23,6 +28,7 @@ class Backend(Protocol):
     size: int  # with added tokens
     base_size: int  # without
     decoding: ByteDecoding | None
+    swallows_space: bool  # whether an added token takes the white space beside it with it
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
@@ -107,6 +113,25 @@ class Tokenizer:
             self._warn_bos()
             ids = ids[1:]
         return ids if add_bos else ids[1:]
+
+    def exceeds(self, text: str, most: int) -> bool:
+        """Whether a long text certainly has more than `most` tokens, found out without tokenising it whole.
+
+        Its beginning is tokenised in slices until they have twice as many, so that the time and memory spent
+        follow `most` and not the text. False says nothing: `encode` and count.
+        """
+        if len(text) <= min(most * _ROOMY, max(most, _UNREAD)):
+            return False
+        found = 0
+        for place in range(0, len(text), _SLICE):
+            part = text[place : place + _SLICE]
+            _check_unicode(part)
+            # White space at a cut may belong to a token beyond it that swallows it.
+            part = part.strip() if self._backend.swallows_space else part
+            found += len(self._backend.encode(part, add_special_tokens=False))
+            if found > 2 * (most + _BY_CUTS):
+                return True
+        return False
 
     def decode(self, ids: Sequence[int], offset: int | None = None, skip_special_tokens: bool = True) -> str:
         """Text of `ids[offset:]`."""

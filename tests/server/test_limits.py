@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from lmdeploy_jax.server.options import ServerOptions
 from tests import patience
 from tests.patience import PATIENCE, wait_until
 from tests.scripted import TOKENIZER, endless, ids
@@ -57,6 +58,10 @@ def test_without_a_key_nothing_is_told_but_why(guarded, headers):
     assert guarded.options(CHAT, headers=preflight).status_code == 200
 
 
+def test_the_limit_of_a_body_is_16_mb_unless_told():
+    assert ServerOptions().max_body_size == 16 << 20
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_that_is_too_large(guarded, chunked):
     body = b'{"messages": "' + b"a" * 3000 + b'"}'
@@ -65,6 +70,7 @@ def test_a_body_that_is_too_large(guarded, chunked):
     answer = guarded.post(CHAT, content=content, headers=headers)
     assert answer.status_code == 413
     assert error(answer)["code"] == "body_too_large"
+    assert "at most 2000 bytes" in error(answer)["message"]
     assert answer.headers["access-control-allow-origin"] == "*"
     small = guarded.post(CHAT, content=iter([b'{"messages":', b'"a"}']), headers=headers)
     assert small.status_code == 200

@@ -131,8 +131,8 @@ def _prepare(
     service: Service, prompts: list[str | list[int]], config: GenerationConfig, jobs: list[Job]
 ) -> list[Job]:
     """On a worker thread."""
-    tokenizer = service.frontend.tokenizer
-    jobs += [Job(tokenizer.encode(p) if isinstance(p, str) else p, config) for p in prompts]
+    encode = service.frontend.encode_text
+    jobs += [Job(encode(p) if isinstance(p, str) else p, config) for p in prompts]
     return jobs
 
 

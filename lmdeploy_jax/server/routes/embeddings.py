@@ -50,7 +50,7 @@ async def _pooled(service: Service, body: PoolingRequest) -> tuple[list[np.ndarr
     service.check_model(body.model)
     _check_dimensions(service, body)
     inputs = body.inputs()
-    encode = service.frontend.tokenizer.encode
+    encode = service.frontend.encode_text
 
     def prepare() -> list[Job]:
         return [Job(encode(item) if isinstance(item, str) else item, CONFIG) for item in inputs]

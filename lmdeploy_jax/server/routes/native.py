@@ -52,10 +52,10 @@ def _given(body: GenerateRequest) -> str | list[int]:
 async def _begun(
     service: Service, prompt: str | list[int], config: GenerationConfig, body: GenerateRequest
 ) -> Generation:
-    tokenizer = service.frontend.tokenizer
+    encode = service.frontend.encode_text
 
     def prepare() -> list[Job]:
-        return [Job(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, config)]
+        return [Job(encode(prompt) if isinstance(prompt, str) else prompt, config)]
 
     name = new_id("gen")
     generation = await service.generate(prepare, stream=body.stream, name=name, session_id=body.session_id)
@@ -114,7 +114,7 @@ async def _perplexity(service: Service, given: str | list[int]) -> float:
     jobs: list[Job] = []
 
     def prepare() -> list[Job]:
-        ids = service.frontend.tokenizer.encode(given) if isinstance(given, str) else given
+        ids = service.frontend.encode_text(given) if isinstance(given, str) else given
         if len(ids) < 2:
             raise ApiError(400, f"input has {len(ids)} tokens; at least 2 are needed.", param="input")
         jobs.append(Job(ids, config))
