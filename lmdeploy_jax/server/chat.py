@@ -82,7 +82,7 @@ class Chat:
         if not call.chat:
             return Prepared(Job(ids, call.config), partial(AnswerReader, config=call.config))
         started = self._starts_in_reasoning(ids)
-        thinks_not = thinking_is_off(options.template_kwargs)
+        thinks_not = thinking_is_off(call.template_kwargs)
         form = self._form(call, tools, started, thinks_not)
         skip = call.config.skip_special_tokens and not self._tags_are_special(bool(tools))
         config = replace(call.config, response_format=form, skip_special_tokens=skip)
