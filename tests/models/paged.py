@@ -58,7 +58,7 @@ class PagedRunner:
             slots[at] = self._slots(row, positions[at])
             kv_lens[row] = first + len(ids)
         rows, firsts = zip(*((row, first) for row, first, _, _ in chunks), strict=True)
-        height = tile_rows("xla")
+        height = tile_rows(self.model.skeleton.kernels.backend)
         width = max_tiles(TOKENS, self.rows, height)
         tiles = build_tiles(rows, starts[:-1], counts, firsts, height, width)
         logits = self.run(Batch(tokens, positions, lengths, slots, self.table, kv_lens, tiles))
