@@ -40,7 +40,6 @@ class Skeleton:
 
     config: DecoderConfig
     kernels: Kernels
-    kv_heads: int
     graphdef: nnx.GraphDef
     treedef: Any
     specs: Mapping[str, jax.ShapeDtypeStruct]
@@ -79,11 +78,6 @@ class LoadedModel:
     def named_leaves(self) -> dict[str, jax.Array]:
         """The leaves by name, as a converted checkpoint holds them."""
         return dict(zip(self.skeleton.specs, self.leaves, strict=True))
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads that the caches hold: the config's, or more where `tp` asks for copies."""
-        return self.skeleton.kv_heads
 
     def merge(self, leaves: tuple[jax.Array, ...]) -> Decoder:
         """See `Skeleton.merge`."""
@@ -132,8 +126,8 @@ def _load_tensors(
     on_progress: Progress | None,
 ) -> LoadedModel:
     with CheckpointReader(folder) as reader:
-        names = names_read(reader, config.num_layers)
-        rules = family.rules(config, config.kv_heads(axis_size(kernels.mesh, "tp")))
+        names = names_read(reader, len(config.layers))
+        rules = family.rules(config, axis_size(kernels.mesh, "tp"))
         config, rules = settle_head(config, rules, reader, names, dtype)
         skeleton = build_skeleton(config, dtype, kernels)
         shapes = {name: spec.shape for name, spec in skeleton.specs.items()}
@@ -164,7 +158,6 @@ def _load_converted(
 
 def build_skeleton(config: DecoderConfig, dtype: jnp.dtype, kernels: Kernels) -> Skeleton:
     """The decoder of a config, without allocating anything. Raises ConfigError where `tp` does not fit."""
-    kv_heads = config.kv_heads(axis_size(kernels.mesh, "tp"))
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, kernels=kernels))
     graphdef, state = nnx.split(abstract)
     variables, _ = jax.tree.flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -172,7 +165,7 @@ def build_skeleton(config: DecoderConfig, dtype: jnp.dtype, kernels: Kernels) ->
     for path, variable in variables:
         name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
         specs[name] = _spec(name, variable, kernels.mesh)
-    return Skeleton(config, kernels, kv_heads, graphdef, jax.tree.structure(state), specs)
+    return Skeleton(config, kernels, graphdef, jax.tree.structure(state), specs)
 
 
 def pick_dtype(dtype: str, stored: jnp.dtype, platform: str) -> jnp.dtype:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import jax
+if TYPE_CHECKING:  # model configs hold options, and are read where there is no JAX
+    import jax
 
 PAGE_SIZE = 64
 """Tokens a page. One page is one tile of the kernels."""

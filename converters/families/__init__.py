@@ -25,7 +25,7 @@ from lmdeploy_jax.models.config import DecoderConfig
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. `rules` takes the config and the number of KV heads that the model holds."""
+    """One architecture. `rules` takes the config and the number of devices that share a layer."""
 
     config: Callable[[Fields], DecoderConfig]
     rules: Callable[[DecoderConfig, int], tuple[Rule, ...]] = hf_rules

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from lmdeploy_jax.converters.families.fields import LENGTHS, Fields
 from lmdeploy_jax.errors import CheckpointError
-from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
+from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LayerConfig, MlpConfig, RopeConfig
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 
 ACTIVATION_NAMES = {
     "silu": "silu",
@@ -18,6 +20,8 @@ ACTIVATION_NAMES = {
     "gelu_fast": "gelu_tanh",
 }
 DEFAULT_LENGTH = 2048
+Features = Mapping[str, Any]
+NONE: Features = MappingProxyType({})
 MOST_LAYERS, MOST_HEADS = 10_000, 4096  # lists are made of so many entries before a tensor is looked at
 MOST_ELEMENTS = 2**40  # of one weight
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -28,35 +32,63 @@ def decoder_config(
     *,
     rope: RopeConfig,
     head_dim: int,
+    scale: float | None = None,
+    soft_cap: float | None = None,
     windows: Sequence[int | None] | None = None,
+    local_rope: RopeConfig | None = None,
+    rope_layers: Sequence[bool] | None = None,
+    attention: Features = NONE,
+    mlp: Features = NONE,
+    layer: Features = NONE,
     **features: Any,
 ) -> DecoderConfig:
-    """A `DecoderConfig` of the fields that all families name alike, and of `features`, which prevail."""
-    heads, layers = count_heads(fields), count_layers(fields)
+    """A decoder whose layers differ in windows and rotations alone, of the fields that families name alike.
+
+    scale, soft_cap: of the attention logits; by default 1 / sqrt(head_dim), and none.
+    windows: each layer's; None: no layer has one. local_rope: that of the layers with a window, where it is
+        another. rope_layers: which layers rotate at all.
+    attention, mlp, layer, features: fields of `AttentionConfig`, `MlpConfig`, `LayerConfig`, `DecoderConfig`.
+    """
+    _check_elements(fields, head_dim)
+    layers = count_layers(fields)
+    heads = {**_head_counts(fields), "head_dim": head_dim, **attention}
+    block = MlpConfig(**{"width": fields.size("intermediate_size"), **_activation(fields, mlp), **mlp})
+
+    def made(window: int | None, rotates: bool) -> LayerConfig:
+        turned = rope if window is None or local_rope is None else local_rope
+        options = AttentionOptions(head_dim**-0.5 if scale is None else scale, window, soft_cap)
+        mixer = AttentionConfig(options=options, rope=turned if rotates else None, **heads)
+        return LayerConfig(mixer, block, **layer)
+
+    kinds = zip(windows or (None,) * layers, rope_layers or (True,) * layers, strict=True)
+    return DecoderConfig(layers=tuple(made(*kind) for kind in kinds), **_outer(fields, features))
+
+
+def _head_counts(fields: Fields) -> Features:
+    heads = count_heads(fields)
     kv_heads = fields.size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise fields.unsupported("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
-    _check_elements(fields, head_dim)
-    values: dict[str, Any] = {
+    return {"heads": heads, "kv_heads": kv_heads}
+
+
+def _activation(fields: Fields, given: Features) -> Features:
+    """`hidden_act`, unless the family reads another field."""
+    known = "activation" in given
+    return {} if known else {"activation": fields.require("hidden_act", ACTIVATION_NAMES, "silu")}
+
+
+def _outer(fields: Fields, given: Features) -> Features:
+    """What stands around the layers."""
+    found: dict[str, Any] = {
         "hidden_size": fields.size("hidden_size"),
-        "num_layers": layers,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "intermediate_size": fields.size("intermediate_size"),
         "vocab_size": fields.size("vocab_size"),
         "max_position": longest_sequence(fields),
-        "rope": rope,
-        "rope_layers": (True,) * layers,
-        "windows": (None,) * layers if windows is None else tuple(windows),
-        "attention_scale": head_dim**-0.5,
         "norm_eps": fields.positive("rms_norm_eps", 1e-6),
     }
-    if "activation" not in features:
-        values["activation"] = fields.require("hidden_act", ACTIVATION_NAMES, "silu")
-    if "tie_embeddings" not in features:
-        values["tie_embeddings"] = fields.flag("tie_word_embeddings", False)
-    return DecoderConfig(**values | features)
+    if "tie_embeddings" not in given:
+        found["tie_embeddings"] = fields.flag("tie_word_embeddings", False)
+    return {**found, **given}
 
 
 def count_layers(fields: Fields) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from lmdeploy_jax.converters.families.common import (
     ACTIVATION_NAMES,
     FULL,
+    NONE,
     SLIDING,
     count_layers,
     decoder_config,
@@ -38,9 +39,8 @@ def gemma_config(fields: Fields) -> DecoderConfig:
     head_dim = head_size(fields, 256)
     activation = fields.require("hidden_act", TANH_GELU, "gelu_pytorch_tanh")
     fields.get("hidden_activation")  # older configs say it again; transformers reads the field above
-    return decoder_config(
-        fields, head_dim=head_dim, rope=read_rope(fields, head_dim), **_shared(fields, activation)
-    )
+    rope = read_rope(fields, head_dim)
+    return decoder_config(fields, head_dim=head_dim, rope=rope, **_shared(fields, activation, {}))
 
 
 def gemma2_config(fields: Fields) -> DecoderConfig:
@@ -72,13 +72,13 @@ def gemma3_config(fields: Fields) -> DecoderConfig:
         pattern,
         caps=(None, None),
         local_rope=local_rope,
-        qk_norm=True,
+        attention={"qk_norm": True},
     )
 
 
-def gemma2_rules(config: DecoderConfig, kv_heads: int) -> tuple[Rule, ...]:
+def gemma2_rules(config: DecoderConfig, tp: int) -> tuple[Rule, ...]:
     """The usual names, with four norms a layer."""
-    return hf_rules(config, kv_heads, norms=NORMS)
+    return hf_rules(config, tp, norms=NORMS)
 
 
 def _double_norm(
@@ -88,7 +88,8 @@ def _double_norm(
     pattern: int,
     *,
     caps: tuple[float | None, float | None],
-    **features: Any,
+    attention: Mapping[str, Any] = NONE,
+    local_rope: RopeConfig | None = None,
 ) -> DecoderConfig:
     if fields.get("use_bidirectional_attention"):
         raise fields.unsupported("use_bidirectional_attention", True, "false")
@@ -100,23 +101,22 @@ def _double_norm(
         fields,
         head_dim=head_dim,
         rope=rope,
+        local_rope=local_rope,
         windows=layer_windows(fields, default, fields.optional_size("sliding_window", 4096)),
-        attention_scale=fields.positive("query_pre_attn_scalar", 256) ** -0.5,
-        attention_soft_cap=fields.optional_number("attn_logit_softcapping", caps[0]),
+        scale=fields.positive("query_pre_attn_scalar", 256) ** -0.5,
+        soft_cap=fields.optional_number("attn_logit_softcapping", caps[0]),
         logit_soft_cap=fields.optional_number("final_logit_softcapping", caps[1]),
-        post_norm=True,
-        **_shared(fields, activation),
-        **features,
+        layer={"post_norm": True},
+        **_shared(fields, activation, attention),
     )
 
 
-def _shared(fields: Fields, activation: str) -> dict[str, Any]:
+def _shared(fields: Fields, activation: str, attention: Mapping[str, Any]) -> dict[str, Any]:
     bias = fields.flag("attention_bias", False)
     return {
-        "activation": activation,
+        "mlp": {"activation": activation},
+        "attention": {"qkv_bias": bias, "o_bias": bias, **attention},
         "tie_embeddings": fields.flag("tie_word_embeddings", True),
         "norm_offset": 1.0,
         "embedding_multiplier": fields.size("hidden_size") ** 0.5,
-        "qkv_bias": bias,
-        "o_bias": bias,
     }

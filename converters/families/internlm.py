@@ -12,9 +12,8 @@ def internlm2_config(fields: Fields) -> DecoderConfig:
     """`InternLM2Config` of the checkpoints' own code; `bias` is that of attention."""
     head_dim = head_size(fields)
     bias = fields.flag("bias", False)
-    return decoder_config(
-        fields, head_dim=head_dim, rope=read_rope(fields, head_dim), qkv_bias=bias, o_bias=bias
-    )
+    biases = {"qkv_bias": bias, "o_bias": bias}
+    return decoder_config(fields, head_dim=head_dim, rope=read_rope(fields, head_dim), attention=biases)
 
 
 def internlm3_config(fields: Fields) -> DecoderConfig:
@@ -26,7 +25,6 @@ def internlm3_config(fields: Fields) -> DecoderConfig:
         fields,
         head_dim=head_dim,
         rope=read_rope(fields, head_dim),
-        qkv_bias=qkv_bias,
-        o_bias=bias,
-        mlp_bias=bias,
+        attention={"qkv_bias": qkv_bias, "o_bias": bias},
+        mlp={"bias": bias},
     )

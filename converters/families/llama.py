@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lmdeploy_jax.converters.families.common import decoder_config, head_size
 from lmdeploy_jax.converters.families.fields import Fields
 from lmdeploy_jax.converters.families.rope import read_rope
 from lmdeploy_jax.models.config import DecoderConfig
 
 
-def llama_config(fields: Fields) -> DecoderConfig:
-    """HF `LlamaConfig`; one flag puts biases on q, k, v and o."""
+def llama_config(fields: Fields, **features: Any) -> DecoderConfig:
+    """HF `LlamaConfig`; one flag puts biases on q, k, v and o. `features`: see `decoder_config`."""
     head_dim = head_size(fields)
     bias = fields.flag("attention_bias", False)
     return decoder_config(
         fields,
         head_dim=head_dim,
         rope=read_rope(fields, head_dim),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=fields.flag("mlp_bias", False),
+        attention={"qkv_bias": bias, "o_bias": bias},
+        mlp={"bias": fields.flag("mlp_bias", False)},
+        **features,
     )

@@ -18,7 +18,7 @@ from lmdeploy_jax.models.config import DecoderConfig
 def mistral_config(fields: Fields) -> DecoderConfig:
     """HF `MistralConfig`, whose layers are all alike."""
     config = ministral_config(fields)
-    if len(set(config.windows)) > 1:
+    if len(set(config.layers)) > 1:
         raise fields.unsupported("layer_types", fields.get("layer_types"), "the same for all layers")
     return config
 

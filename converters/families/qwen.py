@@ -20,7 +20,11 @@ def qwen2_config(fields: Fields) -> DecoderConfig:
     """HF `Qwen2Config`."""
     head_dim = head_size(fields)
     return decoder_config(
-        fields, head_dim=head_dim, rope=read_rope(fields, head_dim), windows=_windows(fields), qkv_bias=True
+        fields,
+        head_dim=head_dim,
+        rope=read_rope(fields, head_dim),
+        windows=_windows(fields),
+        attention={"qkv_bias": True},
     )
 
 
@@ -33,9 +37,7 @@ def qwen3_config(fields: Fields) -> DecoderConfig:
         head_dim=head_dim,
         rope=read_rope(fields, head_dim),
         windows=_windows(fields),
-        qk_norm=True,
-        qkv_bias=bias,
-        o_bias=bias,
+        attention={"qk_norm": True, "qkv_bias": bias, "o_bias": bias},
     )
 
 

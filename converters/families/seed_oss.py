@@ -15,7 +15,9 @@ def seed_oss_config(fields: Fields) -> DecoderConfig:
         fields,
         head_dim=head_dim,
         rope=read_rope(fields, head_dim),
-        qkv_bias=fields.flag("attention_bias", True),
-        o_bias=fields.flag("attention_out_bias", False),
-        mlp_bias=fields.flag("mlp_bias", False),
+        attention={
+            "qkv_bias": fields.flag("attention_bias", True),
+            "o_bias": fields.flag("attention_out_bias", False),
+        },
+        mlp={"bias": fields.flag("mlp_bias", False)},
     )

@@ -33,7 +33,6 @@ def smollm3_config(fields: Fields) -> DecoderConfig:
         rope_layers=tuple(bool(flag) for flag in rotated[:layers]),
         windows=layer_windows(fields, default, window),
         tie_embeddings=fields.flag("tie_word_embeddings", True),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=fields.flag("mlp_bias", False),
+        attention={"qkv_bias": bias, "o_bias": bias},
+        mlp={"bias": fields.flag("mlp_bias", False)},
     )

@@ -15,18 +15,18 @@ PRE_NORMS: Mapping[str, str] = {"input_layernorm": "attention_norm", "post_atten
 
 def hf_rules(
     config: DecoderConfig,
-    kv_heads: int,
+    tp: int,
     *,
     norms: Mapping[str, str] = PRE_NORMS,
     fused: bool = False,
 ) -> tuple[Rule, ...]:
     """The names that most HF models use; `fused`: qkv and gate and up are one tensor each, as in Phi-3.
 
-    `kv_heads` is how many the model holds (see `DecoderConfig.kv_heads`).
+    On `tp` devices the model may hold more KV heads than the checkpoint (see `AttentionConfig`).
     """
     attention = LAYER + r"self_attn\."
     mlp = LAYER + r"mlp\."
-    replicas = kv_heads // config.num_kv_heads
+    replicas = _replicas(config, tp)
     if fused:
         qkv = Rule(
             attention + r"qkv_proj\.(weight|bias)",
@@ -66,6 +66,12 @@ def hf_rules(
     )
 
 
+def _replicas(config: DecoderConfig, tp: int) -> int:
+    """How often each KV head is held, which so far is the same in all layers of every family."""
+    (replicas,) = {layer.mixer.held_kv_heads(tp) // layer.mixer.kv_heads for layer in config.layers}
+    return replicas
+
+
 def outer_rules(config: DecoderConfig, embedding: str, head: str) -> tuple[Rule, ...]:
     """Embedding and output head (see `settle_head` for tied ones), and what is left unread.
 
@@ -79,10 +85,10 @@ def outer_rules(config: DecoderConfig, embedding: str, head: str) -> tuple[Rule,
     )
 
 
-def internlm2_rules(config: DecoderConfig, kv_heads: int) -> tuple[Rule, ...]:
+def internlm2_rules(config: DecoderConfig, tp: int) -> tuple[Rule, ...]:
     """InternLM2's own names. `wqkv` holds, for each KV head, its query heads, its k head and its v head."""
     attention, mlp = LAYER + r"attention\.", LAYER + r"feed_forward\."
-    qkv = GroupedQKV(kv_heads // config.num_kv_heads, "grouped")
+    qkv = GroupedQKV(_replicas(config, tp), "grouped")
     gate_up = Stack(("1", "3"))
     return (
         *outer_rules(config, "model.tok_embeddings", "output"),

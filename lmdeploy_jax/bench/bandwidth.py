@@ -17,9 +17,9 @@ IN_FLIGHT = 8  # calls at once, so that dispatching them is not part of the time
 
 def matrix_parameters(config: DecoderConfig) -> int:
     """Weights that every decode step reads whole: all matrices but an untied embedding (read by row)."""
-    attention = 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
-    mlp = 3 * config.hidden_size * config.intermediate_size
-    return config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size
+    rows = [2 * m.head_dim * (m.heads + m.kv_heads) for m in (layer.mixer for layer in config.layers)]
+    rows += [3 * layer.mlp.width for layer in config.layers]
+    return config.hidden_size * (sum(rows) + config.vocab_size)
 
 
 def step_bytes(

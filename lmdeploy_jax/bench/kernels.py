@@ -14,7 +14,7 @@ import numpy as np
 
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
-from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig
 from lmdeploy_jax.models.rope import rotation
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, prefill_attention, tile_rows
@@ -47,11 +47,12 @@ class Result:
 def measure(config: DecoderConfig, bandwidth: float, backend: str = "pallas") -> Iterator[Result]:
     """bandwidth in bytes a second. Raises ConfigError where there is no GPU."""
     require_gpu()
-    bench = _Attention(config, backend)
+    bench = _Attention(config.layers[0].mixer, backend)
     arithmetic = _arithmetic()
-    work = config.num_heads * config.head_dim
+    mixer = config.layers[0].mixer
+    work = mixer.heads * mixer.head_dim
     for case, lengths in DECODE.items():
-        size = 4 * sum(lengths) * config.num_kv_heads * config.head_dim  # K and V, 16 bits
+        size = 4 * sum(lengths) * mixer.kv_heads * mixer.head_dim  # K and V, 16 bits
         yield _result("decode attention", case, bench.decode(lengths), size, bandwidth, "TB/s")
     for case, lengths in PREFILL.items():
         operations = sum(2 * n * (n + 1) for n in lengths) * work  # causal
@@ -75,10 +76,10 @@ def _arithmetic() -> float:
 class _Attention:
     """A cache of random pages, scattered over sequences as a running engine scatters them."""
 
-    def __init__(self, config: DecoderConfig, backend: str) -> None:
+    def __init__(self, config: AttentionConfig, backend: str) -> None:
         self.config, self.backend, self.rng = config, backend, np.random.default_rng(0)
         pages = 1 + max(sum(map(pages_for, lengths)) for lengths in (*DECODE.values(), *PREFILL.values()))
-        shape = (pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+        shape = (pages, config.kv_heads, PAGE_SIZE, config.head_dim)
         self.cache = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2)]
 
     def decode(self, lengths: Sequence[int]) -> float:
@@ -86,14 +87,14 @@ class _Attention:
         config, rows = self.config, len(lengths)
         lens, table = jnp.asarray(lengths, jnp.int32), self._table(lengths)
         slots = table[jnp.arange(rows), (lens - 1) // PAGE_SIZE] * PAGE_SIZE + (lens - 1) % PAGE_SIZE
-        arrivals = jnp.zeros((rows, config.num_kv_heads), jnp.int32)
-        turn = rotation(config.rope, lens - 1, lens)
-        work = HeadWork(cos=turn.cos, sin=turn.sin)
-        heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, config.head_dim)
-        options = {"scale": config.head_dim**-0.5, "dtype": jnp.bfloat16, "backend": self.backend}
+        arrivals = jnp.zeros((rows, config.kv_heads), jnp.int32)
+        turn = (None, None) if config.rope is None else rotation(config.rope, lens - 1, lens)
+        work = HeadWork(cos=turn[0], sin=turn[1])
+        heads = (config.kv_heads, config.group + 2, config.head_dim)
 
         def decode(k_pages: jax.Array, v_pages: jax.Array, arrivals: jax.Array, qkv: jax.Array) -> Any:
             args = (qkv, k_pages, v_pages, slots, table, lens, arrivals, work)
+            options = {"options": config.options, "dtype": jnp.bfloat16, "backend": self.backend}
             out, *written = paged_attention(*args, **options)
             return *written, out
 
@@ -109,9 +110,9 @@ class _Attention:
         width = max_tiles(tokens, len(counts), rows)
         starts = np.cumsum(counts) - counts
         tiles = build_tiles(np.arange(len(counts)), starts, counts, zeros, rows, width)
-        shape = (tokens, self.config.num_heads, self.config.head_dim)
+        shape = (tokens, self.config.heads, self.config.head_dim)
         rest = (*self.cache, self._table(lengths), jnp.asarray(tiles))
-        function = partial(prefill_attention, scale=self.config.head_dim**-0.5, backend=self.backend)
+        function = partial(prefill_attention, options=self.config.options, backend=self.backend)
         return _seconds(Case(function, [(q, *rest) for q in _random(*shape)]))
 
     def _table(self, lengths: Sequence[int]) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 from lmdeploy_jax.bench import bandwidth, report
 from lmdeploy_jax.bench.run import Run, run
 from lmdeploy_jax.bench.workloads import Job
+from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.compile import CompileCounter
@@ -68,8 +69,8 @@ class Session:
         """Seconds that the reads of a mean decode step take at full bandwidth."""
         config = self.engine.model_config
         per_token = self.engine.memory.page_bytes / PAGE_SIZE
-        heads = config.kv_heads(self.engine.config.tp)
-        itemsize = round(per_token / (2 * config.num_layers * heads * config.head_dim))
+        elements = page_bytes(config.caches(self.engine.config.tp), "int8")
+        itemsize = self.engine.memory.page_bytes // elements
         return bandwidth.step_bytes(config, itemsize, per_token, report.mean_context(jobs)) / self._bandwidth
 
     def _machine(self, compiled_before: int) -> dict[str, Any]:

@@ -79,10 +79,11 @@ class Shape:
 
 
 def products(config: DecoderConfig) -> dict[str, Shape]:
-    """The products of a decode step; those with a norm after the same ones without."""
-    heads = config.num_heads * config.head_dim
-    qkv = heads + 2 * config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
+    """The products of a decode step of layers alike; those with a norm after the same ones without."""
+    layer = config.layers[0]
+    heads = layer.mixer.heads * layer.mixer.head_dim
+    qkv = heads + 2 * layer.mixer.kv_heads * layer.mixer.head_dim
+    hidden, inner = config.hidden_size, layer.mlp.width
     plain = {
         "qkv": Shape(qkv, hidden, "parts"),
         "o": Shape(hidden, heads, "parts"),
@@ -90,7 +91,7 @@ def products(config: DecoderConfig) -> dict[str, Shape]:
         "down": Shape(hidden, inner, "parts"),
         "head": Shape(config.vocab_size, hidden, "whole"),
     }
-    if not config.pre_norm:
+    if not layer.pre_norm:
         return plain
     return plain | {
         "norm_qkv": Shape(qkv, hidden, "norm_parts"),

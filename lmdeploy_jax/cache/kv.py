@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import psutil
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lmdeploy_jax.cache.kinds import PagedCache
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.errors import ConfigError
 
@@ -20,40 +22,41 @@ CPU_CACHE_LIMIT = 2 << 30  # bytes; on a CPU the cache shares memory with everyt
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One K and one V array a layer, `[pages, kv_heads, page_size, head_dim]`, sharded on the heads."""
+    """The arrays of a cache of `num_pages` pages: those that each layer's kind asks for, in order."""
 
-    num_layers: int
+    layers: tuple[PagedCache, ...]
     num_pages: int
-    kv_heads: int
-    head_dim: int
     dtype: Any
     mesh: Mesh
 
     @property
-    def specs(self) -> tuple[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], ...]:
-        shape = (self.num_pages, self.kv_heads, PAGE_SIZE, self.head_dim)
-        one = jax.ShapeDtypeStruct(shape, self.dtype, sharding=self._sharding)
-        return ((one, one),) * self.num_layers
+    def specs(self) -> tuple[tuple[jax.ShapeDtypeStruct, ...], ...]:
+        return tuple(tuple(self._arrays(kind)) for kind in self.layers)
 
     @property
-    def shardings(self) -> tuple[tuple[NamedSharding, NamedSharding], ...]:
-        return ((self._sharding, self._sharding),) * self.num_layers
+    def shardings(self) -> tuple[tuple[NamedSharding, ...], ...]:
+        return jax.tree.map(lambda spec: spec.sharding, self.specs)
 
-    @property
-    def _sharding(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(None, "tp"))
+    def _arrays(self, kind: PagedCache) -> Iterator[jax.ShapeDtypeStruct]:
+        where = NamedSharding(self.mesh, PartitionSpec(*kind.axes))
+        for shape in kind.shapes(self.num_pages):
+            yield jax.ShapeDtypeStruct(shape, self.dtype, sharding=where)
 
-    def allocate(self) -> tuple[tuple[Array, Array], ...]:
+    def allocate(self) -> tuple[tuple[Array, ...], ...]:
         """Zeros: a page's unwritten rows are multiplied by zero probabilities, and zero times garbage may be
         NaN.
         """
-        zeros = jax.jit(partial(jnp.zeros, self.specs[0][0].shape, self.dtype), out_shardings=self._sharding)
-        return tuple((zeros(), zeros()) for _ in range(self.num_layers))
+        return jax.tree.map(lambda spec: _zeros(spec.shape, spec.dtype, spec.sharding)(), self.specs)
 
 
-def page_bytes(num_layers: int, kv_heads: int, head_dim: int, dtype: Any) -> int:
+@cache
+def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Callable[[], Array]:
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=where)
+
+
+def page_bytes(layers: Iterable[PagedCache], dtype: Any) -> int:
     """Bytes of one page over all layers and all devices."""
-    return num_layers * 2 * kv_heads * PAGE_SIZE * head_dim * jnp.dtype(dtype).itemsize
+    return sum(kind.page_bytes(jnp.dtype(dtype).itemsize) for kind in layers)
 
 
 def free_bytes(mesh: Mesh) -> int:

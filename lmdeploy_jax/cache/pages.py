@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 
-PAGE_SIZE = 64  # tokens a page
+from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE
+
 DUMP_PAGE = 0  # takes the writes of padding tokens; never handed out
 
 

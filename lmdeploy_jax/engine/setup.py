@@ -79,9 +79,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     log.info("%s", memory)
     session_len = _fitting(session_len, memory)
     packer = StepPacker(buckets.max_batch_size, session_len, model_config.vocab_size, tile_rows(backend))
-    spec = CacheSpec(
-        model_config.num_layers, memory.num_pages, loaded.kv_heads, model_config.head_dim, loaded.dtype, mesh
-    )
+    spec = CacheSpec(model_config.caches(config.tp), memory.num_pages, loaded.dtype, mesh)
     begun = time.perf_counter()
     builder = ProgramBuilder(loaded, packer, buckets, spec, mesh)
     wanted, cache = builder.all(), ProgramCache(kept, list(mesh.devices.flat), *builder.made_from)
@@ -98,7 +96,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         max_batch_size=buckets.max_batch_size,
         max_tokens=buckets.max_tokens,
         session_len=session_len,
-        rope_switch=model_config.rope.switch_length,
+        rope_switch=model_config.rope_switch,
         decode_steps=steps,
     )
     on_cpu = platform == "cpu"
@@ -113,12 +111,7 @@ def choose_backend(wanted: str, device: jax.Device, model: DecoderConfig) -> str
     """`auto` is `pallas` where device and model allow, else `xla`. Raises ConfigError for a `pallas` that
     cannot be had.
     """
-    reason = why_not(
-        device.platform,
-        model.head_dim,
-        group=model.num_heads // model.num_kv_heads,
-        compute_capability=_compute_capability(device),
-    )
+    reason = _why_not_pallas(device, model)
     if wanted == "auto":
         if reason and device.platform != "cpu":
             log.warning("backend xla instead of pallas: %s", reason)
@@ -126,6 +119,17 @@ def choose_backend(wanted: str, device: jax.Device, model: DecoderConfig) -> str
     if wanted == "pallas" and reason:
         raise ConfigError(f"backend='pallas' cannot be used: {reason}. Use backend='auto' or 'xla'.")
     return wanted
+
+
+def _why_not_pallas(device: jax.Device, model: DecoderConfig) -> str | None:
+    """The first objection that a layer meets, or None."""
+    capability = _compute_capability(device)
+    mixers = dict.fromkeys(layer.mixer for layer in model.layers)
+    reasons = (
+        why_not(device.platform, mixer.head_dim, group=mixer.group, compute_capability=capability)
+        for mixer in mixers
+    )
+    return next(filter(None, reasons), None)
 
 
 def _compute_capability(device: jax.Device) -> float | None:
@@ -176,13 +180,14 @@ def _plan(
 ) -> MemoryPlan:
     shape = model.config
     size = jnp.dtype(model.dtype).itemsize
-    activations = buckets.max_tokens * (4 * shape.intermediate_size + 8 * shape.hidden_size) * size
+    widest = max(layer.mlp.width for layer in shape.layers)
+    activations = buckets.max_tokens * (4 * widest + 8 * shape.hidden_size) * size
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
     return plan_memory(
         share=config.cache_max_entry_count,
         free=free_bytes(mesh),
         reserved=activations + logits,
-        page=page_bytes(shape.num_layers, model.kv_heads, shape.head_dim, model.dtype),
+        page=page_bytes(shape.caches(config.tp), model.dtype),
         most_tokens=buckets.max_batch_size * pages_for(session_len) * PAGE_SIZE,
         on_cpu=mesh.devices.flat[0].platform == "cpu",
     )
@@ -197,7 +202,7 @@ def _fitting(session_len: int, memory: MemoryPlan) -> int:
 
 
 def _caches_prefixes(config: JaxEngineConfig, model: DecoderConfig) -> bool:
-    if config.enable_prefix_caching and model.rope.depends_on_length:
+    if config.enable_prefix_caching and model.depends_on_length:
         log.warning("prefix caching is off: this model's RoPE depends on the whole prompt's length")
         return False
     return config.enable_prefix_caching

@@ -23,7 +23,7 @@ from lmdeploy_jax.sampling.mask import apply_mask
 from lmdeploy_jax.sampling.penalties import add_tokens, apply_penalties
 from lmdeploy_jax.sampling.sampler import greedy, sample
 
-Caches = tuple[tuple[Array, Array], ...]
+Caches = tuple[tuple[Array, ...], ...]
 Leaves = tuple[Array, ...]
 Merge = Callable[[Leaves], Decoder]
 
@@ -76,7 +76,7 @@ def decode_any(
         )
         return hidden, _next_input(last), drawn.at[:, i].set(last), caches
 
-    hidden = jnp.zeros((len(slots), model.config.hidden_size), caches[0][0].dtype)
+    hidden = jnp.zeros((len(slots), model.config.hidden_size), model.dtype)
     state = (hidden, pending[slots], jnp.zeros((len(slots), most), jnp.int32), caches)
     looped = partial(jax.lax.fori_loop, 0, field["count"][0], step) if most > 1 else partial(step, 0)
     hidden, last, drawn, caches = looped(state)
@@ -226,12 +226,12 @@ def row_logprobs(merge: Merge, leaves: Leaves, rows: Array, targets: Array) -> A
 
 def copy_pages(caches: Caches, source: Array, target: Array) -> Caches:
     """Duplicate pages in every layer; unused entries copy the dump page onto itself."""
-    return tuple((k.at[target].set(k[source]), v.at[target].set(v[source])) for k, v in caches)
+    return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), caches)
 
 
 def clear_pages(caches: Caches, pages: Array) -> Caches:
     """Fill these pages of every layer with zeros."""
-    return tuple((k.at[pages].set(0), v.at[pages].set(0)) for k, v in caches)
+    return jax.tree.map(lambda array: array.at[pages].set(0), caches)
 
 
 def set_history(history: History, slot: Array, counts: Array, bias: Array) -> History:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from lmdeploy_jax.models.batch import Batch
-from lmdeploy_jax.models.config import DecoderConfig
-from lmdeploy_jax.models.kernels import AttentionKind, Kernels, LayerCache
+from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig
+from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.rope import Rotation
@@ -16,38 +18,45 @@ from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
 
 class Attention(nnx.Module):
-    """q, k and v in one product, laid out by KV head: `[KH, G + 2, D, E]`, G query heads, then k, then v."""
+    """q, k and v in one product, laid out by KV head: `[KH, G + 2, D, E]`, G query heads, then k, then v.
+
+    added_plainly: whether the layer adds the output to the residual stream as it is.
+    """
 
     def __init__(
-        self, config: DecoderConfig, window: int | None, *, dtype: jnp.dtype, kernels: Kernels
+        self,
+        model: DecoderConfig,
+        config: AttentionConfig,
+        *,
+        added_plainly: bool,
+        dtype: jnp.dtype,
+        kernels: Kernels,
     ) -> None:
-        kv_heads = config.kv_heads(kernels.tp)
-        groups, head_dim = config.num_heads // kv_heads, config.head_dim
+        kv_heads = config.held_kv_heads(kernels.tp)
+        groups, head_dim = config.heads // kv_heads, config.head_dim
         self.kernels = kernels
-        self.kind = AttentionKind(
-            config.attention_scale,
-            window,
-            config.attention_soft_cap,
-            norm_eps=config.norm_eps,
-            norm_offset=config.norm_offset,
-        )
-        self.added_plainly = config.added_plainly and not config.o_bias
+        self.options = config.options
+        self.norm_eps, self.norm_offset = model.norm_eps, model.norm_offset
+        self.added_plainly = added_plainly and not config.o_bias
         self.qkv = Linear(
             (kv_heads, groups + 2, head_dim),
-            (config.hidden_size,),
+            (model.hidden_size,),
             ("kv_heads", None, None, "embed"),
             bias=config.qkv_bias,
             dtype=dtype,
         )
-        self.q_norm = _head_norm(config, dtype) if config.qk_norm else None
-        self.k_norm = _head_norm(config, dtype) if config.qk_norm else None
+        self.q_norm = self._head_norm(head_dim, dtype) if config.qk_norm else None
+        self.k_norm = self._head_norm(head_dim, dtype) if config.qk_norm else None
         self.o = Linear(
-            (config.hidden_size,),
+            (model.hidden_size,),
             (kv_heads, groups, head_dim),
             ("embed", "kv_heads", None, None),
             bias=config.o_bias,
             dtype=dtype,
         )
+
+    def _head_norm(self, head_dim: int, dtype: jnp.dtype) -> RMSNorm:
+        return RMSNorm(head_dim, self.norm_eps, self.norm_offset, dtype=dtype)
 
     def __call__(
         self,
@@ -63,7 +72,8 @@ class Attention(nnx.Module):
         `turn` is None in a layer without RoPE.
         """
         x, qkv = self.kernels.norm_product(self.qkv, x, delta, norm)  # [(S,) T, KH, G + 2, D]
-        out, cache = self.kernels.attend(qkv, self._work(turn), cache, batch, self.kind, x.dtype)
+        attend = partial(self.kernels.attend, eps=self.norm_eps, offset=self.norm_offset, dtype=x.dtype)
+        out, cache = attend(qkv, self._work(turn), cache, batch, self.options)
         return x, (self.kernels.product(self.o, out) if self.added_plainly else self.o(out)), cache
 
     def _work(self, turn: Rotation | None) -> HeadWork:
@@ -75,7 +85,3 @@ class Attention(nnx.Module):
             cos=cos,
             sin=sin,
         )
-
-
-def _head_norm(config: DecoderConfig, dtype: jnp.dtype) -> RMSNorm:
-    return RMSNorm(config.head_dim, config.norm_eps, config.norm_offset, dtype=dtype)

@@ -1,4 +1,7 @@
-"""What distinguishes one decoder-only family from another, as data."""
+"""What distinguishes one decoder-only family from another, as data: a list of layers, each made of parts.
+
+Parts are frozen and shared between layers alike, so that each kind of layer is traced once.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lmdeploy_jax.cache.kinds import PagedCache
 from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 ROPE_KINDS: Mapping[str, RopeKind] = {kind: kind for kind in get_args(RopeKind)}
@@ -45,64 +50,107 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes and features of a decoder. Per-layer tuples have one entry a layer."""
+class AttentionConfig:
+    """Grouped-query attention over a paged KV cache."""
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    heads: int
+    kv_heads: int
     head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    max_position: int
-    """Longest sequence the checkpoint's config names; the default session length."""
-    rope: RopeConfig
-    windows: tuple[int | None, ...]
-    """Newest keys that each layer's queries see; None: all."""
-    rope_layers: tuple[bool, ...]
-    """Which layers rotate queries and keys at all."""
-    attention_scale: float
-    norm_eps: float = 1e-6
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    options: AttentionOptions
+    """Scale, window and soft cap, as the kernels take them."""
+    rope: RopeConfig | None
+    """None: queries and keys are not rotated."""
     qkv_bias: bool = False
     o_bias: bool = False
-    mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each head of q and k, before the rotation."""
-    tie_embeddings: bool = False
-    pre_norm: bool = True
-    """RMSNorm on what enters attention and MLP."""
-    post_norm: bool = False
-    """RMSNorm on what leaves attention and MLP, before it is added to the residual."""
-    norm_offset: float = 0.0
-    """Added to every norm's weight; 1 in Gemma."""
-    attention_soft_cap: float | None = None
-    logit_soft_cap: float | None = None
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    logit_multiplier: float = 1.0
-    local_rope: RopeConfig | None = None
-    """RoPE of the layers that have a window, where it differs from the others'."""
 
     @property
-    def added_plainly(self) -> bool:
-        """Whether what attention and MLP return is added to the residual stream as it is."""
-        return not self.post_norm and self.residual_multiplier == 1.0
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.heads // self.kv_heads
 
-    def kv_heads(self, tp: int) -> int:
+    def held_kv_heads(self, tp: int) -> int:
         """KV heads that caches and weights hold on `tp` devices: at least one a device, by repeating them.
 
         Raises ConfigError where the heads cannot be dealt out evenly.
         """
-        if self.num_kv_heads % tp == 0:
-            return self.num_kv_heads
-        groups = self.num_heads // self.num_kv_heads
-        repeats = tp // self.num_kv_heads
-        if tp % self.num_kv_heads == 0 and groups % repeats == 0:
+        if self.kv_heads % tp == 0:
+            return self.kv_heads
+        repeats = tp // self.kv_heads
+        if tp % self.kv_heads == 0 and self.group % repeats == 0:
             return tp
         raise ConfigError(
-            f"tp={tp} cannot share out {self.num_heads} attention heads in {self.num_kv_heads} KV heads "
-            f"evenly; choose a tp that divides {self.num_kv_heads}, or a multiple of it that divides "
-            f"{self.num_heads}"
+            f"tp={tp} cannot share out {self.heads} attention heads in {self.kv_heads} KV heads "
+            f"evenly; choose a tp that divides {self.kv_heads}, or a multiple of it that divides "
+            f"{self.heads}"
         )
+
+    def cache(self, tp: int) -> PagedCache:
+        """What the layer keeps of each token. Raises ConfigError as `held_kv_heads` does."""
+        return PagedCache(self.held_kv_heads(tp), self.head_dim)
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """The gated feed-forward block."""
+
+    width: int
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """A mixer of tokens and a feed-forward block, each with its norms, added to the residual stream."""
+
+    mixer: AttentionConfig
+    mlp: MlpConfig
+    pre_norm: bool = True
+    """RMSNorm on what enters mixer and MLP."""
+    post_norm: bool = False
+    """RMSNorm on what leaves mixer and MLP, before it is added to the residual."""
+    residual_multiplier: float = 1.0
+
+    @property
+    def added_plainly(self) -> bool:
+        """Whether what mixer and MLP return is added to the residual stream as it is."""
+        return not self.post_norm and self.residual_multiplier == 1.0
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and features of a decoder."""
+
+    hidden_size: int
+    vocab_size: int
+    max_position: int
+    """Longest sequence the checkpoint's config names; the default session length."""
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    """Added to every norm's weight; 1 in Gemma."""
+    tie_embeddings: bool = False
+    logit_soft_cap: float | None = None
+    embedding_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotations that occur, each once, in the order of the layers."""
+        return tuple(dict.fromkeys(layer.mixer.rope for layer in self.layers if layer.mixer.rope is not None))
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a token's keys depend on the length of its sequence, so that prefixes cannot be shared."""
+        return any(rope.depends_on_length for rope in self.ropes)
+
+    @property
+    def rope_switch(self) -> int | None:
+        """See `RopeConfig.switch_length`."""
+        lengths = [rope.switch_length for rope in self.ropes if rope.switch_length is not None]
+        return min(lengths, default=None)
+
+    def caches(self, tp: int) -> tuple[PagedCache, ...]:
+        """What each layer keeps on `tp` devices. Raises ConfigError as `AttentionConfig.cache` does."""
+        return tuple(layer.mixer.cache(tp) for layer in self.layers)

@@ -11,7 +11,7 @@ from jax import Array
 
 from lmdeploy_jax.models.attention import Attention
 from lmdeploy_jax.models.batch import Batch
-from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.config import DecoderConfig, LayerConfig, RopeConfig
 from lmdeploy_jax.models.embedding import Embedding
 from lmdeploy_jax.models.kernels import Cache, Kernels, LayerCache
 from lmdeploy_jax.models.linear import soft_cap
@@ -24,18 +24,21 @@ class DecoderLayer(nnx.Module):
     """Attention and MLP, each with its norms, added to the residual stream."""
 
     def __init__(
-        self, config: DecoderConfig, window: int | None, *, dtype: jnp.dtype, kernels: Kernels
+        self, model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels
     ) -> None:
         def norm(wanted: bool) -> RMSNorm | None:
-            size, eps, offset = config.hidden_size, config.norm_eps, config.norm_offset
+            size, eps, offset = model.hidden_size, model.norm_eps, model.norm_offset
             return RMSNorm(size, eps, offset, dtype=dtype, axis="embed") if wanted else None
 
+        plainly = config.added_plainly
         self.residual_multiplier = config.residual_multiplier
         self.attention_norm = norm(config.pre_norm)
-        self.attention = Attention(config, window, dtype=dtype, kernels=kernels)
+        self.attention = Attention(model, config.mixer, added_plainly=plainly, dtype=dtype, kernels=kernels)
         self.attention_post_norm = norm(config.post_norm)
         self.mlp_norm = norm(config.pre_norm)
-        self.mlp = GatedMLP(config, dtype=dtype, kernels=kernels)
+        self.mlp = GatedMLP(
+            model.hidden_size, config.mlp, added_plainly=plainly, dtype=dtype, kernels=kernels
+        )
         self.mlp_post_norm = norm(config.post_norm)
 
     def __call__(
@@ -59,10 +62,11 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, kernels: Kernels) -> None:
         self.config = config
+        self.dtype = dtype
         self.kernels = kernels
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, kernels=kernels)
         self.layers = nnx.List(
-            DecoderLayer(config, window, dtype=dtype, kernels=kernels) for window in config.windows
+            DecoderLayer(config, layer, dtype=dtype, kernels=kernels) for layer in config.layers
         )
         self.norm = RMSNorm(
             config.hidden_size, config.norm_eps, config.norm_offset, dtype=dtype, axis="embed"
@@ -99,15 +103,11 @@ class Decoder(nnx.Module):
 
     def _turns(self, batch: Batch) -> list[Rotation | None]:
         """Each layer's rotation; layers of one kind share it."""
-        config = self.config
-        shared = rotation(config.rope, batch.positions, batch.rope_lens)
-        local = shared
-        if config.local_rope is not None:
-            local = rotation(config.local_rope, batch.positions, batch.rope_lens)
-        return [
-            (shared if window is None else local) if rotates else None
-            for window, rotates in zip(config.windows, config.rope_layers, strict=True)
-        ]
+        turns: dict[RopeConfig | None, Rotation | None] = {
+            rope: rotation(rope, batch.positions, batch.rope_lens) for rope in self.config.ropes
+        }
+        turns[None] = None
+        return [turns[layer.mixer.rope] for layer in self.config.layers]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -18,6 +18,7 @@ from lmdeploy_jax.models.linear import Linear, product
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, why_not_mosaic
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
@@ -30,24 +31,13 @@ from lmdeploy_jax.pallas_kernels.skinny_gemm import (
 )
 from lmdeploy_jax.parallel.mesh import axis_size
 
-Cache = tuple[Array, Array]
-LayerCache = tuple[Array, Array, Array]  # with the counters of decode attention, which all layers share
+Cache = tuple[Array, ...]
+LayerCache = tuple[Array, ...]  # with the counters of decode attention, which all layers share
 MOSAIC_TOKENS = 2048  # of the smallest step that attends through Mosaic
 Activation = Callable[[Array], Array]
 SECOND = PartitionSpec(None, "tp")  # KV heads of activations and caches
 WHOLE = PartitionSpec()
 HEADS = HeadWork(PartitionSpec("tp"), WHOLE, WHOLE, WHOLE, WHOLE)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class AttentionKind:
-    """A layer's static attention options; see `pallas_kernels`. The last two are those of q and k norms."""
-
-    scale: float
-    window: int | None
-    soft_cap: float | None
-    norm_eps: float
-    norm_offset: float
 
 
 @dataclass(frozen=True)
@@ -165,13 +155,20 @@ class Kernels:
         work: HeadWork,
         cache: LayerCache,
         batch: Batch,
-        kind: AttentionKind,
+        options: AttentionOptions,
+        *,
+        eps: float,
+        offset: float,
         dtype: DTypeLike,
     ) -> tuple[Array, LayerCache]:
-        """qkv [(S,) T, KH, G + 2, D] into the cache and through attention -> [T, KH, G, D], cache."""
+        """qkv [(S,) T, KH, G + 2, D] into the cache and through attention -> [T, KH, G, D] of `dtype`, cache.
+
+        eps and offset are those of the norms of q and k.
+        """
+        head_work = {"eps": eps, "offset": offset, "dtype": dtype, "backend": self.backend}
 
         def local(qkv: Array, work: HeadWork, cache: LayerCache, batch: Batch) -> tuple[Array, LayerCache]:
-            return self._attend_local(qkv, work, cache, batch, kind, dtype)
+            return self._attend_local(qkv, work, cache, batch, options, head_work)
 
         if self.tp == 1:
             return local(qkv, work, cache, batch)
@@ -186,27 +183,25 @@ class Kernels:
         work: HeadWork,
         cache: LayerCache,
         batch: Batch,
-        kind: AttentionKind,
-        dtype: DTypeLike,
+        options: AttentionOptions,
+        head_work: dict[str, Any],
     ) -> tuple[Array, LayerCache]:
-        eps, offset = kind.norm_eps, kind.norm_offset
-        options: dict[str, Any] = {"scale": kind.scale, "window": kind.window, "soft_cap": kind.soft_cap}
         k_pages, v_pages, arrivals = cache
         if batch.tiles is None:
-            decode = partial(paged_attention, eps=eps, offset=offset, dtype=dtype, backend=self.backend)
             rows = (batch.slots, batch.page_table, batch.kv_lens, arrivals)
-            out, k_pages, v_pages, arrivals = decode(qkv, k_pages, v_pages, *rows, work, **options)
+            args = (qkv, k_pages, v_pages, *rows, work)
+            out, k_pages, v_pages, arrivals = paged_attention(*args, options=options, **head_work)
             return out, (k_pages, v_pages, arrivals)
-        write = partial(rope_kv_write, eps=eps, offset=offset, dtype=dtype, backend=self.backend)
-        q, k_pages, v_pages = write(qkv, k_pages, v_pages, batch.slots, work)
+        q, k_pages, v_pages = rope_kv_write(qkv, k_pages, v_pages, batch.slots, work, **head_work)
         arguments = (q.reshape(q.shape[0], -1, q.shape[-1]), k_pages, v_pages, batch.page_table, batch.tiles)
-        out = prefill_attention(*arguments, **options, backend=self._prefill_backend(q, k_pages, kind))
+        backend = self._prefill_backend(q, k_pages, options)
+        out = prefill_attention(*arguments, options=options, backend=backend)
         return out.reshape(q.shape), (k_pages, v_pages, arrivals)
 
-    def _prefill_backend(self, q: Array, k_pages: Array, kind: AttentionKind) -> str:
+    def _prefill_backend(self, q: Array, k_pages: Array, options: AttentionOptions) -> str:
         """Mosaic's calls take the host longer than a short step lasts: they are for long ones."""
         wanted = self.tuning.prefill_attention == "mosaic" and q.shape[0] >= MOSAIC_TOKENS
         if self.backend != "pallas" or not wanted:
             return self.backend
-        plain = kind.window is None and kind.soft_cap is None
+        plain = options.window is None and options.soft_cap is None
         return "mosaic" if plain and why_not_mosaic(q.dtype, k_pages.dtype, q.shape[-1]) is None else "pallas"

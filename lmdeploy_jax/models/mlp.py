@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.config import MlpConfig
 from lmdeploy_jax.models.kernels import SECOND, WHOLE, Activation, Kernels
 from lmdeploy_jax.models.linear import Linear, few_rows, product, turned_product
 from lmdeploy_jax.models.norm import RMSNorm
@@ -25,11 +25,13 @@ ACTIVATION_FUNCTIONS: dict[str, Activation] = {
 class GatedMLP(nnx.Module):
     """`down(activation(gate(x)) * up(x))`, gate and up in one product."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, kernels: Kernels) -> None:
-        inner, hidden, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
+    def __init__(
+        self, hidden: int, config: MlpConfig, *, added_plainly: bool, dtype: jnp.dtype, kernels: Kernels
+    ) -> None:
+        inner, bias = config.width, config.bias
         self.activation = config.activation
         self.kernels = kernels
-        self.added_plainly = config.added_plainly and not bias
+        self.added_plainly = added_plainly and not bias
         self.gate_up = Linear((2, inner), (hidden,), (None, "mlp", "embed"), bias=bias, dtype=dtype)
         self.down = Linear((hidden,), (inner,), ("embed", "mlp"), bias=bias, dtype=dtype)
 

@@ -23,9 +23,7 @@ def paged_attention(
     arrivals: jax.Array,
     work: HeadWork,
     *,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
+    options: AttentionOptions,
     sinks: jax.Array | None = None,
     eps: float = 1e-6,
     offset: float = 0.0,
@@ -36,7 +34,7 @@ def paged_attention(
 
     Each of T sequences attends with its new token to what the cache has of it, the new token included, whose
     slot is the last one of those that kv_lens counts. page_table int32 [T, M], padded with 0; kv_lens int32
-    [T] (0: a row that pads the batch; it comes out as zeros). `window` limits the query at position L-1 to
+    [T] (0: a row that pads the batch; it comes out as zeros). A window limits the query at position L-1 to
     keys at positions above L-1-window; `sinks` f32 [H] adds a logit to each head's softmax denominator
     (gpt-oss). Softmax in f32. arrivals int32 [T, KH] are counters that are zero between calls and in place
     where the caller lets go of them: one array serves all layers.
@@ -49,7 +47,6 @@ def paged_attention(
     check_sinks(sinks, kv_heads * (parts.shape[3] - 2))
     if arrivals.shape != (tokens, kv_heads):
         raise ValueError(f"arrivals has shape {arrivals.shape}; it must be {(tokens, kv_heads)}")
-    options = AttentionOptions(scale, window, soft_cap)
     arrays = (parts, k_pages, v_pages, slots, page_table, kv_lens)
     rest: dict[str, Any] = {"eps": eps, "offset": offset, "dtype": dtype}
     if backend == "xla":

@@ -30,9 +30,7 @@ def prefill_attention(
     page_table: jax.Array,
     tiles: jax.Array,
     *,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
+    options: AttentionOptions,
     sinks: jax.Array | None = None,
     backend: str,
 ) -> jax.Array:
@@ -49,7 +47,6 @@ def prefill_attention(
     check_heads(q, k_pages, sinks)
     if tiles.ndim != 2 or tiles.shape[1] != 4:
         raise ValueError(f"tiles has shape {tiles.shape}; it must be [tiles, 4], as build_tiles makes it")
-    options = AttentionOptions(scale, window, soft_cap)
     if backend == "xla":
         return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options)
     from lmdeploy_jax.pallas_kernels.prefill_attention import pallas  # a CPU does without the import's time
@@ -58,7 +55,7 @@ def prefill_attention(
     if backend != "mosaic":
         return pallas.prefill_attention(*arrays, sinks, options, interpret=backend == "pallas_interpret")
     reason = why_not_mosaic(q.dtype, k_pages.dtype, q.shape[2])
-    if sinks is not None or window is not None or soft_cap is not None:
+    if sinks is not None or options.window is not None or options.soft_cap is not None:
         reason = "it knows no sinks, window or soft cap"
     if reason:
         raise ValueError(f"backend 'mosaic' cannot do this prefill attention: {reason}; take 'pallas'")

@@ -32,7 +32,7 @@ def test_the_example_of_an_override_works_with_the_default_model() -> None:
     flags = FlagSet()
     serve.define(flags)
     flags.parse(shlex.split(example))
-    assert read_config(TINY_CHAT, engine_config(flags).hf_overrides).rope.factor == 2
+    assert read_config(TINY_CHAT, engine_config(flags).hf_overrides).ropes[0].factor == 2
 
 
 def test_the_map_names_every_folder() -> None:

@@ -25,6 +25,10 @@ def build(architecture: str = "LlamaForCausalLM", **fields: object) -> DecoderCo
     return build_config({**BASE, "architectures": [architecture], **fields}, "config.json")
 
 
+def windows(config: DecoderConfig) -> tuple[int | None, ...]:
+    return tuple(layer.mixer.options.window for layer in config.layers)
+
+
 def test_old_and_new_rope_fields_mean_the_same():
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     length = {"original_max_position_embeddings": 512}
@@ -32,30 +36,33 @@ def test_old_and_new_rope_fields_mean_the_same():
     older = build(rope_theta=500000, rope_scaling={"type": "llama3", **scaling, **length})
     new = build(rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **scaling, **length})
     assert old == older == new
-    assert (new.rope.kind, new.rope.theta, new.rope.original_max_position) == ("llama3", 500000.0, 512)
+    (rope,) = new.ropes
+    assert (rope.kind, rope.theta, rope.original_max_position) == ("llama3", 500000.0, 512)
 
 
 def test_yarn_and_longrope_derive_what_is_left_out():
-    yarn = build(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}).rope
+    yarn = build(
+        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    ).ropes[0]
     assert yarn.attention_factor == pytest.approx(1.1386294)
     assert (yarn.beta_fast, yarn.beta_slow, yarn.truncate) == (32.0, 1.0, True)
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     phi = build(
         "Phi3ForCausalLM", rope_scaling={"type": "su", **factors}, original_max_position_embeddings=256
-    ).rope
+    ).ropes[0]
     assert (phi.kind, phi.factor, phi.depends_on_length) == ("longrope", 16.0, True)
     assert phi.attention_factor == pytest.approx(1.2247449)
 
 
 def test_windows_come_from_every_spelling():
-    assert build("MistralForCausalLM", sliding_window=None).windows == (None,) * 4
-    assert build("MistralForCausalLM").windows == (4096,) * 4
+    assert windows(build("MistralForCausalLM", sliding_window=None)) == (None,) * 4
+    assert windows(build("MistralForCausalLM")) == (4096,) * 4
     some = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
-    assert build("Qwen2ForCausalLM", **some).windows == (None, None, None, 9)
-    assert build("Qwen2ForCausalLM", **some | {"use_sliding_window": False}).windows == (None,) * 4
+    assert windows(build("Qwen2ForCausalLM", **some)) == (None, None, None, 9)
+    assert windows(build("Qwen2ForCausalLM", **some | {"use_sliding_window": False})) == (None,) * 4
     types = ["sliding_attention", "full_attention"] * 2
-    assert build("Qwen3ForCausalLM", **some, layer_types=types).windows == (9, None) * 2
-    assert build("Gemma2ForCausalLM", sliding_window=5).windows == (5, None) * 2
+    assert windows(build("Qwen3ForCausalLM", **some, layer_types=types)) == (9, None) * 2
+    assert windows(build("Gemma2ForCausalLM", sliding_window=5)) == (5, None) * 2
 
 
 def test_gemma3_reads_both_ropes_from_old_and_new_fields():
@@ -77,15 +84,18 @@ def test_gemma3_reads_both_ropes_from_old_and_new_fields():
         layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
     )
     assert old == new
-    assert (old.windows, old.rope.kind, old.rope.theta) == ((512, 512, None, 512), "linear", 1e6)
-    assert old.local_rope is not None
-    assert (old.local_rope.kind, old.local_rope.theta) == ("default", 1e4)
+    assert windows(old) == (512, 512, None, 512)
+    local, full = old.ropes
+    assert [layer.mixer.rope for layer in old.layers] == [local, local, full, local]
+    assert (full.kind, full.theta) == ("linear", 1e6)
+    assert (local.kind, local.theta) == ("default", 1e4)
 
 
 def test_sizes_that_are_left_out_are_derived():
     config = build(num_key_value_heads=None)
-    assert (config.num_kv_heads, config.head_dim, config.attention_scale) == (4, 16, 0.25)
-    assert build("Qwen3ForCausalLM").head_dim == 128
+    mixer = config.layers[0].mixer
+    assert (mixer.kv_heads, mixer.head_dim, mixer.options.scale) == (4, 16, 0.25)
+    assert build("Qwen3ForCausalLM").layers[0].mixer.head_dim == 128
     assert build(seq_length=1024).max_position == 1024
     assert build(max_position_embeddings=None).max_position == 2048
 

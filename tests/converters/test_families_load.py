@@ -87,7 +87,7 @@ def test_auto_dtype_depends_on_the_device_and_the_checkpoint():
 
 def test_overrides_are_laid_over_nested_objects(llama):
     config = read_config(llama, {"max_position_embeddings": 99, "rope_parameters": {"rope_theta": 5.0}})
-    assert (config.max_position, config.rope.theta, config.rope.kind) == (99, 5.0, "default")
+    assert (config.max_position, config.ropes[0].theta, config.ropes[0].kind) == (99, 5.0, "default")
     assert load_model(llama, hf_overrides={"rms_norm_eps": 0.5}).config.norm_eps == 0.5
 
 
@@ -99,7 +99,7 @@ def test_rope_is_overridden_by_either_name(copy, name, kind, held):
     config = json.loads((copy / "config.json").read_text())
     settings = config.pop("rope_parameters") | {"rope_theta": 5000.0}
     (copy / "config.json").write_text(json.dumps(config | {held: settings}))
-    rope = read_config(copy, {name: {kind: "linear", "factor": 2}}).rope
+    rope = read_config(copy, {name: {kind: "linear", "factor": 2}}).ropes[0]
     assert (rope.kind, rope.factor, rope.theta) == ("linear", 2.0, 5000.0)
 
 

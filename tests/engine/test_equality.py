@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+from lmdeploy_jax.cache.kinds import PagedCache
 from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.engine import buckets
@@ -52,7 +53,7 @@ def test_pages_of_answers_are_found_again_in_the_next_turn(engine, prompts, expe
 
 def small_pool(llama, compile_cache, pages: int, **changes) -> Engine:
     """An engine whose KV cache holds `pages` pages and the dump page."""
-    size = page_bytes(num_layers=2, kv_heads=2, head_dim=16, dtype="float32")
+    size = page_bytes([PagedCache(kv_heads=2, head_dim=16)] * 2, "float32")
     return other_engine(llama, compile_cache, cache_max_entry_count=(pages + 1) * size, **changes)
 
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from lmdeploy_jax.cache.kinds import PagedCache
 from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.engine.compile import CompileCounter
 from lmdeploy_jax.engine.engine import Engine
@@ -16,7 +17,7 @@ REQUESTS = 500
 @pytest.fixture(scope="module")
 def ahead(llama, compile_cache):
     """An engine as users get it, compiled ahead, with a pool too small for all that runs."""
-    size = page_bytes(num_layers=2, kv_heads=2, head_dim=16, dtype="float32")
+    size = page_bytes([PagedCache(kv_heads=2, head_dim=16)] * 2, "float32")
     changes = {"eager_mode": False, "cache_max_entry_count": 11 * size, "max_prefill_token_num": 64}
     engine = Engine(llama, config(compile_cache, **changes), progress=False)
     yield engine

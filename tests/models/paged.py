@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
-from lmdeploy_jax.parallel.mesh import axis_size
+from lmdeploy_jax.parallel.mesh import axis_size, make_mesh
 
 TOKENS = 192  # ragged shape
 PAGES_EACH = 4
@@ -27,11 +26,9 @@ class PagedRunner:
         self.rows = rows
         pages = np.random.default_rng(0).permutation(rows * PAGES_EACH) + 1
         self.table = pages.reshape(rows, PAGES_EACH).astype(np.int32)
-        shape = (rows * PAGES_EACH + 1, model.kv_heads, PAGE_SIZE, model.config.head_dim)
-        spec = jax.sharding.PartitionSpec(None, "tp")
-        where = None if axis_size(mesh, "tp") == 1 else jax.sharding.NamedSharding(mesh, spec)
-        zeros = partial(jnp.zeros, shape, model.dtype, device=where)
-        self.caches = tuple((zeros(), zeros()) for _ in range(model.config.num_layers))
+        mesh = mesh or make_mesh(1)
+        kinds = model.config.caches(axis_size(mesh, "tp"))
+        self.caches = CacheSpec(kinds, rows * PAGES_EACH + 1, model.dtype, mesh).allocate()
         # Compiled without LLVM's optimisations: the tests' time is compilation.
         fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         self.step = jax.jit(self._step, donate_argnums=1, compiler_options=fast)

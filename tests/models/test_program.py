@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from math import prod
 
 import jax
@@ -13,24 +14,29 @@ import pytest
 from lmdeploy_jax.converters.load import build_skeleton
 from lmdeploy_jax.models import kernels
 from lmdeploy_jax.models.batch import Batch
-from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
+from lmdeploy_jax.models.config import (
+    AttentionConfig,
+    DecoderConfig,
+    LayerConfig,
+    MlpConfig,
+    RopeConfig,
+)
 from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 
 LAYERS = 4
+WINDOWS = (None, None, 8, 8)
 CONFIG = DecoderConfig(
     hidden_size=96,
-    num_layers=LAYERS,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=16,
-    intermediate_size=160,
     vocab_size=331,
     max_position=128,
-    rope=RopeConfig(16),
-    windows=(None, None, 8, 8),
-    rope_layers=(True,) * LAYERS,
-    attention_scale=0.25,
-    qkv_bias=True,
+    layers=tuple(
+        LayerConfig(
+            AttentionConfig(6, 2, 16, AttentionOptions(0.25, window), RopeConfig(16), qkv_bias=True),
+            MlpConfig(160),
+        )
+        for window in WINDOWS
+    ),
 )
 CACHE = (9, 2, 64, 16)
 
@@ -61,7 +67,7 @@ def program():
 
 
 def test_layers_alike_are_traced_once(program):
-    kinds = len(set(CONFIG.windows))
+    kinds = len(set(WINDOWS))
     assert program[0] == kinds + 1  # the first layer has nothing to add to the residual stream
 
 
@@ -80,7 +86,7 @@ def test_caches_are_updated_in_place(program):
 
 def test_embedding_multiplier_keeps_the_dtype():
     """Gemma scales by sqrt(hidden size), rounded to the weights' dtype first."""
-    config = DecoderConfig(**{**CONFIG.__dict__, "embedding_multiplier": 96**0.5, "logit_multiplier": 0.5})
+    config = replace(CONFIG, embedding_multiplier=96**0.5, logit_multiplier=0.5)
     skeleton = build_skeleton(config, jnp.dtype("bfloat16"), Kernels())
     row = jax.ShapeDtypeStruct((3,), jnp.int32)
     batch = Batch(row, row, row, row, jax.ShapeDtypeStruct((3, 2), jnp.int32), row)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import max_tiles, prefill_attention, tile_rows
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
@@ -34,10 +35,10 @@ class Model:
 
     def options(self) -> dict[str, object]:
         sinks = jnp.zeros(self.heads, jnp.float32) if self.sinks else None
-        return {"scale": 0.1, "window": self.window, "soft_cap": self.soft_cap, "sinks": sinks}
+        return {"options": AttentionOptions(0.1, self.window, self.soft_cap), "sinks": sinks}
 
     def cache(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((PAGES, self.kv_heads, 64, self.head_dim), self.dtype)
+        return jax.ShapeDtypeStruct((PAGES, self.kv_heads, PAGE_SIZE, self.head_dim), self.dtype)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
-PAGE_SIZE = 64
 LENGTHS = (
     0,
     1,
@@ -188,5 +188,5 @@ def _jitted(
     op: Callable[..., jax.Array], batch: PagedBatch, backend: str, **more: object
 ) -> Callable[..., jax.Array]:
     sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
-    options = batch.shape.options | more
-    return jax.jit(lambda *arrays: op(*arrays, **options, sinks=sinks, backend=backend))
+    options = AttentionOptions(**batch.shape.options)
+    return jax.jit(lambda *arrays: op(*arrays, options=options, **more, sinks=sinks, backend=backend))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
@@ -118,7 +119,8 @@ def test_decode_does_what_the_separate_operations_do(case: Fused, backend: str) 
     caches = batch.device(*(batch.without(pages, slots) for pages in (batch.k_pages, batch.v_pages)))
     arrays = (jnp.asarray(qkv), *caches, slots, batch.table, batch.lengths, np.zeros((tokens, 2), np.int32))
     sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
-    options = case.options | {"eps": 1e-5, "offset": case.offset, "dtype": case.dtype, "sinks": sinks}
+    options = {"eps": 1e-5, "offset": case.offset, "dtype": case.dtype, "sinks": sinks}
+    options |= {"options": AttentionOptions(**case.options)}
     got, want = (
         jax.jit(lambda *arrays, b=b: paged_attention(*arrays, work, **options, backend=b)[:3])(*arrays)
         for b in (backend, "xla")
@@ -136,7 +138,7 @@ def test_decode_does_what_the_separate_operations_do(case: Fused, backend: str) 
 def test_xla_on_cpu_never_copies_the_cache(dtype: str) -> None:
     cache, qkv = jax.ShapeDtypeStruct((300, 2, 64, 64), dtype), jax.ShapeDtypeStruct((2, 2, 4, 64), dtype)
     rest = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (2, 8), (2,))]
-    op = partial(paged_attention, scale=1.0, dtype=dtype, backend="xla")
+    op = partial(paged_attention, options=AttentionOptions(1.0), dtype=dtype, backend="xla")
     attend = jax.jit(lambda *a: op(*a, jnp.zeros((2, 2), int), HeadWork())[:3], donate_argnums=(1, 2))
     memory = attend.lower(qkv, cache, cache, *rest).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 300 * 2 * 64 * 64
@@ -146,16 +148,16 @@ def test_a_shape_that_does_not_fit_is_refused() -> None:
     cache, table, lens = jnp.zeros((2, 2, 64, 16)), jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
     zeros, qkv = jnp.zeros((1, 2), int), jnp.zeros((1, 2, 3, 16))
 
-    def decode(
-        qkv: jax.Array = qkv, zeros: jax.Array = zeros, backend: str = "xla", **options: object
-    ) -> None:
+    plain = AttentionOptions(1.0)
+
+    def decode(qkv: jax.Array = qkv, zeros: jax.Array = zeros, backend: str = "xla", **more: object) -> None:
         arrays = (qkv, cache, cache, lens, table, lens, zeros, HeadWork())
-        paged_attention(*arrays, scale=1.0, dtype="float32", backend=backend, **options)
+        paged_attention(*arrays, options=plain, dtype="float32", backend=backend, **more)
 
     with pytest.raises(ValueError, match="no query head"):
         decode(qkv[:, :, :2])
     with pytest.raises(ValueError, match="window is 0"):
-        decode(window=0)
+        AttentionOptions(1.0, window=0)
     with pytest.raises(ValueError, match=r"sinks has shape \(3,\)"):
         decode(sinks=jnp.zeros(3))
     with pytest.raises(ValueError, match=r"arrivals has shape \(1, 3\)"):
@@ -163,6 +165,6 @@ def test_a_shape_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="'cuda' is unknown"):
         decode(backend="cuda")
     with pytest.raises(ValueError, match="multiple of the KV heads"):
-        prefill_attention(jnp.zeros((1, 3, 16)), cache, cache, table, lens, scale=1.0, backend="xla")
+        prefill_attention(jnp.zeros((1, 3, 16)), cache, cache, table, lens, options=plain, backend="xla")
     with pytest.raises(ValueError, match=r"must be \[tiles, 4\]"):
-        prefill_attention(jnp.zeros((1, 2, 16)), cache, cache, table, lens, scale=1.0, backend="xla")
+        prefill_attention(jnp.zeros((1, 2, 16)), cache, cache, table, lens, options=plain, backend="xla")

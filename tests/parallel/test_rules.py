@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
+from lmdeploy_jax.models.config import AttentionConfig, RopeConfig
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.parallel.mesh import AXES, axis_size, make_mesh
 from lmdeploy_jax.parallel.rules import partition_spec
 
@@ -46,31 +47,18 @@ def test_mesh_takes_the_first_devices_and_refuses_too_few():
         make_mesh(count)
 
 
-def decoder(heads: int, kv_heads: int) -> DecoderConfig:
-    return DecoderConfig(
-        hidden_size=64,
-        num_layers=1,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=16,
-        intermediate_size=64,
-        vocab_size=16,
-        max_position=64,
-        rope=RopeConfig(16),
-        windows=(None,),
-        rope_layers=(True,),
-        attention_scale=0.25,
-    )
+def attention(heads: int, kv_heads: int) -> AttentionConfig:
+    return AttentionConfig(heads, kv_heads, 16, AttentionOptions(0.25), RopeConfig(16))
 
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "tp", "expected"), [(8, 8, 4, 8), (8, 2, 2, 2), (8, 2, 4, 4), (8, 1, 8, 8)]
 )
 def test_kv_heads_are_repeated_up_to_tp(heads, kv_heads, tp, expected):
-    assert decoder(heads, kv_heads).kv_heads(tp) == expected
+    assert attention(heads, kv_heads).held_kv_heads(tp) == expected
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "tp"), [(14, 2, 4), (6, 3, 2), (12, 3, 4)])
 def test_heads_that_cannot_be_shared_out_are_a_config_error(heads, kv_heads, tp):
     with pytest.raises(ConfigError, match=f"tp={tp} cannot share out {heads} attention heads"):
-        decoder(heads, kv_heads).kv_heads(tp)
+        attention(heads, kv_heads).held_kv_heads(tp)

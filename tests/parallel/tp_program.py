@@ -68,7 +68,7 @@ def compare(name: str, folder: str) -> None:
         found = {
             "tp": tp,
             "head_kept": bool(np.array_equal(np.asarray(head)[:257], rows[::-1])),
-            "kv_heads": model.kv_heads,
+            "kv_heads": model.config.layers[0].mixer.held_kv_heads(tp),
             "error": float(np.abs(got - want).max() / np.abs(want).max()),
             "converted_alike": all(alike),
             "collectives": collectives(runner) if tp == 4 else [],

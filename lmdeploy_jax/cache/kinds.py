@@ -1,0 +1,31 @@
+"""What a layer keeps of a sequence, told without any array: which arrays, and what a page of them takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+from lmdeploy_jax.cache.pages import PAGE_SIZE
+
+Shape = tuple[int, ...]
+Axes = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """K and V of every token, by page: two arrays [pages, kv_heads, PAGE_SIZE, head_dim], cut by heads."""
+
+    kv_heads: int
+    head_dim: int
+
+    axes: ClassVar[Axes] = (None, "tp")
+    """The mesh axis of each leading axis of its arrays."""
+
+    def shapes(self, num_pages: int) -> tuple[Shape, ...]:
+        """The shapes of its arrays, over all devices."""
+        return ((num_pages, self.kv_heads, PAGE_SIZE, self.head_dim),) * 2
+
+    def page_bytes(self, itemsize: int) -> int:
+        """Bytes of one page over all devices, at `itemsize` bytes an element."""
+        return itemsize * sum(map(prod, self.shapes(1)))
