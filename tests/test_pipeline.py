@@ -56,6 +56,45 @@ def test_template_keywords_reach_the_template(opened):
     assert thinking == same != plain
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tools": "x"}, "tools='x' is invalid"),
+        ({"tools": [{"a": 1}]}, r"tools\[0\] must be an object"),
+        ({"reasoning_effort": "banana"}, "reasoning_effort='banana' is unknown"),
+        ({"chat_template_kwargs": {"self": 1}}, "'self' is set by the request itself"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs='x' is invalid"),
+    ],
+)
+def test_what_no_template_can_be_given_is_refused(opened, fields, words):
+    pipe, engine = opened(echo)
+    for call in (pipe.infer, pipe.stream_infer, pipe.chat):
+        with pytest.raises(RequestError, match=words):
+            call("hi", **fields)
+    assert not engine.seen
+
+
+def test_variables_that_the_template_does_not_read_are_told_of_once(opened, caplog):
+    pipe, _ = opened(lambda request, index: ids("ok"))
+    for _ in range(2):
+        pipe.infer("hi", chat_template_kwargs={"nonsense": 1, "enable_thinking": True, "documents": None})
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.endswith("without them: 'nonsense'")
+
+
+def test_nulls_and_malformed_arguments_in_the_history(opened):
+    """What an OpenAI client's `model_dump()` gives, and a call that a limit has cut."""
+    pipe, engine = opened(lambda request, index: ids("ok"))
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "cut'}}
+    nulls = {"content": None, "refusal": None, "audio": None, "reasoning_content": None}
+    user = {"role": "user", "content": "hi", "name": None}
+    answer = pipe.infer([user, {"role": "assistant", **nulls, "tool_calls": [call]}, user])
+    assert answer.text == "ok"
+    prompt = TOKENIZER.decode(engine.seen[0].prompt, skip_special_tokens=False)
+    assert "None" not in prompt
+    assert '{"name": "f", "arguments": {"a": "cut}' in prompt
+
+
 def test_token_ids_are_taken_as_they_are(opened):
     pipe, _ = opened(echo)
     prompt = TOKENIZER.encode("one two")

@@ -25,7 +25,7 @@ class RemoteConversation:
     def answer(self, text: str) -> None:
         """Stream the answer to standard output; the turn is remembered once it is complete."""
         asked = [*self._history, {"role": "user", "content": text}]
-        said, reason = "", None
+        said, reason, failure = "", None, None
         chunks = self._client.chat_completions_v1(
             self._model, [*self._first, *asked], stream=True, **self._fields
         )
@@ -33,7 +33,10 @@ class RemoteConversation:
             for choice in chunk["choices"]:
                 said += _printed(choice["delta"])
                 reason = choice["finish_reason"] or reason
+                failure = choice.get("error") or failure
         print(flush=True)
+        if failure:
+            raise RequestError(failure["message"])
         self._history = [*asked, {"role": "assistant", "content": said}]
         if reason == "length":
             print("[the answer was cut off: it reached the length limit]", file=sys.stderr)

@@ -47,7 +47,7 @@ class Answer:
 
     def feed(self, out: StepOutput) -> Response:
         """The piece that `out` adds. Sets `done` with the last one."""
-        hidden_stop = out.stop_token is not None and not self._config.include_stop_str_in_output
+        hidden_stop = out.stop_token is not None and not self._includes(out.stop_token)
         ids = out.token_ids[:-1] if out.stop_token is not None else out.token_ids
         text, kept, match = self._take(ids)
         if match is None and out.finish_reason is not None:
@@ -89,13 +89,20 @@ class Answer:
 
     def _rest(self, stop_token: int | None) -> tuple[str, str | None]:
         """What was held back, and the stop token's own text where it is asked for."""
-        include = stop_token is not None and self._config.include_stop_str_in_output
+        include = stop_token is not None and self._includes(stop_token)
         text = self._text.feed([stop_token]) if include and stop_token is not None else ""
         shown, match = self._match(text + self._text.finish())
         held = self._matcher.finish() if self._matcher is not None else ""
         if include and match is None and stop_token is not None and self._unseen(stop_token):
             held += self._tokenizer.token_text(stop_token)
         return shown + held, match
+
+    def _includes(self, stop_token: int) -> bool:
+        """Whether the stop token is part of the answer. What ends a form is not, unless it was named."""
+        form, named = self._config.response_format, self._config.stop_token_ids or ()
+        has_form = form is not None and form.get("type") != "text"
+        free = not has_form or stop_token in named or stop_token in self._options.stops.words
+        return self._config.include_stop_str_in_output and free
 
     def _unseen(self, token: int) -> bool:
         return self._config.skip_special_tokens and self._tokenizer.is_special(token)

@@ -134,13 +134,13 @@ class Frontend:
         return self.tokenizer.encode(text, add_bos=add_bos, add_special_tokens=add_special_tokens)
 
     def _tell_unread(self, variables: dict[str, Any]) -> None:
-        """A variable that the template never reads changes nothing, which its sender should know."""
+        """Who sends a variable that the template never reads should know it."""
         unread = {name[:_LONGEST_NAME] for name in {*variables} - self.template.reads.union(SWITCHES)}
         new = unread - self._unread
         if new and len(self._unread) < _MOST_NAMES:
             self._unread |= new
             logger.warning(
-                "the chat template does not read these variables, so they change nothing: %s",
+                "the chat template does not read these variables, so the prompt is the same without them: %s",
                 ", ".join(map(ascii, sorted(new))),
             )
 

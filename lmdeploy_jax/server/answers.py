@@ -141,7 +141,7 @@ class AnswerReader:
 
     def _finish(self, piece: Response) -> Finish | None:
         if self.cut:
-            return Finish("tool_calls")
+            return Finish(self._ending())
         reason = piece.finish_reason
         if reason is None or reason == "error":
             return None

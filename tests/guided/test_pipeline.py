@@ -93,6 +93,22 @@ def test_a_grammar_that_allows_everything_changes_nothing(sampling, pipe):
             assert x == pytest.approx(y, abs=1e-4)
 
 
+@pytest.mark.parametrize("thinking", [{"enable_thinking": True}, {"reasoning_effort": "none"}])
+def test_the_form_begins_at_once_whether_the_template_speaks_of_thinking_or_not(thinking, pipe):
+    """A pipeline tells no reasoning apart, so that a text with a form is the form."""
+    form = {"type": "choice", "choice": ["maybe", "\n\nno"]}
+    for answer in pipe.infer(PROMPTS, guided(form), **thinking):
+        assert answer.text in form["choice"]
+
+
+def test_what_ends_a_form_is_no_part_of_it_unless_it_was_named(pipe):
+    form, end = {"type": "regex", "regex": "[0-9]+"}, pipe.tokenizer.eos_token
+    shown = {"include_stop_str_in_output": True, "skip_special_tokens": False}
+    (plain,) = ask(pipe, form, PROMPTS[:1], **shown)
+    (named,) = ask(pipe, form, PROMPTS[:1], stop_words=[end], **shown)
+    assert (plain.text, named.text) == ("42", f"42{end}")
+
+
 def test_strangers_in_the_batch_are_left_alone(pipe):
     plain = guided(None, max_new_tokens=24)
     drawn = guided(None, max_new_tokens=24, do_sample=True, random_seed=4)
@@ -160,8 +176,8 @@ def test_where_everything_allowed_is_banned_the_answer_ends_with_an_error_alone(
     allowed = pipe.tokenizer.encode("x", add_bos=False, add_special_tokens=False)
     broken = guided({"type": "regex", "regex": "x{5}"}, bad_words=["x", "xx", "xxx"], bad_token_ids=allowed)
     healthy, failed = pipe.infer(PROMPTS[:2], [guided(schema_format(PERSON)), broken])
-    assert (failed.finish_reason, failed.error_code) == ("error", "invalid_request")
-    assert "banned" in failed.error_message
+    assert (failed.finish_reason, failed.error_code) == ("error", "invalid_logits")
+    assert "ruled out" in failed.error_message
     jsonschema.validate(json.loads(healthy.text), PERSON)
 
 
