@@ -26,6 +26,7 @@ class EngineBase(ABC):
 
     facts: EngineFacts
     home: Home
+    in_process = True  # runs in this process, and needs its grammars compiled
     on_step: Callable[[int], None] | None = None  # told the tokens of each step that is dispatched
 
     @abstractmethod

@@ -27,7 +27,7 @@ from lmdeploy_jax.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lmdeploy_jax.guided.grammars import Grammars
+    from lmdeploy_jax.guided.grammars import Grammar, Grammars
 
 logger = logging.getLogger("lmdeploy_jax")
 _MOST_NAMES, _LONGEST_NAME = 256, 64  # of template variables that are told of, each once
@@ -159,10 +159,10 @@ class Frontend:
         `sink` is called on a worker's thread: with pieces if `stream`, else with each complete answer, and
         then `flush`, once for all the pieces that came together. Each of the `n` answers ends with one
         finish_reason. Raises `RequestError` and `EngineError`, and then
-        calls no sink. A `response_format` is compiled here, on the caller's thread.
+        calls no sink. A `response_format` is tried and compiled here, while the caller's thread waits.
         """
         ends = stops(config, self.limits)
-        grammar = None if config.response_format is None else self._grammars.compile(config.response_format)
+        grammar = None if config.response_format is None else self._grammar(config.response_format)
         params = sampling_params(config, prompt, self.limits, ends.ids, grammar)
         options = OutputOptions(config, ends, stream, index)
         listener = self._outputs.listener(prompt, options, sink, flush)
@@ -175,6 +175,9 @@ class Frontend:
             )
         self.engine.submit(request)
         return request.request_id
+
+    def _grammar(self, form: dict[str, Any]) -> Grammar | None:
+        return self._grammars.compile(form, here=self.engine.in_process)
 
     @cached_property
     def _grammars(self) -> Grammars:

@@ -56,6 +56,8 @@ class RemoteEngine(EngineBase):
     together, however either of them ends.
     """
 
+    in_process = False
+
     def __init__(
         self,
         model: str | Path,
@@ -268,7 +270,7 @@ def _message(request: Request) -> bytes:
     """Raises RequestError where something of the request cannot leave this process."""
     params, grammar = request.params, request.params.grammar
     sent = params if grammar is None else params.with_grammar(None)
-    source = None if grammar is None else (grammar.text, grammar.kind)
+    source = None if grammar is None else (grammar.source.text, grammar.source.size)
     try:
         return dumps(
             Submit(request.request_id, list(request.prompt), sent, request.streams, request.arrival, source)

@@ -16,14 +16,14 @@ from lmdeploy_jax.errors import LmdeployError
 
 
 class Submit(NamedTuple):
-    """A request. `params.grammar` stays behind: `grammar` is its text and kind, to be compiled again."""
+    """A request. `params.grammar` stays behind: `grammar` are its `Source`'s fields, to be compiled again."""
 
     request_id: int
     prompt: list[int]
     params: SamplingParams
     streams: bool
     arrival: float
-    grammar: tuple[str, str] | None
+    grammar: tuple[str, int] | None
 
 
 class Abort(NamedTuple):

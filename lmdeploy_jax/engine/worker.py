@@ -15,14 +15,14 @@ import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine import collector
 from lmdeploy_jax.engine.base import EngineBase
+from lmdeploy_jax.engine.compiling import CompilingRequests
 from lmdeploy_jax.engine.joined import Joined
 from lmdeploy_jax.engine.request import Request, StepOutput
 from lmdeploy_jax.engine.wire import (
@@ -41,9 +41,6 @@ from lmdeploy_jax.engine.wire import (
 )
 from lmdeploy_jax.errors import EngineError, LmdeployError
 from lmdeploy_jax.logs import logger, set_level
-
-if TYPE_CHECKING:
-    from lmdeploy_jax.guided.grammars import Grammar, Grammars
 
 Build = Callable[[], EngineBase]
 DEAF = (signal.SIGINT, signal.SIGTERM)  # the parent answers them for both: running answers are finished first
@@ -97,12 +94,14 @@ class Worker:
         self._engine = engine
         self._connection = connection
         self._outbox = Outbox(engine, connection)
+        self._compiling = CompilingRequests(engine)
 
     def serve(self) -> None:
         """Until the parent says that it is enough."""
         with suppress(EOFError, OSError):
             while (message := receive(self._connection)) is not None:
                 self._handle(message)
+        self._compiling.close()
         self._engine.close()
         self._outbox.close()
 
@@ -111,8 +110,7 @@ class Worker:
             case Submit():
                 self._submit(message)
             case Abort():
-                with suppress(EngineError):  # it has ended with the engine
-                    self._engine.abort(message.request_id, message.sequence)
+                self._abort(message)
             case Call():
                 self._outbox.put(Reply(message.number, self._error_of(message)))
 
@@ -121,10 +119,16 @@ class Worker:
         request = Request(asked.prompt, asked.params, sink, asked.streams, asked.request_id, asked.arrival)
         try:
             if asked.grammar is not None:
-                request.params = request.params.with_grammar(self._compiled(*asked.grammar))
-            self._engine.submit(request)
+                self._compiling.submit(request, asked.grammar)
+            else:
+                self._engine.submit(request)
         except Exception as error:  # what the parent could not know: it has fallen asleep, or ended
             request.refuse(error)
+
+    def _abort(self, asked: Abort) -> None:
+        if not self._compiling.abort(asked.request_id, asked.sequence):
+            with suppress(EngineError):  # it has ended with the engine
+                self._engine.abort(asked.request_id, asked.sequence)
 
     def _error_of(self, call: Call) -> BaseException | None:
         try:
@@ -132,16 +136,6 @@ class Worker:
         except Exception as error:
             return portable(error)
         return None
-
-    def _compiled(self, text: str, kind: str) -> Grammar:
-        return self._grammars.compile_text(text, kind)
-
-    @cached_property
-    def _grammars(self) -> Grammars:
-        from lmdeploy_jax.guided.grammars import Grammars  # llguidance is loaded with the first grammar
-        from lmdeploy_jax.text.tokenizer import Tokenizer
-
-        return Grammars(Tokenizer(self._engine.folder), self._engine.vocab_size)
 
 
 class Outbox:

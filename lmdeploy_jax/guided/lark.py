@@ -12,7 +12,8 @@ ANY = "/(?s:.*)/"
 
 
 def literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """The text as a grammar's string. Of what JSON leaves as it is, Lark's lexer refuses DEL alone."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def optional_literal(text: str) -> str:
@@ -51,6 +52,13 @@ class Writer:
         if self.special(tag) is None:
             return self.rule(f"({without(body, tag)}) {literal(before + tag + after)}", "TEXT")
         return f"{self.rule(without(body, tag), 'TEXT')} {self.tag(tag)} {optional_literal(after)}"
+
+    def up_to(self, body: str, tag: str, before: str, after: str) -> str:
+        """Text of the form `body`, in which the tag never occurs, then the tag with what stands around it."""
+        if self.special(tag) is None:
+            return self.rule(f"({body}) {literal(before + tag + after)}", "TEXT")
+        text = self.rule(f"({body}) {optional_literal(before)}", "TEXT")
+        return f"{text} {self.tag(tag)} {optional_literal(after)}"
 
     def closing(self, tag: str, before: str, after: str) -> str:
         """The tag with what stands around it."""

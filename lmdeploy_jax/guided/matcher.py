@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -11,6 +11,7 @@ from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.guided.panics import as_request_error, panics_are_errors
 
 # Few: cheap masks take longer in many threads than in one, and only dear ones take less.
 THREADS = min(4, max(1, (os.cpu_count() or 1) // 4))
@@ -20,15 +21,25 @@ _FEW = 4  # masks that one thread computes sooner than several can be woken
 class Matcher:
     """One sequence's way through a grammar. `stop_ids` may come wherever the grammar may end."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, stop_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        vocab_size: int,
+        stop_ids: Iterable[int],
+        on_advance: Callable[[], None] = lambda: None,
+    ) -> None:
         self._matcher = matcher
+        self._on_advance = on_advance
+        self._panic: RequestError | None = None
         self._end = divmod(vocab_size, 32)  # word and bit of the token that stands for the end
         self._stops = [(i // 32, np.uint32(1 << i % 32).view(np.int32)) for i in stop_ids]
 
     def advance(self, token: int) -> None:
         """Take the next token. Raises `RequestError` where the grammar does not allow it."""
-        if self._matcher.consume_token(token):
-            return
+        self._on_advance()
+        with panics_are_errors():
+            if self._matcher.consume_token(token):
+                return
         raise RequestError(
             f"Token {token} is not in the answer's grammar: {_first_line(self._matcher)}. Either everything "
             "that the grammar allows here is banned (bad_words, bad_token_ids, logit_bias, a logits "
@@ -43,9 +54,15 @@ class Matcher:
     @property
     def failure(self) -> RequestError | None:
         """What went wrong, once something has."""
-        if not self._matcher.is_error():
-            return None
+        if self._panic is not None or not self._matcher.is_error():
+            return self._panic
         return RequestError(f"The grammar cannot be followed any further: {_first_line(self._matcher)}")
+
+    def _fill(self, mask: np.ndarray, row: int) -> None:
+        try:
+            fill_next_token_bitmask(self._matcher, mask, row)
+        except BaseException as error:
+            self._panic = as_request_error(error)
 
     def _add_stops(self, row: np.ndarray) -> None:
         word, bit = self._end
@@ -55,14 +72,24 @@ class Matcher:
 
 
 def fill_masks(mask: np.ndarray, matchers: Sequence[tuple[int, Matcher]]) -> None:
-    """Write the tokens that each matcher allows into its row of `mask` i32 [rows, words], a bit a token."""
-    if len(matchers) <= _FEW or THREADS == 1:
+    """Write the tokens that each matcher allows into its row of `mask` i32 [rows, words], a bit a token.
+
+    A matcher that llguidance fails on tells of it as its `failure`; the others do not notice.
+    """
+    if len(matchers) <= _FEW or THREADS == 1 or not _filled_together(mask, matchers):
         for row, matcher in matchers:
-            fill_next_token_bitmask(matcher._matcher, mask, row)
-    else:
-        fill_next_token_bitmask_par(_executor(), [(m._matcher, row) for row, m in matchers], mask)
+            matcher._fill(mask, row)
     for row, matcher in matchers:
         matcher._add_stops(mask[row])
+
+
+def _filled_together(mask: np.ndarray, matchers: Sequence[tuple[int, Matcher]]) -> bool:
+    try:
+        fill_next_token_bitmask_par(_executor(), [(m._matcher, row) for row, m in matchers], mask)
+    except BaseException as error:
+        as_request_error(error)
+        return False  # one of them panicked; which of them shows one by one
+    return True
 
 
 @cache

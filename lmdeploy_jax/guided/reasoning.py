@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmdeploy_jax.guided.lark import ANY, Writer, without
-from lmdeploy_jax.guided.response_format import grammar_text
+from lmdeploy_jax.guided.response_format import Written, described, grammar_text
 from lmdeploy_jax.text.parsers import ReasoningFormat
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
@@ -37,7 +37,9 @@ def after_reasoning(
     first = {"lark_grammar": writer.grammar(f"{begin} @answer")}
     own = json.loads(text)["grammars"] if text.startswith("{") else [{"lark_grammar": text}]
     grammars = [first, {**own[0], "name": "answer"}, *own[1:]]
-    return {"type": "grammar", "grammar": json.dumps({"grammars": grammars}, ensure_ascii=False)}
+    assert response_format is not None
+    whole = Written(json.dumps({"grammars": grammars}), {described(response_format): text})
+    return {"type": "grammar", "grammar": whole}
 
 
 def thinking(

@@ -9,6 +9,9 @@ from typing import Any
 from llguidance import LLMatcher, grammar_from
 
 from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.guided.lark import literal
+from lmdeploy_jax.guided.limits import CHOICES, RULES, check, check_regex, check_rules, check_source
+from lmdeploy_jax.guided.schemas import schema_json
 
 # Between JSON tokens: a space, or a new line with its indentation. More is a model that has lost its way.
 WHITESPACE = r" |\n[ \t]{0,32}"
@@ -43,15 +46,45 @@ def grammar_text(response_format: Format | None) -> str | None:
     return _WRITERS[kind](response_format)
 
 
-def json_grammar(schema: Mapping[str, Any], strict: bool) -> str:
-    """`%json …` for a Lark grammar. Unless `strict`, keywords that cannot be enforced are left out."""
-    return f"%json {json.dumps(_with_options(schema, {} if strict else BEST_EFFORT))}"
+def described(response_format: Format) -> str:
+    """What errors call it."""
+    return f"response_format of type {response_format['type']!r}"
 
 
-def _with_options(schema: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+class Written(str):
+    """A grammar that this package has written from parts that it has checked.
+
+    parts: grammars by the name of what they come from, one of which is to blame where the whole has a fault.
+    """
+
+    parts: Mapping[str, str]
+
+    def __new__(cls, text: str, parts: Mapping[str, str]) -> Written:
+        made = super().__new__(cls, text)
+        made.parts = parts
+        return made
+
+
+def parts_of(response_format: Format) -> Mapping[str, str]:
+    """Of a grammar that was written: see `Written`."""
+    grammar = response_format.get("grammar")
+    return grammar.parts if isinstance(grammar, Written) else {}
+
+
+def json_grammar(schema: Mapping[str, Any], strict: bool, name: str) -> str:
+    """`%json …` for a Lark grammar. Unless `strict`, keywords that cannot be enforced are left out.
+
+    schema: as `schema_json` gives it. name: where the request holds it, for errors.
+    """
+    return f"%json {json.dumps(_with_options(schema, {} if strict else BEST_EFFORT, name))}"
+
+
+def _with_options(schema: Mapping[str, Any], options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The schema with llguidance's options, which give way to those that it holds itself."""
-    own = schema.get("x-guidance", {})
-    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, **options, **own}}
+    own = schema.get("x-guidance")
+    if not isinstance(own, dict | None):
+        raise RequestError(f"{name}.x-guidance={own!r} is invalid: it must be an object of options.")
+    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, **options, **(own or {})}}
 
 
 def _json_object(_: Format) -> str:
@@ -67,36 +100,68 @@ def _json_schema(response_format: Format) -> str:
 
 
 def _schema_text(schema: Mapping[str, Any]) -> str:
-    try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(_with_options(schema, {})))
-    except (TypeError, ValueError) as error:  # no JSON: a Python object, a cycle, NaN
-        raise RequestError(f"response_format.json_schema.schema is not JSON: {error}") from error
+    name = "response_format.json_schema.schema"
+    return LLMatcher.grammar_from_json_schema(json.dumps(_with_options(schema_json(schema, name), {}, name)))
 
 
 def _regex(response_format: Format) -> str:
-    pattern = _field(response_format, str(response_format["type"]), str, "a regular expression")
+    kind = str(response_format["type"])
+    pattern = _field(response_format, kind, str, "a regular expression")
+    check_source(pattern, f"response_format.{kind}")
+    check_regex(pattern, f"response_format.{kind}")
     return LLMatcher.grammar_from_regex(pattern)
 
 
 def _choice(response_format: Format) -> str:
     choices = _field(response_format, "choice", list, "a list of texts")
+    check("number of texts", len(choices), CHOICES, "response_format.choice")
     if not choices or not all(isinstance(text, str) and text for text in choices):
         raise RequestError(
             f"response_format.choice={choices!r} is invalid: it must be a list of texts, none of them empty."
         )
-    return LLMatcher.grammar_from_lark(
-        "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choices)
-    )
+    # One terminal: the parser would follow thousands of rules side by side, the lexer has one automaton.
+    union = " | ".join(map(literal, choices))
+    check_source(union, "response_format.choice")
+    return f"start: CHOICE\nCHOICE: {union}"
 
 
 def _grammar(response_format: Format) -> str:
     text = _field(response_format, "grammar", str, "a text: a Lark or GBNF grammar")
-    if text.lstrip().startswith("{"):
+    if isinstance(text, Written):
         return text
+    check_source(text, "response_format.grammar")
+    if text.lstrip().startswith("{"):
+        return _grammar_list(text)
+    check_rules(text, "response_format.grammar")
     try:
         return grammar_from("grammar", text)
     except ValueError as error:
         raise RequestError(f"response_format.grammar cannot be read: {error}") from error
+
+
+def _grammar_list(text: str) -> str:
+    """llguidance's own JSON: grammars that refer to each other by name."""
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"response_format.grammar begins with a brace, but is no JSON: {error}") from error
+    grammars = read.get("grammars")
+    if not grammars or not isinstance(grammars, list) or not all(isinstance(g, dict) for g in grammars):
+        raise RequestError(
+            "response_format.grammar is a JSON object, but not llguidance's: it must hold a list 'grammars' "
+            "of objects, each with a lark_grammar or a json_schema."
+        )
+    check("number of grammars", len(grammars), RULES, "response_format.grammar")
+    for i, grammar in enumerate(grammars):
+        _check_part(grammar, f"response_format.grammar.grammars[{i}]")
+    return json.dumps(read)
+
+
+def _check_part(grammar: dict[str, Any], name: str) -> None:
+    if isinstance(grammar.get("json_schema"), dict):
+        grammar["json_schema"] = schema_json(grammar["json_schema"], f"{name}.json_schema")
+    if isinstance(grammar.get("lark_grammar"), str):
+        check_rules(grammar["lark_grammar"], f"{name}.lark_grammar")
 
 
 def _field(response_format: Format, name: str, kind: type, wanted: str) -> Any:

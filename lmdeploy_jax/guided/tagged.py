@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,12 @@ class Function:
 
     name: str
     parameters: Mapping[str, Any]
+    place: str  # in the request
     strict: bool = False
 
     def json(self) -> str:
         """Arguments that are one JSON object."""
-        return json_grammar(self.parameters, self.strict)
+        return json_grammar(self.parameters, self.strict, f"{self.place}.parameters")
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,16 @@ def _value(writer: Writer, function: Function, key: str, close: _Close) -> str:
     if value_types(parameters, key) == {"string"}:
         return _string(writer, function, key, close)
     end = writer.closing(close.tag, close.before, close.after)
-    shared = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
-    value = {**schema, **shared} if isinstance(schema, Mapping) else {}
-    return f"{json_grammar(value, function.strict)} {end}"
+    value = {**schema, **_shared(schema, parameters)} if isinstance(schema, Mapping) else {}
+    name = f"{function.place}.parameters.properties.{key}"
+    return f"{json_grammar(value, function.strict, name)} {end}"
+
+
+def _shared(schema: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The definitions that a part of the schema refers to; most parts refer to none."""
+    if '"$ref"' not in json.dumps(schema):
+        return {}
+    return {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
 
 
 def _string(writer: Writer, function: Function, key: str, close: _Close) -> str:
@@ -96,10 +105,10 @@ def _string(writer: Writer, function: Function, key: str, close: _Close) -> str:
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
         body = f"/(?s:.){{{least},{most}}}/" if least or most != "" else ANY
         return writer.until(body, close.tag, close.before, close.after)
-    if any(close.tag in text for text in choices):
-        raise _refusal(function, f"parameter {key!r}", {f"a value with {close.tag}"})
-    texts = writer.any_of(map(literal, choices))
-    return f"{texts} {writer.closing(close.tag, close.before, close.after)}"
+    wrong = [text for text in choices if not isinstance(text, str) or close.tag in text]
+    if wrong or not choices:
+        raise _refusal(function, f"parameter {key!r}", {f"a value with {close.tag}, or one that is no text"})
+    return writer.up_to(" | ".join(map(literal, choices)), close.tag, close.before, close.after)
 
 
 def _refusal(function: Function, what: str, reasons: set[str]) -> RequestError:

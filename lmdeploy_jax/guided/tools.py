@@ -10,7 +10,10 @@ from typing import Any
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.guided.lark import Writer, literal
+from lmdeploy_jax.guided.limits import TOOLS, check
 from lmdeploy_jax.guided.reasoning import thinking
+from lmdeploy_jax.guided.response_format import Written
+from lmdeploy_jax.guided.schemas import schema_json
 from lmdeploy_jax.guided.tagged import Function, glm4_call, qwen3coder_call
 from lmdeploy_jax.text.parsers import ReasoningFormat, ToolFormat, json_formats, xml_formats
 from lmdeploy_jax.text.tokenizer import Tokenizer
@@ -45,6 +48,7 @@ def tool_grammar(
         raise RequestError(
             "tool_choice cannot be enforced with this model's tool format, which has no grammar; use 'auto'."
         )
+    functions = _functions(tools, name)
     writer = Writer(tokenizer)
     style = make_style(writer)
     begin = thinking(
@@ -54,14 +58,17 @@ def tool_grammar(
         forbidden=reasoning_forbidden,
         not_within=tool_format.open_tags,
     )
-    call = writer.any_of(style.call(function) for function in _functions(tools, name))
+    call = writer.any_of(style.call(function) for function in functions)
     more = f"({style.between} {call})*" if parallel else ""
     start = f"{begin} {style.begin} {call} {more} {style.end}"
-    return {"type": "grammar", "grammar": writer.grammar(start)}
+    parts = {f"{f.place}.parameters": f"start: {f.json()}" for f in functions}
+    whole = Written(writer.grammar(start), parts)
+    return {"type": "grammar", "grammar": whole}
 
 
 def _functions(tools: Iterable[Mapping[str, Any]], name: str | None) -> list[Function]:
-    functions = [_function(tool) for tool in tools]
+    functions = [_function(tool, f"tools[{i}].function") for i, tool in enumerate(tools)]
+    check("number of tools", len(functions), TOOLS, "tools")
     wanted = [function for function in functions if name in (None, function.name)]
     if not wanted:
         names = ", ".join(function.name for function in functions) or "none at all"
@@ -70,7 +77,7 @@ def _functions(tools: Iterable[Mapping[str, Any]], name: str | None) -> list[Fun
     return wanted
 
 
-def _function(tool: Mapping[str, Any]) -> Function:
+def _function(tool: Mapping[str, Any], place: str) -> Function:
     function = tool.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -78,7 +85,8 @@ def _function(tool: Mapping[str, Any]) -> Function:
     parameters = function.get("parameters") or {"properties": {}, "additionalProperties": False}
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise RequestError(f"tools: the parameters of {name!r} must be the schema of an object.")
-    return Function(name, {**parameters, "type": "object"}, function.get("strict") is True)
+    schema = schema_json({**parameters, "type": "object"}, f"{place}.parameters")
+    return Function(name, schema, place, function.get("strict") is True)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -76,10 +77,15 @@ def special(tmp_path_factory) -> Tokenizer:
     return Tokenizer(folder)
 
 
+@cache
+def grammars_of(tokenizer: Tokenizer) -> Grammars:
+    return Grammars(tokenizer, len(tokenizer) + 3)  # a model's vocabulary is often padded
+
+
 def answers(
     tokenizer: Tokenizer, style: str, count: int, thinks: ReasoningFormat | None = None, **options: object
 ) -> list[ParsedAnswer]:
-    grammars = Grammars(tokenizer, len(tokenizer) + 3)  # a model's vocabulary is often padded
+    grammars = grammars_of(tokenizer)
     form = tool_grammar(tool_format(style), TOOLS, tokenizer, reasoning=thinks, **options)
     grammar = grammars.compile(form)
     started = bool(options.get("starts_in_reasoning"))
@@ -157,7 +163,7 @@ def test_a_tool_that_is_not_strict_does_without_what_cannot_be_enforced(name, pl
     x = {"type": "array", "items": {"type": "string", "maxLength": 3}, "uniqueItems": True, "maxItems": 2}
     y = {"type": "string", "format": "unheard-of", "maxLength": 5}
     parameters = {"type": "object", "properties": {"x": x, "y": y}, "required": ["x", "y"]}
-    grammars = Grammars(plain, len(plain))
+    grammars = grammars_of(plain)
     with pytest.raises(RequestError, match=r"uniqueItems|format"):
         grammars.compile(tool_grammar(tool_format(name), tool(parameters), plain))
     form = tool_grammar(tool_format(name), tool(parameters | {"additionalProperties": False}, False), plain)

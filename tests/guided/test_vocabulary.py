@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 
 import pytest
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.guided import Grammars
-from lmdeploy_jax.guided.vocabulary import tables
+from lmdeploy_jax.guided.vocabulary import Vocabulary, tables
 from lmdeploy_jax.text.tokenizer import Tokenizer
 from tests.guided.walks import allowed, text_of, walk
 from tests.text.conftest import internlm2, sp_model, wordpiece  # noqa: F401
@@ -31,7 +32,8 @@ def test_sentencepiece(name, request):
 @pytest.mark.parametrize("text", ["name", " name", "a b", '{"größe": ', "\n", "é"])
 def test_forced_text_is_spelled_without_the_encoders_own_space(text, sp_model):  # noqa: F811
     tokenizer = Tokenizer(sp_model)
-    ids = tables(tokenizer, len(tokenizer)).tokenize_str(text)
+    vocabulary = Vocabulary.of(tokenizer, len(tokenizer))
+    ids = tables(vocabulary, partial(tokenizer.encode, add_bos=False)).tokenize_str(text)
     assert text_of(ids, tokenizer) == text
 
 

@@ -13,7 +13,7 @@ from lmdeploy_jax.sampling.mask import mask_words
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 CLOSING = set('"}]<>\n')
-LIMIT = 5000
+LIMIT = 20_000
 
 
 def allowed(matcher: Matcher, vocab_size: int) -> list[int]:

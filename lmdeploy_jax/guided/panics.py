@@ -1,0 +1,24 @@
+"""Panics of llguidance, which Python sees as a `BaseException` that no `except Exception` catches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lmdeploy_jax.errors import RequestError
+
+
+def as_request_error(error: BaseException) -> RequestError:
+    """A panic as an error of the request whose grammar caused it; raises anything else again."""
+    if type(error).__name__ != "PanicException":  # the type is pyo3's, and nowhere to be imported from
+        raise error
+    return RequestError(f"llguidance cannot handle the answer's grammar and this tokenizer: {error}")
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """Raises `RequestError` where llguidance panics."""
+    try:
+        yield
+    except BaseException as error:
+        raise as_request_error(error) from error
