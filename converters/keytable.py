@@ -106,7 +106,11 @@ class Leaf:
         for name in self.names.values():
             stored = self.reader.info(name).dtype
             if stored != wanted and not {stored, wanted} <= FLOATS:
-                raise CheckpointError(f"{name}: stored as {stored}, which cannot be read as {wanted}")
+                file = self.reader.info(name).file
+                raise CheckpointError(
+                    f"{file}: tensor {name}: stored as {stored}, which cannot be read as {wanted}; "
+                    "give a checkpoint in 16 or 32 bits"
+                )
 
 
 def bind(

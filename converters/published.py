@@ -21,7 +21,7 @@ from lmdeploy_jax.models.config import DecoderConfig
 log = logging.getLogger("lmdeploy_jax")
 EMBEDDING, HEAD = "embedding.weight", "lm_head.weight"
 COMPARED_BYTES = 64 << 20  # of each of the two weights at a time
-LAYER = re.compile(r"(?:model\.)?(?:layers\.(\d+)|mtp\w*)\..*")
+LAYER = re.compile(r"(?:model\.)?(?:layers\.(\d{1,9})|mtp\w*)\..*")
 
 
 def names_read(reader: CheckpointReader, num_layers: int) -> list[str]:

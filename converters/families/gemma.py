@@ -46,11 +46,14 @@ def gemma_config(fields: Fields) -> DecoderConfig:
 def gemma2_config(fields: Fields) -> DecoderConfig:
     """HF `Gemma2Config`: every other layer has a window, the first one too."""
     head_dim = head_size(fields, 256)
-    return _double_norm(fields, head_dim, read_rope(fields, head_dim), 2, caps=(50.0, 30.0))
+    cap = fields.optional_number("attn_logit_softcapping", 50.0)
+    return _double_norm(fields, head_dim, read_rope(fields, head_dim), 2, 30.0, soft_cap=cap)
 
 
 def gemma3_config(fields: Fields) -> DecoderConfig:
-    """HF `Gemma3TextConfig`: every sixth layer sees everything, with a RoPE of its own."""
+    """HF `Gemma3TextConfig`: every sixth layer sees everything, with a RoPE of its own. Its attention has no
+    soft cap in any implementation, so that a config which asks for one is refused.
+    """
     head_dim = head_size(fields, 256)
     pattern = fields.size("sliding_window_pattern", 6)
     ropes = fields.table("rope_parameters")
@@ -70,7 +73,7 @@ def gemma3_config(fields: Fields) -> DecoderConfig:
         head_dim,
         rope_from(fields, full, head_dim, theta),
         pattern,
-        caps=(None, None),
+        None,
         local_rope=local_rope,
         attention={"qk_norm": True},
     )
@@ -86,8 +89,9 @@ def _double_norm(
     head_dim: int,
     rope: RopeConfig,
     pattern: int,
+    logit_cap: float | None,
     *,
-    caps: tuple[float | None, float | None],
+    soft_cap: float | None = None,
     attention: Mapping[str, Any] = NONE,
     local_rope: RopeConfig | None = None,
 ) -> DecoderConfig:
@@ -104,8 +108,8 @@ def _double_norm(
         local_rope=local_rope,
         windows=layer_windows(fields, default, fields.optional_size("sliding_window", 4096)),
         scale=fields.positive("query_pre_attn_scalar", 256) ** -0.5,
-        soft_cap=fields.optional_number("attn_logit_softcapping", caps[0]),
-        logit_soft_cap=fields.optional_number("final_logit_softcapping", caps[1]),
+        soft_cap=soft_cap,
+        logit_soft_cap=fields.optional_number("final_logit_softcapping", logit_cap),
         layer={"post_norm": True},
         **_shared(fields, activation, attention),
     )

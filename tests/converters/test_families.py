@@ -145,6 +145,7 @@ def test_what_is_not_implemented_is_refused_by_name(fields, message):
         ),
         ("Gemma3ForCausalLM", {"rope_parameters": {"rope_theta": 1.0}}, "rope_parameters="),
         ("Gemma2ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0"),
     ],
 )
 def test_what_a_family_cannot_do_is_refused_by_name(architecture, fields, message):
