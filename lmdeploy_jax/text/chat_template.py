@@ -97,7 +97,7 @@ def _chosen_own(tokenizer: Tokenizer, config: ChatTemplateConfig, folder: Path) 
 
 
 def _own_template(tokenizer: Tokenizer, folder: Path) -> HfChatTemplate | None:
-    """The checkpoint's jinja. Files of their own go before tokenizer_config.json, as in HF."""
+    """The checkpoint's jinja. `.jinja` files go before tokenizer_config.json, as in HF."""
     source = _source(folder)
     return HfChatTemplate(source, *_tokens(tokenizer)) if source else None
 
@@ -106,9 +106,10 @@ def _source(folder: Path) -> str | dict[str, str] | None:
     files = _files(folder)
     if files:
         return files
-    in_file = read_json(folder / "chat_template.json")
-    source = in_file.get("chat_template") if isinstance(in_file, dict) else in_file
-    source = source or read_object(folder / "tokenizer_config.json").get("chat_template")
+    source = read_object(folder / "tokenizer_config.json").get("chat_template")
+    if not source:  # transformers reads the next one for processors alone; better than none
+        in_file = read_json(folder / "chat_template.json")
+        source = in_file.get("chat_template") if isinstance(in_file, dict) else in_file
     if not source or isinstance(source, str):
         return source or None
     return _by_name(source, folder)

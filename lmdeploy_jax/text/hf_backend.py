@@ -12,6 +12,7 @@ import tokenizers
 
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.text.pieces import ByteDecoding, DecoderKind, byte_decoding, classify_decoder
+from lmdeploy_jax.text.prefix_space import with_prefix_space
 from lmdeploy_jax.text.settings import MAX_ID, AddedToken, TokenizerSettings
 
 logger = logging.getLogger("lmdeploy_jax")
@@ -25,7 +26,7 @@ class HfBackend:
     """A `tokenizers.Tokenizer` with the added tokens that the files beside it name."""
 
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
-        self._tokenizer = _load(path)
+        self._tokenizer = with_prefix_space(_load(path), settings.config)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         _add_missing(self._tokenizer, settings)
@@ -82,17 +83,36 @@ def _load(path: Path) -> tokenizers.Tokenizer:
 
 
 def _add_missing(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
-    """Adds what tokenizer.json lacks: tokens with ids first, in order, then the named special tokens."""
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    """Adds what tokenizer.json lacks: tokens with ids first, in order, then the other special tokens.
+
+    What it knows gets the flags of the files beside it, and is special if either says so or it has a name.
+    """
+    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    wanted: dict[str, tokenizers.AddedToken] = {}  # added at once: each time, the library sets up its search
+    for token in settings.added.values():
+        there = known.get(token.content)
+        wanted[token.content] = _native(token, token.special or (there is not None and there.special))
+    for named in filter(None, settings.named.values()):
+        there = wanted.get(named.content) or known.get(named.content)
+        wanted[named.content] = _native(there or named, True)
+    for extra in settings.extra:
+        if extra.content not in known:
+            wanted.setdefault(extra.content, _native(extra, True))
+    tokenizer.add_tokens([t for t in wanted.values() if not _same(t, known.get(t.content))])
     for token_id, token in settings.added.items():
-        if token.content not in known:
-            tokenizer.add_tokens([_native(token)])
-            known.add(token.content)
-            _check_id(tokenizer, token.content, token_id)
-    for named in (*settings.named.values(), *settings.extra):
-        if named and named.content not in known:
-            tokenizer.add_special_tokens([_native(named)])
-            known.add(named.content)
+        _check_id(tokenizer, token.content, token_id)
+
+
+_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+
+
+def _same(token: tokenizers.AddedToken, there: tokenizers.AddedToken | None) -> bool:
+    return there is not None and all(getattr(token, flag) == getattr(there, flag) for flag in _FLAGS)
+
+
+def _native(token: AddedToken | tokenizers.AddedToken, special: bool) -> tokenizers.AddedToken:
+    flags = {flag: getattr(token, flag) for flag in _FLAGS} | {"special": special}
+    return tokenizers.AddedToken(token.content, **flags)
 
 
 def _check_id(tokenizer: tokenizers.Tokenizer, content: str, token_id: int) -> None:
@@ -102,14 +122,3 @@ def _check_id(tokenizer: tokenizers.Tokenizer, content: str, token_id: int) -> N
             "added token %r has id %s in tokenizer.json but %s in the files beside it; using %s",
             content, actual, token_id, actual,
         )  # fmt: skip
-
-
-def _native(token: AddedToken) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(
-        token.content,
-        special=token.special,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        single_word=token.single_word,
-        normalized=token.normalized,
-    )

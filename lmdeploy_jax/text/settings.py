@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class TokenizerSettings:
     """The merged view of tokenizer_config.json, special_tokens_map.json and added_tokens.json."""
 
     config: dict[str, Any]
-    named: dict[str, AddedToken | None]  # bos_token, eos_token ... None: the checkpoint says there is none
+    # bos_token, eos_token ..., and names of the checkpoint's own. None: the checkpoint says there is none.
+    named: dict[str, AddedToken | None]
     extra: tuple[AddedToken, ...]  # further special tokens without an id of their own
     added: dict[int, AddedToken]  # id -> token, as the files assign them
 
@@ -66,10 +67,10 @@ def read_settings(folder: Path) -> TokenizerSettings:
     """Reads every file beside the vocabulary. Missing files count as empty."""
     config = read_object(folder / "tokenizer_config.json")
     merged = read_object(folder / "special_tokens_map.json") | config
-    named = {name: _token(merged[name]) for name in NAMED_TOKENS if name in merged}
+    named = {name: _token(merged[name]) for name in NAMED_TOKENS if name in merged} | _own_names(merged)
     extra = tuple(token for token in map(_token, _extra_tokens(merged)) if token)
-    special = {token.content for token in (*named.values(), *extra) if token}
-    return TokenizerSettings(config, named, extra, _added(folder, config, special))
+    special = {token.content for token in named.values() if token}
+    return TokenizerSettings(config, named, extra, _added(folder, config, special, extra))
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
@@ -90,18 +91,35 @@ def _token(value: Any) -> AddedToken | None:
     return None
 
 
+def _own_names(merged: dict[str, Any]) -> dict[str, AddedToken | None]:
+    """Special tokens by names of the checkpoint's own, such as image_token: from objects, and from keys that
+    end as the others' do.
+    """
+    own = {name: value for name, value in merged.items() if name.endswith("_token")}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        own |= merged[key] if isinstance(merged.get(key), dict) else {}
+    named = {name: _token(value) for name, value in own.items() if name not in NAMED_TOKENS}
+    return {name: token for name, token in named.items() if token}
+
+
 def _extra_tokens(merged: dict[str, Any]) -> Iterator[Any]:
+    """Special tokens without names."""
     for key in ("additional_special_tokens", "extra_special_tokens"):
         values = merged.get(key) or ()
         if not isinstance(values, list | tuple | dict):
             raise CheckpointError(f"{key} is {reprlib.repr(values)} beside the tokenizer; it must be a list.")
-        yield from values.values() if isinstance(values, dict) else values
+        yield from () if isinstance(values, dict) else values
 
 
-def _added(folder: Path, config: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
+def _added(
+    folder: Path, config: dict[str, Any], special: set[str], extra: tuple[AddedToken, ...]
+) -> dict[int, AddedToken]:
+    """Tokens with ids. Whoever has a name is special, whatever the table says, as in transformers."""
     path = folder / "added_tokens.json"
+    unnamed = {token.content for token in extra}
     added = {
-        _token_id(i, path): AddedToken(text, special=text in special) for text, i in read_object(path).items()
+        _token_id(i, path): AddedToken(text, special=text in special | unnamed)
+        for text, i in read_object(path).items()
     }
     path, table = folder / "tokenizer_config.json", config.get("added_tokens_decoder") or {}
     if not isinstance(table, dict):
@@ -110,6 +128,7 @@ def _added(folder: Path, config: dict[str, Any], special: set[str]) -> dict[int,
         token = _token({"special": False} | value) if isinstance(value, dict) else None
         if token is None:
             raise CheckpointError(f"{path}: added token {key} is {reprlib.repr(value)}; it needs a content.")
+        token = replace(token, special=token.special or token.content in special)
         added[_token_id(int(key) if key.isdecimal() and len(key) < 20 else key, path)] = token
     return dict(sorted(added.items()))
 
