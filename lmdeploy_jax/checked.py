@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -38,6 +39,14 @@ POSITIVE = Rule("> 0", lambda value: 0 < value < inf)
 NOT_EMPTY = Rule("that is not empty", bool)
 
 
+_BRIEF = reprlib.Repr(maxlist=50, maxdict=50, maxtuple=50, maxstring=_LONGEST, maxother=_LONGEST)
+
+
+def _told(value: object) -> str:
+    told = _BRIEF.repr(value)  # which does not look at the whole of a text of megabytes
+    return told if len(told) <= _LONGEST else f"{told[:_LONGEST]}…"
+
+
 class Checked:
     """Base of such dataclasses. `Annotated[int, at_least(1)] | None` is a field's type and rule at once.
 
@@ -51,9 +60,9 @@ class Checked:
         if rule is None:
             raise AttributeError(f"{type(self).__name__} has no field {name!r}.{self._suggestion(name)}")
         if not rule.holds(value):
-            told = repr(value)
-            told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]}…"
-            raise ConfigError(f"{type(self).__name__}.{name}={told} is invalid: it must be {rule.text}.")
+            raise ConfigError(
+                f"{type(self).__name__}.{name}={_told(value)} is invalid: it must be {rule.text}."
+            )
         object.__setattr__(self, name, value)
 
     def _suggestion(self, name: str) -> str:

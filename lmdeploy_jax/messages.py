@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from lmdeploy_jax.checked import NOT_EMPTY, POSITIVE, Checked, Rule, at_least, within
 
 MAX_LOGPROBS = 20  # most alternatives a token can be reported with
+MAX_WORDS, MAX_WORDS_LENGTH = 1024, 8192  # stop words or bad words, and the characters of all of them
 FinishReason = Literal["stop", "length", "error", "abort"]
 LogitsProcessor = Callable[[list[int], Any], Any]  # (ids so far, logits f32 [V] as numpy) -> logits f32 [V]
 
@@ -16,6 +17,11 @@ LogitsProcessor = Callable[[list[int], Any], Any]  # (ids so far, logits f32 [V]
 # What a form must have, whatever its type; `guided/response_format.py` reads the rest.
 _TYPED = Rule("with a 'type' that is a text", lambda form: isinstance(form.get("type"), str))
 _Count = Annotated[int, at_least(0)]
+_FEW = Rule(
+    f"and which holds at most {MAX_WORDS} of them, with at most {MAX_WORDS_LENGTH} characters together",
+    lambda words: len(words) <= MAX_WORDS and sum(map(len, words)) <= MAX_WORDS_LENGTH,
+)
+_Words = Annotated[Sequence[Annotated[str, NOT_EMPTY]], _FEW]
 
 
 @dataclass
@@ -40,13 +46,14 @@ class GenerationConfig(Checked):
     frequency_penalty: Annotated[float, within(-2.0, 2.0)] = 0.0
     ignore_eos: bool = False
     random_seed: _Count | None = None
-    stop_words: Sequence[Annotated[str, NOT_EMPTY]] | None = None
-    bad_words: Sequence[Annotated[str, NOT_EMPTY]] | None = None
+    stop_words: _Words | None = None
+    bad_words: _Words | None = None
     stop_token_ids: Sequence[int] | None = None
     bad_token_ids: Sequence[int] | None = None
     min_new_tokens: _Count | None = None
     logit_bias: dict[int, float] | None = None
     skip_special_tokens: bool = True
+    # Both are as HF's fast tokenizers have it: text is the tokens' own, and no space is put between any.
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logprobs: Annotated[int, within(0, MAX_LOGPROBS)] | None = None  # top N alternatives of every token

@@ -30,6 +30,10 @@ from lmdeploy_jax.messages import GenerationConfig, Response
         ("stop_words", "one text"),
         ("stop_words", [""]),
         ("bad_words", [1]),
+        ("stop_words", ["a"] * 1025),
+        ("stop_words", ["a" * 8193]),
+        ("bad_words", [str(i) for i in range(1025)]),
+        ("bad_words", ["a" * 5000, "b" * 5000]),
         ("stop_token_ids", ["1"]),
         ("min_new_tokens", -1),
         ("logprobs", 21),
@@ -76,6 +80,12 @@ def test_a_long_value_is_cut_in_the_error():
     with pytest.raises(ConfigError) as caught:
         GenerationConfig(stop_words="x" * 10_000)
     assert len(str(caught.value)) < 400
+
+
+def test_the_limit_of_stop_words_is_told():
+    with pytest.raises(ConfigError, match="at most 1024 of them, with at most 8192 characters together"):
+        GenerationConfig(stop_words=["a" * 1_000_000])
+    assert GenerationConfig(stop_words=["a" * 8] * 1024).stop_words
 
 
 def test_defaults_are_lmdeploys():

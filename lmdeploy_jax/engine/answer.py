@@ -39,9 +39,7 @@ class Answer:
         self._config = config
         self._choice = choice
         self._generated = 0
-        self._text = IncrementalDetokenizer(
-            tokenizer, prompt, config.skip_special_tokens, config.spaces_between_special_tokens
-        )
+        self._text = IncrementalDetokenizer(tokenizer, prompt, config.skip_special_tokens)
         strings = options.stops.strings
         self._matcher = StopMatcher(strings, config.include_stop_str_in_output) if strings else None
 

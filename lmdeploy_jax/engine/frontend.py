@@ -20,13 +20,10 @@ from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.text.chat_template import ChatTemplate
 from lmdeploy_jax.text.jinja_template import HfChatTemplate
 from lmdeploy_jax.text.prompts import Prompt
-from lmdeploy_jax.text.settings import read_object
 from lmdeploy_jax.text.template_arguments import SWITCHES, checked_tools, checked_variables
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lmdeploy_jax.guided.grammars import Grammar, Grammars
 
 logger = logging.getLogger("lmdeploy_jax")
@@ -68,7 +65,7 @@ class Frontend:
             session_len=engine.session_len,
             vocab_size=engine.vocab_size,
             encode=partial(tokenizer.encode, add_bos=False, add_special_tokens=False),
-            eos_ids=frozenset(tokenizer.eos_token_ids) | _config_eos_ids(engine.folder),
+            eos_ids=_known(tokenizer.eos_token_ids, engine.vocab_size),
             template_stops=tuple(template.stop_words),
             is_special=tokenizer.is_special,
         )
@@ -206,9 +203,11 @@ def _close(engine: EngineBase, outputs: OutputProcessor) -> None:
     outputs.close()
 
 
-def _config_eos_ids(folder: Path) -> frozenset[int]:
-    """config.json's ids, which HF goes by where there is no generation_config.json."""
-    if (folder / "generation_config.json").is_file():
-        return frozenset()
-    ids = read_object(folder / "config.json").get("eos_token_id")
-    return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+def _known(eos_ids: tuple[int, ...], vocab_size: int) -> frozenset[int]:
+    """The ids that the model can give at all."""
+    known = frozenset(i for i in eos_ids if 0 <= i < vocab_size)
+    if strangers := [i for i in eos_ids if i not in known]:
+        logger.warning(
+            "ids of eos_token_id beyond the model's %d tokens end nothing: %s", vocab_size, strangers
+        )
+    return known

@@ -28,15 +28,10 @@ class IncrementalDetokenizer:
 
     prompt_ids: what stands before the stream. Nothing of it is returned; it decides whether the first token
         keeps its space, and it completes a character that the prompt left unfinished.
-    spaces_between_special_tokens: has no effect, as with every fast tokenizer of HF: text is the tokens' own.
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt_ids: Sequence[int] = (),
-        skip_special_tokens: bool = True,
-        spaces_between_special_tokens: bool = True,
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
     ) -> None:
         self._stream = open_stream(tokenizer, prompt_ids, skip_special_tokens)
 

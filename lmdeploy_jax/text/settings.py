@@ -74,11 +74,20 @@ def read_settings(folder: Path) -> TokenizerSettings:
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json or, where that names none, of config.json."""
+    """End-of-sequence ids of generation_config.json or, where that names none, of config.json.
+
+    Raises `CheckpointError` for what is no integer or list of integers.
+    """
     for name in ("generation_config.json", "config.json"):
-        ids = read_object(folder / name).get("eos_token_id")
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+        given = read_object(folder / name).get("eos_token_id")
+        if given is not None:
+            ids = given if isinstance(given, list) else [given]
+            if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+                raise CheckpointError(
+                    f"{folder / name}: eos_token_id is {reprlib.repr(given)}; it must be a token id or a "
+                    "list of token ids."
+                )
+            return tuple(ids)
     return ()
 
 

@@ -110,10 +110,18 @@ class _Automaton:
                 self.stop[state] = self.stop[self.fail[state]]
 
 
-@lru_cache(maxsize=256)
 def _automaton(stops: tuple[str, ...]) -> _Automaton:
+    """Kept for the other answers of the request, and for the next one: at most 25 MB in all."""
+    return (_long if sum(map(len, stops)) > _LONG else _short)(stops)
+
+
+def _built(stops: tuple[str, ...]) -> _Automaton:
     automaton = _Automaton()
     for stop in stops:
         automaton.add(stop)
     automaton.link()
     return automaton
+
+
+_LONG = 256  # characters, of 250 to 300 bytes each: what lists of more hold, up to 2 MB, is kept for a few
+_short, _long = lru_cache(maxsize=64)(_built), lru_cache(maxsize=8)(_built)

@@ -62,6 +62,7 @@ class Tokenizer:
     def __init__(self, model_path: str | Path, trust_remote_code: bool = False) -> None:
         self.folder = _folder(model_path)
         self.settings = read_settings(self.folder)
+        self._model_eos_ids = read_eos_ids(self.folder)
         self._backend = _open_backend(self.folder, self.settings)
         self.decoding = self._backend.decoding
         self._warned_bos = False
@@ -90,13 +91,13 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         """The tokenizer's own, else the first one of generation_config.json."""
         own = self._id_of(self.eos_token)
-        return own if own is not None else next(iter(read_eos_ids(self.folder)), None)
+        return own if own is not None else next(iter(self._model_eos_ids), None)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every id that ends a generation: the tokenizer's and those of generation_config.json, each once."""
         own = () if self.eos_token_id is None else (self.eos_token_id,)
-        return tuple(dict.fromkeys(own + read_eos_ids(self.folder)))
+        return tuple(dict.fromkeys(own + self._model_eos_ids))
 
     def encode(self, s: str, add_bos: bool = True, add_special_tokens: bool = True) -> list[int]:
         """Ids of `s`, with the special tokens that the checkpoint puts around a text.
@@ -155,10 +156,13 @@ class Tokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> tuple[str, DetokenizeState]:
-        """New text of a growing list of ids. Ids before `state.ids_offset` are context (a prompt)."""
+        """New text of a growing list of ids. Ids before `state.ids_offset` are context (a prompt).
+
+        spaces_between_special_tokens: of LMDeploy's signature. No spaces are put, as in HF's fast tokenizers.
+        """
         new = all_input_ids[state.ids_offset :]
         stream = state.stream or IncrementalDetokenizer(
-            self, all_input_ids[: state.ids_offset], skip_special_tokens, spaces_between_special_tokens
+            self, all_input_ids[: state.ids_offset], skip_special_tokens
         )
         return stream.feed(new), DetokenizeState(len(all_input_ids), stream)
 

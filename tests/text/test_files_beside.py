@@ -10,10 +10,13 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from lmdeploy_jax.engine.frontend import Frontend
 from lmdeploy_jax.engine.params import ModelLimits, stops
+from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.text.chat_template import select
 from lmdeploy_jax.text.tokenizer import Tokenizer
+from tests.fake_engine import FakeEngine
 from tests.text.conftest import CORPUS
 
 ORDINARY, SPECIAL = ("<A>", "<B>", "<C>"), "<S>"
@@ -117,6 +120,30 @@ def test_the_processors_template_is_the_last_resort(folder):
     assert select(Tokenizer(path), path).render([{"role": "user", "content": ""}]) == theirs.chat_template
     path = folder({}, chat_template={"chat_template": "processor's"})
     assert select(Tokenizer(path), path).render([{"role": "user", "content": ""}]) == "processor's"
+
+
+@pytest.mark.parametrize("name", ["config", "generation_config"])
+@pytest.mark.parametrize("ids", [[2, None], [[2]], "two", True, [1.5], {"a": 1}])
+def test_malformed_end_ids_are_told(name, ids, folder):
+    with pytest.raises(CheckpointError, match=rf"/{name}\.json: eos_token_id is "):
+        Tokenizer(folder({}, **{name: {"eos_token_id": ids}}))
+
+
+@pytest.mark.parametrize(("ids", "known"), [(7, (7,)), ([7, 8], (7, 8)), ([], ()), (None, ())])
+def test_end_ids_in_every_spelling(ids, known, folder):
+    path = folder({}, generation_config={"eos_token_id": ids})
+    assert Tokenizer(path).eos_token_ids == known
+
+
+def test_end_ids_beyond_the_model_are_dropped_with_a_line(folder, caplog):
+    path = folder({}, generation_config={"eos_token_id": [7, 9999, -1]})
+    tokenizer = Tokenizer(path)
+    engine = FakeEngine(path, lambda request, index: [], vocab_size=400)
+    with caplog.at_level("WARNING", "lmdeploy_jax"):
+        frontend = Frontend(engine, tokenizer, select(tokenizer, path))
+    frontend.close()
+    assert frontend.limits.eos_ids == {7}
+    assert "eos_token_id beyond the model's 400 tokens end nothing: [9999, -1]" in caplog.text
 
 
 @pytest.mark.parametrize("wanted", [None, True, False])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmdeploy_jax.text.stop import StopMatcher
+from lmdeploy_jax.text.stop import StopMatcher, _Automaton
 
 LETTERS = st.text("ab\n", max_size=24)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=6), max_size=4)
@@ -69,6 +70,14 @@ def test_nothing_comes_after_a_match() -> None:
 
 def test_include_stop_keeps_the_string_and_not_what_follows() -> None:
     assert StopMatcher(["\n\n"], include_stop=True).feed("a\n\nb") == ("a\n\n", "\n\n")
+
+
+def test_what_is_kept_of_stop_strings_is_bounded() -> None:
+    for i in range(30):
+        StopMatcher(["a" * 8192 + str(i)])
+        StopMatcher([f"short {i}"])
+    kept = [found for found in gc.get_objects() if isinstance(found, _Automaton)]
+    assert sum(len(automaton.next) for automaton in kept) < 64 * 257 + 9 * 8200
 
 
 def test_without_stop_strings_text_passes() -> None:
