@@ -39,7 +39,9 @@ POSITIVE = Rule("> 0", lambda value: 0 < value < inf)
 NOT_EMPTY = Rule("that is not empty", bool)
 
 
-_BRIEF = reprlib.Repr(maxlist=50, maxdict=50, maxtuple=50, maxstring=_LONGEST, maxother=_LONGEST)
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 50
+_BRIEF.maxstring = _BRIEF.maxother = _LONGEST
 
 
 def _told(value: object) -> str:

@@ -39,7 +39,7 @@ def backend() -> tokenizers.Tokenizer:
 def folder(backend, tmp_path: Path):
     """Makes a checkpoint's folder of the tokenizer and files beside it."""
 
-    def make(config: dict, **files: dict) -> Path:
+    def make(config: dict, /, **files: dict) -> Path:
         backend.save(str(tmp_path / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
         for name, content in {"tokenizer_config": settings, **files}.items():
