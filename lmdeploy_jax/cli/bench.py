@@ -172,7 +172,7 @@ def _decoder_config(model: str) -> DecoderConfig:
     """Of a shape, a checkpoint folder or a hub id; only the config is read."""
     from lmdeploy_jax.converters.config import read_config
     from lmdeploy_jax.converters.families import build_config
-    from lmdeploy_jax.converters.hub import resolve_model
+    from lmdeploy_jax.hub import resolve_model
 
     if model in shapes.names() and not Path(model).is_dir():
         return build_config(shapes.read(model), model)

@@ -40,9 +40,9 @@ def run(flags: FlagSet, args: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # the weights only pass through: no GPU need hold them
 
     from lmdeploy_jax.converters import orbax
-    from lmdeploy_jax.converters.hub import resolve_model
     from lmdeploy_jax.converters.load import load_model, stored_dtype
     from lmdeploy_jax.engine.progress import loading_bar
+    from lmdeploy_jax.hub import resolve_model
 
     _check_out(Path(out), flags["force"])
     start = time.perf_counter()

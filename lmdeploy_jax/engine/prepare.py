@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
-from lmdeploy_jax.converters.hub import resolve_model
+from lmdeploy_jax.hub import resolve_model
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.text.chat_config import ChatTemplateConfig
 from lmdeploy_jax.text.chat_template import ChatTemplate, select

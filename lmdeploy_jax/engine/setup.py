@@ -18,7 +18,6 @@ from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
-from lmdeploy_jax.converters.hub import resolve_model
 from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.engine import buckets as bucket_plan
 from lmdeploy_jax.engine.batch import StepPacker
@@ -31,6 +30,7 @@ from lmdeploy_jax.engine.progress import announce, loading_bar
 from lmdeploy_jax.engine.runner import Runner
 from lmdeploy_jax.engine.scheduler import Scheduler
 from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.hub import resolve_model
 from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning

@@ -50,8 +50,9 @@ class TextBackend(Backend, Protocol):
 class Tokenizer:
     """Text to ids and back, as HF's tokenizer of the same folder does it.
 
-    model_path: a checkpoint folder with tokenizer.json or tokenizer.model. Settings come from
-        tokenizer_config.json, special_tokens_map.json, added_tokens.json and generation_config.json.
+    model_path: a checkpoint folder with tokenizer.json or tokenizer.model, an embedded model's name, or a hub
+        id, of which all but the weights are downloaded. Settings come from tokenizer_config.json,
+        special_tokens_map.json, added_tokens.json and generation_config.json.
     trust_remote_code: accepted for LMDeploy's signature. Python code of a checkpoint is never run.
 
     Ids that the vocabulary lacks decode to "". Where bytes are not UTF-8, byte-level tokenizers give U+FFFD
@@ -230,9 +231,9 @@ def _folder(model_path: str | Path) -> Path:
     path = Path(model_path).expanduser()
     if path.is_file():
         return path.parent
-    if not path.is_dir():
-        raise CheckpointError(f"There is no folder {str(model_path)!r} to read a tokenizer from.")
-    return path
+    from lmdeploy_jax.hub import resolve_model  # the hub's client is loaded only where a name may be an id
+
+    return resolve_model(model_path, weights=False)
 
 
 def _open_backend(folder: Path, settings: TokenizerSettings) -> Backend:

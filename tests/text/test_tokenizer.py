@@ -227,7 +227,7 @@ def test_added_tokens_swallow_space_as_in_transformers(sp_model: Path, tmp_path:
 
 
 def test_missing_and_broken_files_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no folder"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         Tokenizer(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         Tokenizer(tmp_path)

@@ -11,8 +11,9 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from lmdeploy_jax.assets import TINY_CHAT
-from lmdeploy_jax.converters.hub import resolve_model
 from lmdeploy_jax.errors import CheckpointError
+from lmdeploy_jax.hub import resolve_model
+from lmdeploy_jax.text.tokenizer import Tokenizer
 
 FILES = [
     "config.json",
@@ -130,3 +131,21 @@ def test_other_failures_keep_their_cause(monkeypatch: pytest.MonkeyPatch) -> Non
     install(monkeypatch, OSError("disk full"))
     with pytest.raises(CheckpointError, match="OSError: disk full"):
         resolve_model("Qwen/Qwen3-0.6B")
+
+
+def test_a_tokenizer_has_its_model_by_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = install(monkeypatch, str(TINY_CHAT))
+    ids = Tokenizer(TINY_CHAT).encode("hello")
+    assert Tokenizer("tiny-chat").encode("hello") == ids
+    assert not hub.calls
+    assert Tokenizer("someone/model").encode("hello") == ids
+    ((repo, options),) = hub.calls
+    assert repo == "someone/model"
+    kept = [name for name in FILES if any(fnmatch.fnmatch(name, p) for p in options["allow_patterns"])]
+    assert kept == [name for name in FILES if not name.endswith(".safetensors")]
+
+
+def test_a_tokenizer_that_is_nowhere_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, OfflineModeIsEnabled("offline"))
+    with pytest.raises(CheckpointError, match="Did you mean 'tiny-chat'"):
+        Tokenizer("tinychat")

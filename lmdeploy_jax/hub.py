@@ -22,7 +22,8 @@ from lmdeploy_jax import assets
 from lmdeploy_jax.errors import CheckpointError
 
 # Weights as safetensors and data only: never a pickle, never code.
-PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt")
+WEIGHTS = ("*.safetensors",)
 NOT_FOUND = (RepositoryNotFoundError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -32,11 +33,13 @@ def resolve_model(
     *,
     revision: str | None = None,
     download_dir: str | os.PathLike[str] | None = None,
+    weights: bool = True,
 ) -> pathlib.Path:
     """The folder of an embedded model, of a local folder, or of a hub id, in this order.
 
     A hub id is downloaded into `download_dir` (default: the cache of huggingface_hub) at `revision` (default:
-    the main branch). Raises CheckpointError where there is no such folder or the download fails.
+    the main branch), without its weights where they are not asked for. Raises CheckpointError where there is
+    no such folder or the download fails.
     """
     name = os.fspath(model)
     folder = pathlib.Path(name).expanduser()
@@ -52,18 +55,21 @@ def resolve_model(
             f"model {name!r}: no such folder, and not a hub id; give a checkpoint folder, an id such as "
             "'Qwen/Qwen3-0.6B', or 'tiny-chat'"
         )
-    return _download(name, revision, download_dir)
+    patterns = [*PATTERNS, *WEIGHTS] if weights else [*PATTERNS]
+    return _download(name, revision, download_dir, patterns)
 
 
 def _is_hub_id(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not name.startswith((".", "-"))
 
 
-def _download(name: str, revision: str | None, download_dir: str | os.PathLike[str] | None) -> pathlib.Path:
+def _download(
+    name: str, revision: str | None, download_dir: str | os.PathLike[str] | None, patterns: list[str]
+) -> pathlib.Path:
     cache = None if download_dir is None else os.fspath(download_dir)
     try:
         folder = huggingface_hub.snapshot_download(
-            name, revision=revision, cache_dir=cache, allow_patterns=list(PATTERNS)
+            name, revision=revision, cache_dir=cache, allow_patterns=patterns
         )
     except Exception as error:
         hint = _like(name, cache) if isinstance(error, NOT_FOUND) else ""
