@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.config import JaxEngineConfig
@@ -20,6 +22,8 @@ _TEMPLATE_WORDS = (
     "enable_thinking",
     "reasoning_effort",
 )  # variables of chat templates with a name of their own
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+logger = logging.getLogger("lmdeploy_jax")
 KEYWORDS = ("input_ids", "tools", "chat_template_kwargs", *_TEMPLATE_WORDS)
 
 
@@ -105,6 +109,37 @@ def id_lists(input_ids: Any) -> tuple[list[list[int]], bool]:
 
 def _are_ids(row: list[Any]) -> bool:
     return all(hasattr(i, "__index__") for i in row)
+
+
+def warn_of_greedy(gen_config: Configs) -> None:
+    """Once for each set of fields: LMDeploy decodes greedily unless `do_sample`, whatever else is set."""
+    given = [gen_config] if isinstance(gen_config, GenerationConfig) else gen_config or ()
+    for config in given:
+        if isinstance(config, GenerationConfig) and not config.do_sample and config.temperature != 0:
+            usual = GenerationConfig
+            names = tuple(name for name in _SAMPLING if getattr(config, name) != getattr(usual, name))
+            _warn_of_greedy(names)
+
+
+@cache
+def _warn_of_greedy(names: tuple[str, ...]) -> None:
+    if names:
+        logger.warning(
+            "%s of GenerationConfig: no effect, since do_sample is off and answers are greedy. Give "
+            "do_sample=True to sample.",
+            ", ".join(names),
+        )
+
+
+def check_turn(prompt: object, session: object) -> None:
+    """Raises ValueError for what is no turn of a conversation, TypeError for what is no session."""
+    messages = prompt if isinstance(prompt, list | tuple) and prompt else [prompt]
+    if not isinstance(prompt, str) and not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError(
+            f"Unsupported prompt: {prompt!r:.200}. A turn is a text, a message, or a list of messages."
+        )
+    if session is not None and not isinstance(session, Session):
+        raise TypeError(f"session must be a Session, as chat() or session() gave it, not {session!r:.200}.")
 
 
 def aligned_configs(gen_config: Configs, count: int) -> list[GenerationConfig]:

@@ -9,6 +9,7 @@ from lmdeploy_jax.engine.answer import error_response
 from lmdeploy_jax.engine.frontend import Frontend, PromptOptions
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.stream import tell_failure
 from lmdeploy_jax.text.prompts import Prompt
 
 
@@ -36,13 +37,17 @@ async def pieces(
         ids = await asyncio.to_thread(frontend.encode, prompt, options)
         request_id = frontend.submit(ids, config, post, stream=stream)
     except RequestError as error:
-        yield error_response(error, 0)
+        answer = error_response(error, 0)
+        tell_failure(answer, error)
+        yield answer
         return
     left = config.n
     try:
         while left:
             piece = await inbox.get()
             left -= piece.finish_reason is not None
+            if piece.finish_reason == "error":
+                tell_failure(piece)
             yield piece
     finally:
         reading = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from lmdeploy_jax.checked import NOT_EMPTY, POSITIVE, Checked, Rule, at_least, within
@@ -121,6 +121,25 @@ class Response:
         lines = [f"{f.name}={_brief(getattr(self, f.name))}" for f in shown]
         return "\n".join([self.text, *lines, *(f"choices[{i}]={c}" for i, c in enumerate(self.choices))])
 
+    def __repr__(self) -> str:
+        """The text and the fields that say something, in the order of the class."""
+        shown = [f for f in fields(self) if f.name != "choices" and not _is_default(f, getattr(self, f.name))]
+        parts = [f"{f.name}={_brief(getattr(self, f.name), repr)}" for f in shown]
+        more = [f"choices={self.choices!r}"] if self.choices else []
+        return f"Response({', '.join([*parts, *more])})"
+
+
+def _is_default(field: Field[Any], value: Any) -> bool:
+    """Whether a field is as it was made; one without a default is always worth showing."""
+    if field.default_factory is not MISSING:
+        return value == field.default_factory()
+    return field.default is not MISSING and not hasattr(value, "shape") and value == field.default
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A text as Python writes it, cut where it is long."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}…"
+
 
 _LATEST = (
     "generate_token_len",
@@ -146,6 +165,6 @@ def _stacked(head: Any, tail: Any) -> Any:
     return np.concatenate([head, tail])
 
 
-def _brief(value: Any) -> str:
+def _brief(value: Any, written: Callable[[Any], str] = str) -> str:
     shape = getattr(value, "shape", None)
-    return str(value) if shape is None else f"{value.dtype}{list(shape)}"
+    return written(value) if shape is None else f"{value.dtype}{list(shape)}"

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lmdeploy_jax.arguments import (
     Configs,
+    check_turn,
     given_prompts,
     id_lists,
     prompt_options,
     refuse,
     refuse_unknown_fields,
+    warn_of_greedy,
 )
 from lmdeploy_jax.config import EngineConfig, engine_config
 from lmdeploy_jax.errors import EngineError, RequestError
@@ -138,10 +140,12 @@ class Pipeline:
         kwargs: `input_ids` in the place of prompts; `tools`, `enable_thinking`, `reasoning_effort` and
             `chat_template_kwargs` for the chat template.
 
-        A prompt that cannot be served answers with finish_reason "error", and the others go on. Raises
+        A prompt that cannot be served answers with finish_reason "error" and an error_message, which is
+        logged too, and the others go on. Raises
         ValueError for a form that is no prompt and for lists of different lengths, TypeError for an unknown
         argument. An exception, Ctrl-C too, aborts what has been submitted.
         """
+        warn_of_greedy(gen_config)
         options = prompt_options(do_preprocess, adapter_name, kwargs)
         items, single = given_prompts(prompts, kwargs)
         stream = start(self._frontend, items, gen_config, None, options, stream=False)
@@ -175,6 +179,7 @@ class Pipeline:
         aborted.
         stream_response: False gives one piece, the complete answer, for each.
         """
+        warn_of_greedy(gen_config)
         options = prompt_options(do_preprocess, adapter_name, kwargs)
         items, _ = given_prompts(prompts, kwargs)
         return start(self._frontend, items, gen_config, sessions, options, stream=stream_response)
@@ -195,6 +200,7 @@ class Pipeline:
         """
         from lmdeploy_jax.async_stream import pieces
 
+        warn_of_greedy(gen_config)
         options = prompt_options(do_preprocess, adapter_name, kwargs)
         items, single = given_prompts(prompt, kwargs)
         if not single:
@@ -218,8 +224,11 @@ class Pipeline:
         session: as `session()` or an earlier `chat` gave it; None starts a new one.
         Returns the session with its `response` and `history` brought up to date, or when streaming an
         iterator of pieces; closing it, or an exception, aborts the answer. Only complete turns enter the
-        history. Raises `RequestConflictError` if the session is still answering.
+        history. Raises `RequestConflictError` if the session is still answering, ValueError for what is no
+        turn, TypeError for what is no session.
         """
+        check_turn(prompt, session)
+        warn_of_greedy(gen_config)
         session = session or self.session()
         config = gen_config or session.gen_config or GenerationConfig()
         if config.n != 1:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lmdeploy_jax.errors import RequestConflictError
-from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.messages import GenerationConfig, Response, shortened
 
 Turn = str | Mapping[str, Any] | list[Mapping[str, Any]]  # a user's text, a message, or several
 _ids = itertools.count()
@@ -30,6 +30,10 @@ class Session:
         self.history: list[tuple[Turn, str]] = []
         self._lock = threading.Lock()
         self._active: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        answer = "" if self.response is None else f", answer {shortened(self.response.text)}"
+        return f"<Session {self.session_id}: {len(self.history)} turns{answer}>"
 
     @property
     def active(self) -> bool:

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from lmdeploy_jax.engine.frontend import Frontend, PromptOptions
     from lmdeploy_jax.text.prompts import Prompt
 
-logger = logging.getLogger("lmdeploy_jax")
+failures = logging.getLogger("lmdeploy_jax.failures")  # of its own, for who tells of them otherwise
+
+
+def tell_failure(answer: Response, error: BaseException | None = None) -> None:
+    """One line in the log: an answer that failed has no text, and who prints its text sees nothing.
+
+    error: what became the answer; told with its place in the code where it is none that a prompt can cause.
+    """
+    unexpected = error if error is not None and not isinstance(error, RequestError) else None
+    failures.warning("prompt %d failed: %s", answer.index, answer.error_message, exc_info=unexpected)
 
 
 class ResponseStream:
@@ -51,8 +60,9 @@ class ResponseStream:
             raise
         self._left[index] = config.n
 
-    def add(self, piece: Response) -> None:
-        """Put in the whole answer to a prompt that could not be submitted."""
+    def add(self, piece: Response, error: BaseException) -> None:
+        """Put in the whole answer to a prompt that could not be submitted because of `error`."""
+        tell_failure(piece, error)
         self._left[piece.index] = 1
         self._pieces.put(piece)
 
@@ -93,6 +103,8 @@ class ResponseStream:
 
     def _count(self, piece: Response) -> None:
         if piece.finish_reason is not None:
+            if piece.finish_reason == "error" and piece.index in self._requests:
+                tell_failure(piece)
             self._left[piece.index] -= 1
             if not self._left[piece.index]:
                 self._forget(piece.index)
@@ -156,9 +168,7 @@ def _submit(
     except (EngineError, RequestConflictError):
         raise
     except Exception as error:
-        if not isinstance(error, RequestError):
-            logger.exception("prompt %d failed", index)
-        running.add(error_response(error, index))
+        running.add(error_response(error, index), error)
 
 
 def turn(session: Session, prompt: Turn, stream: ResponseStream) -> Iterator[Response]:

@@ -2,7 +2,7 @@
 
 A cache is one K and one V array a layer, `[pages, kv_heads, PAGE_SIZE, head_dim]`. Page 0 is the dump page:
 rows that only pad a batch write there and never read it. Every op takes `backend=`, a name that
-`registry.resolve` picks.
+the engine picks by `registry.why_not`.
 """
 
 from __future__ import annotations

@@ -46,28 +46,3 @@ def why_not(
     if group > MAX_GROUP:
         return f"{group} query heads a KV head are more than {MAX_GROUP}"
     return None
-
-
-def resolve(
-    backend: str,
-    platform: str,
-    head_dim: int | None = None,
-    *,
-    dtype: str = "bfloat16",
-    group: int = 1,
-    compute_capability: float | None = None,
-) -> str:
-    """The backend to pass to the ops: `auto` takes `pallas` where `why_not` has no objection, else `xla`.
-
-    Raises ValueError for an unknown name, and for `pallas` where it cannot serve.
-    """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"kernel backend {backend!r} is unknown; choose auto or one of {', '.join(BACKENDS)}"
-        )
-    if backend in ("xla", "pallas_interpret"):
-        return backend
-    reason = why_not(platform, head_dim, dtype=dtype, group=group, compute_capability=compute_capability)
-    if backend == "pallas" and reason is not None:
-        raise ValueError(f"backend pallas cannot be used here: {reason}; use backend auto or xla")
-    return "xla" if reason else "pallas"

@@ -15,15 +15,8 @@ import pytest
 import lmdeploy_jax
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
-SOURCES = (
-    "lmdeploy_jax",
-    "converters",
-    "pallas_kernels",
-    "configs",
-    "pyproject.toml",
-    "README.md",
-    "LICENSE",
-)
+FOLDERS = ("lmdeploy_jax", "converters", "pallas_kernels", "configs")
+FILES = ("pyproject.toml", "README.md", "LICENSE")
 BUILD = "import sys, setuptools.build_meta as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
 USERS = "raise AssertionError('this module is the user\\'s own')\n"
 SCRIPT = """

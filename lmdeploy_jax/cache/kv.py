@@ -107,8 +107,8 @@ def plan_memory(
     plan = MemoryPlan(free, reserved, page, pages)
     if pages < 2:
         raise ConfigError(
-            f"cache_max_entry_count={share!r} leaves no room for the KV cache: a page takes "
-            f"{page * 1e-6:.1f} MB and at least 2 are needed ({plan}). Raise it, or free memory "
-            "(a smaller max_batch_size or model, a larger tp)."
+            f"cache_max_entry_count={share!r} leaves no room for the KV cache: it gives "
+            f"{wanted * 1e-6:.3f} MB, and at least 2 pages of {page * 1e-6:.3f} MB are needed. "
+            "Raise it, or free memory (a smaller max_batch_size or model, a larger tp)."
         )
     return plan

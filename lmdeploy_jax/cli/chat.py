@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from absl import flags as absl_flags
 
-from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
+from lmdeploy_jax.cli.engine_flags import HELP, add_engine_flags, engine_config
 from lmdeploy_jax.cli.flags import FlagSet, UsageError
 from lmdeploy_jax.cli.generation_flags import add_generation_flags, generation_config
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.stream import failures
 
 if TYPE_CHECKING:
     from lmdeploy_jax.pipeline import Pipeline
 
 DEFAULT_MODEL = "tiny-chat"
+QUIT, FORGET = "/bye", "/new"
+COMMANDS = {
+    "exit": QUIT, "/exit": QUIT, "/quit": QUIT, "/bye": QUIT,
+    "end": FORGET, "/end": FORGET, "/new": FORGET, "/clear": FORGET, "/reset": FORGET,
+}  # fmt: skip
+HELP_WORDS = "exit or /bye: quit, end or /new: forget the conversation."
 INPUT_PROMPT = "\ndouble enter to end input >>> "
 USAGE = "chat [MODEL] [FLAGS]"
 ABOUT = f"""MODEL is a checkpoint folder, a hub id, or the output of `lmdeploy_jax convert`; without it the
 embedded demonstration model {DEFAULT_MODEL}.
 
-An empty line ends a message. `exit` or Ctrl-C at the prompt quits, `end` forgets the conversation, Ctrl-C
-during an answer drops that turn. Sampling follows the checkpoint's generation_config.json and the flags."""
+An empty line ends a message. `exit`, `/bye` or Ctrl-C at the prompt quits, `end` or `/new` forgets the
+conversation, Ctrl-C during an answer drops that turn. Sampling follows the checkpoint's
+generation_config.json and the flags."""
 
 
 def define(flags: FlagSet) -> None:
@@ -57,8 +67,12 @@ def run(flags: FlagSet, args: list[str]) -> int:
     if flags["url"] is not None:
         from lmdeploy_jax.cli.remote_chat import RemoteConversation
 
+        flags.refuse((*HELP, "chat_template"), "has no meaning with --url: the server has its model loaded")
+
         name = args[0] if args else None
         return _converse(flags, RemoteConversation(flags["url"], name, flags["api_key"], flags))
+
+    flags.refuse(("api_key",), "has a meaning with --url only")
 
     from lmdeploy_jax.engine.prepare import prepare
     from lmdeploy_jax.pipeline import Pipeline, open_frontend
@@ -99,6 +113,16 @@ class Conversation:
 
     def answer(self, text: str) -> None:
         """Stream the answer to standard output. Raises `RequestError` where there is none."""
+        with _told_by_the_command():
+            last = self._print(text)
+        print(flush=True)
+        if last is not None and last.finish_reason == "error":
+            raise RequestError(last.error_message or "the request failed")
+        if last is not None and last.finish_reason == "length":
+            print("[the answer was cut off: it reached the length limit]", file=sys.stderr)
+
+    def _print(self, text: str) -> Response | None:
+        """Every piece as it comes; the last one."""
         last: Response | None = None
         stream: Any = self._pipe.chat(
             self._turn(text), self._session, stream_response=True, enable_thinking=self._enable_thinking
@@ -106,11 +130,7 @@ class Conversation:
         with contextlib.closing(stream):  # Ctrl-C between two pieces aborts the request too
             for last in stream:
                 print(last.text, end="", flush=True)
-        print(flush=True)
-        if last is not None and last.finish_reason == "error":
-            raise RequestError(last.error_message or "the request failed")
-        if last is not None and last.finish_reason == "length":
-            print("[the answer was cut off: it reached the length limit]", file=sys.stderr)
+        return last
 
     def forget(self) -> None:
         """Start anew; the system prompt stays."""
@@ -122,20 +142,33 @@ class Conversation:
         return [{"role": "system", "content": self._system}, {"role": "user", "content": text}]
 
 
+@contextlib.contextmanager
+def _told_by_the_command() -> Iterator[None]:
+    """Failed answers are raised and printed, and need not stand in the log too."""
+    failures.disabled = True
+    try:
+        yield
+    finally:
+        failures.disabled = False
+
+
 def _talk(conversation: Talker) -> None:
     """Read a message, print the answer, and again."""
     if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            importlib.import_module("readline")  # arrow keys and history for input()
-        print(
-            "An empty line ends a message. exit: quit, end: forget the conversation, Ctrl-C: stop an answer."
-        )
+        _prepare_terminal()
+        print(f"An empty line ends a message. {HELP_WORDS} Ctrl-C: stop an answer.")
     while (text := _read_message()) is not None:
-        if text == "end":
+        if text == FORGET:
             conversation.forget()
             print("[the conversation was forgotten]", file=sys.stderr)
         elif text:
             _answer(conversation, text)
+
+
+def _prepare_terminal() -> None:
+    """Arrow keys and history for input(); a pasted text is one message, whatever lines it has."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline").parse_and_bind("set enable-bracketed-paste on")
 
 
 def _answer(conversation: Talker, text: str) -> None:
@@ -149,16 +182,29 @@ def _answer(conversation: Talker, text: str) -> None:
 
 
 def _read_message() -> str | None:
-    """Lines up to an empty one, or one of the commands; None to quit."""
+    """Lines up to an empty one, or `FORGET`; None to quit."""
     lines: list[str] = []
     prompt = INPUT_PROMPT if sys.stdin.isatty() else ""
     try:
         while (line := input("" if lines else prompt)) != "":
-            if not lines and line.strip() in ("exit", "end"):
-                return None if line.strip() == "exit" else "end"
+            command = None if lines else _command(line.strip())
+            if command is not None:
+                return None if command == QUIT else command
             lines.append(line)
     except KeyboardInterrupt:
         return None
     except EOFError:
         return "\n".join(lines) if lines else None
     return "\n".join(lines)
+
+
+def _command(word: str) -> str | None:
+    """What a line alone asks for: `QUIT`, `FORGET`, "" where it was told already; None for a message."""
+    if word in COMMANDS:
+        return COMMANDS[word]
+    if re.fullmatch(r"/[a-z?]+", word):  # a path has more in it
+        print(
+            f"[{'' if word in ('/help', '/?') else f'{word} is no command. '}{HELP_WORDS}]", file=sys.stderr
+        )
+        return ""
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from absl import flags as absl_flags
@@ -50,6 +50,12 @@ class FlagSet:
     def add_config_file(self, section: str) -> None:
         """Define `--config`."""
         self.add(section, absl_flags.DEFINE_string, config_file.NAME, None, config_file.HELP)
+
+    def refuse(self, names: Iterable[str], reason: str) -> None:
+        """Raises UsageError for the first of the flags that was given, since it would be ignored."""
+        for name in names:
+            if self.values[name].present:
+                raise UsageError(f"--{name.replace('_', '-')} {reason}.")
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name].value

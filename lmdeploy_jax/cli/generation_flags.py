@@ -8,12 +8,10 @@ from absl import flags as absl_flags
 
 from lmdeploy_jax.cli.flags import FlagSet
 from lmdeploy_jax.messages import GenerationConfig
-from lmdeploy_jax.text.settings import read_object
+from lmdeploy_jax.server.defaults import STORED, Defaults
 
 SECTION = "Generation"
 MAX_NEW_TOKENS = 4096
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-STORED = (*SAMPLING, "repetition_penalty")
 
 
 def add_generation_flags(flags: FlagSet) -> None:
@@ -34,13 +32,5 @@ def generation_config(flags: FlagSet, folder: Path | None = None) -> GenerationC
 
     As in LMDeploy's chat, sampling is on where neither says otherwise.
     """
-    stored = read_object(folder / "generation_config.json") if folder else {}
-    values = {name: stored[name] for name in STORED if stored.get(name) is not None}
-    given = {name: flags[name] for name in STORED if flags[name] is not None}
-    do_sample = stored.get("do_sample", True) or any(name in given for name in SAMPLING)
-    return GenerationConfig(
-        do_sample=do_sample,
-        max_new_tokens=flags["max_new_tokens"],
-        random_seed=flags["random_seed"],
-        **(values | given),
-    )
+    defaults = Defaults.read("auto", folder) if folder else Defaults()
+    return defaults.config({name: flags[name] for name in (*STORED, "max_new_tokens", "random_seed")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -9,7 +10,7 @@ from typing import Protocol
 
 from lmdeploy_jax import __version__
 from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError
-from lmdeploy_jax.errors import LmdeployError
+from lmdeploy_jax.errors import ConfigError, LmdeployError
 
 COMMANDS = {
     "chat": "talk to a model in the terminal",
@@ -18,7 +19,10 @@ COMMANDS = {
     "bench": "measure throughput or latency on fixed work",
     "check_env": "report what is installed, which devices are seen and what works on them",
 }
-
+LMDEPLOYS = {
+    "lite": "Checkpoints cannot be quantised yet.",
+    "list": "The README lists the supported models.",
+}
 INTERRUPTED = 130  # exit code: 128 and the number of SIGINT, as shells have it
 
 
@@ -51,7 +55,7 @@ def main(argv: list[str]) -> int:
     """Run one command. Exit codes: 0 done, 1 it failed, 2 the command line is wrong, 130 interrupted."""
     try:
         return _dispatch(argv)
-    except UsageError as error:
+    except ConfigError as error:  # what a flag says cannot work; UsageError is one
         return _fail(error, 2)
     except (LmdeployError, OSError, ImportError, UnicodeError) as error:
         return _fail(error, 1)
@@ -68,9 +72,17 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     name = argv[0].replace("-", "_")
     if name not in COMMANDS:
-        raise UsageError(f"Unknown command {argv[0]!r}. Commands: {', '.join(COMMANDS)}.")
+        raise UsageError(f"Unknown command {argv[0]!r}.{_instead(name)} Commands: {', '.join(COMMANDS)}.")
     command: Command = importlib.import_module(f"{PROGRAM}.cli.{name}")  # type: ignore[assignment]
     return _run(*_subcommand(command, argv[1:]))
+
+
+def _instead(name: str) -> str:
+    """What to do instead of a command that there is not."""
+    if name in LMDEPLOYS:
+        return " " + LMDEPLOYS[name]
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _subcommand(command: Command, argv: list[str]) -> tuple[Command, list[str]]:

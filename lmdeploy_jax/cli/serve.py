@@ -1,7 +1,8 @@
-"""`serve api_server [MODEL]`: answer over HTTP."""
+"""`serve [api_server] [MODEL]`: answer over HTTP."""
 
 from __future__ import annotations
 
+import difflib
 import signal
 from contextlib import closing
 from dataclasses import fields
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 from absl import flags as absl_flags
 
 from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
-from lmdeploy_jax.cli.flags import FlagSet, UsageError
+from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.server.options import ServerOptions
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "tiny-chat"
 SECTION = "Server"
-USAGE = "serve api_server [MODEL] [FLAGS]"
+SERVED = "api_server"
+USAGE = f"serve [{SERVED}] [MODEL] [FLAGS]"
 ABOUT = f"""MODEL is a checkpoint folder, a hub id, or the output of `lmdeploy_jax convert`; without it the
 embedded demonstration model {DEFAULT_MODEL}. Speaks OpenAI's protocol; /docs lists the routes."""
 
@@ -74,9 +76,13 @@ def run(flags: FlagSet, args: list[str]) -> int:
 
 
 def _model(args: list[str]) -> str:
-    if not args or args[0] != "api_server" or len(args) > 2:
-        raise UsageError(f"serve takes api_server and one model, but was given {' '.join(args)!r}.")
-    return args[1] if len(args) > 1 else DEFAULT_MODEL
+    """The model that is named. LMDeploy's word for what is served may come before it."""
+    words = args[1:] if args and args[0].replace("-", "_") == SERVED else args
+    if words and (words[0] in ("proxy", "gradio") or difflib.get_close_matches(words[0], [SERVED])):
+        raise UsageError(f"serve does {SERVED} alone, not {words[0]}; usage: {PROGRAM} {USAGE}")
+    if len(words) > 1:
+        raise UsageError(f"usage: {PROGRAM} {USAGE}; serve takes one model, but was given {words}.")
+    return words[0] if words else DEFAULT_MODEL
 
 
 def _frontend(model: PreparedModel, flags: FlagSet) -> Frontend:

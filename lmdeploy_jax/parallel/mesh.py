@@ -21,9 +21,11 @@ def make_mesh(tp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     if tp < 1 or tp > len(devices):
         kind = devices[0].platform if len(devices) else "no"
+        if len(devices) == 1:
+            raise ConfigError(f"tp={tp} needs as many devices, and there is one ({kind}): leave tp out.")
         raise ConfigError(
             f"tp={tp} needs as many devices, and there are {len(devices)} ({kind}); "
-            f"choose a tp from 1 to {len(devices)}"
+            f"choose a tp from 1 to {len(devices)}."
         )
     return Mesh(np.asarray(devices[:tp]).reshape(1, tp, 1), AXES)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.errors import CheckpointError, ConfigError
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.text.settings import read_object
 
@@ -29,7 +29,7 @@ class Defaults:
     def read(cls, choice: str, folder: Path) -> Defaults:
         """`auto`: generation_config.json in `folder`; `lmdeploy`: none; else the folder of another one.
 
-        Raises `ConfigError` for a folder without that file.
+        Raises `ConfigError` for a folder without that file, `CheckpointError` for values that cannot work.
         """
         if choice == "lmdeploy":
             return cls()
@@ -40,7 +40,12 @@ class Defaults:
             )
         stored = read_object(path)
         values = {name: stored[name] for name in STORED if stored.get(name) is not None}
-        return cls(values, stored.get("do_sample", True))
+        found = cls(values, stored.get("do_sample", True))
+        try:
+            found.config({})
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return found
 
     def config(self, given: Mapping[str, Any]) -> GenerationConfig:
         """The generation config of a request; None stands for what it leaves open. Raises `ConfigError`."""

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import lmdeploy_jax
 from lmdeploy_jax.cli import chat
-from lmdeploy_jax.cli.chat import Conversation
+from lmdeploy_jax.cli.chat import Conversation, Talker
 from lmdeploy_jax.cli.main import main
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.pipeline import Pipeline
 
+ROOT = Path(lmdeploy_jax.__file__).parent.parent
 CONFIG = GenerationConfig(max_new_tokens=6)
 SMALL = JaxEngineConfig(session_len=192, max_batch_size=2, max_prefill_token_num=64, eager_mode=True)
 
@@ -43,7 +49,7 @@ def answer_to(pipe: Pipeline, *messages: str, system: str | None = None) -> str:
     return text
 
 
-def talk(conversation: Conversation, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def talk(conversation: Talker, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     chat._talk(conversation)
 
@@ -103,7 +109,9 @@ def test_a_turn_that_is_too_long_is_told(
     conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talk(conversation, "word " * 500 + "\n\nexit\n", monkeypatch)
-    assert "context length" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "context length" in told
+    assert told.count("\n") == 1
     assert conversation._session.history == []
 
 
@@ -117,3 +125,70 @@ def test_one_shot_failure(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--max-batch-size=2", "--max-prefill-token-num=64", "--session-len=64", "--eager-mode"]
     assert main(["chat", "--prompt", "word " * 200, *flags]) == 1
     assert "context length" in capsys.readouterr().err
+
+
+class Scribe:
+    """Notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.heard: list[str | None] = []
+
+    def answer(self, text: str) -> None:
+        self.heard.append(text)
+
+    def forget(self) -> None:
+        self.heard.append(None)
+
+
+@pytest.mark.parametrize("word", ["/bye", "/exit", "/quit", "exit"])
+def test_words_that_quit(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scribe = Scribe()
+    talk(scribe, f"one\n\n/new\n{word}\ntwo\n\n", monkeypatch)
+    assert scribe.heard == ["one", None]
+
+
+def test_words_with_a_slash_are_not_sent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scribe = Scribe()
+    talk(scribe, "/help\n/nope\n/usr/bin\n\nwhat is\n/bye\n\n", monkeypatch)
+    assert scribe.heard == ["/usr/bin", "what is\n/bye"]
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("[exit or /bye: quit")
+    assert told[1].startswith("[/nope is no command.")
+
+
+def test_a_pasted_text_is_one_message() -> None:
+    """In a terminal, as readline has it."""
+    code = "from lmdeploy_jax.cli import chat; chat._prepare_terminal(); print(repr(chat._read_message()))"
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, cwd=ROOT, env=os.environ | {"TERM": "xterm"}
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while b">>> " not in shown:
+            shown += os.read(ours, 1000)
+        os.write(ours, b"\x1b[200~one\n\ntwo\x1b[201~\r\r")
+        while b"'one" not in shown:
+            shown += os.read(ours, 1000)
+        process.wait()
+    os.close(ours)
+    assert b"'one\\n\\ntwo'" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(["--url", "x", "--tp", "4"], "--tp"), (["--url", "x", "--chat-template", "y"], "--chat-template")],
+)
+def test_flags_of_the_engine_mean_nothing_with_a_server(
+    flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", *flags]) == 2
+    assert f"{named} has no meaning with --url" in capsys.readouterr().err
+
+
+def test_a_servers_key_needs_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--api-key", "k"]) == 2
+    assert "--api-key has a meaning with --url only" in capsys.readouterr().err

@@ -100,13 +100,17 @@ def test_an_engine_that_is_killed_shows_in_health(cache):
 
 
 @pytest.mark.parametrize(
-    ("flags", "text"),
-    [(["/no/such/folder"], "/no/such/folder"), (["--tp", "7"], "tp"), (["--log-level", "loud"], "loud")],
+    ("flags", "code", "text"),
+    [
+        (["/no/such/folder"], 1, "/no/such/folder"),
+        (["--tp", "7"], 2, "tp=7 needs as many devices, and there is one"),
+        (["--log-level", "loud"], 2, "loud"),
+    ],
 )
-def test_a_start_that_fails_ends_in_one_line(cache, flags, text):
+def test_a_start_that_fails_ends_in_one_line(cache, flags, code, text):
     with served(cache, *flags) as (server, _):
         out, err = server.communicate(timeout=PATIENCE)
-        assert (server.returncode, out) == (1, "")
+        assert (server.returncode, out) == (code, "")
         assert err.startswith("lmdeploy_jax: ")
         assert text in err
         assert err.count("\n") == 1

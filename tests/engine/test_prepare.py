@@ -72,14 +72,17 @@ def test_damaged_folders(damage, text, folder, capsys):
 
 @pytest.mark.parametrize("command", [["chat"], ["serve", "api_server"]])
 def test_a_chat_template_of_no_name(command, capsys):
-    assert main([*command, "--chat-template", "nope"]) != 0
+    assert main([*command, "--chat-template", "nope"]) == 2
     assert "nope" in capsys.readouterr().err
 
 
 def test_generation_config_of_the_checkpoint(folder, capsys):
     (folder / "generation_config.json").write_text('{"temperature": 17}')
-    assert main(["chat", str(folder)]) != 0
-    assert "temperature=17" in capsys.readouterr().err
+    for command in (["chat", str(folder)], ["serve", "api_server", str(folder)]):
+        assert main(command) == 1
+        told = capsys.readouterr().err
+        assert "generation_config.json" in told
+        assert "temperature=17" in told
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_formats_by_name() -> None:
 
 
 def test_special_tokens_that_must_stay_in_the_text() -> None:
-    needing = {name for name in tool_format_names() if tool_format(name).needs_special_tokens}
+    needing = {name for name in tool_format_names() if tool_format(name).special_tokens}
     assert {"internlm", "llama3", "mistral", "deepseek-v3", "glm4"} <= needing
     assert needing.isdisjoint({"qwen", "qwen3", "qwen2d5", "qwen3coder"})
 

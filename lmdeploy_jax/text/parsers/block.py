@@ -170,11 +170,6 @@ class ToolFormat:
                 f"open_tags={self.open_tags!r}, edge_tags={self.edge_tags!r}: no tag may be empty."
             )
 
-    @property
-    def needs_special_tokens(self) -> bool:
-        """Whether answers must be decoded with skip_special_tokens=False."""
-        return bool(self.special_tokens)
-
 
 @dataclass(frozen=True)
 class ReasoningFormat:
@@ -185,7 +180,6 @@ class ReasoningFormat:
 
     open: str = "<think>"
     close: str = "</think>"
-    needs_special_tokens: bool = False
     gap: str = "\n\n"
 
     def __post_init__(self) -> None:
