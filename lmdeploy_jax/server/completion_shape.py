@@ -53,7 +53,7 @@ class CompletionWriter:
             "index": piece.index * config.n + piece.choice,
             "text": self._text(piece, first),
             "logprobs": self._logprobs(piece, first),
-            "finish_reason": "length" if self.shape.only_prompt else piece.finish_reason,
+            "finish_reason": "length" if self.shape.only_prompt and not error else piece.finish_reason,
             "stop_reason": user_stop(config, piece.stop_match),
         } | error_of(error)
 
