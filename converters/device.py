@@ -64,10 +64,12 @@ def load_parallel(
 ) -> dict[str, jax.Array]:
     """Makes every array, several at a time, with at most `bytes_in_flight` of shards (or one) on the host.
 
-    `progress(done, total)` is called in bytes after each array. The first error ends it and is raised.
+    `progress(done, total)` is called in bytes at the start and after each array. The first error ends it and
+    is raised, as KeyboardInterrupt is; what has begun is waited for, since it reads the checkpoint's files.
     """
     budget = _Budget(bytes_in_flight)
     report = _Report(sum(item.nbytes for item in placements.values()), progress)
+    report.add(0)
 
     def make(item: Placement) -> jax.Array:
         with budget.hold(item.shard_bytes):
@@ -75,12 +77,14 @@ def load_parallel(
         report.add(item.nbytes)
         return array
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="load") as pool:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="load")
+    try:
         futures = {name: pool.submit(make, item) for name, item in placements.items()}
         wait(futures.values(), return_when=FIRST_EXCEPTION)
-        if any(future.done() and future.exception() for future in futures.values()):
-            pool.shutdown(cancel_futures=True)
-            raise next(e for f in futures.values() if not f.cancelled() and (e := f.exception()))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if error := next((e for f in futures.values() if not f.cancelled() and (e := f.exception())), None):
+        raise error
     return {name: future.result() for name, future in futures.items()}
 
 

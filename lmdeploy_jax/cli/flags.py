@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,6 +28,9 @@ class FlagSet:
         self.values = absl_flags.FlagValues()
         self.values.set_gnu_getopt(True)  # flags may follow positional arguments
         self._sections: dict[str, dict[str, str]] = {}  # title -> flag -> help
+        # Whether these positional arguments are all that the command takes: words after a list's flag belong
+        # to the list then, as LMDeploy has it.
+        self.complete: Callable[[list[str]], bool] = lambda words: False
 
     def add(
         self, section: str, define: Callable[..., Any], name: str, default: Any, text: str, **rest: Any
@@ -38,7 +42,7 @@ class FlagSet:
     def parse(self, argv: list[str]) -> list[str]:
         """Set the flags from `argv` and return the positional arguments. Raises `UsageError`."""
         try:
-            positional = list(self.values([PROGRAM, *_canonical(self.values, argv)])[1:])
+            positional = list(self.values([PROGRAM, *self._canonical(argv)])[1:])
         except (absl_flags.Error, ValueError) as error:
             raise UsageError(str(error)) from error
         except RecursionError as error:
@@ -50,6 +54,26 @@ class FlagSet:
     def add_config_file(self, section: str) -> None:
         """Define `--config`."""
         self.add(section, absl_flags.DEFINE_string, config_file.NAME, None, config_file.HELP)
+
+    def _canonical(self, argv: list[str]) -> Iterator[str]:
+        """`--a-b v` becomes `--a_b=v`, and `--a-b.x.y v` becomes `--a_b={"x": {"y": v}}`."""
+        words, positional = deque(argv), []
+        while words:
+            word = words.popleft()
+            if word == "--":
+                yield word
+                yield from words
+                return
+            if not word.startswith("-") or word == "-":
+                positional.append(word)
+                yield word
+                continue
+            flag = _canonical_flag(self.values, word, words)
+            yield flag
+            name = flag[2:].partition("=")[0]
+            if name in self.values and isinstance(self.values[name], ListFlag) and self.complete(positional):
+                while words and not words[0].startswith("-"):
+                    yield f"--{name}={words.popleft()}"
 
     def refuse(self, names: Iterable[str], reason: str) -> None:
         """Raises UsageError for the first of the flags that was given, since it would be ignored."""
@@ -68,6 +92,21 @@ class FlagSet:
             entries = [_describe(self.values[name], text, width) for name, text in texts.items()]
             parts.append("\n".join([f"{title}:", *entries]))
         return "\n\n".join(parts)
+
+
+class ListFlag(absl_flags.Flag[list[str]]):
+    """Texts separated by commas; every further mention adds to them."""
+
+    def parse(self, argument: str | list[str]) -> None:
+        before = self.value if self.present and self.value else []
+        self.value = [*before, *(self._parse(argument) or [])]
+        self.present += 1
+
+
+def define_list(name: str, default: list[str], help: str, flag_values: absl_flags.FlagValues) -> Any:
+    """Define a flag of several texts."""
+    flag = ListFlag(absl_flags.ListParser(), absl_flags.ListSerializer(","), name, default, help)
+    return absl_flags.DEFINE_flag(flag, flag_values)
 
 
 class JsonObject(absl_flags.ArgumentParser):
@@ -109,30 +148,16 @@ def _merge(into: dict[str, Any], item: dict[str, Any]) -> None:
             into[key] = value
 
 
-def _canonical(values: absl_flags.FlagValues, argv: list[str]) -> Iterator[str]:
-    """`--a-b v` becomes `--a_b=v`, and `--a-b.x.y v` becomes `--a_b={"x": {"y": v}}`."""
-    words = iter(argv)
-    for word in words:
-        if word == "--":
-            yield word
-            yield from words
-        elif not word.startswith("-") or word == "-":
-            yield word
-        else:
-            yield _canonical_flag(values, word, words)
-
-
-def _canonical_flag(values: absl_flags.FlagValues, word: str, rest: Iterator[str]) -> str:
+def _canonical_flag(values: absl_flags.FlagValues, word: str, rest: deque[str]) -> str:
     dashed, equals, value = word.lstrip("-").partition("=")
     root, dot, path = dashed.partition(".")
     name = root.replace("-", "_")
     if name not in values or (values[name].boolean and not dot):
         return f"--{name}{dot}{path}{equals}{value}"
     if not equals:
-        following = next(rest, None)
-        if following is None:
+        if not rest:
             raise UsageError(f"Flag --{dashed} needs a value.")
-        value = following
+        value = rest.popleft()
     return f"--{name}={_nested(path, value)}" if dot else f"--{name}={value}"
 
 
@@ -149,7 +174,7 @@ def _nested(path: str, value: str) -> str:
 def _describe(flag: absl_flags.Flag[Any], text: str, width: int) -> str:
     name = flag.name.replace("_", "-")
     head = f"  --[no]{name}" if flag.boolean else f"  --{name} {_type_name(flag)}"
-    if flag.default is not None:
+    if flag.default not in (None, []):
         text += f" (default: {_default_text(flag.default)})"
     body = textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return f"{head}\n{body}"
@@ -158,10 +183,14 @@ def _describe(flag: absl_flags.Flag[Any], text: str, width: int) -> str:
 def _type_name(flag: absl_flags.Flag[Any]) -> str:
     if isinstance(flag.parser, absl_flags.EnumParser):
         return "{" + ",".join(flag.parser.enum_values) + "}"
+    if isinstance(flag, ListFlag):
+        return "TEXT,TEXT,…"
     names = {"int": "N", "float": "X", "json": "JSON"}
     kind = flag.flag_type().removeprefix("multi ")
     return names.get(kind, "TEXT")
 
 
 def _default_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
     return ("on" if value else "off") if isinstance(value, bool) else str(value)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 from absl import flags as absl_flags
 
 from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
-from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError
+from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError, define_list
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.server.options import ServerOptions
 
@@ -30,6 +30,7 @@ embedded demonstration model {DEFAULT_MODEL}. Speaks OpenAI's protocol; /docs li
 
 def define(flags: FlagSet) -> None:
     """The flags of the command."""
+    flags.complete = lambda words: bool(_after_served(words))
     flags.add_config_file(SECTION)
     hints = get_type_hints(ServerOptions)
     for field in fields(ServerOptions):
@@ -48,7 +49,7 @@ def _definition(hint: Any) -> Any:
     for kind, define_flag in kinds.items():
         if hint in (kind, kind | None):
             return define_flag
-    return absl_flags.DEFINE_string if hint in (str, str | None) else absl_flags.DEFINE_list
+    return absl_flags.DEFINE_string if hint in (str, str | None) else define_list
 
 
 def run(flags: FlagSet, args: list[str]) -> int:
@@ -77,12 +78,16 @@ def run(flags: FlagSet, args: list[str]) -> int:
 
 def _model(args: list[str]) -> str:
     """The model that is named. LMDeploy's word for what is served may come before it."""
-    words = args[1:] if args and args[0].replace("-", "_") == SERVED else args
+    words = _after_served(args)
     if words and (words[0] in ("proxy", "gradio") or difflib.get_close_matches(words[0], [SERVED])):
         raise UsageError(f"serve does {SERVED} alone, not {words[0]}; usage: {PROGRAM} {USAGE}")
     if len(words) > 1:
         raise UsageError(f"usage: {PROGRAM} {USAGE}; serve takes one model, but was given {words}.")
     return words[0] if words else DEFAULT_MODEL
+
+
+def _after_served(words: list[str]) -> list[str]:
+    return words[1:] if words and words[0].replace("-", "_") == SERVED else words
 
 
 def _frontend(model: PreparedModel, flags: FlagSet) -> Frontend:

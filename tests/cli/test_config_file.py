@@ -84,3 +84,30 @@ def test_a_missing_file_is_named_and_an_empty_one_is_nothing(flags: FlagSet, tmp
         flags.parse(["api_server", "--config", str(tmp_path / "none.yaml")])
     (tmp_path / "empty.yaml").write_text("")
     assert flags.parse(["api_server", "--config", str(tmp_path / "empty.yaml")]) == ["api_server"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["api_server", "m", "--api-keys", "a,b"],
+        ["api_server", "m", "--api-keys", "a", "b", "--server-port", "9"],
+        ["--api-keys", "a", "--api_keys=b", "api_server", "m"],
+        ["api-server", "m", "--api-keys", "a", "--allow-origins", "x", "y", "--api-keys", "b"],
+        ["m", "--api-keys", "a", "b"],
+    ],
+)
+def test_lists_are_given_in_every_usual_form(flags: FlagSet, argv: list[str]) -> None:
+    assert flags.parse(argv)[-1] == "m"
+    assert flags["api_keys"] == ["a", "b"]
+    assert flags["allow_origins"] == (["x", "y"] if "x" in argv else ["*"])
+
+
+def test_a_model_may_follow_a_list(flags: FlagSet) -> None:
+    assert flags.parse(["api_server", "--api-keys", "a", "m"]) == ["api_server", "m"]
+    assert flags["api_keys"] == ["a"]
+
+
+def test_the_help_says_how_a_list_is_given(flags: FlagSet) -> None:
+    text = " ".join(flags.help().split())
+    assert "--api-keys TEXT,TEXT,… keys of which a client must send one --" in text
+    assert "--allow-origins TEXT,TEXT,… origins that browsers may call from (CORS) (default: *)" in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
@@ -68,7 +70,7 @@ def test_many_arrays_within_the_budget() -> None:
     )
     assert list(arrays) == list(items)
     assert ARRAY.nbytes < peak <= 2 * ARRAY.nbytes
-    assert seen == [(i * ARRAY.nbytes, 20 * ARRAY.nbytes) for i in range(1, 21)]
+    assert seen == [(i * ARRAY.nbytes, 20 * ARRAY.nbytes) for i in range(21)]
     assert load_parallel(items, bytes_in_flight=1).keys() == items.keys()
 
 
@@ -83,3 +85,29 @@ def test_the_first_error_ends_the_loading() -> None:
     with pytest.raises(OSError, match="disk on fire"):
         load_parallel(items, threads=1)
     assert len(calls) < 50
+
+
+def test_ctrl_c_drops_what_has_not_begun() -> None:
+    begun: list[int] = []
+    interrupted = threading.Event()
+
+    def on_sigint(number: int, frame: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    def fetch(index: object) -> np.ndarray:
+        begun.append(1)
+        if len(begun) == 1:
+            os.kill(os.getpid(), signal.SIGINT)  # handled by the main thread, which waits for the others
+        interrupted.wait()
+        time.sleep(0.001)
+        return np.zeros(4, np.float32)
+
+    items = {str(i): Placement((4,), np.dtype(np.float32), single(), fetch) for i in range(2000)}
+    before = signal.signal(signal.SIGINT, on_sigint)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            load_parallel(items)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(begun) < len(items)
