@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ from lmdeploy_jax.server.errors import ApiError, own_failure
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.frontend import Frontend
     from lmdeploy_jax.server.metrics import Meter
+
+# Threads that wait until a form has been tried. Apart from those that every other request needs for a moment.
+_GUIDED = ThreadPoolExecutor(32, thread_name_prefix="lmdeploy_jax forms")
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,23 @@ class Generation:
     async def start(self, prepare: Callable[[], Sequence[Job]], *, stream: bool) -> None:
         """Submit the jobs that `prepare` makes; both on a worker thread. Raises what they raise."""
         try:
-            self._left = await asyncio.to_thread(self._submit, prepare, stream)
+            jobs, guided = await asyncio.to_thread(self._begin, prepare, stream)
+            if guided:
+                await self._loop.run_in_executor(_GUIDED, self._submit, jobs, stream)
+            self._left = sum(job.config.n for job in jobs)
         except BaseException:
             self.close()
             raise
 
-    def _submit(self, prepare: Callable[[], Sequence[Job]], stream: bool) -> int:
+    def _begin(self, prepare: Callable[[], Sequence[Job]], stream: bool) -> tuple[Sequence[Job], bool]:
+        """The jobs, and whether they are still to be submitted, since their forms have to be compiled."""
         jobs = prepare()
+        guided = any(job.config.response_format is not None for job in jobs)
+        if not guided:
+            self._submit(jobs, stream)
+        return jobs, guided
+
+    def _submit(self, jobs: Sequence[Job], stream: bool) -> None:
         for index, job in enumerate(jobs):
             request = self._frontend.submit(
                 job.prompt, job.config, self._sink, index=index, stream=stream, flush=self._mailroom.flush
@@ -92,7 +106,6 @@ class Generation:
             if self._closed:  # meanwhile, by a client that has gone; `close` may have missed this one
                 self.abort()
                 break
-        return sum(job.config.n for job in jobs)
 
     def _sink(self, piece: Response) -> None:
         self._mailroom.post(self, piece)

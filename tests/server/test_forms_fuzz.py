@@ -1,0 +1,62 @@
+"""Random forms, good and bad: the good ones are answered with the form, nothing dies of the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import httpx
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz import cases, drawn
+from tests.patience import PATIENCE
+from tests.server.forms import CASES, Case
+from tests.server.test_broken_requests import check_unharmed
+
+AT_ONCE = 10
+ASK = {
+    "messages": [{"role": "user", "content": "Say something."}],
+    "temperature": 1.0,
+    "max_tokens": 120,
+    "chat_template_kwargs": {"enable_thinking": False},
+}
+
+
+async def answered(http: httpx.AsyncClient, case: Case, seed: int, told: Counter[str]) -> None:
+    """Send a case and look at the answer; counts what it was."""
+    answer = await http.post("/v1/chat/completions", json=ASK | {"seed": seed} | case.body)
+    if case.check is None:
+        assert answer.status_code in (200, 400, 503), (case.body, answer.text)
+        told["wrong"] += 1
+        return
+    assert answer.status_code == 200, (case.body, answer.text)
+    choice = answer.json()["choices"][0]
+    if choice["finish_reason"] in ("stop", "tool_calls"):
+        case.check(choice["message"])
+        told["form"] += 1
+    else:
+        assert choice["finish_reason"] == "length", (case.body, choice)
+        told["cut"] += 1
+
+
+@cases(2000)
+def test_good_forms_are_answered_and_bad_ones_do_no_harm(live, pipe, cases):
+    told: Counter[str] = Counter()
+
+    async def send(batch: list[Case]) -> None:
+        async with (
+            httpx.AsyncClient(base_url=live.url, timeout=PATIENCE) as http,
+            asyncio.TaskGroup() as group,
+        ):
+            for i, case in enumerate(batch):
+                group.create_task(answered(http, case, i, told))
+
+    @settings(drawn(cases // AT_ONCE), phases=[Phase.generate])  # a batch of ten shrinks for minutes
+    @given(st.lists(CASES, min_size=AT_ONCE, max_size=AT_ONCE))
+    def fuzz(batch: list[Case]) -> None:
+        asyncio.run(send(batch))
+
+    fuzz()
+    assert told["form"] >= told.total() / 2, told
+    check_unharmed(live, pipe)
