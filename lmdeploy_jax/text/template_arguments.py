@@ -49,19 +49,24 @@ def checked_variables(given: Any) -> dict[str, Any]:
         raise RequestError(f"chat_template_kwargs={given!r:.200} is invalid: it must be an object.")
     variables = without_nulls(given)
     for name, value in variables.items():
-        if not isinstance(name, str) or name in _RESERVED:
-            raise RequestError(
-                f"The chat template variable {name!r} is set by the request itself. Leave it out of "
-                "chat_template_kwargs."
-            )
-        if name in SWITCHES and not isinstance(value, bool):
-            raise RequestError(f"chat_template_kwargs: {name}={value!r:.200} must be true or false.")
-    effort = variables.get("reasoning_effort")
-    if effort is not None and effort not in EFFORTS:
+        _check_variable(name, value)
+    no_thinking = {"enable_thinking": False} if variables.get("reasoning_effort") == "none" else {}
+    return no_thinking | variables
+
+
+def _check_variable(name: Any, value: Any) -> None:
+    if not isinstance(name, str):
+        raise RequestError(f"chat_template_kwargs: the name {name!r:.200} is invalid: it must be a text.")
+    if name in _RESERVED:
         raise RequestError(
-            f"reasoning_effort={effort!r:.200} is unknown; choose one of {', '.join(EFFORTS)}."
+            f"The chat template variable {name!r} is set by the request itself. Leave it out of "
+            "chat_template_kwargs."
         )
-    return {"enable_thinking": False} | variables if effort == "none" else variables
+    if name in SWITCHES and not isinstance(value, bool):
+        raise RequestError(f"chat_template_kwargs: {name}={value!r:.200} must be true or false.")
+    if name == "reasoning_effort" and value not in EFFORTS:
+        known = ", ".join(EFFORTS)
+        raise RequestError(f"reasoning_effort={value!r:.200} is unknown; choose one of {known}.")
 
 
 def thinking_is_off(variables: Mapping[str, Any]) -> bool:

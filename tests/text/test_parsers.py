@@ -119,6 +119,41 @@ def test_examples_cut_at_every_place(
     assert collect(stream(new_parser(tools, "default"), text)) == expected
 
 
+MALFORMED = [
+    ("qwen", NOW_BLOCK, False),
+    ("qwen", f"{NOW_BLOCK}</tool_call>", False),  # the call can be used
+    ("qwen", "x <tool_cal", False),
+    ("qwen", "<tool_call>oops</tool_call>", True),
+    ("qwen", '<tool_call>{"name": "f", "arguments": {]', True),
+    ("qwen", "<think>say <tool_call> so</think>x", False),  # thoughts may well speak of tags
+    ("llama3", '{"city": "Köln"}', False),
+    ("llama3", '{"name": "now", "parameters": {}}; bye', False),
+    ("llama3", '{"name": "now", "parameters": {}}; {"name": "now", oops', True),
+    ("mistral", '[TOOL_CALLS] [{"name": "now", "arguments": {}}, {"name": "now", oops]', True),
+    ("mistral", '[TOOL_CALLS] [{"name": "now", "arguments": {}}] {', False),
+    ("deepseek-v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+                    "<｜tool▁call▁begin｜>oops", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tools", "text", "malformed"), MALFORMED)
+def test_whether_a_call_is_malformed(tools: str, text: str, malformed: bool) -> None:
+    for cut in range(len(text) + 1):
+        parser = new_parser(tools, "default")
+        stream(parser, [text[:cut], text[cut:]])
+        assert parser.malformed is malformed
+
+
+def test_a_call_that_a_limit_cuts_is_the_beginning_of_one() -> None:
+    for text, calls in (
+        ('<tool_call>{"name": "f", "arguments": {"a": "x', [ToolCall("f", '{"a": "x')]),
+        ('<tool_call>{"name": "f", "argu', []),
+    ):
+        parser = new_parser("qwen")
+        answer = collect(parser.feed(text) + parser.finish(cut_off=True))
+        assert (answer.tool_calls, parser.malformed) == (calls, False)
+
+
 @pytest.mark.parametrize(
     ("text", "content", "reasoning"),
     [

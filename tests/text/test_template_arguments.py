@@ -50,7 +50,7 @@ def test_what_is_no_tool_is_named_by_position(tools: Any, words: str) -> None:
         ({"continue_final_message": "no"}, "must be true or false"),
         ({"reasoning_effort": "banana"}, "reasoning_effort='banana' is unknown; choose one of none, minimal"),
         ({"reasoning_effort": ["low"]}, "is unknown"),
-        ({1: 2}, "variable 1 "),
+        ({1: 2}, "the name 1 is invalid"),
         ("x", "chat_template_kwargs='x' is invalid"),
     ],
 )

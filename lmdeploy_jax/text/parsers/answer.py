@@ -259,6 +259,7 @@ class _InBlock:
             parser.mode = _Text(parser, self._kind)
             return rest
         if block.committed:
+            parser.malformed |= block.begun and not parser.cut_off
             parser.mode = _Edge(parser, ContentDelta)
             return rest
         parser.malformed |= self._is_no_call()

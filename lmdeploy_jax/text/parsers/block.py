@@ -38,6 +38,7 @@ class Block:
     raw: list[str]  # taken but not committed; begins with the open tag
     committed: bool = False
     call: Call | None = None  # the last one that has been announced
+    begun: bool = False  # whether another call has begun behind that one; grammars of several calls say so
     said: list[str] = field(default_factory=list)  # what has been committed since that call's beginning
     pending: str | None = field(default=None, init=False)  # peeked but not taken
 
@@ -140,7 +141,7 @@ class Call:
         if self.index < 0:
             assert self.name is not None
             self.index = next(self._block.indices)
-            self._block.call = self
+            self._block.call, self._block.begun = self, False
             self._block.events.append(ToolCallStart(self.index, self.name))
         if delta := "".join(self._waiting):
             self._block.events.append(ToolCallArguments(self.index, delta))

@@ -140,6 +140,7 @@ def _read_llama3(block: Block) -> Reading[None]:
         yield from block.one_of(";")
         yield from block.space()
         yield from block.one_of("{")
+        block.begun = True
         yield from read_call(block, bare)
 
 
@@ -164,6 +165,7 @@ def _read_call_list(block: Block) -> Reading[None]:
     while separator == ",":
         yield from block.space()
         yield from block.one_of("{")
+        block.begun = True
         yield from read_call(block)
         yield from block.space()
         separator = yield from block.one_of(",", "]")
@@ -178,6 +180,7 @@ def _read_deepseek_v3(block: Block) -> Reading[None]:
     yield from block.space()
     tag = yield from block.one_of(_CALL_BEGIN)
     while tag == _CALL_BEGIN:
+        block.begun = True
         yield from _read_deepseek_call(block)
         yield from block.space()
         tag = yield from block.one_of(_CALL_BEGIN, _CALLS_END)
