@@ -31,6 +31,7 @@ from lmdeploy_jax.engine.forks import Home
 from lmdeploy_jax.engine.request import Request, StepOutput
 from lmdeploy_jax.engine.wire import (
     Abort,
+    Asked,
     Call,
     Failed,
     News,
@@ -272,8 +273,7 @@ def _message(request: Request) -> bytes:
     sent = params if grammar is None else params.with_grammar(None)
     source = None if grammar is None else (grammar.source.text, grammar.source.size)
     try:
-        return dumps(
-            Submit(request.request_id, list(request.prompt), sent, request.streams, request.arrival, source)
-        )
+        asked = Asked(list(request.prompt), sent, request.streams, request.arrival, source)
+        return dumps(Submit(request.request_id, params.n, dumps(asked)))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise RequestError(f"The request cannot be sent to the engine's process: {error}") from error

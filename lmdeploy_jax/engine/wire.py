@@ -16,9 +16,16 @@ from lmdeploy_jax.errors import LmdeployError
 
 
 class Submit(NamedTuple):
-    """A request. `params.grammar` stays behind: `grammar` are its `Source`'s fields, to be compiled again."""
+    """A request. `body` is a pickled `Asked`: one that cannot be read there costs its own request only."""
 
     request_id: int
+    n: int
+    body: bytes
+
+
+class Asked(NamedTuple):
+    """What a request asks. `params.grammar` stays behind: `grammar` is its `Source`, to be compiled again."""
+
     prompt: list[int]
     params: SamplingParams
     streams: bool

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -27,6 +28,7 @@ from lmdeploy_jax.engine.joined import Joined
 from lmdeploy_jax.engine.request import Request, StepOutput
 from lmdeploy_jax.engine.wire import (
     Abort,
+    Asked,
     Call,
     Failed,
     News,
@@ -114,16 +116,19 @@ class Worker:
             case Call():
                 self._outbox.put(Reply(message.number, self._error_of(message)))
 
-    def _submit(self, asked: Submit) -> None:
-        sink = self._outbox.put
-        request = Request(asked.prompt, asked.params, sink, asked.streams, asked.request_id, asked.arrival)
+    def _submit(self, message: Submit) -> None:
         try:
-            if asked.grammar is not None:
-                self._compiling.submit(request, asked.grammar)
+            asked: Asked = pickle.loads(message.body)
+            prompt, params, streams, arrival, grammar = asked
+            request = Request(prompt, params, self._outbox.put, streams, message.request_id, arrival)
+            if grammar is not None:
+                self._compiling.submit(request, grammar)
             else:
                 self._engine.submit(request)
         except Exception as error:  # what the parent could not know: it has fallen asleep, or ended
-            request.refuse(error)
+            for i in range(message.n):
+                out = StepOutput(message.request_id, i, finish_reason="error", error=portable(error))
+                self._outbox.put(out)
 
     def _abort(self, asked: Abort) -> None:
         if not self._compiling.abort(asked.request_id, asked.sequence):

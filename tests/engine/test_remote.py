@@ -28,6 +28,9 @@ from lmdeploy_jax.errors import (
     RequestError,
 )
 from lmdeploy_jax.guided.grammars import Grammars
+from lmdeploy_jax.guided.reasoning import after_reasoning
+from lmdeploy_jax.guided.tools import tool_grammar
+from lmdeploy_jax.text.parsers import reasoning_format, tool_format
 from lmdeploy_jax.text.tokenizer import Tokenizer
 from tests.engine.harness import Collector, config, generate, submit
 from tests.fake_engine import FakeEngine
@@ -119,6 +122,41 @@ def test_a_grammar_is_compiled_again_on_the_other_side(remote):
         assert len(text) == 6, text
         assert text[3] == "-", text
         assert result.reason == "stop"
+
+
+CHOICE = {"type": "choice", "choice": ["yes", "no"]}
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        after_reasoning(CHOICE, reasoning_format("default"), TOKENIZER, forbidden=True),
+        tool_grammar(tool_format("qwen"), [TOOL], TOKENIZER),
+    ],
+    ids=["after reasoning", "tool call"],
+)
+def test_grammars_that_are_written_from_parts_cross_too(remote, form):
+    grammar = Grammars(TOKENIZER, remote.vocab_size).compile(form, here=False)
+    (result,) = generate(remote, PROMPTS[:1], grammar=grammar)[0]
+    assert result.last.error is None
+    assert TOKENIZER.decode(result.tokens).strip() in ("yes", "no") or "now" in TOKENIZER.decode(
+        result.tokens
+    )
+
+
+class Unreadable:
+    """Can be sent and cannot be received."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+def test_what_cannot_be_received_costs_its_own_request_only(remote):
+    bad = Collector(2)
+    submit(remote, PROMPTS[0], bad, n=2, logits=Unreadable())
+    assert [type(result.last.error) for result in bad.wait()] == [ValueError, ValueError]
+    assert generate(remote, PROMPTS[:1])[0][0].reason in ("stop", "length")
 
 
 def test_what_cannot_be_served_is_refused_by_submit(local, remote):
