@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from lmdeploy_jax.engine.program_cache import Key, ProgramCache
-from lmdeploy_jax.engine.progress import counting_bar
+from lmdeploy_jax.engine.progress import announce, counting_bar
 
 log = logging.getLogger("lmdeploy_jax")
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -83,10 +83,14 @@ def compile_all(
     """
     start = time.perf_counter()
     order = sorted(programs, key=lambda key: (-key[1], key[0]))
-    with _workers() as pool:
-        ready = _read(order, cache, pool, progress)
-        missing = {key: programs[key] for key in order if key not in ready}
-        ready |= _compile(missing, cache, pool, progress)
+    try:
+        with _workers() as pool:
+            ready = _read(order, cache, pool, progress)
+            missing = {key: programs[key] for key in order if key not in ready}
+            ready |= _compile(missing, cache, pool, progress)
+    except KeyboardInterrupt:
+        announce(progress, "interrupted")
+        raise
     took = time.perf_counter() - start
     log.info("compiled %d programs and read %d in %.1f s", len(missing), len(ready) - len(missing), took)
     return ready

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lmdeploy_jax.server.options import ServerOptions
 
@@ -17,26 +20,55 @@ def bind(options: ServerOptions) -> list[socket.socket]:
     Raises OSError with a text for a user where the address cannot be had.
     """
     host, port = options.server_name, options.server_port
-    bound: list[socket.socket] = []
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, _, _, _, address in dict.fromkeys(found):
-            bound.append(_bound(family, address))
+        return _all_bound(host, port)
     except OSError as error:
-        for taken in bound:
-            taken.close()
         reason = error.strerror or str(error)
         raise OSError(
             f"server_name={host!r}, server_port={port}: cannot listen there: {reason}. Give another "
             "--server-port, 0 for any that is free, or a --server-name of this machine."
         ) from error
+
+
+def _all_bound(host: str, port: int) -> list[socket.socket]:
+    """One port at every address of the host; families that this machine lacks are left out."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    bound: list[socket.socket] = []
+    lacking: OSError | None = None
+    try:
+        for family, _, _, _, (name, _, *rest) in dict.fromkeys(found):
+            at = bound[0].getsockname()[1] if bound else port
+            try:
+                bound.append(_bound(family, (name, at, *rest)))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                lacking = error
+        if lacking is not None and not bound:
+            raise lacking
+    except BaseException:
+        for taken in bound:
+            taken.close()
+        raise
     return bound
 
 
-def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
+def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
+    """Alone, so that no other server binds it while the model is loaded; where connections of an earlier
+    server linger, that cannot be had.
+    """
+    try:
+        return _bind(family, address, reuse=False)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or os.name != "posix":
+            raise
+        return _bind(family, address, reuse=True)
+
+
+def _bind(family: int, address: tuple[Any, ...], *, reuse: bool) -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if os.name == "posix":  # elsewhere the option would let two servers share a port
+        if reuse:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # the other family has its own
@@ -45,6 +77,12 @@ def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
         made.close()
         raise
     return made
+
+
+def release(sockets: Iterable[socket.socket]) -> None:
+    """Before they listen: let a later server bind the address while connections of this one linger."""
+    for taken in sockets if os.name == "posix" else ():
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def check_certificate(options: ServerOptions) -> None:

@@ -11,7 +11,7 @@ import uvicorn
 from lmdeploy_jax.engine.prepare import PreparedModel
 from lmdeploy_jax.server.app import create_app
 from lmdeploy_jax.server.defaults import Defaults
-from lmdeploy_jax.server.door import check_certificate
+from lmdeploy_jax.server.door import check_certificate, release
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.parsers import select_parsers
 from lmdeploy_jax.server.service import Service
@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Part of uvicorn's interface: starts to listen."""
+        release(sockets or ())
         await super().startup(sockets)
         if self.started:
             self._tell(self._url)

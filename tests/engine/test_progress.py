@@ -97,7 +97,7 @@ class Interrupted(Slow):
         raise KeyboardInterrupt
 
 
-def test_ctrl_c_while_compiling_waits_for_nothing():
+def test_ctrl_c_while_compiling_waits_for_nothing(capsys):
     gate = threading.Event()
     late = threading.Timer(60, gate.set)  # lets a start that does wait come to its end
     late.start()
@@ -106,7 +106,8 @@ def test_ctrl_c_while_compiling_waits_for_nothing():
     programs["decode", 0] = Interrupted(gate, slow)
     before = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
-        compiling.compile_all(programs, ProgramCache(None, jax.devices()), progress=False)
+        compiling.compile_all(programs, ProgramCache(None, jax.devices()), progress=True)
+    assert capsys.readouterr().err == "compiling 41 programs\ninterrupted\n"
     assert not gate.is_set(), "it waited for a compilation"
     late.cancel()
     gate.set()
