@@ -14,7 +14,7 @@ import tokenizers
 
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.errors import RequestError
-from lmdeploy_jax.guided import Grammars, tool_grammar
+from lmdeploy_jax.guided import Grammars, after_reasoning, tool_grammar
 from lmdeploy_jax.text.parsers import (
     AnswerParser,
     ParsedAnswer,
@@ -26,7 +26,7 @@ from lmdeploy_jax.text.parsers import (
     tool_format_names,
 )
 from lmdeploy_jax.text.tokenizer import Tokenizer
-from tests.guided.walks import text_of, walk
+from tests.guided.walks import allowed, text_of, walk
 
 WEATHER = {
     "type": "object",
@@ -130,6 +130,27 @@ def test_reasoning_may_come_first(name, started, special):
     thoughts = [bool(answer.reasoning) for answer in found]
     assert any(thoughts)
     assert started or not all(thoughts)
+
+
+@pytest.mark.parametrize("form", ["call", "choice"])
+def test_reasoning_that_is_forbidden_is_not_offered_and_ends_at_once(form, plain):
+    grammars, stop = Grammars(plain, len(plain)), [plain.eos_token_id]
+
+    def spelled(started: bool, forbidden: bool) -> set[str]:
+        """How an answer may begin."""
+        if form == "call":
+            options = {"starts_in_reasoning": started, "reasoning_forbidden": forbidden}
+            given = tool_grammar(tool_format("qwen"), TOOLS, plain, reasoning=THINK, **options)
+        else:
+            choice = {"type": "choice", "choice": ["yes"]}
+            given = after_reasoning(choice, plain, THINK, started, forbidden)
+        ids = allowed(grammars.compile(given).matcher(stop), len(plain))
+        return {plain.token_text(i) for i in ids}
+
+    assert "<think>" in spelled(started=False, forbidden=False)
+    assert "<think>" not in spelled(started=False, forbidden=True)
+    assert {"h", "</think>"} <= spelled(started=True, forbidden=False)
+    assert all("</think>".startswith(text) for text in spelled(started=True, forbidden=True))
 
 
 def tool(parameters: dict, strict: bool = True) -> list[dict]:
