@@ -12,6 +12,7 @@ from lmdeploy_jax.engine.prepare import PreparedModel
 from lmdeploy_jax.server.app import create_app
 from lmdeploy_jax.server.defaults import Defaults
 from lmdeploy_jax.server.door import check_certificate, release
+from lmdeploy_jax.server.head_limit import LimitedHead
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.parsers import select_parsers
 from lmdeploy_jax.server.service import Service
@@ -44,6 +45,7 @@ class Server(uvicorn.Server):
                 create_app(service),
                 host=options.server_name,
                 port=options.server_port,
+                http=LimitedHead,
                 log_level="warning",
                 access_log=False,
                 ssl_keyfile=options.ssl_keyfile,

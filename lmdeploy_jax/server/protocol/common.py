@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 
 from lmdeploy_jax.text.conversation import without_nulls
 
 Count = Annotated[int, Field(ge=0)]
 MAX_BIAS = 100.0
+_LARGE, _SHOWN = 1000, 50
+
+
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _fail_fast(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _fail_fast(part)
 
 
 class ProtocolModel(BaseModel):
@@ -19,10 +31,28 @@ class ProtocolModel(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """A list's check ends with its first fault: an error object for each of a million items takes half a
+        minute and gigabytes.
+        """
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
         return without_nulls(given) if isinstance(given, dict) else given
+
+
+def _quickly_checked(bias: Any) -> Any:
+    """The first fault of a large object ends its check, as with lists."""
+    if isinstance(bias, dict) and len(bias) > _LARGE:
+        for token, value in bias.items():
+            if not (token.lstrip("-").isdecimal() and isinstance(value, int | float)):
+                raise ValueError(f"{token[:_SHOWN]!r} must be a token's id, and have a number")
+    return bias
 
 
 class StreamOptions(ProtocolModel):
@@ -47,7 +77,7 @@ class SamplingFields(ProtocolModel):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_quickly_checked)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_new_tokens: Count | None = None
     ignore_eos: bool = False
