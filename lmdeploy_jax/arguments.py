@@ -33,6 +33,13 @@ def refuse(name: str, value: object, reason: str) -> None:
         raise ConfigError(f"{name}={value!r} is not supported: {reason}. Leave it out.")
 
 
+def check_switches(**switches: object) -> None:
+    """Raises TypeError for a text where True or False is meant: "no" would be taken as on."""
+    for name, value in switches.items():
+        if isinstance(value, str):
+            raise TypeError(f"{name}={value!r} is a text: give True or False.")
+
+
 def refuse_unknown_fields(unknown: Mapping[str, Any]) -> None:
     """Raises TypeError for arguments that `pipeline()` does not have."""
     engine_fields = {f.name for f in fields(JaxEngineConfig)}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lmdeploy_jax.arguments import (
     Configs,
+    check_switches,
     check_turn,
     given_prompts,
     id_lists,
@@ -92,6 +93,7 @@ class Pipeline:
         **unknown: Any,
     ) -> None:
         set_level(log_level)
+        check_switches(progress=progress)
         refuse_unknown_fields(unknown)
         refuse("trust_remote_code", trust_remote_code, "Python code of a checkpoint is never run")
         refuse("speculative_config", speculative_config, "speculative decoding is not implemented")
@@ -145,6 +147,7 @@ class Pipeline:
         ValueError for a form that is no prompt and for lists of different lengths, TypeError for an unknown
         argument. An exception, Ctrl-C too, aborts what has been submitted.
         """
+        check_switches(do_preprocess=do_preprocess, use_tqdm=use_tqdm)
         warn_of_greedy(gen_config)
         options = prompt_options(do_preprocess, adapter_name, kwargs)
         items, single = given_prompts(prompts, kwargs)
@@ -179,6 +182,7 @@ class Pipeline:
         aborted.
         stream_response: False gives one piece, the complete answer, for each.
         """
+        check_switches(do_preprocess=do_preprocess, stream_response=stream_response)
         warn_of_greedy(gen_config)
         options = prompt_options(do_preprocess, adapter_name, kwargs)
         items, _ = given_prompts(prompts, kwargs)
@@ -200,6 +204,7 @@ class Pipeline:
         """
         from lmdeploy_jax.async_stream import pieces
 
+        check_switches(do_preprocess=do_preprocess, stream_response=stream_response)
         warn_of_greedy(gen_config)
         options = prompt_options(do_preprocess, adapter_name, kwargs)
         items, single = given_prompts(prompt, kwargs)
@@ -228,6 +233,7 @@ class Pipeline:
         turn, TypeError for what is no session.
         """
         check_turn(prompt, session)
+        check_switches(stream_response=stream_response)
         warn_of_greedy(gen_config)
         session = session or self.session()
         config = gen_config or session.gen_config or GenerationConfig()

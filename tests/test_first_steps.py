@@ -95,6 +95,15 @@ def test_what_is_no_session_is_told_at_the_door(opened):
     assert not engine.seen
 
 
+@pytest.mark.parametrize("name", ["do_preprocess", "use_tqdm", "stream_response"])
+def test_a_text_is_no_switch(opened, name):
+    pipe, engine = opened(echo)
+    call = pipe.stream_infer if name == "stream_response" else pipe.infer
+    with pytest.raises(TypeError, match=f"{name}='no' is a text: give True or False"):
+        call("hi", **{name: "no"})
+    assert not engine.seen
+
+
 def test_a_session_shows_its_turns_and_its_answer(opened):
     pipe, _ = opened(lambda request, index: [])
     session = pipe.session()

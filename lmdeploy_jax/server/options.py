@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
+from lmdeploy_jax.checked import Checked, at_least, within
 from lmdeploy_jax.errors import ConfigError
 
 DEFAULT_PORT = 23333
@@ -14,28 +16,36 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass(frozen=True)
-class ServerOptions:
+@dataclass
+class ServerOptions(Checked):
     """Raises `ConfigError` for a value that cannot work. The fields' meanings stand in their `help`."""
 
     server_name: str = _option("0.0.0.0", "address to listen on")
-    server_port: int = _option(DEFAULT_PORT, "port to listen on")
+    server_port: Annotated[int, within(0, 65535)] = _option(DEFAULT_PORT, "port to listen on")
     model_name: str | None = _option(None, "name in /v1/models; without it the model's path")
-    api_keys: tuple[str, ...] = _option((), "keys of which a client must send one")
-    allow_origins: tuple[str, ...] = _option(("*",), "origins that browsers may call from (CORS)")
-    allow_methods: tuple[str, ...] = _option(("*",), "methods that browsers may use (CORS)")
-    allow_headers: tuple[str, ...] = _option(("*",), "headers that browsers may send (CORS)")
+    api_keys: Sequence[str] = _option((), "keys of which a client must send one")
+    allow_origins: Sequence[str] = _option(("*",), "origins that browsers may call from (CORS)")
+    allow_methods: Sequence[str] = _option(("*",), "methods that browsers may use (CORS)")
+    allow_headers: Sequence[str] = _option(("*",), "headers that browsers may send (CORS)")
     allow_credentials: bool = _option(False, "let browsers send credentials (CORS)")
     ssl_keyfile: str | None = _option(None, "private key; with --ssl-certfile the server speaks HTTPS")
     ssl_certfile: str | None = _option(None, "certificate of the server")
-    max_concurrent_requests: int | None = _option(None, "most requests worked on at once; others wait")
-    max_queued_requests: int | None = _option(
+    max_concurrent_requests: Annotated[int, at_least(1)] | None = _option(
+        None, "most requests worked on at once; others wait"
+    )
+    max_queued_requests: Annotated[int, at_least(0)] | None = _option(
         None, "most answers that wait for the engine; a request beyond is told to come back later (429)"
     )
-    max_body_size: int = _option(16 << 20, "most bytes of a request's body")
-    body_timeout: float = _option(60.0, "seconds in which a request's body must have come (408)")
-    request_timeout: float | None = _option(None, "seconds after which a request is given up (504)")
-    drain_seconds: float = _option(30.0, "seconds that running answers may go on after SIGTERM")
+    max_body_size: Annotated[int, at_least(1)] = _option(16 << 20, "most bytes of a request's body")
+    body_timeout: Annotated[float, at_least(0)] = _option(
+        60.0, "seconds in which a request's body must have come (408)"
+    )
+    request_timeout: Annotated[float, at_least(0)] | None = _option(
+        None, "seconds after which a request is given up (504)"
+    )
+    drain_seconds: Annotated[float, at_least(0)] = _option(
+        30.0, "seconds that running answers may go on after SIGTERM"
+    )
     generation_config: str = _option(
         "auto", "sampling defaults: auto is the checkpoint's, lmdeploy the library's, else a folder"
     )
@@ -52,18 +62,5 @@ class ServerOptions:
     enable_abort_handling: bool = _option(False, "let clients end requests by POST /abort_request")
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if isinstance(getattr(self, f.name), list):
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile go together: give both, or neither.")
-        if not 0 <= self.server_port < 65536:
-            raise ConfigError(f"server_port={self.server_port} is invalid: it must be in [0, 65535].")
-        for name, least in (("max_concurrent_requests", 1), ("max_queued_requests", 0), ("max_body_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value} is invalid: it must be at least {least}.")
-        for name in ("body_timeout", "request_timeout", "drain_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{name}={value} is invalid: it must not be negative.")

@@ -123,7 +123,7 @@ def test_a_crash_ends_what_runs_and_shows_in_health():
             thread.join()
         assert answers[False].status_code == 503
         assert answers[False].json()["error"]["code"] == "engine_unavailable"
-        assert '"code":"engine_unavailable"' in answers[True].text
+        assert "engine_unavailable" in answers[True].text  # as an event, or with 503 before the first
         assert patience.get(live.url + "/health").status_code == 503
         assert patience.post(live.url + CHAT, json=LONG).status_code == 503
 
