@@ -171,7 +171,7 @@ class Grammars:
             raise RequestError(f"{name} cannot be used: {fault}{remedy}")
         for warning in verdict.warnings:
             logger.warning("a grammar is enforced in part only: %s", warning)
-        return Source(str(text), verdict.size)  # no `Written`: it goes to the engine's process
+        return Source(text, verdict.size)
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

@@ -64,6 +64,9 @@ class Written(str):
         made.parts = parts
         return made
 
+    def __getnewargs__(self) -> tuple[str, Mapping[str, str]]:
+        return str(self), self.parts
+
 
 def parts_of(response_format: Format) -> Mapping[str, str]:
     """Of a grammar that was written: see `Written`."""
@@ -128,7 +131,7 @@ def _choice(response_format: Format) -> str:
 def _grammar(response_format: Format) -> str:
     text = _field(response_format, "grammar", str, "a text: a Lark or GBNF grammar")
     if isinstance(text, Written):
-        return text
+        return str(text)  # which goes to other processes, without the parts
     check_source(text, "response_format.grammar")
     if text.lstrip().startswith("{"):
         return _grammar_list(text)

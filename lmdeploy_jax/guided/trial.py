@@ -31,7 +31,7 @@ MEMORY = 512 * 2**20  # bytes, for one grammar
 _STACK = 4 * 2**20  # half of what a thread has that compiles in earnest: what passes here passes there
 _WALKS, _STEPS = 3, 20  # beginnings of answers, and their tokens
 _LONGEST = 1000  # characters of a fault: some repeat the grammar
-_NICE = 5  # answers go first
+_NICE = 10  # answers go first
 # As many optional properties as `limits` allows are as many alternatives, twice; a large multipleOf within a
 # range takes several times the default's fuel. The rest are the defaults.
 _DEAD_END, _NO_TEXT = "NoExtension", "no text fits it"

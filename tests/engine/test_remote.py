@@ -115,8 +115,10 @@ def test_logits_and_hidden_states_cross(local, remote):
 
 
 def test_a_grammar_is_compiled_again_on_the_other_side(remote):
-    grammar = Grammars(TOKENIZER, remote.vocab_size).compile({"type": "regex", "regex": "[a-d]{3}-[0-9]{2}"})
-    for _ in range(2):
+    form = {"type": "regex", "regex": "[a-d]{3}-[0-9]{2}"}
+    grammars = Grammars(TOKENIZER, remote.vocab_size)
+    not_here = grammars.compile(form, here=False)
+    for grammar in (grammars.compile(form), not_here):
         (result,) = generate(remote, PROMPTS[:1], grammar=grammar)[0]
         text = TOKENIZER.decode(result.tokens)
         assert len(text) == 6, text
