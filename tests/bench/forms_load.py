@@ -2,7 +2,7 @@
 
 Starts a server with the embedded model. Plain requests come one after the other: alone, beside other plain
 requests, and beside forms as `tests/server/forms.py` draws them: good ones, whose answers are checked, bad
-ones and dear ones. Prints a JSON line: seconds that a plain request takes (median and 99th percentile), memory of
+ones and dear ones. Prints a JSON line: seconds of a plain request (median and 99th percentile), memory of
 all processes (MB: before, halfway, at the end), and what the forms were answered with.
 """
 
