@@ -64,8 +64,8 @@ class Written(str):
         made.parts = parts
         return made
 
-    def __getnewargs__(self) -> tuple[str, Mapping[str, str]]:
-        return str(self), self.parts
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Written, (str(self), self.parts)
 
 
 def parts_of(response_format: Format) -> Mapping[str, str]:
