@@ -104,8 +104,8 @@ def _tensor_info(name: str, entry: Any, file: pathlib.Path, data: int) -> Tensor
     if dtype is None:
         raise CheckpointError(f"{where}: dtype {entry['dtype']!r} is not one of {', '.join(DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    sound = _are_sizes(shape) and math.prod(size for size in shape if size) < MAX_BYTES
-    if not sound or not _are_sizes(offsets) or len(offsets) != 2:
+    sound = are_sizes(shape) and math.prod(size for size in shape if size) < MAX_BYTES
+    if not sound or not are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: shape {shape!r} or data_offsets {offsets!r} is malformed")
     info = TensorInfo(tuple(shape), dtype, file, data + offsets[0])
     if offsets[1] - offsets[0] != info.nbytes:
@@ -116,7 +116,8 @@ def _tensor_info(name: str, entry: Any, file: pathlib.Path, data: int) -> Tensor
     return info
 
 
-def _are_sizes(value: Any) -> bool:
+def are_sizes(value: Any) -> bool:
+    """Whether a value of a JSON file is a list of sizes or offsets."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < MAX_BYTES for item in value)
 
 

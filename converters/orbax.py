@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmdeploy_jax.converters.device import Placement, Progress, load_parallel, spec_sharding
-from lmdeploy_jax.converters.headers import TensorInfo
+from lmdeploy_jax.converters.headers import TensorInfo, are_sizes
 from lmdeploy_jax.converters.zarr import find_array, read_array
 from lmdeploy_jax.errors import CheckpointError
 
@@ -35,6 +35,7 @@ MANIFEST = "lmdeploy_jax.json"
 WEIGHTS = "weights"
 COPIED = ("*.json", "*.model", "*.jinja", "*.txt")
 NOT_COPIED = ("*.safetensors.index.json", MANIFEST)
+SAVED_DTYPES = ("float32", "float16", "bfloat16", "float64")
 CONVERT_AGAIN = "convert the original checkpoint again"
 
 
@@ -78,15 +79,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         version, leaves, digest = (manifest[k] for k in ("format_version", "leaves", "config_sha256"))
-        entries = [(tuple(leaf["shape"]), leaf["dtype"]) for leaf in leaves.values()]
+        sound = all(are_sizes(leaf["shape"]) and leaf["dtype"] in SAVED_DTYPES for leaf in leaves.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or missing ({error!r}); {CONVERT_AGAIN}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}; {CONVERT_AGAIN}"
         )
-    if not entries:
-        raise CheckpointError(f"{path}: lists no weights; {CONVERT_AGAIN}")
+    if not leaves or not sound:
+        raise CheckpointError(f"{path}: lists no weights, or malformed ones; {CONVERT_AGAIN}")
     if digest != _digest(path.parent):
         raise CheckpointError(f"{path.parent}: config.json was changed after the conversion; {CONVERT_AGAIN}")
     return manifest

@@ -68,7 +68,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
     config = read_object(folder / "tokenizer_config.json")
     merged = read_object(folder / "special_tokens_map.json") | config
     named = {name: _token(merged[name]) for name in NAMED_TOKENS if name in merged} | _own_names(merged)
-    extra = tuple(token for token in map(_token, _extra_tokens(merged)) if token)
+    extra = tuple(token for token in map(_token, _extra_tokens(folder, merged)) if token)
     special = {token.content for token in named.values() if token}
     return TokenizerSettings(config, named, extra, _added(folder, config, special, extra))
 
@@ -111,12 +111,12 @@ def _own_names(merged: dict[str, Any]) -> dict[str, AddedToken | None]:
     return {name: token for name, token in named.items() if token}
 
 
-def _extra_tokens(merged: dict[str, Any]) -> Iterator[Any]:
+def _extra_tokens(folder: Path, merged: dict[str, Any]) -> Iterator[Any]:
     """Special tokens without names."""
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        values = merged.get(key) or ()
-        if not isinstance(values, list | tuple | dict):
-            raise CheckpointError(f"{key} is {reprlib.repr(values)} beside the tokenizer; it must be a list.")
+        values = merged.get(key) or []
+        if not isinstance(values, list | dict):
+            raise CheckpointError(f"{folder}: {key} is {reprlib.repr(values)}; it must be a list.")
         yield from () if isinstance(values, dict) else values
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from lmdeploy_jax.converters.orbax import MANIFEST
 from tests.converters.harmless import INDEX, WEIGHTS, Change, read, weights_in_shards
 
 
@@ -41,6 +43,7 @@ NUMBERS = (0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**30, 1e-300, 1e308, -0.5, 0.5, Ra
 TEXTS = ("", "x", "128", "default", "yarn", "bfloat16", "y" * 100_000, "\x00", "../x")
 LISTS = ([], [[]], [1, 2], ["x"], nested(300), list(range(2000)), {}, {"a": 1}, {"type": "linear"})
 VALUES = (*NUMBERS, *TEXTS, *LISTS, None, True, False)
+ATTENTION = ("attention_factor", "mscale", "mscale_all_dim")
 ROPE_KEYS = {
     "default": ("partial_rotary_factor",),
     "linear": ("factor",),
@@ -191,7 +194,8 @@ def plausible_rope(folder: Path, rng: random.Random) -> None:
     config = read(folder / "config.json")
     kind = rng.choice(sorted(ROPE_KEYS))
     keys = [key for key in ROPE_KEYS[kind] if rng.random() < 0.9]
-    rope = {key: rng.choice([0.5, 1.0, 2.0, 4.0, 8, 64, 33]) for key in keys}
+    mild, wild = (0.5, 1.0, 2.0), (0.5, 1.0, 2.0, 4.0, 8, 64, 33)  # large attention factors magnify rounding
+    rope = {key: rng.choice(mild if key in ATTENTION else wild) for key in keys}
     # transformers passes over the old spelling in Gemma 3's configs, which is its own mistake
     spelled = {"rope_type" if "gemma3" in config["model_type"] else rng.choice(["rope_type", "type"]): kind}
     theta = {"rope_theta": rng.choice([100.0, 10000, 5e5])}
@@ -297,7 +301,7 @@ def index_values(folder: Path, rng: random.Random) -> None:
 
 
 def files_of_another_kind(folder: Path, rng: random.Random) -> None:
-    name = rng.choice([*JSON_FILES, WEIGHTS, "chat_template.jinja", "lmdeploy_jax.json"])
+    name = rng.choice([*JSON_FILES, WEIGHTS, "chat_template.jinja", MANIFEST])
     (folder / name).unlink(missing_ok=True)
     rng.choice([
         lambda: (folder / name).mkdir(),
@@ -306,6 +310,26 @@ def files_of_another_kind(folder: Path, rng: random.Random) -> None:
         lambda: (folder / name).symlink_to("/dev/zero"),
         lambda: (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
         lambda: None,
+    ])()  # fmt: skip
+
+
+def converted_files(folder: Path, rng: random.Random) -> None:
+    """Damage to a converted checkpoint: its manifest, an array's description, an array's bytes."""
+    weights = sorted(path for path in (folder / "weights").iterdir() if (path / ".zarray").exists())
+    weight = rng.choice(weights)
+    chunk = next(file for file in weight.iterdir() if file.name != ".zarray")
+    described = rng.choice(
+        [folder / MANIFEST, folder / MANIFEST, weight / ".zarray", folder / "weights" / "_METADATA"]
+    )
+    rng.choice([
+        lambda: spoil_file(described, rng),
+        lambda: spoil_file(described, rng),
+        lambda: flip(described, rng, most=1 << 30),
+        lambda: described.write_bytes(rng.choice(BYTES)),
+        lambda: chunk.write_bytes(chunk.read_bytes()[: -rng.randint(1, 9)]),
+        chunk.unlink,
+        lambda: shutil.rmtree(weight),
+        lambda: config_values(folder, rng),
     ])()  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.engine.prepare import prepare
 from lmdeploy_jax.errors import CheckpointError, ConfigError, RequestError
@@ -33,8 +34,9 @@ SAVED = ("llama_llama3", "gemma3", "qwen3_everything", "phi3_longrope")
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 TEXT = "Hello, wörld! <|im_end|>12"
 SECONDS = 10  # of CPU time of this process, whatever else the machine does
-HARMLESS_SHARE = 0.4
+HARMLESS_SHARE, CONVERTED_SHARE = 0.4, 0.05
 WEIGHTY = ("config_values", "plausible_fields", "plausible_rope")  # drawn three times as often as the others
+ALL_HARMFUL = harmful.CHANGES | {"converted_files": harmful.converted_files}
 IDS = list(range(3, 60))
 
 
@@ -51,13 +53,15 @@ class Case:
         rng = random.Random(f"changes {self.number}")
         shutil.copytree(base, folder)
         for name in self.changes:
-            (harmless.CHANGES if self.harmless else harmful.CHANGES)[name](folder, rng)
+            (harmless.CHANGES if self.harmless else ALL_HARMFUL)[name](folder, rng)
         return folder
 
 
 def draw(number: int) -> Case:
     rng = random.Random(number)
     base = rng.choice([*SAVED, "tiny-chat"])
+    if rng.random() < CONVERTED_SHARE:
+        return Case(number, "converted", ("converted_files",), False)
     if rng.random() < HARMLESS_SHARE:
         return Case(number, base, tuple(rng.sample(sorted(harmless.CHANGES), rng.randint(1, 3))), True)
     return Case(number, base, (rng.choice([*sorted(harmful.CHANGES), *WEIGHTY * 2]),), False)
@@ -108,7 +112,8 @@ def make_bases(scratch: Path) -> dict[str, Path]:
     for folder in folders.values():
         for name in BESIDE:
             shutil.copy(TINY_CHAT / name, folder / name)
-    return folders | {"tiny-chat": TINY_CHAT}
+    leaves = load_model(TINY_CHAT).named_leaves
+    return folders | {"tiny-chat": TINY_CHAT, "converted": orbax.save(scratch / "out", leaves, {}, TINY_CHAT)}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +132,7 @@ def judge(case: Case, bases: dict[str, Path], plain: dict[str, Found], *, compar
         same_model = found.same_model(plain[case.base])
         same_text = found.text == plain[case.base].text
         assert (same_model and same_text) or not case.harmless, f"same model {same_model}, text {same_text}"
-        if not same_model:
+        if not same_model and case.base != "converted":
             return compared(found.model, folder) if compare else "another model"
         return "the same" if same_text else "another text"
 

@@ -136,6 +136,14 @@ def test_a_wrong_manifest_is_refused(copy: Path) -> None:
     path.write_text(json.dumps(manifest | {"format_version": 99}))
     with pytest.raises(CheckpointError, match="format version 99"):
         orbax.load(copy, specs())
+    for leaf in (
+        {"shape": 3, "dtype": "float32"},
+        {"shape": [-1], "dtype": "float32"},
+        {"shape": [8], "dtype": "x"},
+    ):
+        path.write_text(json.dumps(manifest | {"leaves": {"norm.weight": leaf}}))
+        with pytest.raises(CheckpointError, match="malformed"):
+            orbax.load(copy, specs())
     for text in ("", "[]", "{}", '{"format_version": 1, "leaves": [], "config_sha256": ""}', "\xff"):
         path.write_text(text, encoding="latin-1")
         with pytest.raises(CheckpointError, match="convert"):
