@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from lmdeploy_jax.engine.frontend import Frontend
 from lmdeploy_jax.engine.params import ModelLimits, stops
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.text.chat_template import select
+from lmdeploy_jax.text.detokenize import DetokenizeState
 from lmdeploy_jax.text.tokenizer import Tokenizer
 from tests.fake_engine import FakeEngine
 from tests.text.conftest import CORPUS
@@ -167,3 +168,24 @@ def check_prefix(path: Path) -> None:
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text, add_special_tokens=False) == ids
         assert ours.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize("spaces", [True, False])
+def test_spaces_between_special_tokens_are_those_of_transformers(spaces, folder):
+    path = folder({"eos_token": "<A>", "pad_token": "<B>"})
+    ours, theirs = Tokenizer(path), AutoTokenizer.from_pretrained(path)
+    ids = theirs.encode("x<A><B><S> y<A>")
+    text, _ = ours.detokenize_incrementally(ids, DetokenizeState(), False, spaces)
+    assert text == theirs.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=spaces)
+
+
+def test_a_named_token_of_a_sentencepiece_model_is_special(sp_model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((sp_model / "tokenizer.model").read_bytes())
+    added = {"500": entry("<end>", False), "501": entry("<a>", True), "502": entry("<b>", False)}
+    config = {"bos_token": "<s>", "eos_token": "<end>", "legacy": False, "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = Tokenizer(tmp_path), LlamaTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode("Hello<a> <b>x<end>", add_special_tokens=False)
+    assert ids == theirs.encode("Hello<a> <b>x<end>", add_special_tokens=False)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.is_special(500)
