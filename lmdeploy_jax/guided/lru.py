@@ -27,6 +27,7 @@ class LruCache(Generic[V]):
 
     def put(self, key: str, value: V) -> None:
         """Keep it, unless it alone is too large."""
+        self._values.pop(key, None)
         self._values[key] = value
         total = sum(map(self._size_of, self._values.values()))
         while total > self._limit:

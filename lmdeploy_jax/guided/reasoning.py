@@ -38,7 +38,8 @@ def after_reasoning(
     own = json.loads(text)["grammars"] if text.startswith("{") else [{"lark_grammar": text}]
     grammars = [first, {**own[0], "name": "answer"}, *own[1:]]
     assert response_format is not None
-    whole = Written(json.dumps({"grammars": grammars}), {described(response_format): text})
+    name = described(response_format)
+    whole = Written(json.dumps({"grammars": grammars}), name, {name: text})
     return {"type": "grammar", "grammar": whole}
 
 

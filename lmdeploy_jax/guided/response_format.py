@@ -48,24 +48,29 @@ def grammar_text(response_format: Format | None) -> str | None:
 
 def described(response_format: Format) -> str:
     """What errors call it."""
+    grammar = response_format.get("grammar")
+    if isinstance(grammar, Written):
+        return grammar.name
     return f"response_format of type {response_format['type']!r}"
 
 
 class Written(str):
     """A grammar that this package has written from parts that it has checked.
 
-    parts: grammars by the name of what they come from, one of which is to blame where the whole has a fault.
+    name: what errors call it. parts: grammars by the name of what they come from, one of which is to blame
+        where the whole has a fault.
     """
 
+    name: str
     parts: Mapping[str, str]
 
-    def __new__(cls, text: str, parts: Mapping[str, str]) -> Written:
+    def __new__(cls, text: str, name: str, parts: Mapping[str, str]) -> Written:
         made = super().__new__(cls, text)
-        made.parts = parts
+        made.name, made.parts = name, parts
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Written, (str(self), self.parts)
+        return Written, (str(self), self.name, self.parts)
 
 
 def parts_of(response_format: Format) -> Mapping[str, str]:

@@ -62,7 +62,7 @@ def tool_grammar(
     more = f"({style.between} {call})*" if parallel else ""
     start = f"{begin} {style.begin} {call} {more} {style.end}"
     parts = {f"{f.place}.parameters": f"start: {f.json()}" for f in functions}
-    whole = Written(writer.grammar(start), parts)
+    whole = Written(writer.grammar(start), "tools", parts)
     return {"type": "grammar", "grammar": whole}
 
 

@@ -14,6 +14,7 @@ import pytest
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.guided import Grammars, after_reasoning
+from lmdeploy_jax.guided import matcher as matcher_module
 from lmdeploy_jax.guided.matcher import fill_masks
 from lmdeploy_jax.sampling.mask import mask_words
 from lmdeploy_jax.text.parsers import reasoning_format
@@ -212,6 +213,43 @@ def test_many_masks_are_computed_alike(grammars, tokenizer, monkeypatch):
     assert np.array_equal(*masks)
     assert (masks[0][8] == -1).all()
     assert not (masks[0][:8] == -1).all()
+
+
+class PanicException(BaseException):
+    """Named as pyo3's, which nobody can raise on purpose."""
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_panic_in_a_mask_is_the_failure_of_its_sequence(threads, grammars, monkeypatch):
+    def panic(*args: object) -> None:
+        raise PanicException("assertion failed")
+
+    def fill(matcher: object, mask: np.ndarray, row: int) -> None:
+        panic() if row == 3 else fill_one(matcher, mask, row)
+
+    fill_one = matcher_module.fill_next_token_bitmask
+    monkeypatch.setattr(matcher_module, "THREADS", threads)
+    monkeypatch.setattr(matcher_module, "fill_next_token_bitmask", fill)
+    monkeypatch.setattr(matcher_module, "fill_next_token_bitmask_par", panic)
+    grammar = grammars.compile({"type": "choice", "choice": ["yes"]})
+    matchers = [grammar.matcher([]) for _ in range(6)]
+    mask = np.full((6, mask_words(VOCAB)), -1, np.int32)
+    fill_masks(mask, list(enumerate(matchers)))
+    assert [matcher.failure is not None for matcher in matchers] == [row == 3 for row in range(6)]
+    assert "assertion failed" in str(matchers[3].failure)
+    assert all(np.array_equal(mask[row], mask[0]) for row in (1, 2, 4, 5))
+
+
+def test_a_panic_at_a_token_is_an_error(grammars):
+    matcher = grammars.compile({"type": "choice", "choice": ["yes"]}).matcher([])
+
+    class Panicking:
+        def consume_token(self, token: int) -> bool:
+            raise PanicException("assertion failed")
+
+    matcher._matcher = Panicking()
+    with pytest.raises(RequestError, match="assertion failed"):
+        matcher.advance(5)
 
 
 def test_any_thread_may_compile(grammars):

@@ -14,9 +14,12 @@ import pytest
 
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.errors import EngineError, RequestError
-from lmdeploy_jax.guided import Grammars, trials
+from lmdeploy_jax.guided import Grammars, after_reasoning, tool_grammar, trials
+from lmdeploy_jax.guided.lru import LruCache
+from lmdeploy_jax.guided.response_format import described
 from lmdeploy_jax.guided.trials import Trials
 from lmdeploy_jax.guided.vocabulary import Vocabulary
+from lmdeploy_jax.text.parsers import reasoning_format, tool_format
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 DEAR = "start: A\nA: /(?s:.*)/ & ~/(?s:.*)(a|b.{50})(?s:.*)/"  # its automaton has 2**50 states
@@ -49,6 +52,14 @@ def test_what_takes_too_long_is_given_up_and_holds_nobody_up():
         assert grammars.compile({"type": "choice", "choice": [text]}) is not None
     thread.join()
     assert refusals == ["response_format of type 'grammar' cannot be used: it takes more than 3 s to compile"]
+
+
+def test_what_costs_too_much_is_named():
+    reasoning = reasoning_format("default")
+    wrapped = after_reasoning({"type": "grammar", "grammar": DEAR}, TOKENIZER, reasoning, True)
+    assert described(wrapped) == "response_format of type 'grammar'"
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    assert described(tool_grammar(tool_format("qwen"), tools, TOKENIZER)) == "tools"
 
 
 def test_a_stack_that_overflows_is_a_verdict(tried):
@@ -124,3 +135,31 @@ def test_a_grammar_is_tried_once_and_then_known(monkeypatch):
         thread.join()
     grammars.compile(form)
     assert len(texts) == 1
+
+
+def test_the_least_recently_used_is_forgotten_by_bytes():
+    kept: LruCache[bytearray] = LruCache(100, len)
+    values = {key: bytearray(40) for key in "abc"}
+    for key in "ab":
+        kept.put(key, values[key])
+    assert kept.get("a") is values["a"]
+    kept.put("c", values["c"])
+    assert [kept.get(key) is not None for key in "abc"] == [True, False, True]
+    values["c"].extend(bytes(50))  # grown while it was kept
+    kept.put("a", values["a"])
+    assert [kept.get(key) is not None for key in "abc"] == [True, False, False]
+    kept.put("d", bytearray(101))
+    assert len(kept) == 0
+
+
+def test_large_grammars_are_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr("lmdeploy_jax.guided.grammars.KEPT_GRAMMARS", 2**20)
+    grammars = Grammars(TOKENIZER, 2570)
+    made = [grammars.compile({"type": "choice", "choice": [text]}) for text in "abcdefgh"]
+    assert not grammars.has(made[0].source.text)
+    assert grammars._grammars.get(made[-1].source.text) is made[-1]
+    assert sum(grammar.size for grammar in grammars._grammars._values.values()) <= 2**20
+    before = made[-1].size
+    made[-1].matcher([]).advance(TOKENIZER.token_to_id("h"))
+    made[-1].matcher([]).advance(TOKENIZER.token_to_id("h"))
+    assert made[-1].size > before
