@@ -10,6 +10,7 @@ from lmdeploy_jax.server.errors import ApiError, openai_body
 
 MOST = 64 << 10  # bytes of names and values
 _MOST_UNFINISHED = 512 << 10  # bytes that have come, several requests' perhaps, before a head is complete
+_LINGER = 1.0  # seconds in which a client that is still sending may read the answer
 
 
 class LimitedHead(HttpToolsProtocol):
@@ -19,9 +20,11 @@ class LimitedHead(HttpToolsProtocol):
     _waiting = 0
 
     def data_received(self, data: bytes) -> None:
+        if self._too_large:
+            return
         super().data_received(data)
         self._waiting = self._waiting + len(data) if self._in_head else 0
-        if self._waiting > _MOST_UNFINISHED and not self._too_large:
+        if self._waiting > _MOST_UNFINISHED:
             self._too_large = True
             self.send_400_response("")
 
@@ -47,4 +50,7 @@ class LimitedHead(HttpToolsProtocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        self.transport.close()
+        # To close at once would reset a connection on which more is coming, and take the answer with it.
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER, self.transport.close)

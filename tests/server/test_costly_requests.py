@@ -72,7 +72,8 @@ def ask(url: str, head: bytes) -> bytes:
     "head",
     [
         b"".join(b"x-%d: 1\r\n" % i for i in range(MOST // 5)),
-        b"x: 1\r\n" * (MOST // 2 + 1),
+        b"x: 1\r\n" * MOST,
+        b"x: 1\r\n" * 20 * MOST,
         b"x: " + b"a" * (MOST + 1) + b"\r\n",
     ],
 )
