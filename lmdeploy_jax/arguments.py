@@ -138,8 +138,9 @@ def _warn_of_greedy(names: tuple[str, ...]) -> None:
         )
 
 
-def check_turn(prompt: object, session: object) -> None:
-    """Raises ValueError for what is no turn of a conversation, TypeError for what is no session."""
+def check_turn(prompt: object, session: object, gen_config: object) -> None:
+    """Raises ValueError for what is no turn of a conversation, TypeError for what is no session or config."""
+    check_config(gen_config)
     messages = prompt if isinstance(prompt, list | tuple) and prompt else [prompt]
     if not isinstance(prompt, str) and not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(
@@ -147,6 +148,12 @@ def check_turn(prompt: object, session: object) -> None:
         )
     if session is not None and not isinstance(session, Session):
         raise TypeError(f"session must be a Session, as chat() or session() gave it, not {session!r:.200}.")
+
+
+def check_config(gen_config: object) -> None:
+    """Raises TypeError unless it is one config, or None."""
+    if gen_config is not None and not isinstance(gen_config, GenerationConfig):
+        raise TypeError(f"gen_config must be a GenerationConfig, not {gen_config!r:.200}.")
 
 
 def aligned_configs(gen_config: Configs, count: int) -> list[GenerationConfig]:

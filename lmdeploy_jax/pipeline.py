@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lmdeploy_jax.arguments import (
     Configs,
+    check_config,
     check_switches,
     check_turn,
     given_prompts,
@@ -210,6 +211,7 @@ class Pipeline:
         items, single = given_prompts(prompt, kwargs)
         if not single:
             raise ValueError("async_stream takes one prompt; start one for each of several.")
+        check_config(gen_config)
         config = gen_config or GenerationConfig()
         async for piece in pieces(self._frontend, items[0], config, options, stream=stream_response):
             yield piece
@@ -230,9 +232,9 @@ class Pipeline:
         Returns the session with its `response` and `history` brought up to date, or when streaming an
         iterator of pieces; closing it, or an exception, aborts the answer. Only complete turns enter the
         history. Raises `RequestConflictError` if the session is still answering, ValueError for what is no
-        turn, TypeError for what is no session.
+        turn, TypeError for what is no session or config.
         """
-        check_turn(prompt, session)
+        check_turn(prompt, session, gen_config)
         check_switches(stream_response=stream_response)
         warn_of_greedy(gen_config)
         session = session or self.session()

@@ -92,6 +92,10 @@ def test_what_is_no_session_is_told_at_the_door(opened):
     pipe, engine = opened(echo)
     with pytest.raises(TypeError, match="session must be a Session"):
         pipe.chat("hi", "x")
+    with pytest.raises(TypeError, match="gen_config must be a GenerationConfig"):
+        pipe.chat("hi", gen_config={"n": 1})
+    with pytest.raises(TypeError, match="gen_config must be a GenerationConfig"):
+        asyncio.run(anext(pipe.async_stream("hi", {"n": 1})))
     assert not engine.seen
 
 
