@@ -16,7 +16,7 @@ from lmdeploy_jax.engine.base import TAGS, EngineBase
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup
 from lmdeploy_jax.engine.forks import Home
 from lmdeploy_jax.engine.request import Request, StepOutput, TokenLogprobs
-from lmdeploy_jax.errors import EngineError, RequestError
+from lmdeploy_jax.errors import EngineError
 
 Script = Callable[[Request, int], Iterable[int]]  # (request, which sequence) -> its tokens
 STEP = 0.001  # seconds
@@ -26,7 +26,6 @@ WIDTH = 4  # of the rows given out as logits and hidden states
 class FakeEngine(EngineBase):
     """`gate` cleared holds it before its next step; `seen` keeps every request."""
 
-    failure: str | None = None
     sleeping = False
 
     def __init__(
@@ -45,7 +44,7 @@ class FakeEngine(EngineBase):
             model_config=SimpleNamespace(vocab_size=vocab_size, hidden_size=WIDTH),
             session_len=session_len,
             max_batch_size=max_batch_size,
-            num_pages=7,
+            num_pages=10**6,
             startup=Startup("scripted", 0, 0.0, 0.0),
         )
         self.script = script
@@ -57,22 +56,34 @@ class FakeEngine(EngineBase):
         self._live: dict[tuple[int, int], _Run] = {}
         self._wake = threading.Condition()
         self._closed = False
+        self._failure: str | None = None
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
 
+    @property
+    def failure(self) -> str | None:
+        return self._failure or ("it has been closed" if self._closed else None)
+
     def submit(self, request: Request) -> None:
-        self.home.check()
-        if request.params.n > self.max_batch_size:
-            raise RequestError(f"n={request.params.n} sequences cannot run at once.")
+        self._check(request)
         self.seen.append(request)
         self._post(lambda: self._add(request))
 
     def abort(self, request_id: int, index: int | None = None) -> None:
         self.aborted.append((request_id, index))
-        self._post(lambda: self._abort(request_id, index))
+        if not self._closed:
+            self._post(lambda: self._abort(request_id, index))
 
     def sleep(self, level: int = 1) -> None:
+        done = threading.Event()
+        self._post(lambda: self._sleep(done))
+        done.wait()
+
+    def _sleep(self, done: threading.Event) -> None:
         self.sleeping = True
+        for request_id, index in list(self._live):
+            self._abort(request_id, index)
+        done.set()
 
     def wake(self, tags: Iterable[str] = TAGS) -> None:
         self.sleeping = False
@@ -92,7 +103,7 @@ class FakeEngine(EngineBase):
 
     def crash(self) -> None:
         """Fail as an engine does whose device is gone."""
-        self.failure = "ValueError('the device is gone')"
+        self._failure = "ValueError('the device is gone')"
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -115,7 +126,7 @@ class FakeEngine(EngineBase):
     def _abort(self, request_id: int, index: int | None) -> None:
         for key in [k for k in self._live if k[0] == request_id and index in (None, k[1])]:
             run = self._live.pop(key)
-            run.request.on_output(StepOutput(*key, finish_reason="abort"))
+            run.request.tell(StepOutput(*key, finish_reason="abort"))
 
     def _loop(self) -> None:
         while self._take():
@@ -125,12 +136,12 @@ class FakeEngine(EngineBase):
                 out = run.step()
                 if out.finish_reason:
                     del self._live[key]
-                run.request.on_output(out)
+                run.request.tell(out)
         for key, run in list(self._live.items()):
             out = StepOutput(*key, finish_reason="abort")
-            if self.failure:
-                out.finish_reason, out.error = "error", EngineError(f"The engine failed: {self.failure}")
-            run.request.on_output(out)
+            if self._failure:
+                out.finish_reason, out.error = "error", EngineError(f"The engine failed: {self._failure}")
+            run.request.tell(out)
         self._live.clear()
 
     def _take(self) -> bool:

@@ -1,0 +1,131 @@
+"""What every engine owes its users: the real one, one in a process of its own, the scripted one of tests."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.engine.base import EngineBase
+from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.remote import RemoteEngine
+from lmdeploy_jax.errors import ContextLengthError, EngineError, RequestError
+from tests.engine.harness import Collector, config, generate, submit
+from tests.fake_engine import FakeEngine
+from tests.patience import wait_until
+
+PROMPT = [5, 77, 130, 9]
+ENGINES = ("here", "elsewhere", "scripted", "scripted elsewhere")
+
+
+def counting(request, index):
+    return (3 + i % 1000 for i in range(10**9))
+
+
+def scripted(model, config, progress):
+    return FakeEngine(TINY_CHAT, counting)
+
+
+def opened(kind: str, compile_cache) -> EngineBase:
+    if kind == "scripted":
+        return FakeEngine(TINY_CHAT, counting)
+    if kind == "scripted elsewhere":
+        return RemoteEngine(TINY_CHAT, progress=False, build=scripted)
+    return {"here": Engine, "elsewhere": RemoteEngine}[kind](TINY_CHAT, config(compile_cache), progress=False)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def any_engine(request, compile_cache):
+    engine = opened(request.param, compile_cache)
+    yield engine
+    engine.close()
+
+
+def test_a_request_ends_once_with_as_many_tokens_as_it_asked_for(any_engine):
+    results = generate(any_engine, [PROMPT, PROMPT[:1]], n=2, max_new_tokens=7, temperature=1.0)
+    for result in [each for pair in results for each in pair]:
+        assert (result.reason, len(result.tokens), result.last.error) == ("length", 7, None)
+        assert all(0 <= token < any_engine.vocab_size for token in result.tokens)
+    wait_until(lambda: any_engine.stats.running == any_engine.stats.waiting == 0)
+
+
+def test_a_stop_id_ends_an_answer_and_is_told(any_engine):
+    everything = frozenset(range(any_engine.vocab_size))
+    (result,) = generate(any_engine, [PROMPT], stop_token_ids=everything)[0]
+    assert result.reason == "stop"
+    assert result.tokens == [result.last.stop_token]
+
+
+def test_log_probabilities_come_one_a_token_and_the_prompts_once(any_engine):
+    (result,) = generate(any_engine, [PROMPT], max_new_tokens=3, logprobs=1, prompt_logprobs=0)[0]
+    assert sum(len(out.logprobs) for out in result.outputs) == 3
+    (told,) = [out.prompt_logprobs for out in result.outputs if out.prompt_logprobs is not None]
+    assert told[0] is None
+    assert len(told) == len(PROMPT)
+
+
+def test_what_is_aborted_ends_and_the_rest_goes_on(any_engine):
+    one, all_of_them = Collector(2), Collector(2)
+    first = submit(any_engine, PROMPT, one, n=2, max_new_tokens=200)
+    second = submit(any_engine, PROMPT, all_of_them, n=2, max_new_tokens=200)
+    wait_until(lambda: all(result.outputs for result in (*one.results, *all_of_them.results)))
+    any_engine.abort(first.request_id, 1)
+    any_engine.abort(second.request_id)
+    any_engine.abort(second.request_id)
+    any_engine.abort(10**9)
+    assert one.wait()[0].reason == "length"
+    assert one.results[1].reason in ("abort", "length")  # it may have been quicker
+    assert {result.reason for result in all_of_them.wait()} <= {"abort", "length"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error"),
+    [
+        ([], {}, RequestError),
+        ([5] * 100_000, {}, ContextLengthError),
+        ([5, 10**6], {}, RequestError),
+        ([-1], {}, RequestError),
+        (PROMPT, {"n": 10**4}, RequestError),
+        (PROMPT, {"stop_token_ids": frozenset({10**6})}, RequestError),
+        (PROMPT, {"logit_bias": ((-1, 1.0),)}, RequestError),
+        (PROMPT, {"ngram_size": 2000, "ngram_threshold": 2}, RequestError),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_once(any_engine, prompt, params, error):
+    with pytest.raises(error):
+        submit(any_engine, prompt, Collector(), **params)
+
+
+def test_a_listener_that_fails_ends_nobody(any_engine):
+    def broken(out):
+        raise ZeroDivisionError("mine")
+
+    submit(any_engine, PROMPT, broken, max_new_tokens=3)
+    assert generate(any_engine, [PROMPT], max_new_tokens=3)[0][0].reason == "length"
+
+
+def test_an_engine_asleep_refuses_and_wakes(any_engine):
+    any_engine.sleep()
+    assert any_engine.sleeping
+    with pytest.raises(EngineError, match="sleeping"):
+        submit(any_engine, PROMPT, Collector())
+    any_engine.wake()
+    assert not any_engine.sleeping
+    assert generate(any_engine, [PROMPT], max_new_tokens=3)[0][0].reason == "length"
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_closing_ends_what_runs_and_may_be_done_twice(kind, compile_cache):
+    engine = opened(kind, compile_cache)
+    assert engine.failure is None
+    running = Collector()
+    submit(engine, PROMPT, running, max_new_tokens=400)
+    wait_until(lambda: running.results[0].outputs)
+    engine.close()
+    assert running.wait()[0].reason in ("abort", "length")
+    engine.close()
+    assert engine.failure is not None
+    for refused in (partial(submit, engine, PROMPT, Collector()), engine.sleep):
+        with pytest.raises(EngineError, match="closed"):
+            refused()
