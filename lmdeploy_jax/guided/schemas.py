@@ -118,8 +118,8 @@ def _check_shape(part: Mapping[str, Any], place: str) -> None:
         *((key, dict, "an object") for key in _MAPPINGS),
         *((key, list, "a list") for key in ("enum", "required", "anyOf", "oneOf", "allOf", "prefixItems")),
         ("pattern", str, "a regular expression"),
-        ("minLength", int, "a number"),
-        ("maxLength", int, "a number"),
+        ("minLength", int | float, "a number"),
+        ("maxLength", int | float, "a number"),
     ):
         if key in part and not isinstance(part[key], kind):
             raise RequestError(f"{place}.{key}={part[key]!r} is invalid: it must be {wanted}.")

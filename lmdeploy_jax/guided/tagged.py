@@ -103,6 +103,7 @@ def _string(writer: Writer, function: Function, key: str, close: _Close) -> str:
     choices = [schema["const"]] if "const" in schema else schema.get("enum")
     if choices is None:
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+        least, most = int(least), most if most == "" else int(most)
         body = f"/(?s:.){{{least},{most}}}/" if least or most != "" else ANY
         return writer.until(body, close.tag, close.before, close.after)
     wrong = [text for text in choices if not isinstance(text, str) or close.tag in text]

@@ -24,6 +24,7 @@ _LARGE = 64 * 2**20  # bytes: a process that needed more gives them back by endi
 _START = "import sys; sys.path[:] = {!r}; from lmdeploy_jax.guided.trial import main; main({}, {})"
 _DEATHS: dict[int, str] = {
     signal.SIGPROF: f"it takes more than {CPU_SECONDS:g} s to compile",
+    signal.SIGALRM: f"it is not compiled after {WALL_SECONDS:g} s",
     signal.SIGABRT: f"it takes more than {MEMORY >> 20} MiB of memory to compile",
     signal.SIGSEGV: "it is nested too deeply to compile",
 }
@@ -45,11 +46,19 @@ class Trials:
         if not self._free.acquire(timeout=_PATIENCE):
             raise EngineError("Too many grammars wait to be compiled. Try again later.")
         try:
-            with suppress(IndexError):
-                return self._ask(self._idle.pop(), text)
-            return self._ask(_Process(self._message), text)
+            return self._ask(self._taken() or _Process(self._message), text)
         finally:
             self._free.release()
+
+    def _taken(self) -> _Process | None:
+        """One that waits for work, unless somebody has ended it meanwhile."""
+        with self._lock:
+            while self._idle:
+                process = self._idle.pop()
+                if process.alive:
+                    return process
+                process.end()
+        return None
 
     def _ask(self, process: _Process, text: str) -> Verdict:
         verdict = process.ask(text)
@@ -98,6 +107,10 @@ class _Process:
             raise EngineError(
                 f"Grammars cannot be tried: the process for it ended with code {code}."
             ) from error
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def ask(self, text: str) -> Verdict:
         """Try a grammar. Where that ends the process, the verdict says so."""
