@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lmdeploy_jax.converters.keytable import Rule, find_tensor
+from lmdeploy_jax.converters.keytable import PREFIX, Rule, find_tensor
 from lmdeploy_jax.converters.safetensors import CheckpointReader
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import DecoderConfig
@@ -63,6 +63,7 @@ def settle_head(
     that equals it is left unread; one without an embedding beside it is both.
     """
     if not config.tie_embeddings:
+        _check_head(rules, reader, names)
         return config, tuple(rules)
     embedding, head = find_tensor(rules, names, EMBEDDING), find_tensor(rules, names, HEAD)
     if head is None:
@@ -77,6 +78,16 @@ def settle_head(
         reader.folder, head, embedding,
     )  # fmt: skip
     return replace(config, tie_embeddings=False), tuple(rules)
+
+
+def _check_head(rules: Sequence[Rule], reader: CheckpointReader, names: Sequence[str]) -> None:
+    """A decoder that was saved without its head can still give embeddings: say how."""
+    saved_alone = not any(name.startswith(PREFIX) for name in names)
+    if saved_alone and find_tensor(rules, names, EMBEDDING) and not find_tensor(rules, names, HEAD):
+        raise CheckpointError(
+            f"{reader.folder}: the checkpoint has no output head, so that it can give embeddings but no "
+            'text; for embeddings alone, load it with hf_overrides={"tie_word_embeddings": true}'
+        )
 
 
 def _retarget(rules: Sequence[Rule], target: str | None) -> tuple[Rule, ...]:

@@ -112,6 +112,14 @@ def test_names_with_and_without_the_prefix_are_the_same(published, plain, head):
     assert_as_transformers(model, folder)
 
 
+def test_a_decoder_saved_without_its_head_is_told_how_to_give_embeddings(published, plain):
+    folder = published(lambda tensors: {name.removeprefix("model."): x for name, x in tensors.items()})
+    untied = {"tie_word_embeddings": False}
+    with pytest.raises(CheckpointError, match="no output head, so that it can give embeddings but no text"):
+        load_model(folder, hf_overrides=untied)
+    assert_same(load_model(folder, hf_overrides={"tie_word_embeddings": True}), plain)
+
+
 def test_one_weight_under_both_names_is_ambiguous(published):
     name = "model.norm.weight"
     with pytest.raises(CheckpointError, match=r"ambiguous tensor (model\.)?norm\.weight"):

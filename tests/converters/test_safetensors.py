@@ -261,8 +261,8 @@ def test_files_that_are_something_else(content: bytes, message: str, tmp_path: P
 @given(data=st.data())
 def test_random_damage_is_found_or_harmless(data: st.DataObject, tmp_path: Path) -> None:
     """Bytes of a sound file are changed, cut off or inserted: it reads as in the safetensors library, or
-    CheckpointError; nothing else. The library is the oracle here and no part of the product: it takes a repeated
-    key, and tells neither a tensor nor a byte in its errors.
+    CheckpointError; nothing else. The library is an oracle only: it takes a repeated key, and its errors name
+    neither a tensor nor a byte.
     """
     file = tmp_path / "model.safetensors"
     save_file({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(2, np.int8)}, file)
