@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lmdeploy_jax.bench import checkpoint
+from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams
 from lmdeploy_jax.errors import LogitsError, RequestError
@@ -174,3 +176,29 @@ def test_ids_that_the_model_does_not_know_never_reach_the_engine(engine, params)
     with pytest.raises(RequestError, match="outside the vocabulary of 257"):
         submit(engine, PROMPT, Collector(), **params)
     assert clean(generate(engine, [PROMPT])[0][0])
+
+
+@pytest.mark.gpu
+def test_nan_spoils_no_later_answer_through_any_kernel(tmp_path):
+    """Long steps attend through Mosaic, which multiplies what stands behind a sequence's end with zero."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    folder = checkpoint.make("qwen2.5-0.5b", tmp_path)
+    (shard,) = folder.glob("*.safetensors")
+    weights = load_file(shard)
+    weights["model.embed_tokens.weight"][POISON] = np.nan
+    save_file(weights, shard, metadata={"format": "pt"})
+    small_cache = JaxEngineConfig(
+        session_len=4096, max_batch_size=4, cache_max_entry_count=5e7, enable_prefix_caching=False
+    )
+    engine = Engine(folder, small_cache, progress=False)
+    try:
+        long = [1000 + i for i in range(2300)]
+        wanted = tokens(engine, [long])
+        for _ in range(3):  # the pool holds few such prompts: their pages are used again
+            (bad,) = generate(engine, [[*long[:2200], POISON, 5]])[0]
+            assert isinstance(bad.last.error, LogitsError)
+            assert tokens(engine, [long]) == wanted
+            assert not holds_nan(engine)
+    finally:
+        engine.close()
