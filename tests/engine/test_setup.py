@@ -7,14 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from lmdeploy_jax.bench import shapes
 from lmdeploy_jax.cache.kv import plan_memory
+from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.engine.setup import choose_backend
 from lmdeploy_jax.errors import ConfigError
 
 CPU = SimpleNamespace(platform="cpu")
 GPU = SimpleNamespace(platform="gpu", compute_capability="9.0")
 OLD = SimpleNamespace(platform="gpu", compute_capability="7.5")
-MODEL = SimpleNamespace(head_dim=128, num_heads=8, num_kv_heads=2)
+MODEL = build_config(shapes.read("llama3-8b"), "llama3-8b")
 
 
 @pytest.mark.parametrize(
