@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import reprlib
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from functools import cache
 from math import inf
+from numbers import Integral, Real  # numpy's numbers too
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lmdeploy_jax.errors import ConfigError
@@ -83,8 +84,8 @@ _SIMPLE = {
     Any: Rule("anything", lambda value: True),
     types.NoneType: Rule("None", lambda value: value is None),
     bool: Rule("True or False", lambda value: isinstance(value, bool)),
-    int: Rule("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    float: Rule("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    int: Rule("an integer", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    float: Rule("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
     str: Rule("a text", lambda value: isinstance(value, str)),
 }
 
@@ -136,7 +137,7 @@ def _mapping(key: Rule, value: Rule) -> Rule:
 
 def _list(item: Rule) -> Rule:
     def holds(given: object) -> bool:
-        if isinstance(given, str | bytes | Mapping) or not isinstance(given, Collection):
+        if isinstance(given, str | bytes) or not isinstance(given, Sequence | Set):
             return False
         return all(item.holds(one) for one in given)
 

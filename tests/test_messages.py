@@ -46,6 +46,7 @@ from lmdeploy_jax.messages import GenerationConfig, Response
         ("skip_special_tokens", 0),
         ("include_stop_str_in_output", None),
         ("stop_token_ids", [True]),
+        ("stop_token_ids", np.arange(3)),
         ("stop_words", {"a": 1}),
         ("logit_bias", [1]),
         ("logit_bias", {"5": 1.0}),
@@ -68,6 +69,8 @@ def test_what_fits_is_taken_in_every_spelling():
     config = GenerationConfig(stop_words=("a", "b"), bad_words={"c"}, temperature=1, logit_bias={})
     config.max_new_tokens, config.logits_processors = None, [len]
     assert pickle.loads(pickle.dumps(config)) == config == replace(config)
+    numbers = {"top_k": np.int64(5), "temperature": np.float32(0.5), "stop_token_ids": [np.int32(7)]}
+    assert GenerationConfig(**numbers, logit_bias={np.int64(3): np.float32(1)}).top_k == 5
 
 
 def test_a_misspelt_field_cannot_be_set():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,7 @@ def check_prompt(prompt: Sequence[int], session_len: int, vocab_size: int) -> No
 def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
     """Raises RequestError for the first that is no token id."""
     for i in ids:
-        if not isinstance(i, int) or not 0 <= i < vocab_size:
+        if not isinstance(i, Integral) or not 0 <= i < vocab_size:
             raise RequestError(
                 f"{name} holds token id {i!r}, which is outside the vocabulary of {vocab_size} ids."
             )

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from lmdeploy_jax.engine.facts import check_ids, check_prompt, within
@@ -144,6 +145,6 @@ def _logit_bias(config: GenerationConfig, limits: ModelLimits) -> tuple[tuple[in
     bias = config.logit_bias or {}
     check_ids("logit_bias", bias, limits.vocab_size)
     for token, value in bias.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, Real) or not math.isfinite(value):
             raise RequestError(f"logit_bias[{token}]={value!r} is invalid: it must be a finite number.")
     return tuple(sorted((token, float(value)) for token, value in bias.items()))

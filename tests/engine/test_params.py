@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
@@ -139,6 +140,11 @@ def test_what_the_model_cannot_say_is_neither_banned_nor_a_stop():
 
 def test_a_sequence_with_a_banned_token_needs_no_ban_of_its_own():
     assert params(bad_words=["two"], bad_token_ids=[3]).banned_sequences == ()
+
+
+def test_numbers_of_numpy_are_numbers():
+    got = params(logit_bias={np.int64(3): np.float32(1.5)}, stop_token_ids=[np.int32(15)])
+    assert got.logit_bias == ((3, 1.5),)
 
 
 @pytest.mark.parametrize(("size", "threshold", "given"), [(4, 3, (4, 3)), (4, 0, (0, 0)), (0, 3, (0, 0))])
