@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -172,6 +173,32 @@ def test_dependencies_are_declared() -> None:
             top = target.split(".")[0]
             if top and top != "lmdeploy_jax" and top not in sys.stdlib_module_names:
                 assert provided.get(top, top.replace("_", "-")) in declared, f"{path} imports {top}"
+
+
+# Releases before these have published holes that a file or a request from elsewhere reaches.
+LEAST = {
+    "aiohttp": "3.14.3",
+    "h11": "0.16",
+    "httptools": "0.6.3",
+    "jinja2": "3.1.6",
+    "orjson": "3.11.6",
+    "sentencepiece": "0.2.3",
+    "starlette": "1.3.1",
+    "tqdm": "4.66.3",
+}
+
+
+def test_releases_with_published_holes_are_excluded() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = {_distribution(text): re.search(r">=([\d.]+)", text) for text in project["dependencies"]}
+    for name, least in LEAST.items():
+        found = bounds[name]
+        assert found is not None, name
+        assert _numbers(found[1]) >= _numbers(least), name
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 def _distribution(requirement: str) -> str:
