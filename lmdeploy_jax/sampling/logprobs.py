@@ -37,11 +37,3 @@ def no_logprobs(logits: Array, k: int = MAX_LOGPROBS) -> TopLogprobs:
     rows, width = logits.shape[0], min(k, logits.shape[1])
     ids = jnp.zeros((rows, width), jnp.int32)
     return TopLogprobs(jnp.zeros(rows, jnp.float32), ids, jnp.zeros((rows, width), jnp.float32))
-
-
-def target_logprobs(logits: Array, targets: Array, k: int = MAX_LOGPROBS) -> TopLogprobs:
-    """`top_logprobs` of known continuations: row i of `logits` [N, V] predicts `targets[i]`.
-
-    For prompt log-probabilities and perplexity; XLA drops the top-k where only `token_logprob` is used.
-    """
-    return top_logprobs(logits, targets, k)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from lmdeploy_jax.sampling.logprobs import MAX_LOGPROBS, target_logprobs, top_logprobs
+from lmdeploy_jax.sampling.logprobs import MAX_LOGPROBS, top_logprobs
 
 
 def test_top_and_chosen_log_probabilities() -> None:
@@ -25,7 +25,7 @@ def test_top_and_chosen_log_probabilities() -> None:
 def test_targets_give_the_cross_entropy_of_torch() -> None:
     logits = np.random.default_rng(1).normal(scale=3, size=(9, 33)).astype(np.float32)
     targets = np.arange(9, dtype=np.int32) * 3
-    ours = target_logprobs(jnp.asarray(logits), jnp.asarray(targets), k=1)
+    ours = top_logprobs(jnp.asarray(logits), jnp.asarray(targets), k=1)
     loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets).long())
     np.testing.assert_allclose(-ours.token_logprob.mean(), loss, rtol=1e-5)
 
