@@ -11,7 +11,7 @@ from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from lmdeploy_jax.errors import RequestError
-from lmdeploy_jax.guided.panics import as_request_error, panics_are_errors
+from lmdeploy_jax.guided.panics import panics_are_errors, told
 
 # Few: cheap masks take longer in many threads than in one, and only dear ones take less.
 THREADS = min(4, max(1, (os.cpu_count() or 1) // 4))
@@ -30,7 +30,7 @@ class Matcher:
     ) -> None:
         self._matcher = matcher
         self._on_advance = on_advance
-        self._panic: RequestError | None = None
+        self._fault: BaseException | None = None
         self._end = divmod(vocab_size, 32)  # word and bit of the token that stands for the end
         self._stops = [(i // 32, np.uint32(1 << i % 32).view(np.int32)) for i in stop_ids]
 
@@ -52,17 +52,17 @@ class Matcher:
         return self._matcher.is_stopped()
 
     @property
-    def failure(self) -> RequestError | None:
+    def failure(self) -> BaseException | None:
         """What went wrong, once something has."""
-        if self._panic is not None or not self._matcher.is_error():
-            return self._panic
+        if self._fault is not None or not self._matcher.is_error():
+            return self._fault
         return RequestError(f"The grammar cannot be followed any further: {_first_line(self._matcher)}")
 
     def _fill(self, mask: np.ndarray, row: int) -> None:
         try:
             fill_next_token_bitmask(self._matcher, mask, row)
-        except BaseException as error:
-            self._panic = as_request_error(error)
+        except BaseException as error:  # whatever it is, it is this sequence's alone
+            self._fault = told(error)
 
     def _add_stops(self, row: np.ndarray) -> None:
         word, bit = self._end
@@ -86,9 +86,8 @@ def fill_masks(mask: np.ndarray, matchers: Sequence[tuple[int, Matcher]]) -> Non
 def _filled_together(mask: np.ndarray, matchers: Sequence[tuple[int, Matcher]]) -> bool:
     try:
         fill_next_token_bitmask_par(_executor(), [(m._matcher, row) for row, m in matchers], mask)
-    except BaseException as error:
-        as_request_error(error)
-        return False  # one of them panicked; which of them shows one by one
+    except BaseException:
+        return False  # one of them failed; which of them shows one by one
     return True
 
 

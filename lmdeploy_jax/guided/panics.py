@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from lmdeploy_jax.errors import RequestError
 
 
-def as_request_error(error: BaseException) -> RequestError:
-    """A panic as an error of the request whose grammar caused it; raises anything else again."""
+def told(error: BaseException) -> BaseException:
+    """A panic as an error of the request whose grammar caused it; anything else as it is."""
     if type(error).__name__ != "PanicException":  # the type is pyo3's, and nowhere to be imported from
-        raise error
+        return error
     return RequestError(f"llguidance cannot handle the answer's grammar and this tokenizer: {error}")
 
 
@@ -21,4 +21,6 @@ def panics_are_errors() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        raise as_request_error(error) from error
+        if told(error) is error:
+            raise
+        raise told(error) from error

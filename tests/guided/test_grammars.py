@@ -219,10 +219,11 @@ class PanicException(BaseException):
     """Named as pyo3's, which nobody can raise on purpose."""
 
 
+@pytest.mark.parametrize("fault", [PanicException("assertion failed"), ValueError("assertion failed")])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_panic_in_a_mask_is_the_failure_of_its_sequence(threads, grammars, monkeypatch):
+def test_a_fault_in_a_mask_is_the_failure_of_its_sequence(threads, fault, grammars, monkeypatch):
     def panic(*args: object) -> None:
-        raise PanicException("assertion failed")
+        raise fault
 
     def fill(matcher: object, mask: np.ndarray, row: int) -> None:
         panic() if row == 3 else fill_one(matcher, mask, row)
