@@ -10,12 +10,14 @@ import warnings
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline, pipeline
 from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.engine import engine as engine_module
 from lmdeploy_jax.engine.frontend import Frontend
 from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.text.chat_template import select
@@ -54,6 +56,20 @@ def test_what_nobody_holds_gives_back_its_threads_and_its_memory(small):
     gc.collect()
     assert engine_threads() <= threads
     assert len(jax.live_arrays()) <= arrays
+
+
+def test_an_engine_beside_another_on_a_gpu_is_told_of(small, monkeypatch, caplog):
+    class OnGpu:
+        failure, facts = None, SimpleNamespace(on_cpu=False)
+
+    other = OnGpu()
+    monkeypatch.setattr(engine_module, "_opened", weakref.WeakSet([other]))
+    with caplog.at_level("WARNING", "lmdeploy_jax"), pipeline("tiny-chat", small):
+        assert "another engine is open" in caplog.text
+    caplog.clear()
+    other.failure = "it has been closed"
+    with caplog.at_level("WARNING", "lmdeploy_jax"), pipeline("tiny-chat", small):
+        assert "another engine" not in caplog.text
 
 
 def test_a_stream_outlives_the_pipeline_that_began_it():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -29,6 +30,7 @@ from lmdeploy_jax.sampling.repetition import NgramStop
 log = logging.getLogger("lmdeploy_jax")
 Outputs = list[tuple[Request, StepOutput]]
 STEPS_IN_FLIGHT = 2  # a step is dispatched before the one ahead of it is read
+_opened: weakref.WeakSet[Engine] = weakref.WeakSet()  # in this process
 
 
 class Engine(EngineBase):
@@ -43,6 +45,7 @@ class Engine(EngineBase):
         claim_jax()
         self.home = Home()
         config = config or JaxEngineConfig()
+        _tell_of_others()
         self._compilations = CompileCounter()
         parts = set_up(model, config, progress=progress)
         self.facts = EngineFacts(
@@ -67,6 +70,7 @@ class Engine(EngineBase):
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="lmdeploy_jax engine", daemon=True)
         self._thread.start()
+        _opened.add(self)
         atexit.register(self.close)  # a thread inside XLA while the interpreter goes down aborts the process
 
     # -- any thread ---------------------------------------------------------------------------------------
@@ -309,6 +313,15 @@ class Engine(EngineBase):
             sequence.request.tell(out)
         self._sequences.clear()
         self._flight.clear()
+
+
+def _tell_of_others() -> None:
+    """A cell that is run again opens its engine while the one before still has the GPU's memory."""
+    if any(engine.failure is None and not engine.facts.on_cpu for engine in _opened):
+        log.warning(
+            "another engine is open in this process and keeps its part of the devices' memory; this one gets "
+            "what is left. Close that one first, with close() or del, for a KV cache of full size"
+        )
 
 
 def _tell(outputs: Outputs) -> None:
