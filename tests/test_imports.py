@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,22 @@ def parent(name: str) -> str:
 
 def test_imports_follow_the_table() -> None:
     assert sorted(line for path in SOURCES for line in offences(path)) == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports for types alone count too. The package's own face is no module among others, and the tasks of
+    the embedded model's training are one circle.
+    """
+    modules = {module_name(path): path for path in SOURCES if "tasks" not in path.parts}
+    del modules["lmdeploy_jax"]
+    graph = {name: _imported(path, modules) - {name} for name, path in modules.items()}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def _imported(path: Path, modules: Container[str]) -> set[str]:
+    """The modules that a file imports; of `from package import module` the module alone."""
+    found = {target for target in imports(path) if target in modules}
+    return found - {target.rpartition(".")[0] for target in found}
 
 
 def test_the_package_and_the_command_line_start_without_jax() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import prometheus_client
@@ -17,7 +17,6 @@ from lmdeploy_jax.server.counts import Counter, Histogram
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.base import EngineBase
-    from lmdeploy_jax.server.service import Service
 
 PREFIX = "lmdeploy_jax:"
 LABELS = ("model_name", "engine")
@@ -40,12 +39,14 @@ def _one_two_five(most: int) -> list[float]:
 
 
 class Metrics:
-    """What is counted. One registry an application, so that several can live in one process."""
+    """What is counted. One registry an application, so that several can live in one process.
 
-    def __init__(self, service: Service) -> None:
-        engine = service.frontend.engine
+    running: tells how many answers the server has under way.
+    """
+
+    def __init__(self, engine: EngineBase, model: str, running: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
-        self._labels = {"model_name": service.models[0], "engine": engine.startup.backend}
+        self._labels = {"model_name": model, "engine": engine.startup.backend}
         lengths = _one_two_five(engine.session_len)
         self._counters(lengths)
         self.seconds_to_first = self._histogram("time_to_first_token_seconds", "to the first token", _TTFT)
@@ -57,7 +58,7 @@ class Metrics:
         self.prefill = self._histogram("request_prefill_time_seconds", "from queue to first token", _LATENCY)
         self.decode = self._histogram("request_decode_time_seconds", "after the first token", _LATENCY)
         self._info(engine)
-        self.registry.register(_Gauges(service, self))
+        self.registry.register(_Gauges(engine, running, self))
         engine.on_step = self._histogram("iteration_tokens_total", "tokens of a step", _STEP_TOKENS).observe
 
     def _counters(self, lengths: list[float]) -> None:
@@ -161,8 +162,9 @@ class Meter:
 class _Gauges(Collector):
     """What is read off the engine at each scrape."""
 
-    def __init__(self, service: Service, metrics: Metrics) -> None:
-        self._service = service
+    def __init__(self, engine: EngineBase, running: Callable[[], int], metrics: Metrics) -> None:
+        self._engine = engine
+        self._running = running
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
@@ -172,15 +174,14 @@ class _Gauges(Collector):
             yield family
 
     def _values(self) -> list[tuple[str, str, float]]:
-        service, metrics = self._service, self._metrics
-        engine = service.frontend.engine
-        stats = engine.stats
+        engine, metrics = self._engine, self._metrics
+        stats, running = engine.stats, self._running()
         used = stats.pages_used / engine.facts.num_pages
         return [
             ("num_requests_succeeded", "answers that ended well", metrics.succeeded),
             ("num_requests_failed", "answers that were aborted or failed", metrics.failed),
             ("num_api_requests_routed", "requests that were taken in", metrics.received),
-            ("num_api_requests_waiting", "answers that wait for the engine", service.running - stats.running),
+            ("num_api_requests_waiting", "answers that wait for the engine", running - stats.running),
             ("num_requests_running", "answers in the running batch", stats.running),
             ("num_requests_waiting", "requests in the engine's queue", stats.waiting),
             ("gpu_cache_usage_perc", "share of the KV cache in use", used),

@@ -53,7 +53,11 @@ class Service:
         self.chat = Chat(frontend, *select_parsers(self.options, frontend.template))
         names = parser_names(self.options, frontend.template)
         logger.info("tool calls are read as %r, reasoning as %r", *names)
-        self.metrics = None if self.options.disable_metrics else Metrics(self)
+        self.metrics = (
+            None
+            if self.options.disable_metrics
+            else Metrics(frontend.engine, self.models[0], lambda: self.running)
+        )
         self.call_ids = CallIds(bare=self.chat.tools is json_formats.MISTRAL)
         self.unknown_fields: set[str] = set()
         self.draining = False

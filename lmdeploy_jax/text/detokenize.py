@@ -5,16 +5,21 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from lmdeploy_jax.text.pieces import ByteDecoding
-
-if TYPE_CHECKING:
-    from lmdeploy_jax.text.tokenizer import Tokenizer
 
 _CONTEXT = 8  # prompt tokens that can still matter: an unfinished character (4 bytes), a word's joint
 _MAX_HELD = 16  # tokens held back at most by a text decoder that keeps answering U+FFFD
 _REPLACEMENT = "\ufffd"
+
+
+class Decoder(Protocol):
+    """What is asked of a tokenizer here."""
+
+    decoding: ByteDecoding | None
+
+    def decode_text(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
 
 class _Stream(Protocol):
@@ -31,7 +36,7 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
+        self, tokenizer: Decoder, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
     ) -> None:
         self._stream = open_stream(tokenizer, prompt_ids, skip_special_tokens)
 
@@ -44,7 +49,7 @@ class IncrementalDetokenizer:
         return self._stream.finish()
 
 
-def open_stream(tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool) -> _Stream:
+def open_stream(tokenizer: Decoder, prompt_ids: Sequence[int], skip_special_tokens: bool) -> _Stream:
     """The cheapest stream that is exact for this tokenizer."""
     if tokenizer.decoding is not None:
         return _ByteStream(tokenizer.decoding, prompt_ids, skip_special_tokens)
@@ -86,7 +91,7 @@ class _TextStream:
     The stable piece gives the decoder its context (WordPiece glues `##ing` to what stands before).
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._stable = list(prompt_ids[-_CONTEXT:])
