@@ -16,17 +16,18 @@ import httpx
 import pytest
 
 from tests import patience
+from tests.fuzz import cases
 from tests.patience import PATIENCE, wait_until
 from tests.server.live import serving
 from tests.server.mutations import broken
 
-COUNT, AT_ONCE = 2000, 32
+AT_ONCE = 32
 GOOD = {"messages": [{"role": "user", "content": "What is 12 + 30?"}], "max_tokens": 4}
 STREAM = json.dumps(GOOD | {"max_tokens": 200, "ignore_eos": True, "stream": True})
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
-async def send_all(url: str) -> Counter[int]:
+async def send_all(url: str, count: int) -> Counter[int]:
     rnd, limit, statuses = random.Random(20), asyncio.Semaphore(AT_ONCE), Counter()
 
     async def send(client: httpx.AsyncClient, path: str, headers: dict, body: bytes) -> None:
@@ -37,7 +38,7 @@ async def send_all(url: str) -> Counter[int]:
             statuses[answer.status_code] += 1
 
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client, asyncio.TaskGroup() as group:
-        for _ in range(COUNT):
+        for _ in range(count):
             group.create_task(send(client, *broken(rnd)))
     return statuses
 
@@ -50,10 +51,11 @@ def check_unharmed(live, pipe) -> None:
     scheduler.check_integrity()
 
 
-def test_broken_bodies_are_refused_and_nothing_is_lost(pipe):
+@cases(2000)
+def test_broken_bodies_are_refused_and_nothing_is_lost(pipe, cases):
     with serving(pipe.frontend, enable_abort_handling=True) as live:
-        statuses = asyncio.run(send_all(live.url))
-        assert statuses[400] > COUNT / 4, statuses
+        statuses = asyncio.run(send_all(live.url, cases))
+        assert statuses[400] > cases / 4, statuses
         check_unharmed(live, pipe)
 
 
