@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.engine.answer import OutputOptions
 from lmdeploy_jax.engine.base import EngineBase
+from lmdeploy_jax.engine.facts import within
 from lmdeploy_jax.engine.output import Flush, OutputProcessor, Sink
 from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
 from lmdeploy_jax.engine.prepare import PreparedModel, prepare
@@ -205,7 +206,7 @@ def _close(engine: EngineBase, outputs: OutputProcessor) -> None:
 
 def _known(eos_ids: tuple[int, ...], vocab_size: int) -> frozenset[int]:
     """The ids that the model can give at all."""
-    known = frozenset(i for i in eos_ids if 0 <= i < vocab_size)
+    known = frozenset(within(eos_ids, vocab_size))
     if strangers := [i for i in eos_ids if i not in known]:
         logger.warning(
             "ids of eos_token_id beyond the model's %d tokens end nothing: %s", vocab_size, strangers

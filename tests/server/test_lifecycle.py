@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from tests import patience
-from tests.patience import wait_until
+from tests.patience import PATIENCE, wait_until
 from tests.scripted import ENDLESS, endless
 from tests.server.live import serving
 from tests.server.scripted import scripted
@@ -107,23 +108,35 @@ def test_at_the_deadline_answers_are_cut_with_a_proper_ending():
         assert chunks[-1].choices[0].finish_reason == "abort"
 
 
+def unending(request, index):
+    return itertools.repeat(5)
+
+
 def test_a_crash_ends_what_runs_and_shows_in_health():
-    with scripted(endless) as (frontend, engine), serving(frontend) as live:
-        answers = {}
+    endless_answer = LONG | {"max_tokens": 10**6}  # so that neither ends before the crash
+    with scripted(unending, session_len=10**7) as (frontend, engine), serving(frontend) as live:
+        answers, begun = {}, threading.Event()
 
-        def ask(stream):
-            answers[stream] = patience.post(live.url + CHAT, json=LONG | {"stream": stream})
+        def ask():
+            answers["whole"] = patience.post(live.url + CHAT, json=endless_answer)
 
-        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+        def read_along():
+            with patience.stream("POST", live.url + CHAT, json=endless_answer | {"stream": True}) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                begun.set()
+                answers["events"] = "".join(lines)
+
+        threads = [threading.Thread(target=work) for work in (ask, read_along)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(engine._live) == 2)
+        wait_until(lambda: begun.is_set() and len(engine._live) == 2)
         engine.crash()
         for thread in threads:
             thread.join()
-        assert answers[False].status_code == 503
-        assert answers[False].json()["error"]["code"] == "engine_unavailable"
-        assert "engine_unavailable" in answers[True].text  # as an event, or with 503 before the first
+        assert answers["whole"].status_code == 503
+        assert answers["whole"].json()["error"]["code"] == "engine_unavailable"
+        assert '"code":"engine_unavailable"' in answers["events"]
         assert patience.get(live.url + "/health").status_code == 503
         assert patience.post(live.url + CHAT, json=LONG).status_code == 503
 
@@ -135,7 +148,7 @@ def test_sleep_gives_memory_back_and_waking_restores_it(live, client, pipe, leve
 
     before = ask()
     runner = pipe.frontend.engine._runner
-    with httpx.Client(base_url=live.url) as http:
+    with httpx.Client(base_url=live.url, timeout=PATIENCE) as http:
         assert http.post("/sleep", params={"level": level}).json() == {"is_sleeping": True}
         assert runner.leaves == runner._caches == ()
         assert http.get("/health").json()["status"] == "sleeping"
