@@ -14,7 +14,7 @@ from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.session import Session
 
 if TYPE_CHECKING:
-    from lmdeploy_jax.engine.frontend import PromptOptions
+    from lmdeploy_jax.engine.io.frontend import PromptOptions
     from lmdeploy_jax.text.prompts import Prompt
 
 Configs = GenerationConfig | Sequence[GenerationConfig] | None
@@ -50,7 +50,7 @@ def refuse_unknown_fields(unknown: Mapping[str, Any]) -> None:
 
 def prompt_options(do_preprocess: bool, adapter_name: str | None, kwargs: Mapping[str, Any]) -> PromptOptions:
     """Raises TypeError for an unknown keyword, `RequestError` for one that cannot be honoured."""
-    from lmdeploy_jax.engine.frontend import PromptOptions
+    from lmdeploy_jax.engine.io.frontend import PromptOptions
     from lmdeploy_jax.text.template_arguments import checked_variables
 
     _refuse_unknown(kwargs)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from lmdeploy_jax.engine.answer import error_response
-from lmdeploy_jax.engine.frontend import Frontend, PromptOptions
+from lmdeploy_jax.engine.io.answer import error_response
+from lmdeploy_jax.engine.io.frontend import Frontend, PromptOptions
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.stream import tell_failure

@@ -30,7 +30,7 @@ from lmdeploy_jax.session import Session, Turn
 from lmdeploy_jax.stream import ResponseStream, start, turn, with_bar
 
 if TYPE_CHECKING:
-    from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.engine.io.frontend import Frontend
     from lmdeploy_jax.engine.prepare import PreparedModel
     from lmdeploy_jax.text import ChatTemplateConfig, Tokenizer
 
@@ -297,8 +297,8 @@ class Pipeline:
 
 def open_frontend(model: PreparedModel, max_log_len: int | None = None, *, progress: bool = True) -> Frontend:
     """A prepared model, loaded into an engine of this process."""
-    from lmdeploy_jax.engine.engine import Engine  # brings JAX
-    from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.engine.core.engine import Engine  # brings JAX
+    from lmdeploy_jax.engine.io.frontend import Frontend
 
     return Frontend.over(Engine(model.folder, model.config, progress=progress), model, max_log_len)
 

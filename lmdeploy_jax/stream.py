@@ -15,7 +15,7 @@ from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.session import Session, Turn
 
 if TYPE_CHECKING:
-    from lmdeploy_jax.engine.frontend import Frontend, PromptOptions
+    from lmdeploy_jax.engine.io.frontend import Frontend, PromptOptions
     from lmdeploy_jax.text.prompts import Prompt
 
 failures = logging.getLogger("lmdeploy_jax.failures")  # of its own, for who tells of them otherwise
@@ -159,7 +159,7 @@ def _submit(
     owner: Session | None,
     options: PromptOptions,
 ) -> None:
-    from lmdeploy_jax.engine.answer import error_response
+    from lmdeploy_jax.engine.io.answer import error_response
 
     try:
         if isinstance(item, RequestError):

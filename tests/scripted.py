@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from lmdeploy_jax import Pipeline
 from lmdeploy_jax.assets import TINY_CHAT
-from lmdeploy_jax.engine.frontend import Frontend
+from lmdeploy_jax.engine.io.frontend import Frontend
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.text.chat_template import select
 from lmdeploy_jax.text.tokenizer import Tokenizer

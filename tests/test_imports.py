@@ -36,11 +36,14 @@ LAYERS = {
     "lmdeploy_jax.models": 3,
     "lmdeploy_jax.converters": 4,
     "lmdeploy_jax.engine": 5,
-    "lmdeploy_jax": 6,  # the package's own face, and every other module that lies directly in it
-    "lmdeploy_jax.server": 7,
-    "lmdeploy_jax.bench": 7,
-    "lmdeploy_jax.cli": 8,
-    "lmdeploy_jax.__main__": 9,
+    "lmdeploy_jax.engine.io": 6,
+    "lmdeploy_jax.engine.core": 6,
+    "lmdeploy_jax.engine.process": 7,
+    "lmdeploy_jax": 8,  # the package's own face, and every other module that lies directly in it
+    "lmdeploy_jax.server": 9,
+    "lmdeploy_jax.bench": 9,
+    "lmdeploy_jax.cli": 10,
+    "lmdeploy_jax.__main__": 11,
 }
 WITHOUT_JAX = (
     "lmdeploy_jax.errors",
@@ -57,19 +60,19 @@ WITHOUT_JAX = (
     "lmdeploy_jax.cache.prefix",
     "lmdeploy_jax.engine.base",
     "lmdeploy_jax.engine.facts",
-    "lmdeploy_jax.engine.frontend",
+    "lmdeploy_jax.engine.io.frontend",
     "lmdeploy_jax.engine.prepare",
-    "lmdeploy_jax.engine.remote",
+    "lmdeploy_jax.engine.process.remote",
     "lmdeploy_jax.engine.request",
-    "lmdeploy_jax.engine.scheduler",
-    "lmdeploy_jax.engine.wire",
-    "lmdeploy_jax.engine.worker",
+    "lmdeploy_jax.engine.core.scheduler",
+    "lmdeploy_jax.engine.process.wire",
+    "lmdeploy_jax.engine.process.worker",
     "lmdeploy_jax.server",
 )
 TRAINING = "lmdeploy_jax.assets."  # makes the embedded model; nothing at run time imports it
 ENVIRONMENT_READERS = {
-    "lmdeploy_jax.engine.compile",  # the user's cache folder, as the XDG standard has it
-    "lmdeploy_jax.engine.program_cache",  # XLA's own flags, which are part of a compiled program's name
+    "lmdeploy_jax.engine.core.compile",  # the user's cache folder, as the XDG standard has it
+    "lmdeploy_jax.engine.core.program_cache",  # XLA's own flags, which are part of a compiled program's name
     "lmdeploy_jax.cli.probes",  # reports the variables that change how JAX works
 }
 

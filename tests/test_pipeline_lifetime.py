@@ -17,8 +17,8 @@ import pytest
 
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline, pipeline
 from lmdeploy_jax.assets import TINY_CHAT
-from lmdeploy_jax.engine import engine as engine_module
-from lmdeploy_jax.engine.frontend import Frontend
+from lmdeploy_jax.engine.core import engine as engine_module
+from lmdeploy_jax.engine.io.frontend import Frontend
 from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.text.chat_template import select
 from tests.fake_engine import FakeEngine

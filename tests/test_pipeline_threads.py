@@ -13,7 +13,7 @@ import pytest
 
 from lmdeploy_jax import GenerationConfig, Pipeline, Response
 from lmdeploy_jax.assets import TINY_CHAT
-from lmdeploy_jax.engine.frontend import Frontend
+from lmdeploy_jax.engine.io.frontend import Frontend
 from lmdeploy_jax.text.chat_template import select
 from tests.fake_engine import FakeEngine
 from tests.patience import PATIENCE, wait_until

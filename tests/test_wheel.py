@@ -24,7 +24,7 @@ from pathlib import Path
 import lmdeploy_jax
 from lmdeploy_jax.bench import shapes
 from lmdeploy_jax.converters.load import load_model
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.models.tuning import UNTUNED, load
 from lmdeploy_jax.pallas_kernels import registry
 from lmdeploy_jax.server.run import Server

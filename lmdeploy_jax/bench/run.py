@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from lmdeploy_jax.bench.workloads import Job
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
 from lmdeploy_jax.errors import EngineError
 

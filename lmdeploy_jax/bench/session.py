@@ -16,8 +16,8 @@ from lmdeploy_jax.bench.workloads import Job
 from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.config import JaxEngineConfig
-from lmdeploy_jax.engine.compile import CompileCounter
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.compile import CompileCounter
+from lmdeploy_jax.engine.core.engine import Engine
 
 GIB = 2**30
 

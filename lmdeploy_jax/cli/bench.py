@@ -152,7 +152,7 @@ def _tune(flags: FlagSet, args: list[str]) -> int:
     import jax
 
     from lmdeploy_jax.bench.tune import products, tune
-    from lmdeploy_jax.engine.compile import tuning_dir
+    from lmdeploy_jax.engine.core.compile import tuning_dir
     from lmdeploy_jax.models import tuning
 
     folder = Path(flags["tuning_dir"]) if flags["tuning_dir"] else tuning_dir()
@@ -230,7 +230,7 @@ def _checkpoint(model: str, root: str | None) -> str:
     """A random checkpoint where MODEL names a shape, else MODEL itself."""
     if model not in shapes.names() or Path(model).is_dir():
         return model
-    from lmdeploy_jax.engine.compile import default_cache_dir
+    from lmdeploy_jax.engine.core.compile import default_cache_dir
 
     folder = Path(root) if root else default_cache_dir().parent / "bench"
     _say(f"random checkpoint of shape {model} in {folder}")

@@ -17,7 +17,7 @@ from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.server.options import ServerOptions
 
 if TYPE_CHECKING:
-    from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.engine.io.frontend import Frontend
     from lmdeploy_jax.engine.prepare import PreparedModel
 
 DEFAULT_MODEL = "tiny-chat"
@@ -92,8 +92,8 @@ def _after_served(words: list[str]) -> list[str]:
 
 def _frontend(model: PreparedModel, flags: FlagSet) -> Frontend:
     """Over an engine in a process of its own, so that HTTP and the engine's thread share no interpreter."""
-    from lmdeploy_jax.engine.frontend import Frontend
-    from lmdeploy_jax.engine.remote import RemoteEngine
+    from lmdeploy_jax.engine.io.frontend import Frontend
+    from lmdeploy_jax.engine.process.remote import RemoteEngine
 
     engine = RemoteEngine(model.folder, model.config)
     return Frontend.over(engine, model, flags["max_log_len"])

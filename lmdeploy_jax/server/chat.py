@@ -16,7 +16,7 @@ from lmdeploy_jax.text.prompts import Prompt
 from lmdeploy_jax.text.template_arguments import Tool, checked_tools, thinking_is_off
 
 if TYPE_CHECKING:
-    from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.engine.io.frontend import Frontend
 
 _TAIL = 32  # tokens of a prompt's end in which an open tag of reasoning is looked for
 
@@ -95,7 +95,7 @@ class Chat:
         return len(self._encoded(call, self._offered(call), to_count=True))
 
     def _encoded(self, call: ChatCall, tools: list[Tool], *, to_count: bool = False) -> list[int]:
-        from lmdeploy_jax.engine.frontend import PromptOptions
+        from lmdeploy_jax.engine.io.frontend import PromptOptions
 
         options = PromptOptions(call.chat, tools or None, dict(call.template_kwargs))
         return self._frontend.encode(call.prompt, options, to_count=to_count)

@@ -14,7 +14,7 @@ from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.server.errors import ApiError, own_failure
 
 if TYPE_CHECKING:
-    from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.engine.io.frontend import Frontend
     from lmdeploy_jax.server.metrics import Meter
 
 # Threads that wait until a form has been tried. Apart from those that every other request needs for a moment.

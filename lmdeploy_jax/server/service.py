@@ -21,7 +21,7 @@ from lmdeploy_jax.server.parsers import parser_names, select_parsers
 from lmdeploy_jax.text.parsers import json_formats
 
 if TYPE_CHECKING:
-    from lmdeploy_jax.engine.frontend import Frontend
+    from lmdeploy_jax.engine.io.frontend import Frontend
 
 logger = logging.getLogger("lmdeploy_jax")
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from lmdeploy_jax import JaxEngineConfig
 from lmdeploy_jax.bench import checkpoint, shapes
-from lmdeploy_jax.engine.engine import STEPS_IN_FLIGHT, Engine
+from lmdeploy_jax.engine.core.engine import STEPS_IN_FLIGHT, Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
 
 SETTLING = 32  # tokens that every sequence has before the clock starts

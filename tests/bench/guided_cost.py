@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
-from lmdeploy_jax.engine.compile import CompileCounter
+from lmdeploy_jax.engine.core.compile import CompileCounter
 
 TAGS = {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3}
 

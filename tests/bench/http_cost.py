@@ -20,8 +20,8 @@ from contextlib import closing, contextmanager
 from multiprocessing.connection import Connection
 
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, pipeline
-from lmdeploy_jax.engine.frontend import Frontend
-from lmdeploy_jax.engine.remote import RemoteEngine
+from lmdeploy_jax.engine.io.frontend import Frontend
+from lmdeploy_jax.engine.process.remote import RemoteEngine
 from tests.server.live import serving
 
 TOKENS = 128

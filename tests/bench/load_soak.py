@@ -21,8 +21,8 @@ import psutil
 
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
 from lmdeploy_jax.engine.base import EngineBase
-from lmdeploy_jax.engine.frontend import Frontend
-from lmdeploy_jax.engine.remote import RemoteEngine
+from lmdeploy_jax.engine.io.frontend import Frontend
+from lmdeploy_jax.engine.process.remote import RemoteEngine
 from tests.patience import wait_until
 from tests.server.live import LiveServer, serving
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lmdeploy_jax import JaxEngineConfig
 from lmdeploy_jax.bench import checkpoint, shapes
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
 
 SETTLING = 20  # tokens that every running sequence has before anything is timed

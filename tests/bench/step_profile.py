@@ -19,7 +19,7 @@ import jax
 from lmdeploy_jax import JaxEngineConfig
 from lmdeploy_jax.bench import checkpoint, shapes
 from lmdeploy_jax.bench.gpu_trace import Event, busy, traced
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
 
 SETTLING = 60  # tokens that every sequence has before the trace begins

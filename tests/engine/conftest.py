@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.engine import Engine
 from tests.engine.harness import config
 from tests.oracle import hf_greedy, save_checkpoint
 

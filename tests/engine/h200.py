@@ -19,10 +19,10 @@ from lmdeploy_jax.bench import shapes
 from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
-from lmdeploy_jax.engine import buckets
-from lmdeploy_jax.engine.batch import StepPacker
-from lmdeploy_jax.engine.compile import Program
-from lmdeploy_jax.engine.programs import ProgramBuilder
+from lmdeploy_jax.engine.core import buckets
+from lmdeploy_jax.engine.core.batch import StepPacker
+from lmdeploy_jax.engine.core.compile import Program
+from lmdeploy_jax.engine.core.programs import ProgramBuilder
 from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.pallas_kernels.prefill_attention import tile_rows

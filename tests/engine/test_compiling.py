@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from lmdeploy_jax.assets import TINY_CHAT
-from lmdeploy_jax.engine.compiling import CompilingRequests
+from lmdeploy_jax.engine.process.compiling import CompilingRequests
 from lmdeploy_jax.engine.request import Request, SamplingParams
 from lmdeploy_jax.errors import EngineError, RequestError
 from tests.engine.harness import PATIENCE, Collector, submit

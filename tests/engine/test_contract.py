@@ -8,8 +8,8 @@ import pytest
 
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.engine.base import EngineBase
-from lmdeploy_jax.engine.engine import Engine
-from lmdeploy_jax.engine.remote import RemoteEngine
+from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.process.remote import RemoteEngine
 from lmdeploy_jax.errors import ContextLengthError, EngineError, RequestError
 from tests.engine.harness import Collector, config, generate, submit
 from tests.fake_engine import FakeEngine

@@ -8,8 +8,8 @@ import sys
 from lmdeploy_jax.cache.kinds import PagedCache
 from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.cache.pages import PAGE_SIZE
-from lmdeploy_jax.engine import buckets
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core import buckets
+from lmdeploy_jax.engine.core.engine import Engine
 from tests.engine.conftest import COUNT
 from tests.engine.harness import Collector, config, generate, submit, tokens
 from tests.oracle import hf_greedy
@@ -144,7 +144,7 @@ SHARDED = """
 import json, sys
 import jax
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.engine import Engine
 from tests.engine.harness import config, tokens
 folder, cache, prompts, tps = json.loads(sys.argv[1])
 for tp in tps:

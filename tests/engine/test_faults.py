@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from lmdeploy_jax.bench import checkpoint
 from lmdeploy_jax.config import JaxEngineConfig
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams
 from lmdeploy_jax.errors import LogitsError, RequestError
 from lmdeploy_jax.sampling.repetition import NgramStop

@@ -222,7 +222,7 @@ def test_a_listener_that_fails_disturbs_no_one(engine, prompts, expected):
 
 
 def test_a_closed_engine_says_so(llama, compile_cache, prompts):
-    from lmdeploy_jax.engine.engine import Engine
+    from lmdeploy_jax.engine.core.engine import Engine
     from tests.engine.harness import config
 
     engine = Engine(llama, config(compile_cache), progress=False)
@@ -236,7 +236,7 @@ def test_a_closed_engine_says_so(llama, compile_cache, prompts):
 
 
 def test_an_engine_that_breaks_fails_its_requests_and_hangs_no_one(llama, compile_cache, prompts):
-    from lmdeploy_jax.engine.engine import Engine
+    from lmdeploy_jax.engine.core.engine import Engine
     from tests.engine.harness import config
 
     engine = Engine(llama, config(compile_cache), progress=False)
@@ -251,7 +251,7 @@ def test_an_engine_that_breaks_fails_its_requests_and_hangs_no_one(llama, compil
 
 FORGETFUL = """
 import sys
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.engine import Engine
 from tests.engine.harness import Collector, config, submit
 engine = Engine(sys.argv[1], config(sys.argv[2]), progress=False)
 submit(engine, [5], Collector(), max_new_tokens=400)

@@ -11,9 +11,9 @@ import pytest
 
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup
+from lmdeploy_jax.engine.process.wire import News, unpacked
+from lmdeploy_jax.engine.process.worker import Outbox
 from lmdeploy_jax.engine.request import StepOutput
-from lmdeploy_jax.engine.wire import News, unpacked
-from lmdeploy_jax.engine.worker import Outbox
 
 STEPS, PAUSE = 60, 0.002
 

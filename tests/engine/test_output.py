@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from lmdeploy_jax.assets import TINY_CHAT
-from lmdeploy_jax.engine.answer import OutputOptions
-from lmdeploy_jax.engine.output import OutputProcessor
-from lmdeploy_jax.engine.params import Stops
+from lmdeploy_jax.engine.io.answer import OutputOptions
+from lmdeploy_jax.engine.io.output import OutputProcessor
+from lmdeploy_jax.engine.io.params import Stops
 from lmdeploy_jax.engine.request import StepOutput, TokenLogprobs
 from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.messages import GenerationConfig, Response

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
+from lmdeploy_jax.engine.io.params import ModelLimits, sampling_params, stops
 from lmdeploy_jax.engine.request import SamplingParams
 from lmdeploy_jax.errors import ContextLengthError, RequestError
 from lmdeploy_jax.messages import GenerationConfig

@@ -13,8 +13,9 @@ import pytest
 from lmdeploy_jax import pipeline
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.cli.main import main
-from lmdeploy_jax.engine import engine, remote
+from lmdeploy_jax.engine.core import engine
 from lmdeploy_jax.engine.prepare import prepare
+from lmdeploy_jax.engine.process import remote
 from lmdeploy_jax.errors import LmdeployError
 
 

@@ -10,10 +10,10 @@ import jax
 import pytest
 
 from lmdeploy_jax.cache import kv
-from lmdeploy_jax.engine import program_cache
-from lmdeploy_jax.engine.compile import CompileCounter
-from lmdeploy_jax.engine.engine import Engine
-from lmdeploy_jax.engine.program_cache import ProgramCache
+from lmdeploy_jax.engine.core import program_cache
+from lmdeploy_jax.engine.core.compile import CompileCounter
+from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.core.program_cache import ProgramCache
 from tests.engine.harness import Collector, config, submit
 
 PROMPTS = ([5, 6, 7], [8] * 70, [9])

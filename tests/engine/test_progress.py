@@ -13,8 +13,8 @@ import jax
 import pytest
 
 from lmdeploy_jax import GenerationConfig
-from lmdeploy_jax.engine import compile as compiling
-from lmdeploy_jax.engine.program_cache import ProgramCache
+from lmdeploy_jax.engine.core import compile as compiling
+from lmdeploy_jax.engine.core.program_cache import ProgramCache
 from lmdeploy_jax.engine.progress import announce, counting_bar, loading_bar
 from tests.scripted import RAW, echo, opener
 

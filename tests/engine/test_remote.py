@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from lmdeploy_jax.assets import TINY_CHAT
-from lmdeploy_jax.engine.engine import Engine
-from lmdeploy_jax.engine.remote import RemoteEngine
+from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.process.remote import RemoteEngine
 from lmdeploy_jax.engine.request import Request, SamplingParams
 from lmdeploy_jax.errors import (
     CheckpointError,
@@ -257,7 +257,7 @@ def test_a_process_that_is_killed_fails_what_runs(scripted):
 
 
 def test_a_process_that_hangs_is_killed_at_the_end(scripted, monkeypatch):
-    monkeypatch.setattr("lmdeploy_jax.engine.remote._PATIENCE", 0.5)
+    monkeypatch.setattr("lmdeploy_jax.engine.process.remote._PATIENCE", 0.5)
     collector = Collector()
     submit(scripted, [5], collector, max_new_tokens=10**6)
     os.kill(scripted._process.pid, signal.SIGSTOP)
@@ -326,7 +326,7 @@ def broken(model, config, progress):
 ORPHAN = """
 import sys, time
 from functools import partial
-from lmdeploy_jax.engine.remote import RemoteEngine
+from lmdeploy_jax.engine.process.remote import RemoteEngine
 from tests.engine.test_remote import counting, fake, stuck
 if __name__ == "__main__":
     print("begun", flush=True)

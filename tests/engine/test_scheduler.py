@@ -6,8 +6,8 @@ import pytest
 
 from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.cache.prefix import PrefixCache
+from lmdeploy_jax.engine.core.scheduler import DrainFirst, Scheduler, Step
 from lmdeploy_jax.engine.request import Request, SamplingParams, Sequence
-from lmdeploy_jax.engine.scheduler import DrainFirst, Scheduler, Step
 
 SESSION = 512
 
@@ -118,7 +118,7 @@ def test_a_burst_goes_before_the_next_token_of_those_who_are_read_along():
 
 
 def test_a_pause_is_bounded(monkeypatch):
-    monkeypatch.setattr("lmdeploy_jax.engine.scheduler.PAUSE_TOKENS", 4096)
+    monkeypatch.setattr("lmdeploy_jax.engine.core.scheduler.PAUSE_TOKENS", 4096)
     scheduler = decoding(10, enabled=False)
     for _ in range(20):
         scheduler.add(request(450, new=400))

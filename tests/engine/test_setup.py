@@ -10,7 +10,7 @@ import pytest
 from lmdeploy_jax.bench import shapes
 from lmdeploy_jax.cache.kv import plan_memory
 from lmdeploy_jax.converters.families import build_config
-from lmdeploy_jax.engine.setup import choose_backend
+from lmdeploy_jax.engine.core.setup import choose_backend
 from lmdeploy_jax.errors import ConfigError
 
 CPU = SimpleNamespace(platform="cpu")

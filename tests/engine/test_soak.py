@@ -7,8 +7,8 @@ import pytest
 
 from lmdeploy_jax.cache.kinds import PagedCache
 from lmdeploy_jax.cache.kv import page_bytes
-from lmdeploy_jax.engine.compile import CompileCounter
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.compile import CompileCounter
+from lmdeploy_jax.engine.core.engine import Engine
 from tests.engine.harness import Collector, config, submit
 
 REQUESTS = 500

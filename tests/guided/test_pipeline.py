@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline, Response, pipeline
-from lmdeploy_jax.engine.compile import CompileCounter
+from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.guided import tool_grammar
 from lmdeploy_jax.text.parsers import AnswerParser, collect, tool_format
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmdeploy_jax.converters.load import load_model
-from lmdeploy_jax.engine.engine import Engine
+from lmdeploy_jax.engine.core.engine import Engine
 from tests.engine.harness import config, tokens
 from tests.models.paged import PagedRunner
 from tests.oracle import CONFIGS, hf_logits, save_checkpoint

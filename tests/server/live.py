@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lmdeploy_jax.engine.frontend import Frontend
+from lmdeploy_jax.engine.io.frontend import Frontend
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.run import Server
 from lmdeploy_jax.server.service import Service

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lmdeploy_jax.assets import TINY_CHAT
-from lmdeploy_jax.engine.frontend import Frontend
+from lmdeploy_jax.engine.io.frontend import Frontend
 from lmdeploy_jax.text.chat_template import select
 from tests.fake_engine import FakeEngine, Script
 from tests.scripted import TOKENIZER

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lmdeploy_jax import JaxEngineConfig
 from lmdeploy_jax.assets import TINY_CHAT
-from lmdeploy_jax.engine.frontend import Frontend
-from lmdeploy_jax.engine.remote import RemoteEngine
+from lmdeploy_jax.engine.io.frontend import Frontend
+from lmdeploy_jax.engine.process.remote import RemoteEngine
 from tests.fuzz import cases, drawn
 from tests.patience import PATIENCE, wait_until
 from tests.server.forms import CASES, Case

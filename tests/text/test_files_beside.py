@@ -10,8 +10,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from lmdeploy_jax.engine.frontend import Frontend
-from lmdeploy_jax.engine.params import ModelLimits, stops
+from lmdeploy_jax.engine.io.frontend import Frontend
+from lmdeploy_jax.engine.io.params import ModelLimits, stops
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.text.chat_template import select

@@ -9,7 +9,7 @@ import orjson
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from lmdeploy_jax.engine.frontend import PromptOptions
+from lmdeploy_jax.engine.io.frontend import PromptOptions
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.protocol.native import DetokenizeRequest, EncodeRequest, TokenizeRequest
 from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute, check_fields

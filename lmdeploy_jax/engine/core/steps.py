@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lmdeploy_jax.engine.batch import Layout, decode_batch, ragged_batch, sampling_batch
+from lmdeploy_jax.engine.core.batch import Layout, decode_batch, ragged_batch, sampling_batch
 from lmdeploy_jax.models.decoder import Decoder
 from lmdeploy_jax.sampling.logprobs import TopLogprobs, no_logprobs, top_logprobs
 from lmdeploy_jax.sampling.mask import apply_mask

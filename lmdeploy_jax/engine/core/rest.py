@@ -11,8 +11,8 @@ import numpy as np
 from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.engine.base import KV_CACHE, TAGS, WEIGHTS
-from lmdeploy_jax.engine.runner import Runner
-from lmdeploy_jax.engine.scheduler import Scheduler
+from lmdeploy_jax.engine.core.runner import Runner
+from lmdeploy_jax.engine.core.scheduler import Scheduler
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.logs import logger
 

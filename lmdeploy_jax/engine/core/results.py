@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lmdeploy_jax.engine.core.runner import Drawn
 from lmdeploy_jax.engine.request import Sequence, StepOutput, TokenLogprobs
-from lmdeploy_jax.engine.runner import Drawn
 from lmdeploy_jax.errors import LogitsError
 from lmdeploy_jax.messages import FinishReason
 from lmdeploy_jax.sampling.sampler import EMPTY, NAN

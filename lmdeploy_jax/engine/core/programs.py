@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.converters.load import LoadedModel
-from lmdeploy_jax.engine import steps
-from lmdeploy_jax.engine.batch import StepPacker
-from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets
-from lmdeploy_jax.engine.compile import Program
-from lmdeploy_jax.engine.program_cache import Key
+from lmdeploy_jax.engine.core import steps
+from lmdeploy_jax.engine.core.batch import StepPacker
+from lmdeploy_jax.engine.core.buckets import PAGE_COPIES, REPORT_ROWS, Buckets
+from lmdeploy_jax.engine.core.compile import Program
+from lmdeploy_jax.engine.core.program_cache import Key
 from lmdeploy_jax.sampling.mask import mask_words
 
 

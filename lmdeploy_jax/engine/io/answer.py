@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lmdeploy_jax.engine.params import Stops
+from lmdeploy_jax.engine.io.params import Stops
 from lmdeploy_jax.engine.request import StepOutput, TokenLogprobs
 from lmdeploy_jax.errors import LmdeployError
 from lmdeploy_jax.messages import GenerationConfig, Response

@@ -14,15 +14,15 @@ from pathlib import Path
 from lmdeploy_jax.cache.pages import DUMP_PAGE
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import ASLEEP, TAGS, EngineBase
-from lmdeploy_jax.engine.compile import CompileCounter
+from lmdeploy_jax.engine.core.compile import CompileCounter
+from lmdeploy_jax.engine.core.rest import Rest
+from lmdeploy_jax.engine.core.results import accept, output_of, read_tokens
+from lmdeploy_jax.engine.core.runner import Drawn
+from lmdeploy_jax.engine.core.scheduler import DrainFirst, Step
+from lmdeploy_jax.engine.core.setup import set_up
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats
 from lmdeploy_jax.engine.forks import Home, claim_jax
 from lmdeploy_jax.engine.request import Request, Sequence, StepOutput
-from lmdeploy_jax.engine.rest import Rest
-from lmdeploy_jax.engine.results import accept, output_of, read_tokens
-from lmdeploy_jax.engine.runner import Drawn
-from lmdeploy_jax.engine.scheduler import DrainFirst, Step
-from lmdeploy_jax.engine.setup import set_up
 from lmdeploy_jax.errors import EngineError, LogitsError
 from lmdeploy_jax.messages import FinishReason
 from lmdeploy_jax.sampling.repetition import NgramStop

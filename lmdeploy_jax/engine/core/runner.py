@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.cache.pages import DUMP_PAGE
 from lmdeploy_jax.converters.load import LoadedModel
-from lmdeploy_jax.engine.batch import Draw, StepPacker
-from lmdeploy_jax.engine.buckets import PAGE_COPIES, REPORT_ROWS, Buckets, fit
-from lmdeploy_jax.engine.host_logits import change_logits
-from lmdeploy_jax.engine.masks import Masks
-from lmdeploy_jax.engine.program_cache import Key
+from lmdeploy_jax.engine.core.batch import Draw, StepPacker
+from lmdeploy_jax.engine.core.buckets import PAGE_COPIES, REPORT_ROWS, Buckets, fit
+from lmdeploy_jax.engine.core.host_logits import change_logits
+from lmdeploy_jax.engine.core.masks import Masks
+from lmdeploy_jax.engine.core.program_cache import Key
+from lmdeploy_jax.engine.core.scheduler import Chunk, Step
 from lmdeploy_jax.engine.request import Draws, Head, Sequence
-from lmdeploy_jax.engine.scheduler import Chunk, Step
 from lmdeploy_jax.sampling.penalties import bias_row, count_row
 
 

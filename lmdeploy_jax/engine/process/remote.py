@@ -28,8 +28,7 @@ from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import TAGS, EngineBase
 from lmdeploy_jax.engine.facts import EngineStats
 from lmdeploy_jax.engine.forks import Home
-from lmdeploy_jax.engine.request import Request, StepOutput
-from lmdeploy_jax.engine.wire import (
+from lmdeploy_jax.engine.process.wire import (
     Abort,
     Asked,
     Call,
@@ -42,7 +41,8 @@ from lmdeploy_jax.engine.wire import (
     receive,
     unpacked,
 )
-from lmdeploy_jax.engine.worker import DEAF, open_engine, run
+from lmdeploy_jax.engine.process.worker import DEAF, open_engine, run
+from lmdeploy_jax.engine.request import Request, StepOutput
 from lmdeploy_jax.errors import EngineError, RequestError
 from lmdeploy_jax.logs import logger
 

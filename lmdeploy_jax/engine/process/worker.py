@@ -23,10 +23,9 @@ from typing import Any
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine import collector
 from lmdeploy_jax.engine.base import EngineBase
-from lmdeploy_jax.engine.compiling import CompilingRequests
 from lmdeploy_jax.engine.joined import Joined
-from lmdeploy_jax.engine.request import Request, StepOutput
-from lmdeploy_jax.engine.wire import (
+from lmdeploy_jax.engine.process.compiling import CompilingRequests
+from lmdeploy_jax.engine.process.wire import (
     Abort,
     Asked,
     Call,
@@ -41,6 +40,7 @@ from lmdeploy_jax.engine.wire import (
     portable,
     receive,
 )
+from lmdeploy_jax.engine.request import Request, StepOutput
 from lmdeploy_jax.errors import EngineError, LmdeployError
 from lmdeploy_jax.logs import logger, set_level
 
@@ -54,7 +54,7 @@ _PACE_ON_CPU, _SLOWEST = 0.001, 0.04
 
 def open_engine(model: str | Path, config: JaxEngineConfig, progress: bool) -> EngineBase:
     """The engine itself. Raises what `Engine` raises."""
-    from lmdeploy_jax.engine.engine import Engine  # brings JAX
+    from lmdeploy_jax.engine.core.engine import Engine  # brings JAX
 
     return Engine(model, config, progress=progress)
 

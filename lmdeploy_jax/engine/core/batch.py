@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array
 
 from lmdeploy_jax.cache.pages import DUMP_PAGE, PAGE_SIZE
+from lmdeploy_jax.engine.core.scheduler import Chunk
 from lmdeploy_jax.engine.request import SamplingParams, Sequence
-from lmdeploy_jax.engine.scheduler import Chunk
 from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles
 from lmdeploy_jax.sampling.params import SamplingBatch

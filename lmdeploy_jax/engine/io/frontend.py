@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from lmdeploy_jax.engine.answer import OutputOptions
 from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.facts import within
-from lmdeploy_jax.engine.output import Flush, OutputProcessor, Sink
-from lmdeploy_jax.engine.params import ModelLimits, sampling_params, stops
+from lmdeploy_jax.engine.io.answer import OutputOptions
+from lmdeploy_jax.engine.io.output import Flush, OutputProcessor, Sink
+from lmdeploy_jax.engine.io.params import ModelLimits, sampling_params, stops
 from lmdeploy_jax.engine.prepare import PreparedModel, prepare
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import ContextLengthError, EngineError

@@ -8,7 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from lmdeploy_jax.engine.answer import Answer, OutputOptions
+from lmdeploy_jax.engine.io.answer import Answer, OutputOptions
 from lmdeploy_jax.engine.joined import Joined
 from lmdeploy_jax.engine.request import StepOutput
 from lmdeploy_jax.messages import Response

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from lmdeploy_jax.engine.program_cache import Key, ProgramCache
+from lmdeploy_jax.engine.core.program_cache import Key, ProgramCache
 from lmdeploy_jax.engine.progress import announce, counting_bar
 
 log = logging.getLogger("lmdeploy_jax")

@@ -19,16 +19,16 @@ from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.load import LoadedModel, load_model
-from lmdeploy_jax.engine import buckets as bucket_plan
-from lmdeploy_jax.engine.batch import StepPacker
-from lmdeploy_jax.engine.buckets import Buckets
-from lmdeploy_jax.engine.compile import LazyPrograms, compile_all, tuning_dir, use_cache
+from lmdeploy_jax.engine.core import buckets as bucket_plan
+from lmdeploy_jax.engine.core.batch import StepPacker
+from lmdeploy_jax.engine.core.buckets import Buckets
+from lmdeploy_jax.engine.core.compile import LazyPrograms, compile_all, tuning_dir, use_cache
+from lmdeploy_jax.engine.core.program_cache import ProgramCache
+from lmdeploy_jax.engine.core.programs import ProgramBuilder
+from lmdeploy_jax.engine.core.runner import Runner
+from lmdeploy_jax.engine.core.scheduler import Scheduler
 from lmdeploy_jax.engine.facts import Startup
-from lmdeploy_jax.engine.program_cache import ProgramCache
-from lmdeploy_jax.engine.programs import ProgramBuilder
 from lmdeploy_jax.engine.progress import announce, loading_bar
-from lmdeploy_jax.engine.runner import Runner
-from lmdeploy_jax.engine.scheduler import Scheduler
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.hub import resolve_model
 from lmdeploy_jax.models import tuning
