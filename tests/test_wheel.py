@@ -15,7 +15,7 @@ import pytest
 import lmdeploy_jax
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
-FOLDERS = ("lmdeploy_jax", "converters", "pallas_kernels", "configs")
+FOLDERS = ("lmdeploy_jax", "converters", "pallas_kernels", "configs", "benchmarks")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 BUILD = "import sys, setuptools.build_meta as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
 USERS = "raise AssertionError('this module is the user\\'s own')\n"

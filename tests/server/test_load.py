@@ -1,6 +1,6 @@
-"""Many streams at once, some of which are given up; `tests.bench.load_soak` does this for a minute."""
+"""Many streams at once, some of which are given up; `benchmarks/load_soak.py` does this for a minute."""
 
-from tests.bench.load_soak import clients, expected, leftovers
+from tests.server.streaming_clients import clients, expected, leftovers
 
 STREAMS, SECONDS = 16, 4.0
 

@@ -1,4 +1,4 @@
-"""Do new prompts hold running answers up? python -m tests.bench.steady_arrivals llama3-8b --running 1,32,128
+"""Do new prompts hold running answers up? python -m benchmarks.steady_arrivals llama3-8b --running 1,32,128
 
 Times between the tokens of running sequences, first undisturbed, then while prompts of `--prompt` tokens
 arrive every `--every` seconds. Prints one JSON line for each number of running sequences.

@@ -1,4 +1,4 @@
-"""What random forms do to others: python -m tests.bench.forms_load [--cases 2000] [--at-once 4]
+"""What random forms do to others: python -m benchmarks.forms_load [--cases 2000] [--at-once 4]
 
 Starts a server with the embedded model. Plain requests come one after the other: alone, beside other plain
 requests, and beside forms as `tests/server/forms.py` draws them: good ones, whose answers are checked, bad

@@ -1,4 +1,4 @@
-"""Where a step's time goes on a GPU: python -m tests.bench.step_profile llama3-8b --requests 1,32,128
+"""Where a step's time goes on a GPU: python -m benchmarks.step_profile llama3-8b --requests 1,32,128
 
 Traces running decode steps with JAX's profiler and prints for each batch size the time a step, the share of
 it in which the GPU ran anything, and its kernels by total time: launches and microseconds a step. `--prefill`

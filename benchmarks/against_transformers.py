@@ -1,4 +1,4 @@
-"""Speed on this machine against HuggingFace transformers: python -m tests.bench.against_transformers
+"""Speed on this machine against HuggingFace transformers: python -m benchmarks.against_transformers
 
 Prints JSON lines. Greedy, float32, both on all cores:
   questions    `--requests` held-out questions to tiny-chat at once, each answered to its own end;

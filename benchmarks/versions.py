@@ -1,6 +1,6 @@
 """Two versions of this project against each other, on one machine and by turns:
 
-    python -m tests.bench.versions BEFORE AFTER llama3-8b --rounds 5 --workloads b1,b32,b128,mix256
+    python -m benchmarks.versions BEFORE AFTER llama3-8b --rounds 5 --workloads b1,b32,b128,mix256
 
 BEFORE and AFTER are checkouts. Each run is a process of its own; a first one of each compiles its programs.
 Prints the median and the range of each figure, and the ratio of the medians.

@@ -1,6 +1,6 @@
 """What HTTP costs: tokens/s of 64 streams through the server, and of a pipeline over the engine itself.
 
-python -m tests.bench.http_cost [--streams N] [--rounds N]
+python -m benchmarks.http_cost [--streams N] [--rounds N]
 
 The server is as `serve` runs it, with the engine in a process of its own; the pipeline and the clients have
 theirs. Pipeline and HTTP take turns, so that a noisy machine is noisy for both; who waits for a turn sleeps.

@@ -1,4 +1,4 @@
-"""What guided decoding costs on this machine: python -m tests.bench.guided_cost [--model FOLDER]
+"""What guided decoding costs on this machine: python -m benchmarks.guided_cost [--model FOLDER]
 
 All requests at once, exactly `--tokens` tokens each: without a grammar, with one that allows everything, with
 a JSON schema, and with one whose strings have a greatest length: near it every token of the vocabulary has to

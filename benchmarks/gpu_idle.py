@@ -1,4 +1,4 @@
-"""How much of a decode step the GPU waits for the host: python -m tests.bench.gpu_idle llama3-8b
+"""How much of a decode step the GPU waits for the host: python -m benchmarks.gpu_idle llama3-8b
 
 Times a step of `--requests` sequences as the engine does it, and then the same program over the same inputs,
 called again and again by a loop that does nothing else. What the second saves is what the host costs. They
