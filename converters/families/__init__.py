@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lmdeploy_jax.converters.families.fields import Fields, shown
 from lmdeploy_jax.converters.families.gemma import gemma2_config, gemma2_rules, gemma3_config, gemma_config
 from lmdeploy_jax.converters.families.granite import granite_config
 from lmdeploy_jax.converters.families.internlm import internlm2_config, internlm3_config
@@ -18,6 +17,7 @@ from lmdeploy_jax.converters.families.qwen import qwen2_config, qwen3_config
 from lmdeploy_jax.converters.families.seed_oss import seed_oss_config
 from lmdeploy_jax.converters.families.smollm3 import smollm3_config
 from lmdeploy_jax.converters.families.tables import hf_rules, internlm2_rules
+from lmdeploy_jax.converters.fields import Fields, shown
 from lmdeploy_jax.converters.keytable import Rule
 from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
 from lmdeploy_jax.models.config import DecoderConfig

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from lmdeploy_jax.converters.families.fields import LENGTHS, Fields
+from lmdeploy_jax.converters.fields import LENGTHS, Fields
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LayerConfig, MlpConfig, RopeConfig
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions

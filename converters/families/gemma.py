@@ -19,9 +19,9 @@ from lmdeploy_jax.converters.families.common import (
     head_size,
     layer_windows,
 )
-from lmdeploy_jax.converters.families.fields import Fields
 from lmdeploy_jax.converters.families.rope import read_rope, rope_from
 from lmdeploy_jax.converters.families.tables import hf_rules
+from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.converters.keytable import Rule
 from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lmdeploy_jax.converters.families.fields import Fields
 from lmdeploy_jax.converters.families.llama import llama_config
+from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.models.config import DecoderConfig
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lmdeploy_jax.converters.families.common import decoder_config, head_size
-from lmdeploy_jax.converters.families.fields import Fields
 from lmdeploy_jax.converters.families.rope import read_rope
+from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.models.config import DecoderConfig
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lmdeploy_jax.converters.families.fields import Fields
+from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.errors import UnsupportedModelError
 from lmdeploy_jax.models.config import ROPE_KINDS, RopeConfig
 

@@ -11,8 +11,8 @@ from lmdeploy_jax.converters.families.common import (
     layer_windows,
     used_window,
 )
-from lmdeploy_jax.converters.families.fields import Fields
 from lmdeploy_jax.converters.families.rope import read_rope
+from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.models.config import DecoderConfig
 
 
