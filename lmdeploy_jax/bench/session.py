@@ -69,7 +69,7 @@ class Session:
         """Seconds that the reads of a mean decode step take at full bandwidth."""
         config = self.engine.model_config
         per_token = self.engine.memory.page_bytes / PAGE_SIZE
-        elements = page_bytes(config.caches(self.engine.config.tp), "int8")  # a byte each
+        elements = page_bytes(config.cache_layout(self.engine.config.tp).arrays, "int8")  # a byte each
         itemsize = self.engine.memory.page_bytes // elements
         return bandwidth.step_bytes(config, itemsize, per_token, report.mean_context(jobs)) / self._bandwidth
 

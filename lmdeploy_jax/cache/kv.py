@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -14,27 +14,47 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmdeploy_jax.cache.kinds import PagedCache
+from lmdeploy_jax.cache.layout import CacheLayout
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.errors import ConfigError
 
 CPU_CACHE_LIMIT = 2 << 30  # bytes; on a CPU the cache shares memory with everything else of the user's
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """What all layers keep of all sequences (or, of equal structure, the specs or shardings of that)."""
+
+    arrays: tuple[tuple[Array, ...], ...]
+    layout: CacheLayout = field(metadata={"static": True})
+
+    def of_layer(self, layer: int) -> tuple[Array, ...]:
+        """The layer's arrays; see its kind in `cache.kinds`."""
+        return self.arrays[self.layout.places[layer][1]]
+
+    def with_layer(self, layer: int, arrays: tuple[Array, ...]) -> KVCache:
+        """With those arrays in place of the layer's."""
+        i = self.layout.places[layer][1]
+        return replace(self, arrays=(*self.arrays[:i], arrays, *self.arrays[i + 1 :]))
+
+
 @dataclass(frozen=True)
 class CacheSpec:
-    """The arrays of a cache of `num_pages` pages: those that each layer's kind asks for, in order."""
+    """A cache of `num_pages` pages."""
 
-    layers: tuple[PagedCache, ...]
+    layout: CacheLayout
     num_pages: int
     dtype: Any
     mesh: Mesh
 
     @property
-    def specs(self) -> tuple[tuple[jax.ShapeDtypeStruct, ...], ...]:
-        return tuple(tuple(self._arrays(kind)) for kind in self.layers)
+    def specs(self) -> KVCache:
+        arrays: Any = tuple(tuple(self._arrays(kind)) for kind in self.layout.arrays)
+        return KVCache(arrays, self.layout)
 
     @property
-    def shardings(self) -> tuple[tuple[NamedSharding, ...], ...]:
+    def shardings(self) -> KVCache:
         return jax.tree.map(lambda spec: spec.sharding, self.specs)
 
     def _arrays(self, kind: PagedCache) -> Iterator[jax.ShapeDtypeStruct]:
@@ -42,7 +62,7 @@ class CacheSpec:
         for shape in kind.shapes(self.num_pages):
             yield jax.ShapeDtypeStruct(shape, self.dtype, sharding=where)
 
-    def allocate(self) -> tuple[tuple[Array, ...], ...]:
+    def allocate(self) -> KVCache:
         """Zeros: a page's unwritten rows are multiplied by zero probabilities, and zero times garbage may be
         NaN.
         """
@@ -54,9 +74,9 @@ def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Callable
     return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=where)
 
 
-def page_bytes(layers: Iterable[PagedCache], dtype: Any) -> int:
-    """Bytes of one page over all layers and all devices."""
-    return sum(kind.page_bytes(jnp.dtype(dtype).itemsize) for kind in layers)
+def page_bytes(arrays: Iterable[PagedCache], dtype: Any) -> int:
+    """Bytes of one page over all arrays and all devices."""
+    return sum(kind.page_bytes(jnp.dtype(dtype).itemsize) for kind in arrays)
 
 
 def free_bytes(mesh: Mesh) -> int:

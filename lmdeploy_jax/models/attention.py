@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.models.batch import AttentionMetadata
 from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig
 from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.linear import Linear
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
         delta: Array | None,
         norm: RMSNorm | None,
         cache: LayerCache,
-        batch: Batch,
+        metadata: AttentionMetadata,
         turn: Rotation | None,
     ) -> tuple[Array, Array, LayerCache]:
         """`Kernels.add_norm` of the first three, and attention -> x, [T, E] (or parts of it), cache.
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         """
         x, qkv = self.kernels.norm_product(self.qkv, x, delta, norm)  # [(S,) T, KH, G + 2, D]
         attend = partial(self.kernels.attend, eps=self.norm_eps, offset=self.norm_offset, dtype=x.dtype)
-        out, cache = attend(qkv, self._work(turn), cache, batch, self.options)
+        out, cache = attend(qkv, self._work(turn), cache, metadata, self.options)
         return x, (self.kernels.product(self.o, out) if self.added_plainly else self.o(out)), cache
 
     def _work(self, turn: Rotation | None) -> HeadWork:

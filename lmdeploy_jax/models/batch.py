@@ -10,17 +10,29 @@ from jax import Array
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class AttentionMetadata:
+    """Where the layers of one cache group find a step's sequences in the cache.
+
+    Positions here count from the first token of the sequence's first page in the table: a group with a window
+    keeps no pages that the window has passed, and attention only asks how far apart two tokens are. Decode
+    steps have no `tiles`; ragged steps (prompt chunks, or chunks mixed with single decode tokens) have them.
+    """
+
+    slots: Array  # i32 [T], where the token's K and V go: page * page_size + offset
+    page_table: Array  # i32 [S, M], pages of each sequence in order; unused entries 0
+    kv_lens: Array  # i32 [S], tokens in the cache including this step's; 0 in padding rows
+    tiles: Array | None = None  # i32 [W, 4], see lmdeploy_jax.pallas_kernels.prefill_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Batch:
     """The tokens of one step, packed without padding between sequences.
 
-    Decode steps carry one token a sequence (`T == S`) and no `tiles`; ragged steps (prompt chunks, or chunks
-    mixed with single decode tokens) carry `tiles`. Padding tokens write to page 0 and have position 0.
+    Decode steps carry one token a sequence (`T == S`). Padding tokens write to page 0 and have position 0.
     """
 
     tokens: Array  # i32 [T]
     positions: Array  # i32 [T], 0-based position in the token's own sequence
     rope_lens: Array  # i32 [T], sequence length that dynamic NTK and longrope are scaled for
-    slots: Array  # i32 [T], where the token's K and V go: page * page_size + offset
-    page_table: Array  # i32 [S, M], pages of each sequence in order; unused entries 0
-    kv_lens: Array  # i32 [S], tokens in the cache including this step's; 0 in padding rows
-    tiles: Array | None = None  # i32 [W, 4], see lmdeploy_jax.pallas_kernels.prefill_attention
+    attention: tuple[AttentionMetadata, ...]  # by cache group

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lmdeploy_jax.cache.kinds import PagedCache
+from lmdeploy_jax.cache.layout import CacheLayout, one_group
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 
@@ -151,6 +152,6 @@ class DecoderConfig:
         lengths = [rope.switch_length for rope in self.ropes if rope.switch_length is not None]
         return min(lengths, default=None)
 
-    def caches(self, tp: int) -> tuple[PagedCache, ...]:
+    def cache_layout(self, tp: int) -> CacheLayout:
         """What each layer keeps on `tp` devices. Raises ConfigError as `AttentionConfig.cache` does."""
-        return tuple(layer.mixer.cache(tp) for layer in self.layers)
+        return one_group([layer.mixer.cache(tp) for layer in self.layers])

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.models.attention import Attention
-from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.models.config import DecoderConfig, LayerConfig, RopeConfig
 from lmdeploy_jax.models.embedding import Embedding
-from lmdeploy_jax.models.kernels import Cache, Kernels, LayerCache
+from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.linear import soft_cap
 from lmdeploy_jax.models.mlp import GatedMLP
 from lmdeploy_jax.models.norm import RMSNorm
@@ -42,10 +43,15 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = norm(config.post_norm)
 
     def __call__(
-        self, x: Array, delta: Array | None, cache: LayerCache, batch: Batch, turn: Rotation | None
+        self,
+        x: Array,
+        delta: Array | None,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        turn: Rotation | None,
     ) -> tuple[Array, Array, LayerCache]:
         """The residual stream x [T, E] and what the layer before adds to it -> the same, and the cache."""
-        x, out, cache = self.attention(x, delta, self.attention_norm, cache, batch, turn)
+        x, out, cache = self.attention(x, delta, self.attention_norm, cache, metadata, turn)
         x, out = self.mlp(x, self._scaled(self.attention_post_norm, out), self.mlp_norm)
         return x, self._scaled(self.mlp_post_norm, out), cache
 
@@ -77,23 +83,19 @@ class Decoder(nnx.Module):
             else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, kernels=kernels)
         )
 
-    def __call__(self, caches: tuple[Cache, ...], batch: Batch) -> tuple[Array, tuple[Cache, ...]]:
-        """One forward pass: -> hidden states [T, E] after the final norm, and caches with the new tokens.
-
-        `caches` is one (k, v) a layer, each [pages, KH, page size, D].
-        """
+    def __call__(self, cache: KVCache, batch: Batch) -> tuple[Array, KVCache]:
+        """One forward pass -> hidden states [T, E] after the final norm, the cache with the new tokens."""
         x = self.embedding.lookup(batch.tokens)
         if self.config.embedding_multiplier != 1.0:
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
-        turns = self._turns(batch)
-        written, delta = [], None
-        arrivals = jnp.zeros((batch.page_table.shape[0], caches[0][0].shape[1]), jnp.int32)
-        for layer, turn, pages in zip(self.layers, turns, caches, strict=True):
+        delta = None
+        arrivals = jnp.zeros((len(batch.attention[0].kv_lens), cache.arrays[0][0].shape[1]), jnp.int32)
+        for i, (layer, turn) in enumerate(zip(self.layers, self._turns(batch), strict=True)):
             graph, state = nnx.split(layer)
-            cache = (*pages, arrivals)
-            x, delta, (*pages, arrivals) = _run_layer(graph, state, x, delta, cache, batch, turn)
-            written.append(tuple(pages))
-        return self.kernels.add_norm(x, delta, self.norm)[1], tuple(written)
+            metadata, held = batch.attention[cache.layout.places[i][0]], (*cache.of_layer(i), arrivals)
+            x, delta, (*pages, arrivals) = _run_layer(graph, state, x, delta, held, metadata, turn)
+            cache = cache.with_layer(i, tuple(pages))
+        return self.kernels.add_norm(x, delta, self.norm)[1], cache
 
     def logits(self, hidden: Array) -> Array:
         """hidden [R, E] -> f32 [R, V]."""
@@ -117,8 +119,8 @@ def _run_layer(
     x: Array,
     delta: Array | None,
     cache: LayerCache,
-    batch: Batch,
+    metadata: AttentionMetadata,
     turn: Rotation | None,
 ) -> tuple[Array, Array, LayerCache]:
     """A jitted function of its own, so that layers alike are traced once; XLA inlines the calls."""
-    return nnx.merge(graph, state)(x, delta, cache, batch, turn)
+    return nnx.merge(graph, state)(x, delta, cache, metadata, turn)

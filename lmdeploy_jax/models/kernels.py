@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.models.batch import AttentionMetadata
 from lmdeploy_jax.models.linear import Linear, product
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
@@ -31,7 +31,6 @@ from lmdeploy_jax.pallas_kernels.skinny_gemm import (
 )
 from lmdeploy_jax.parallel.mesh import axis_size
 
-Cache = tuple[Array, ...]
 LayerCache = tuple[Array, ...]  # with the counters of decode attention, which all layers share
 MOSAIC_TOKENS = 2048  # of the smallest step that attends through Mosaic
 Activation = Callable[[Array], Array]
@@ -154,7 +153,7 @@ class Kernels:
         qkv: Array,
         work: HeadWork,
         cache: LayerCache,
-        batch: Batch,
+        metadata: AttentionMetadata,
         options: AttentionOptions,
         *,
         eps: float,
@@ -167,33 +166,41 @@ class Kernels:
         """
         head_work = {"eps": eps, "offset": offset, "dtype": dtype, "backend": self.backend}
 
-        def local(qkv: Array, work: HeadWork, cache: LayerCache, batch: Batch) -> tuple[Array, LayerCache]:
-            return self._attend_local(qkv, work, cache, batch, options, head_work)
+        def local(
+            qkv: Array, work: HeadWork, cache: LayerCache, metadata: AttentionMetadata
+        ) -> tuple[Array, LayerCache]:
+            return self._attend_local(qkv, work, cache, metadata, options, head_work)
 
         if self.tp == 1:
-            return local(qkv, work, cache, batch)
+            return local(qkv, work, cache, metadata)
         in_specs = (SECOND, HEADS, SECOND, WHOLE)
         return jax.shard_map(
             local, mesh=self.mesh, in_specs=in_specs, out_specs=(SECOND, SECOND), check_vma=False
-        )(qkv, work, cache, batch)
+        )(qkv, work, cache, metadata)
 
     def _attend_local(
         self,
         qkv: Array,
         work: HeadWork,
         cache: LayerCache,
-        batch: Batch,
+        metadata: AttentionMetadata,
         options: AttentionOptions,
         head_work: dict[str, Any],
     ) -> tuple[Array, LayerCache]:
         k_pages, v_pages, arrivals = cache
-        if batch.tiles is None:
-            rows = (batch.slots, batch.page_table, batch.kv_lens, arrivals)
+        if metadata.tiles is None:
+            rows = (metadata.slots, metadata.page_table, metadata.kv_lens, arrivals)
             args = (qkv, k_pages, v_pages, *rows, work)
             out, k_pages, v_pages, arrivals = paged_attention(*args, options=options, **head_work)
             return out, (k_pages, v_pages, arrivals)
-        q, k_pages, v_pages = rope_kv_write(qkv, k_pages, v_pages, batch.slots, work, **head_work)
-        arguments = (q.reshape(q.shape[0], -1, q.shape[-1]), k_pages, v_pages, batch.page_table, batch.tiles)
+        q, k_pages, v_pages = rope_kv_write(qkv, k_pages, v_pages, metadata.slots, work, **head_work)
+        arguments = (
+            q.reshape(q.shape[0], -1, q.shape[-1]),
+            k_pages,
+            v_pages,
+            metadata.page_table,
+            metadata.tiles,
+        )
         backend = self._prefill_backend(q, k_pages, options)
         out = prefill_attention(*arguments, options=options, backend=backend)
         return out.reshape(q.shape), (k_pages, v_pages, arrivals)

@@ -48,7 +48,7 @@ def builder(mesh: Mesh) -> ProgramBuilder:
     skeleton = build_skeleton(config, dtype, Kernels("pallas", mesh, tuning.load("NVIDIA H200")))
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
     packer = StepPacker(BATCH, 2048, config.vocab_size, tile_rows("pallas"))
-    cache = CacheSpec(config.caches(1), PAGES, dtype, mesh)
+    cache = CacheSpec(config.cache_layout(1), PAGES, dtype, mesh)
     return ProgramBuilder(model, packer, buckets.plan("gpu", BATCH, 1024, steps=4), cache, mesh)
 
 

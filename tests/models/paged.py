@@ -9,7 +9,7 @@ import numpy as np
 
 from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.converters.load import LoadedModel
-from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
 from lmdeploy_jax.parallel.mesh import axis_size, make_mesh
@@ -27,8 +27,8 @@ class PagedRunner:
         pages = np.random.default_rng(0).permutation(rows * PAGES_EACH) + 1
         self.table = pages.reshape(rows, PAGES_EACH).astype(np.int32)
         mesh = mesh or make_mesh(1)
-        kinds = model.config.caches(axis_size(mesh, "tp"))
-        self.caches = CacheSpec(kinds, rows * PAGES_EACH + 1, model.dtype, mesh).allocate()
+        layout = model.config.cache_layout(axis_size(mesh, "tp"))
+        self.caches = CacheSpec(layout, rows * PAGES_EACH + 1, model.dtype, mesh).allocate()
         # Compiled without LLVM's optimisations: the tests' time is compilation.
         fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         self.step = jax.jit(self._step, donate_argnums=1, compiler_options=fast)
@@ -58,7 +58,8 @@ class PagedRunner:
         height = tile_rows(self.model.skeleton.kernels.backend)
         width = max_tiles(TOKENS, self.rows, height)
         tiles = build_tiles(rows, starts[:-1], counts, firsts, height, width)
-        logits = self.run(Batch(tokens, positions, lengths, slots, self.table, kv_lens, tiles))
+        attention = AttentionMetadata(slots, self.table, kv_lens, tiles)
+        logits = self.run(Batch(tokens, positions, lengths, (attention,)))
         return np.split(logits, starts[1:])[:-1]
 
     def decode(self, tokens: dict[int, tuple[int, int]]) -> dict[int, np.ndarray]:
@@ -68,7 +69,7 @@ class PagedRunner:
         for row, (token, position) in tokens.items():
             ids[row], positions[row], kv_lens[row] = token, position, position + 1
             slots[row], table[row] = self._slots(row, position), self.table[row]
-        logits = self.run(Batch(ids, positions, positions + 1, slots, table, kv_lens))
+        logits = self.run(Batch(ids, positions, positions + 1, (AttentionMetadata(slots, table, kv_lens),)))
         return {row: logits[row] for row in tokens}
 
     def _slots(self, row: int, positions):

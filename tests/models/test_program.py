@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.converters.load import build_skeleton
 from lmdeploy_jax.models import kernels
-from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.models.config import (
     AttentionConfig,
     DecoderConfig,
@@ -58,8 +59,8 @@ def program():
 
     row = jax.ShapeDtypeStruct((3,), jnp.int32)
     table = jax.ShapeDtypeStruct((3, 2), jnp.int32)
-    batch = Batch(row, row, row, row, table, row)
-    caches = ((jax.ShapeDtypeStruct(CACHE, jnp.float32),) * 2,) * LAYERS
+    batch = Batch(row, row, row, (AttentionMetadata(row, table, row),))
+    caches = KVCache(((jax.ShapeDtypeStruct(CACHE, jnp.float32),) * 2,) * LAYERS, CONFIG.cache_layout(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "paged_attention", counting)
         lowered = jax.jit(step, donate_argnums=1).lower(tuple(skeleton.specs.values()), caches, batch)
@@ -89,10 +90,11 @@ def test_embedding_multiplier_keeps_the_dtype():
     config = replace(CONFIG, embedding_multiplier=96**0.5, logit_multiplier=0.5)
     skeleton = build_skeleton(config, jnp.dtype("bfloat16"), Kernels())
     row = jax.ShapeDtypeStruct((3,), jnp.int32)
-    batch = Batch(row, row, row, row, jax.ShapeDtypeStruct((3, 2), jnp.int32), row)
-    caches = ((jax.ShapeDtypeStruct(CACHE, jnp.bfloat16),) * 2,) * LAYERS
+    attention = AttentionMetadata(row, jax.ShapeDtypeStruct((3, 2), jnp.int32), row)
+    batch = Batch(row, row, row, (attention,))
+    caches = KVCache(((jax.ShapeDtypeStruct(CACHE, jnp.bfloat16),) * 2,) * LAYERS, CONFIG.cache_layout(1))
     leaves = tuple(skeleton.specs.values())
     hidden, written = jax.eval_shape(lambda x, c, b: skeleton.merge(x)(c, b), leaves, caches, batch)
     logits = jax.eval_shape(lambda x, h: skeleton.merge(x).logits(h), leaves, hidden)
     assert (hidden.dtype, logits.dtype, logits.shape) == (jnp.bfloat16, np.float32, (3, 331))
-    assert written[0][0].dtype == jnp.bfloat16
+    assert written.of_layer(0)[0].dtype == jnp.bfloat16

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.load import LoadedModel, load_model
-from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.parallel.mesh import make_mesh
 from tests.models.paged import PagedRunner
 from tests.oracle import hf_logits, save_checkpoint
@@ -33,7 +33,7 @@ def logits(model: LoadedModel, ids: list[int], mesh: jax.sharding.Mesh) -> tuple
 def collectives(runner: PagedRunner) -> list[str]:
     """Kind and shape of each collective in a decode step."""
     ints = np.zeros(runner.rows, np.int32)
-    batch = Batch(ints, ints, ints, ints, runner.table, ints)
+    batch = Batch(ints, ints, ints, (AttentionMetadata(ints, runner.table, ints),))
     text = runner.step.lower(runner.model.leaves, runner.caches, batch).compile().as_text()
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     return [f"{kind} {shape}" for shape, kind in re.findall(rf"= (\S+?)(?:\{{\S*)? ({kinds})\(", text)]

@@ -20,7 +20,7 @@ from jax import Array
 from lmdeploy_jax.cache.pages import DUMP_PAGE, PAGE_SIZE
 from lmdeploy_jax.engine.core.scheduler import Chunk
 from lmdeploy_jax.engine.request import SamplingParams, Sequence
-from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles
 from lmdeploy_jax.sampling.params import SamplingBatch
 
@@ -238,20 +238,24 @@ def decode_batch(field: dict[str, Array], tokens: Array, ahead: Array | int = 0)
     index = positions // PAGE_SIZE
     pages = jnp.take_along_axis(table, index[:, None], axis=1, mode="fill", fill_value=DUMP_PAGE)[:, 0]
     slots = jnp.where(packed < 0, 0, pages * PAGE_SIZE + positions % PAGE_SIZE)
-    return Batch(tokens, positions, rope_lens=positions + 1, slots=slots, page_table=table, kv_lens=lens)
+    attention = AttentionMetadata(slots, page_table=table, kv_lens=lens)
+    return Batch(tokens, positions, rope_lens=positions + 1, attention=(attention,))
 
 
 def ragged_batch(field: dict[str, Array], pending: Array) -> Batch:
     """The forward pass's view of a packed ragged step."""
     slots = field["token_slots"]
-    return Batch(
-        tokens=jnp.where(slots >= 0, pending[slots], field["tokens"]),
-        positions=field["positions"],
-        rope_lens=field["rope_lens"],
+    attention = AttentionMetadata(
         slots=field["kv_slots"],
         page_table=field["page_table"],
         kv_lens=field["kv_lens"],
         tiles=field["tiles"],
+    )
+    return Batch(
+        tokens=jnp.where(slots >= 0, pending[slots], field["tokens"]),
+        positions=field["positions"],
+        rope_lens=field["rope_lens"],
+        attention=(attention,),
     )
 
 

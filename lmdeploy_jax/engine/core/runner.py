@@ -67,7 +67,7 @@ class Runner:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self.leaves = model.leaves
         self._cache_spec = cache
-        self._caches = cache.allocate()
+        self._caches: Any = cache.allocate()
         self._pending = self._put(np.zeros(buckets.max_batch_size + 1, np.int32))
         self._history: Any = None  # allocated with the first request that needs it
         self._biased: set[int] = set()  # slots whose bias row is not zero
@@ -80,7 +80,7 @@ class Runner:
         """Free the KV cache and the histories. Nothing may run before `allocate_caches`."""
         for array in jax.tree.leaves((self._caches, self._history)):
             array.delete()
-        self._caches, self._history = (), None
+        self._caches, self._history = None, None
         self._biased.clear()
 
     def allocate_caches(self) -> None:

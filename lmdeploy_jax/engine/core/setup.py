@@ -79,7 +79,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     log.info("%s", memory)
     session_len = _fitting(session_len, memory)
     packer = StepPacker(buckets.max_batch_size, session_len, model_config.vocab_size, tile_rows(backend))
-    spec = CacheSpec(model_config.caches(config.tp), memory.num_pages, loaded.dtype, mesh)
+    spec = CacheSpec(model_config.cache_layout(config.tp), memory.num_pages, loaded.dtype, mesh)
     begun = time.perf_counter()
     builder = ProgramBuilder(loaded, packer, buckets, spec, mesh)
     wanted, cache = builder.all(), ProgramCache(kept, list(mesh.devices.flat), *builder.made_from)
@@ -187,7 +187,7 @@ def _plan(
         share=config.cache_max_entry_count,
         free=free_bytes(mesh),
         reserved=activations + logits,
-        page=page_bytes(shape.caches(config.tp), model.dtype),
+        page=page_bytes(shape.cache_layout(config.tp).arrays, model.dtype),
         most_tokens=buckets.max_batch_size * pages_for(session_len) * PAGE_SIZE,
         on_cpu=mesh.devices.flat[0].platform == "cpu",
     )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.engine.core.batch import Layout, decode_batch, ragged_batch, sampling_batch
 from lmdeploy_jax.models.decoder import Decoder
 from lmdeploy_jax.sampling.logprobs import TopLogprobs, no_logprobs, top_logprobs
@@ -23,7 +24,6 @@ from lmdeploy_jax.sampling.mask import apply_mask
 from lmdeploy_jax.sampling.penalties import add_tokens, apply_penalties
 from lmdeploy_jax.sampling.sampler import greedy, sample
 
-Caches = tuple[tuple[Array, ...], ...]
 Leaves = tuple[Array, ...]
 Merge = Callable[[Leaves], Decoder]
 
@@ -36,8 +36,8 @@ class History(NamedTuple):
 
 
 def decode(
-    merge: Merge, layout: Layout, max_rows: int, leaves: Leaves, caches: Caches, pending: Array, flat: Array
-) -> tuple[Array, Caches]:
+    merge: Merge, layout: Layout, max_rows: int, leaves: Leaves, caches: KVCache, pending: Array, flat: Array
+) -> tuple[Array, KVCache]:
     """One token for each sequence: -> rows [max_rows, E], caches."""
     field = layout.views(flat)
     hidden, caches = merge(leaves)(caches, decode_batch(field, pending[field["slots"]]))
@@ -50,10 +50,10 @@ def decode_any(
     max_rows: int,
     most: int,
     leaves: Leaves,
-    caches: Caches,
+    caches: KVCache,
     pending: Array,
     flat: Array,
-) -> tuple[Array, Array, Array, Caches]:
+) -> tuple[Array, Array, Array, KVCache]:
     """One program for every decode step: -> rows of the last, tokens i32 [R, most], pending, caches.
 
     `flat` says how many steps there are, at most `most`, and how they draw: greedily, by sampling, or not at
@@ -63,7 +63,9 @@ def decode_any(
     field = layout.views(flat)
     model, slots = merge(leaves), field["slots"]
 
-    def step(i: Array | int, state: tuple[Array, Array, Array, Caches]) -> tuple[Array, Array, Array, Caches]:
+    def step(
+        i: Array | int, state: tuple[Array, Array, Array, KVCache]
+    ) -> tuple[Array, Array, Array, KVCache]:
         _, last, drawn, caches = state
         hidden, caches = model(caches, decode_batch(field, last, i))
         last = jax.lax.switch(
@@ -90,15 +92,15 @@ def decode_drawing(
     count: int,
     sampled: bool,
     leaves: Leaves,
-    caches: Caches,
+    caches: KVCache,
     pending: Array,
     flat: Array,
-) -> tuple[Array, Array, Caches]:
+) -> tuple[Array, Array, KVCache]:
     """`count` tokens for each sequence, one after another: -> tokens i32 [R, count], pending, caches."""
     field = layout.views(flat)
     model, slots = merge(leaves), field["slots"]
 
-    def step(i: Array | int, state: tuple[Array, Array, Caches]) -> tuple[Array, Array, Caches]:
+    def step(i: Array | int, state: tuple[Array, Array, KVCache]) -> tuple[Array, Array, KVCache]:
         last, drawn, caches = state
         hidden, caches = model(caches, decode_batch(field, last, i))
         logits = model.logits(hidden)
@@ -111,8 +113,8 @@ def decode_drawing(
 
 
 def ragged(
-    merge: Merge, layout: Layout, leaves: Leaves, caches: Caches, pending: Array, flat: Array
-) -> tuple[Array, Array, Caches]:
+    merge: Merge, layout: Layout, leaves: Leaves, caches: KVCache, pending: Array, flat: Array
+) -> tuple[Array, Array, KVCache]:
     """Prompt chunks and single tokens, packed: -> rows [max_rows, E], hidden [T, E], caches."""
     field = layout.views(flat)
     hidden, caches = merge(leaves)(caches, ragged_batch(field, pending))
@@ -224,12 +226,12 @@ def row_logprobs(merge: Merge, leaves: Leaves, rows: Array, targets: Array) -> A
     return pack_logprobs(targets, top_logprobs(merge(leaves).logits(rows), targets))
 
 
-def copy_pages(caches: Caches, source: Array, target: Array) -> Caches:
+def copy_pages(caches: KVCache, source: Array, target: Array) -> KVCache:
     """Duplicate pages in every layer; unused entries copy the dump page onto itself."""
     return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), caches)
 
 
-def clear_pages(caches: Caches, pages: Array) -> Caches:
+def clear_pages(caches: KVCache, pages: Array) -> KVCache:
     """Fill these pages of every layer with zeros."""
     return jax.tree.map(lambda array: array.at[pages].set(0), caches)
 
