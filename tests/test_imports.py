@@ -60,7 +60,7 @@ WITHOUT_JAX = (
     "lmdeploy_jax.cache.prefix",
     "lmdeploy_jax.engine.base",
     "lmdeploy_jax.engine.facts",
-    "lmdeploy_jax.engine.io.frontend",
+    "lmdeploy_jax.engine.io",
     "lmdeploy_jax.engine.prepare",
     "lmdeploy_jax.engine.process.remote",
     "lmdeploy_jax.engine.request",
@@ -139,6 +139,19 @@ def parent(name: str) -> str:
 
 def test_imports_follow_the_table() -> None:
     assert sorted(line for path in SOURCES for line in offences(path)) == []
+
+
+def test_protocols_of_the_server_know_nothing_of_each_other() -> None:
+    """What two of them need lies beside their folders. `chat` is what the chat protocols share."""
+    server = "lmdeploy_jax.server."
+    shared = {"chat", "http", "routes", "static"}
+    folders = {path.name for path in (ROOT / "lmdeploy_jax" / "server").iterdir() if path.is_dir()}
+    protocols = folders - shared - {"__pycache__"}
+    for path in SOURCES:
+        own = module_name(path).removeprefix(server).split(".")[0]
+        if module_name(path).startswith(server) and own in folders:
+            others = tuple(server + name for name in protocols - {own})
+            assert not [target for target in imports(path) if within(target, others)], path
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

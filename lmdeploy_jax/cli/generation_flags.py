@@ -7,8 +7,8 @@ from pathlib import Path
 from absl import flags as absl_flags
 
 from lmdeploy_jax.cli.flags import FlagSet
+from lmdeploy_jax.engine.io.sampling_defaults import STORED, SamplingDefaults
 from lmdeploy_jax.messages import GenerationConfig
-from lmdeploy_jax.server.defaults import STORED, Defaults
 
 SECTION = "Generation"
 MAX_NEW_TOKENS = 4096
@@ -32,5 +32,5 @@ def generation_config(flags: FlagSet, folder: Path | None = None) -> GenerationC
 
     As in LMDeploy's chat, sampling is on where neither says otherwise.
     """
-    defaults = Defaults.read("auto", folder) if folder else Defaults()
+    defaults = SamplingDefaults.read("auto", folder) if folder else SamplingDefaults()
     return defaults.config({name: flags[name] for name in (*STORED, "max_new_tokens", "random_seed")})

@@ -61,7 +61,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
 
     from lmdeploy_jax.engine import collector
     from lmdeploy_jax.engine.prepare import prepare
-    from lmdeploy_jax.server.door import bind
+    from lmdeploy_jax.server.http.sockets import bind
     from lmdeploy_jax.server.run import Server, check
     from lmdeploy_jax.server.service import Service
 

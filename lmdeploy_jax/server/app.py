@@ -6,25 +6,19 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from lmdeploy_jax import __version__
+from lmdeploy_jax.server.anthropic import route as anthropic
+from lmdeploy_jax.server.completions import route as completions
+from lmdeploy_jax.server.embeddings import route as embeddings
 from lmdeploy_jax.server.errors import install_handlers
-from lmdeploy_jax.server.middleware import BodyLimit, ConcurrencyLimit, Guard, KeyCheck
+from lmdeploy_jax.server.http.middleware import Authentication, BodyLimit, ConcurrencyLimit, ServerErrors
+from lmdeploy_jax.server.native import route as native
+from lmdeploy_jax.server.openai_chat import route as openai_chat
 from lmdeploy_jax.server.options import ServerOptions
-from lmdeploy_jax.server.responses_prompt import ResponseStore
-from lmdeploy_jax.server.routes import (
-    admin,
-    anthropic,
-    completions,
-    embeddings,
-    health,
-    metrics,
-    models,
-    native,
-    openai_chat,
-    page,
-    responses,
-    tokens,
-)
+from lmdeploy_jax.server.responses import route as responses
+from lmdeploy_jax.server.responses.store import ResponseStore
+from lmdeploy_jax.server.routes import admin, health, metrics, models, page
 from lmdeploy_jax.server.service import Service
+from lmdeploy_jax.server.tokens import route as tokens
 
 ROUTERS: tuple[APIRouter, ...] = (
     models.router,
@@ -67,8 +61,8 @@ def _install_middleware(app: FastAPI, options: ServerOptions) -> None:
         app.add_middleware(ConcurrencyLimit, most=options.max_concurrent_requests)
     app.add_middleware(BodyLimit, most=options.max_body_size, seconds=options.body_timeout)
     if options.api_keys:
-        app.add_middleware(KeyCheck, keys=options.api_keys)
-    app.add_middleware(Guard)
+        app.add_middleware(Authentication, keys=options.api_keys)
+    app.add_middleware(ServerErrors)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=options.allow_origins,

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response as HttpResponse
 
 from lmdeploy_jax.errors import (
@@ -52,10 +53,6 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
-
-
-class ClientGone(Exception):
-    """The client has hung up; nobody reads what is sent."""
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -106,6 +103,11 @@ def openai_body(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
+def choice_error(error: ApiError | None) -> dict[str, Any]:
+    """A choice's own error, for a choice that has one. Beside the choices, clients would throw it."""
+    return {} if error is None else openai_body(error)
+
+
 Renderer = Callable[[ApiError], dict[str, Any]]
 _RENDERERS: dict[str, Renderer] = {}
 
@@ -151,7 +153,7 @@ def install_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, tell)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ClientGone, gone)
+    app.add_exception_handler(ClientDisconnect, gone)
 
 
 def validation_error(errors: Any) -> ApiError:

@@ -15,7 +15,7 @@ from lmdeploy_jax.server.errors import ApiError, own_failure
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.io.frontend import Frontend
-    from lmdeploy_jax.server.metrics import Meter
+    from lmdeploy_jax.server.metrics import RequestMetrics
 
 # Threads that wait until a form has been tried. Apart from those that every other request needs for a moment.
 _GUIDED = ThreadPoolExecutor(32, thread_name_prefix="lmdeploy_jax forms")
@@ -29,7 +29,7 @@ class Job:
     config: GenerationConfig
 
 
-class Mailroom:
+class PieceQueue:
     """Brings pieces from the engine's side to the event loop: one wake-up for all that come together."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -61,12 +61,12 @@ class Generation:
     def __init__(
         self,
         frontend: Frontend,
-        mailroom: Mailroom,
+        queue: PieceQueue,
         on_close: Callable[[Generation], None],
-        meter: Meter | None = None,
+        meter: RequestMetrics | None = None,
     ) -> None:
         self._frontend = frontend
-        self._mailroom = mailroom
+        self._mailroom = queue
         self._on_close = on_close
         self._meter = meter
         self._loop = asyncio.get_running_loop()
@@ -189,3 +189,9 @@ def merged(pieces: Sequence[Response]) -> list[Response]:
         key = piece.index, piece.choice
         answers[key] = answers[key].extend(piece) if key in answers else piece
     return list(answers.values())
+
+
+def named_stop(config: GenerationConfig, match: str | int | None) -> str | int | None:
+    """The stop string or id, if it is one that the request has named."""
+    named = match in (config.stop_words or ()) or match in (config.stop_token_ids or ())
+    return match if named else None

@@ -1,13 +1,13 @@
-"""Log-probabilities as OpenAI's chat protocol tells them."""
+"""Log-probabilities as OpenAI's protocols tell them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from lmdeploy_jax.server.answers import TokenLogprobs
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
+TokenLogprobs = dict[int, float]  # token id -> log-probability: the likeliest, and the sampled one
 LEAST = -9999.0  # JSON has no infinity
 
 

@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lmdeploy_jax.messages import Response
-from lmdeploy_jax.server.counts import Counter, Histogram
+from lmdeploy_jax.server.collectors import Counter, Histogram
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.base import EngineBase
@@ -111,7 +111,7 @@ class Metrics:
         return self._labels
 
 
-class Meter:
+class RequestMetrics:
     """Watches one generation's pieces."""
 
     def __init__(self, metrics: Metrics) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import uvicorn
 
+from lmdeploy_jax.engine.io.sampling_defaults import SamplingDefaults
 from lmdeploy_jax.engine.prepare import PreparedModel
 from lmdeploy_jax.server.app import create_app
-from lmdeploy_jax.server.defaults import Defaults
-from lmdeploy_jax.server.door import check_certificate, release
-from lmdeploy_jax.server.head_limit import LimitedHead
+from lmdeploy_jax.server.chat.formats import select_parsers
+from lmdeploy_jax.server.http.header_limit import HeaderLimit
+from lmdeploy_jax.server.http.sockets import check_certificate, release
 from lmdeploy_jax.server.options import ServerOptions
-from lmdeploy_jax.server.parsers import select_parsers
 from lmdeploy_jax.server.service import Service
 
 _GRACE = 5.0  # seconds after the deadline in which answers that were cut still reach their clients
@@ -27,7 +27,7 @@ def check(options: ServerOptions, model: PreparedModel) -> None:
     """
     check_certificate(options)
     select_parsers(options, model.template)
-    Defaults.read(options.generation_config, model.folder)
+    SamplingDefaults.read(options.generation_config, model.folder)
 
 
 class Server(uvicorn.Server):
@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
                 create_app(service),
                 host=options.server_name,
                 port=options.server_port,
-                http=LimitedHead,
+                http=HeaderLimit,
                 log_level="warning",
                 access_log=False,
                 ssl_keyfile=options.ssl_keyfile,

@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmdeploy_jax.server.answers import Answers
-from lmdeploy_jax.server.call_ids import CallIds
-from lmdeploy_jax.server.chat import Chat, ChatCall, Prepared
-from lmdeploy_jax.server.defaults import Defaults
+from lmdeploy_jax.engine.io.sampling_defaults import SamplingDefaults
+from lmdeploy_jax.server.chat.answers import Answers
+from lmdeploy_jax.server.chat.call import ChatCall
+from lmdeploy_jax.server.chat.formats import parser_names, select_parsers
+from lmdeploy_jax.server.chat.prepare import Chat, Prepared
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.generation import Generation, Job, Mailroom
-from lmdeploy_jax.server.metrics import Meter, Metrics
+from lmdeploy_jax.server.generation import Generation, Job, PieceQueue
+from lmdeploy_jax.server.ids import ToolCallIds
+from lmdeploy_jax.server.metrics import Metrics, RequestMetrics
 from lmdeploy_jax.server.options import ServerOptions
-from lmdeploy_jax.server.parsers import parser_names, select_parsers
 from lmdeploy_jax.text.parsers import json_formats
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Service:
         self.frontend = frontend
         self.models = (self.options.model_name or model,)
         self.created = int(time.time())
-        self.defaults = Defaults.read(self.options.generation_config, frontend.engine.folder)
+        self.defaults = SamplingDefaults.read(self.options.generation_config, frontend.engine.folder)
         self.chat = Chat(frontend, *select_parsers(self.options, frontend.template))
         names = parser_names(self.options, frontend.template)
         logger.info("tool calls are read as %r, reasoning as %r", *names)
@@ -58,10 +59,10 @@ class Service:
             if self.options.disable_metrics
             else Metrics(frontend.engine, self.models[0], lambda: self.running)
         )
-        self.call_ids = CallIds(bare=self.chat.tools is json_formats.MISTRAL)
+        self.call_ids = ToolCallIds(bare=self.chat.tools is json_formats.MISTRAL)
         self.unknown_fields: set[str] = set()
         self.draining = False
-        self._mailroom: Mailroom | None = None
+        self._mailroom: PieceQueue | None = None
         self._live: dict[Generation, _Entry] = {}
         self.running = 0  # answers that have been asked for and are not finished
 
@@ -94,7 +95,7 @@ class Service:
         Raises `ApiError` where nothing is taken in, and what `prepare` and the engine raise.
         """
         self._admit(answers)
-        meter = None if self.metrics is None else Meter(self.metrics)
+        meter = None if self.metrics is None else RequestMetrics(self.metrics)
         generation = Generation(self.frontend, self._open_mailroom(), self._forget, meter)
         self._live[generation] = _Entry(answers, name, session_id)
         self.running += answers
@@ -132,9 +133,9 @@ class Service:
             message = f"The server is busy: {self.running} answers are under way or waiting. Try again later."
             raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
 
-    def _open_mailroom(self) -> Mailroom:
+    def _open_mailroom(self) -> PieceQueue:
         if self._mailroom is None:
-            self._mailroom = Mailroom(asyncio.get_running_loop())
+            self._mailroom = PieceQueue(asyncio.get_running_loop())
         return self._mailroom
 
     def _forget(self, generation: Generation) -> None:

@@ -9,13 +9,14 @@ from urllib.parse import urlsplit
 import pytest
 from pydantic import ValidationError
 
-from lmdeploy_jax.server.head_limit import MOST
-from lmdeploy_jax.server.protocol.anthropic import MessagesRequest
-from lmdeploy_jax.server.protocol.chat import ChatCompletionRequest
-from lmdeploy_jax.server.protocol.completions import CompletionRequest
-from lmdeploy_jax.server.protocol.embeddings import EmbeddingsRequest
-from lmdeploy_jax.server.protocol.native import DetokenizeRequest, EncodeRequest, GenerateRequest
-from lmdeploy_jax.server.protocol.responses import ResponsesRequest
+from lmdeploy_jax.server.anthropic.bodies import MessagesRequest
+from lmdeploy_jax.server.completions.bodies import CompletionRequest
+from lmdeploy_jax.server.embeddings.bodies import EmbeddingsRequest
+from lmdeploy_jax.server.http.header_limit import MOST
+from lmdeploy_jax.server.native.bodies import GenerateRequest
+from lmdeploy_jax.server.openai_chat.bodies import ChatCompletionRequest
+from lmdeploy_jax.server.responses.bodies import ResponsesRequest
+from lmdeploy_jax.server.tokens.bodies import DetokenizeRequest, EncodeRequest
 from tests.patience import PATIENCE
 
 MANY = 2000

@@ -10,19 +10,14 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
-from lmdeploy_jax.server.protocol.anthropic import CountTokensRequest, MessagesRequest
-from lmdeploy_jax.server.protocol.chat import ChatCompletionRequest
-from lmdeploy_jax.server.protocol.completions import CompletionRequest
-from lmdeploy_jax.server.protocol.embeddings import EmbeddingsRequest, PoolingRequest
-from lmdeploy_jax.server.protocol.native import (
-    AbortRequest,
-    DetokenizeRequest,
-    EncodeRequest,
-    GenerateRequest,
-    PerplexityRequest,
-    TokenizeRequest,
-)
-from lmdeploy_jax.server.protocol.responses import ResponsesRequest
+from lmdeploy_jax.server.anthropic.bodies import CountTokensRequest, MessagesRequest
+from lmdeploy_jax.server.completions.bodies import CompletionRequest
+from lmdeploy_jax.server.embeddings.bodies import EmbeddingsRequest, PoolingRequest
+from lmdeploy_jax.server.native.bodies import GenerateRequest, PerplexityRequest
+from lmdeploy_jax.server.openai_chat.bodies import ChatCompletionRequest
+from lmdeploy_jax.server.responses.bodies import ResponsesRequest
+from lmdeploy_jax.server.routes.admin import AbortRequest
+from lmdeploy_jax.server.tokens.bodies import DetokenizeRequest, EncodeRequest, TokenizeRequest
 from tests.server.mutations import GOOD
 from tests.server.test_chat import CALCULATOR
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from lmdeploy_jax import GenerationConfig, Pipeline, Response
 from lmdeploy_jax.errors import ConfigError, RequestError
-from lmdeploy_jax.server.answers import Delta, Finish
-from lmdeploy_jax.server.chat import Chat, ChatCall, Prepared, ToolChoice
+from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
+from lmdeploy_jax.server.chat.deltas import Delta, Finish
+from lmdeploy_jax.server.chat.prepare import Chat, Prepared
 from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.parsers import ParsedAnswer, collect, reasoning_format, tool_format
 from lmdeploy_jax.text.prompts import Prompt

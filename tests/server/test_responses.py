@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.responses_prompt import ResponseStore
+from lmdeploy_jax.server.responses.store import ResponseStore
 
 MODEL = "tiny-chat"
 CALCULATOR = {

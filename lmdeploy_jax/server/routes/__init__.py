@@ -1,1 +1,1 @@
-"""The routes, one module a protocol or purpose, each with an APIRouter."""
+"""Routes that belong to no protocol: what the server is, how it fares, and its administration."""

@@ -9,11 +9,19 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse
 
+from lmdeploy_jax.server.bodies import ProtocolModel
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.protocol.native import AbortRequest
-from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute
+from lmdeploy_jax.server.routing import CurrentService, JsonRoute
 
 router = APIRouter(tags=["admin"], route_class=JsonRoute)
+
+
+class AbortRequest(ProtocolModel):
+    """POST /abort_request: those of a session, of the request with an id, or all."""
+
+    session_id: int | None = None
+    request_id: str | None = None
+    abort_all: bool = False
 
 
 @router.post("/abort_request")

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse
 
 from lmdeploy_jax import __version__
-from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute
+from lmdeploy_jax.server.routing import CurrentService, JsonRoute
 
 router = APIRouter(tags=["health"], route_class=JsonRoute)
 

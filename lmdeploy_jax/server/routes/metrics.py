@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute
+from lmdeploy_jax.server.routing import CurrentService, JsonRoute
 
 router = APIRouter(tags=["health"], route_class=JsonRoute)
 

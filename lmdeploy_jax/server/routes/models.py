@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from lmdeploy_jax.server.routes.common import CurrentService, JsonRoute
+from lmdeploy_jax.server.routing import CurrentService, JsonRoute
 from lmdeploy_jax.server.service import Service
 
 router = APIRouter(tags=["models"], route_class=JsonRoute)

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.responses import FileResponse
 
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.routes.common import CurrentService
+from lmdeploy_jax.server.routing import CurrentService
 
 router = APIRouter(include_in_schema=False)
 PAGES = Path(__file__).parent.parent / "static"

@@ -1,0 +1,1 @@
+"""What knows of HTTP and nothing of models: sockets, limits, middleware, streams of events."""

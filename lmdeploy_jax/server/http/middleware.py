@@ -1,0 +1,160 @@
+"""Plain ASGI middleware: it neither buffers streams nor hides that a client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lmdeploy_jax.server.errors import ApiError, as_api_error, error_response
+
+ALWAYS_ANSWERED = frozenset({"/health", "/metrics"})  # however busy the server is
+WITHOUT_KEY = frozenset({"/", "/health", "/docs", "/openapi.json"})
+
+
+class ServerErrors:
+    """Answers what no route has foreseen with a 500 of the protocol's shape."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            if begun:
+                raise
+            await error_response(scope["path"], as_api_error(error))(scope, receive, send)
+
+
+class Authentication:
+    """Lets in who sends one of the keys, as `Authorization: Bearer KEY` or `x-api-key: KEY`."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in WITHOUT_KEY and not self._known(scope):
+            error = ApiError(
+                401,
+                "Unauthorized: send a key of this server as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+            await error_response(scope["path"], error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _known(self, scope: Scope) -> bool:
+        """In a time that tells nothing about the keys."""
+        headers = Headers(scope=scope)
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        sent = [headers.get("x-api-key", "")] + ([token.strip()] if kind.lower() == "bearer" else [])
+        matches = [hmac.compare_digest(_digest(word), key) for word in sent for key in self._keys]
+        return any(matches)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="replace")).digest()
+
+
+class ConcurrencyLimit:
+    """At most so many requests at once; the others wait their turn."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._turns = asyncio.Semaphore(most)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in ALWAYS_ANSWERED:
+            await self._app(scope, receive, send)
+            return
+        async with self._turns:
+            await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Reads a body before it is passed on. Refuses one of more than so many bytes (413), and one that has not
+    come after so many seconds (408).
+    """
+
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
+        self._app = app
+        self._most = most
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        if "content-length" not in headers and "transfer-encoding" not in headers:
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_length(headers.get("content-length", "0"))
+            async with asyncio.timeout(self._seconds):
+                body = await self._read(receive)
+        except ClientDisconnect:
+            return
+        except TimeoutError:
+            message = f"The request's body has not come within {self._seconds:g} s."
+            await self._refuse(ApiError(408, message, code="body_timeout"), scope, receive, send)
+        except ApiError as error:
+            await self._refuse(error, scope, receive, send)
+        else:
+            await self._app(scope, _replayed(body, receive), send)
+
+    def _check_length(self, length: str) -> None:
+        if not length.isdecimal() or int(length) > self._most:
+            raise self._too_large()
+
+    async def _read(self, receive: Receive) -> bytearray:
+        """The whole body. Raises `ApiError` if it is too long, `ClientDisconnect` if it ends too soon."""
+        body, more = bytearray(), True  # it grows in place: to join parts in the end would hold up the loop
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            if len(body) > self._most:
+                raise self._too_large()
+            more = message.get("more_body", False)
+        return body
+
+    def _too_large(self) -> ApiError:
+        message = (
+            f"The request's body is too large: at most {self._most} bytes are taken. Send less, or start the "
+            "server with a larger --max-body-size."
+        )
+        return ApiError(413, message, code="body_too_large")
+
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        error.headers["connection"] = "close"  # what is left of the body is not read
+        await error_response(scope["path"], error)(scope, receive, send)
+
+
+def _replayed(body: bytearray, receive: Receive) -> Receive:
+    first = True
+
+    async def replay() -> Message:
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replay

@@ -1,0 +1,1 @@
+"""LMDeploy's own /generate and /get_ppl."""

@@ -1,0 +1,84 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lmdeploy_jax.server.bodies import ProtocolModel, ResponseFormat, SamplingFields, StreamOptions
+
+
+class Function(ProtocolModel):
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(ProtocolModel):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class NamedFunction(ProtocolModel):
+    name: str
+
+
+class NamedChoice(ProtocolModel):
+    """One tool that must be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class AllowedTools(ProtocolModel):
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[NamedChoice]
+
+
+class AllowedChoice(ProtocolModel):
+    """Some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+Choice = Literal["auto", "none", "required"] | AllowedChoice | NamedChoice
+
+
+class ChatCompletionRequest(SamplingFields):
+    """OpenAI's request with LMDeploy's extensions.
+
+    messages: a text is continued as it is, without the chat template. input_ids: a prompt in tokens, in the
+    place of messages.
+    """
+
+    model: str = ""
+    messages: str | list[dict[str, Any]] = Field(default_factory=list)
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
+
+    do_preprocess: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    input_ids: list[int] | None = None
+    session_id: int | None = None
+    return_token_ids: bool = False
+    return_logprob: bool = False
+
+    user: str | None = None  # about the client's own bookkeeping; nothing follows from them here
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None

@@ -1,0 +1,71 @@
+"""OpenAI's chat requests as chat calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmdeploy_jax.engine.io.sampling_defaults import SamplingDefaults
+from lmdeploy_jax.messages import GenerationConfig
+from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
+from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.server.openai_chat.bodies import AllowedChoice, ChatCompletionRequest, Choice, NamedChoice
+from lmdeploy_jax.text.conversation import normalise_messages
+from lmdeploy_jax.text.prompts import Prompt
+
+
+def chat_call(body: ChatCompletionRequest, defaults: SamplingDefaults) -> ChatCall:
+    """The request as every protocol says it. Raises `ApiError`, `RequestError` and `ConfigError`."""
+    prompt, chat = _prompt(body)
+    return ChatCall(
+        prompt,
+        _config(body, defaults),
+        chat=chat and body.do_preprocess,
+        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+        tool_choice=_tool_choice(body.tool_choice),
+        parallel_tool_calls=body.parallel_tool_calls,
+        template_kwargs=_template_kwargs(body),
+    )
+
+
+def _prompt(body: ChatCompletionRequest) -> tuple[Prompt, bool]:
+    """The prompt, and whether it is a conversation."""
+    if bool(body.messages) == (body.input_ids is not None):
+        raise ApiError(400, "Give exactly one of messages and input_ids.", param="messages")
+    if body.input_ids is not None:
+        return Prompt(token_ids=tuple(body.input_ids)), True
+    if isinstance(body.messages, str):
+        return Prompt(text=body.messages), False
+    return Prompt(messages=tuple(normalise_messages(body.messages))), True
+
+
+def _config(body: ChatCompletionRequest, defaults: SamplingDefaults) -> GenerationConfig:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
+    given = body.sampling() | {
+        "n": body.n,
+        "response_format": body.response_format and body.response_format.as_dict(),
+    }
+    if body.max_completion_tokens is not None:
+        given["max_new_tokens"] = body.max_completion_tokens
+    if body.logprobs or body.return_logprob:
+        given["logprobs"] = body.top_logprobs or 0
+    return defaults.config(given)
+
+
+def _tool_choice(choice: Choice | None) -> ToolChoice:
+    match choice:
+        case NamedChoice():
+            return ToolChoice("required", choice.function.name)
+        case AllowedChoice():
+            names = tuple(tool.function.name for tool in choice.allowed_tools.tools)
+            return ToolChoice(choice.allowed_tools.mode, allowed=names)
+        case str():
+            return ToolChoice(choice)
+    return ToolChoice()
+
+
+def _template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:
+    named = {"enable_thinking": body.enable_thinking, "reasoning_effort": body.reasoning_effort}
+    return {name: value for name, value in named.items() if value is not None} | (
+        body.chat_template_kwargs or {}
+    )

@@ -1,0 +1,156 @@
+"""Requests of the Responses protocol as chat calls, and the conversations that they go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.messages import GenerationConfig
+from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
+from lmdeploy_jax.server.responses.bodies import AllowedTools, NamedTool, ResponsesRequest, SchemaFormat
+from lmdeploy_jax.server.responses.store import Message, ResponseStore
+from lmdeploy_jax.text.conversation import normalise_messages, without_nulls
+from lmdeploy_jax.text.prompts import Prompt
+
+_TEXTS = ("input_text", "output_text", "text", "reasoning_text", "refusal")
+# Fields that a GenerationConfig has under the same name.
+_SAME = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos", "skip_special_tokens"),
+    "include_stop_str_in_output",
+)
+
+
+def conversation(body: ResponsesRequest, store: ResponseStore) -> list[Message]:
+    """All messages up to this request, without its instructions."""
+    before = store.get(body.previous_response_id) if body.previous_response_id else []
+    if isinstance(body.input, str):
+        return [*before, {"role": "user", "content": body.input}]
+    return [*before, *_messages(body.input)]
+
+
+def chat_call(body: ResponsesRequest, said: Sequence[Message], config: GenerationConfig) -> ChatCall:
+    """The call that continues `said`. System texts of the request come first, as one message."""
+    texts = [body.instructions] if body.instructions else []
+    texts += [m["content"] for m in said if m["role"] == "system"]
+    system: list[Message] = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+    messages = system + [m for m in said if m["role"] != "system"]
+    return ChatCall(
+        Prompt(messages=tuple(normalise_messages(messages))),
+        config,
+        tools=[_tool(tool.model_dump(exclude_none=True)) for tool in body.tools or ()],
+        tool_choice=_tool_choice(body),
+        parallel_tool_calls=body.parallel_tool_calls,
+        template_kwargs=_template_kwargs(body),
+    )
+
+
+def sampling(body: ResponsesRequest) -> dict[str, Any]:
+    """Fields of a GenerationConfig, None for what is left open."""
+    return {name: getattr(body, name) for name in _SAME} | {
+        "max_new_tokens": body.max_output_tokens,
+        "random_seed": None if body.seed is None else body.seed & 0xFFFFFFFF,
+        "stop_words": [body.stop] if isinstance(body.stop, str) else body.stop,
+        "response_format": _response_format(body),
+    }
+
+
+def answer_messages(items: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """An answer's items as what a later request goes on from. A call that was cut off is left out."""
+    return _messages([i for i in items if i["type"] != "function_call" or i["status"] == "completed"])
+
+
+def _template_kwargs(body: ResponsesRequest) -> dict[str, Any]:
+    effort = body.reasoning.effort if body.reasoning else None
+    return {"reasoning_effort": effort} if effort else {}
+
+
+def _response_format(body: ResponsesRequest) -> dict[str, Any] | None:
+    form = body.text.format if body.text else None
+    if form is None or form.type == "text":
+        return None
+    if isinstance(form, SchemaFormat):
+        schema = form.model_dump(by_alias=True, exclude_none=True, exclude={"type"})
+        return {"type": "json_schema", "json_schema": schema}
+    return {"type": "json_object"}
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+
+
+def _tool_choice(body: ResponsesRequest) -> ToolChoice:
+    match body.tool_choice:
+        case NamedTool(name=name):
+            return ToolChoice("required", name)
+        case AllowedTools(mode=mode, tools=tools):
+            return ToolChoice(mode, allowed=tuple(tool.name for tool in tools))
+        case str(mode):
+            return ToolChoice(mode)
+
+
+def _messages(items: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Items as messages: an assistant's reasoning, text and calls in a row are one."""
+    messages: list[Message] = []
+    for item in items:
+        message = _item(without_nulls(item))
+        last = messages[-1] if messages else None
+        if last and last["role"] == message["role"] == "assistant":
+            _join(last, message)
+        else:
+            messages.append(message)
+    return messages
+
+
+def _join(last: Message, message: Message) -> None:
+    last["content"] += message["content"]
+    for name in ("reasoning_content", "tool_calls"):
+        if name in message:
+            last[name] = last[name] + message[name] if name in last else message[name]
+
+
+def _item(item: Mapping[str, Any]) -> Message:
+    match item.get("type", "message"):
+        case "message":
+            role = item.get("role")
+            return {
+                "role": "system" if role == "developer" else role,
+                "content": _text(item.get("content")),
+            }
+        case "function_call":
+            call = _call(_field(item, "call_id"), _field(item, "name"), _field(item, "arguments"))
+            return {"role": "assistant", "content": "", "tool_calls": [call]}
+        case "function_call_output":
+            output = item.get("output", "")
+            text = output if isinstance(output, str) else _text(output)
+            return {"role": "tool", "tool_call_id": _field(item, "call_id"), "content": text}
+        case "reasoning":
+            text = _text(item.get("content") or [])
+            return {"role": "assistant", "content": "", "reasoning_content": text}
+        case other:
+            raise RequestError(
+                f"An input item of type {other!r} is not supported: give message, function_call, "
+                "function_call_output or reasoning."
+            )
+
+
+def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"The content of an item must be a text or a list of parts, not {content!r}.")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") not in _TEXTS:
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise RequestError(f"A content part of type {kind!r} is not supported: this model reads text.")
+    return "".join(str(part.get("text", part.get("refusal", ""))) for part in content)
+
+
+def _field(item: Mapping[str, Any], name: str) -> str:
+    if not isinstance(item.get(name), str):
+        raise RequestError(f"An input item of type {item.get('type')!r} needs {name!r}, a text.")
+    return str(item[name])
