@@ -21,6 +21,7 @@ from lmdeploy_jax import JaxEngineConfig
 from lmdeploy_jax.bench import checkpoint, shapes
 from lmdeploy_jax.engine.core.engine import STEPS_IN_FLIGHT, Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
+from lmdeploy_jax.prompt import EncodedPrompt
 
 SETTLING = 32  # tokens that every sequence has before the clock starts
 TURNS = 5
@@ -31,7 +32,9 @@ class Sequence:
 
     def __init__(self, prompt: list[int], output: int) -> None:
         self.times: list[float] = []
-        self.request = Request(prompt, SamplingParams(max_new_tokens=output), self._note, streams=False)
+        self.request = Request(
+            EncodedPrompt(prompt), SamplingParams(max_new_tokens=output), self._note, streams=False
+        )
 
     def _note(self, out: StepOutput) -> None:
         self.times += [time.perf_counter()] * len(out.token_ids)

@@ -18,6 +18,7 @@ from lmdeploy_jax import JaxEngineConfig
 from lmdeploy_jax.bench import checkpoint, shapes
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
+from lmdeploy_jax.prompt import EncodedPrompt
 
 SETTLING = 20  # tokens that every running sequence has before anything is timed
 Prompt = list[int]
@@ -29,7 +30,7 @@ class Runner:
     def __init__(self, engine: Engine, prompt: Prompt) -> None:
         self.times: list[float] = []
         params = SamplingParams(max_new_tokens=engine.session_len - len(prompt))
-        self.request = Request(prompt, params, self._note)
+        self.request = Request(EncodedPrompt(prompt), params, self._note)
         engine.submit(self.request)
 
     def _note(self, out: StepOutput) -> None:
@@ -53,7 +54,9 @@ def measure(engine: Engine, running: int, prompt: int, every: float, seconds: fl
     time.sleep(seconds)
     busy_from = time.perf_counter()
     for i in range(int(seconds / every)):
-        engine.submit(Request(draw(prompt), SamplingParams(max_new_tokens=1), lambda out: None))
+        engine.submit(
+            Request(EncodedPrompt(draw(prompt)), SamplingParams(max_new_tokens=1), lambda out: None)
+        )
         time.sleep(max(busy_from + (i + 1) * every - time.perf_counter(), 0))
     end = time.perf_counter()
     for runner in runners:

@@ -21,6 +21,7 @@ from lmdeploy_jax.bench import checkpoint, shapes
 from lmdeploy_jax.bench.gpu_trace import Event, busy, traced
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
+from lmdeploy_jax.prompt import EncodedPrompt
 
 SETTLING = 60  # tokens that every sequence has before the trace begins
 TRACED = 0.2  # seconds
@@ -33,9 +34,9 @@ class Load:
         rng, params = random.Random(0), SamplingParams(max_new_tokens=output)
         self.given = [0] * requests
         self._engine = engine
+        prompts = [[rng.randrange(300, 2000) for _ in range(prompt)] for _ in range(requests)]
         self._requests = [
-            Request([rng.randrange(300, 2000) for _ in range(prompt)], params, self._counter(i))
-            for i in range(requests)
+            Request(EncodedPrompt(ids), params, self._counter(i)) for i, ids in enumerate(prompts)
         ]
 
     def _counter(self, index: int) -> Callable[[StepOutput], None]:

@@ -182,7 +182,7 @@ class _Run:
         if params.logprobs is not None:
             out.logprobs = [TokenLogprobs(-float(token), {7: -0.5})]
         if params.prompt_logprobs is not None and self.count == 1:
-            rest = [TokenLogprobs(-float(i), {}) for i in self.request.prompt[1:]]
+            rest = [TokenLogprobs(-float(i), {}) for i in self.request.prompt.ids[1:]]
             out.prompt_logprobs = [None, *rest]
         if params.logits:
             out.logits = np.full((1, WIDTH), token, np.float32)

@@ -26,7 +26,7 @@ def ids(text: str, *, stop: bool = True) -> list[int]:
 
 def echo(request: Request, index: int) -> list[int]:
     """Says the prompt again, and which of n answers it is."""
-    return [*request.prompt, *ids(f" #{index}")]
+    return [*request.prompt.ids, *ids(f" #{index}")]
 
 
 def endless(request: Request, index: int) -> list[int]:

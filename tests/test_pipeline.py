@@ -37,10 +37,10 @@ def test_chat_forms_go_through_the_template(opened):
     message = {"role": "user", "content": "hi"}
     for prompts in ("hi", message, [message], ["hi"], [[message]]):
         pipe.infer(prompts)
-    assert len({tuple(r.prompt) for r in engine.seen}) == 1
-    assert TOKENIZER.decode(engine.seen[0].prompt, skip_special_tokens=False).count("<|im_start|>") >= 2
+    assert len({tuple(r.prompt.ids) for r in engine.seen}) == 1
+    assert TOKENIZER.decode(engine.seen[0].prompt.ids, skip_special_tokens=False).count("<|im_start|>") >= 2
     pipe.infer([message], **RAW)
-    assert list(engine.seen[-1].prompt) == TOKENIZER.encode("hi")
+    assert list(engine.seen[-1].prompt.ids) == TOKENIZER.encode("hi")
 
 
 def test_template_keywords_reach_the_template(opened):
@@ -50,7 +50,7 @@ def test_template_keywords_reach_the_template(opened):
     pipe.infer("hi", tools=[tool])
     pipe.infer("hi", enable_thinking=True)
     pipe.infer("hi", chat_template_kwargs={"enable_thinking": True})
-    seen = [TOKENIZER.decode(request.prompt, skip_special_tokens=False) for request in engine.seen]
+    seen = [TOKENIZER.decode(request.prompt.ids, skip_special_tokens=False) for request in engine.seen]
     plain, tools, thinking, same = seen
     assert "weather" in tools
     assert thinking == same != plain
@@ -90,7 +90,7 @@ def test_nulls_and_malformed_arguments_in_the_history(opened):
     user = {"role": "user", "content": "hi", "name": None}
     answer = pipe.infer([user, {"role": "assistant", **nulls, "tool_calls": [call]}, user])
     assert answer.text == "ok"
-    prompt = TOKENIZER.decode(engine.seen[0].prompt, skip_special_tokens=False)
+    prompt = TOKENIZER.decode(engine.seen[0].prompt.ids, skip_special_tokens=False)
     assert "None" not in prompt
     assert '{"name": "f", "arguments": {"a": "cut}' in prompt
 

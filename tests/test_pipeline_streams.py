@@ -132,7 +132,7 @@ def test_chat_keeps_the_conversation_and_sends_it_again(opened):
             {"role": "user", "content": "Who am I?"},
         ]
     )
-    assert TOKENIZER.decode(engine.seen[1].prompt, skip_special_tokens=False) == expected
+    assert TOKENIZER.decode(engine.seen[1].prompt.ids, skip_special_tokens=False) == expected
     session.reset()
     assert (session.history, session.response) == ([], None)
 

@@ -10,6 +10,7 @@ from lmdeploy_jax.bench.workloads import Job
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
 from lmdeploy_jax.errors import EngineError
+from lmdeploy_jax.prompt import EncodedPrompt
 
 
 @dataclass
@@ -68,7 +69,7 @@ def run(engine: Engine, jobs: list[Job]) -> Run:
     recorder = _Recorder(len(jobs))
     for i, job in enumerate(jobs):
         params = SamplingParams(max_new_tokens=job.output)
-        engine.submit(Request(job.prompt, params, recorder.listener(i), streams=False))
+        engine.submit(Request(EncodedPrompt(job.prompt), params, recorder.listener(i), streams=False))
     recorder.done.wait()
     wall = time.perf_counter() - recorder.start
     for i, (job, trace) in enumerate(zip(jobs, recorder.traces, strict=True)):

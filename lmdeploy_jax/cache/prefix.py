@@ -1,20 +1,26 @@
-"""Prefix caching: full pages are found again by a hash of all tokens up to their end."""
+"""Prefix caching: full pages are found again by a hash of everything up to their end."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
-import numpy as np
-
 from lmdeploy_jax.cache.pages import PAGE_SIZE, PagePool
+from lmdeploy_jax.prompt import EncodedPrompt
 
-ROOT = b"lmdeploy_jax"
+
+def root_hash(salt: bytes) -> bytes:
+    """What the first page of a prompt with this salt has in the place of a page before it."""
+    return blake2b(salt, digest_size=16).digest()
 
 
-def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Identity of a full page: its tokens and everything before them."""
-    return blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()
+ROOT = root_hash(b"")
+
+
+def page_hash(parent: bytes, tokens: Sequence[int], content: bytes = b"") -> bytes:
+    """Identity of a full page: its tokens, the `EncodedPrompt.content` among them, everything before them."""
+    return blake2b(parent + array("i", tokens).tobytes() + content, digest_size=16).digest()
 
 
 class PrefixCache:
@@ -28,15 +34,20 @@ class PrefixCache:
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
 
-    def match(self, tokens: Sequence[int], limit: int) -> tuple[list[int], list[bytes]]:
-        """Longest run of cached pages that begins `tokens`, at most `limit` tokens; the pages are shared."""
+    def match(
+        self, prompt: EncodedPrompt, tokens: Sequence[int], limit: int
+    ) -> tuple[list[int], list[bytes]]:
+        """Longest run of cached pages that begins `tokens`, at most `limit` tokens; the pages are shared.
+
+        `tokens` are the prompt's and those that have been generated.
+        """
         pages: list[int] = []
         hashes: list[bytes] = []
         if not self.enabled:
             return pages, hashes
-        parent = ROOT
+        parent = _root(prompt)
         for start in range(0, limit - PAGE_SIZE + 1, PAGE_SIZE):
-            parent = page_hash(parent, tokens[start : start + PAGE_SIZE])
+            parent = _next_hash(parent, prompt, tokens, start)
             page = self._page_of.get(parent)
             if page is None:
                 break
@@ -47,7 +58,12 @@ class PrefixCache:
         return pages, hashes
 
     def register(
-        self, tokens: Sequence[int], computed: int, pages: Sequence[int], hashes: list[bytes]
+        self,
+        prompt: EncodedPrompt,
+        tokens: Sequence[int],
+        computed: int,
+        pages: Sequence[int],
+        hashes: list[bytes],
     ) -> None:
         """Remember the pages that `computed` of `tokens` fill; `hashes` grows by the newly hashed pages.
 
@@ -57,8 +73,8 @@ class PrefixCache:
             return
         full = min(computed, len(tokens)) // PAGE_SIZE
         for i in range(len(hashes), full):
-            parent = hashes[-1] if hashes else ROOT
-            digest = page_hash(parent, tokens[i * PAGE_SIZE : (i + 1) * PAGE_SIZE])
+            parent = hashes[-1] if hashes else _root(prompt)
+            digest = _next_hash(parent, prompt, tokens, i * PAGE_SIZE)
             hashes.append(digest)
             if digest not in self._page_of:
                 self._page_of[digest] = pages[i]
@@ -78,3 +94,12 @@ class PrefixCache:
 
     def _forget(self, page: int) -> None:
         del self._page_of[self._hash_of.pop(page)]
+
+
+def _root(prompt: EncodedPrompt) -> bytes:
+    return root_hash(prompt.salt) if prompt.salt else ROOT
+
+
+def _next_hash(parent: bytes, prompt: EncodedPrompt, tokens: Sequence[int], start: int) -> bytes:
+    stop = start + PAGE_SIZE
+    return page_hash(parent, tokens[start:stop], prompt.content(start, stop) if prompt.spans else b"")

@@ -65,7 +65,7 @@ class EngineStats:
 def check_request(request: Request, facts: EngineFacts) -> None:
     """Raises RequestError for a request that an engine with these facts can never serve."""
     prompt, params = request.prompt, request.params
-    check_prompt(prompt, facts.session_len, facts.vocab_size)
+    check_prompt(prompt.ids, facts.session_len, facts.vocab_size)
     for name, ids in _token_ids(params):
         check_ids(name, ids, facts.vocab_size)
     NgramStop(params.ngram_size, params.ngram_threshold)  # raises for what it cannot do

@@ -6,13 +6,13 @@ import enum
 import itertools
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.logs import logger
 from lmdeploy_jax.messages import FinishReason, LogitsProcessor
+from lmdeploy_jax.prompt import EncodedPrompt
 
 if TYPE_CHECKING:
     from lmdeploy_jax.guided.grammars import Grammar
@@ -135,7 +135,7 @@ class Request:
     processes of a machine share, since the engine may run in another one.
     """
 
-    prompt: Seq[int]
+    prompt: EncodedPrompt
     params: SamplingParams
     on_output: Callable[[StepOutput], None]
     streams: bool = True

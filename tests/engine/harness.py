@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lmdeploy_jax.config import JaxEngineConfig
-from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
+from lmdeploy_jax.prompt import EncodedPrompt
 from tests.patience import PATIENCE
 
 
@@ -61,13 +62,18 @@ class Collector:
         return self.results
 
 
-def submit(engine: Engine, prompt: Sequence[int], collector: Collector, **params: object) -> Request:
-    request = Request(list(prompt), SamplingParams(**({"max_new_tokens": 32} | params)), collector)
+Prompt = Sequence[int] | EncodedPrompt
+Listener = Callable[[StepOutput], None]
+
+
+def submit(engine: EngineBase, prompt: Prompt, collector: Listener, **params: object) -> Request:
+    encoded = prompt if isinstance(prompt, EncodedPrompt) else EncodedPrompt(list(prompt))
+    request = Request(encoded, SamplingParams(**({"max_new_tokens": 32} | params)), collector)
     engine.submit(request)
     return request
 
 
-def generate(engine: Engine, prompts: Sequence[Sequence[int]], **params: object) -> list[list[Result]]:
+def generate(engine: EngineBase, prompts: Sequence[Prompt], **params: object) -> list[list[Result]]:
     """The results of all prompts, submitted at once; a list of n for each."""
     collectors = [Collector(int(params.get("n", 1))) for _ in prompts]
     for prompt, collector in zip(prompts, collectors, strict=True):
@@ -75,6 +81,6 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], **params: object)
     return [collector.wait() for collector in collectors]
 
 
-def tokens(engine: Engine, prompts: Sequence[Sequence[int]], **params: object) -> list[list[int]]:
+def tokens(engine: EngineBase, prompts: Sequence[Prompt], **params: object) -> list[list[int]]:
     """Only the tokens of each prompt's first sequence."""
     return [results[0].tokens for results in generate(engine, prompts, **params)]

@@ -10,6 +10,7 @@ from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.engine.process.compiling import CompilingRequests
 from lmdeploy_jax.engine.request import Request, SamplingParams
 from lmdeploy_jax.errors import EngineError, RequestError
+from lmdeploy_jax.prompt import EncodedPrompt
 from tests.engine.harness import PATIENCE, Collector, submit
 from tests.fake_engine import FakeEngine
 
@@ -48,7 +49,7 @@ def compiling(engine):
 
 def guided(compiling: CompilingRequests, text: str, n: int = 1, tokens: int = 5) -> tuple[Request, Collector]:
     collector = Collector(n)
-    request = Request([5], SamplingParams(max_new_tokens=tokens, n=n), collector)
+    request = Request(EncodedPrompt([5]), SamplingParams(max_new_tokens=tokens, n=n), collector)
     compiling.submit(request, (text, 1))
     return request, collector
 

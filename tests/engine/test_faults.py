@@ -14,6 +14,7 @@ from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams
 from lmdeploy_jax.errors import LogitsError, RequestError
+from lmdeploy_jax.prompt import EncodedPrompt
 from lmdeploy_jax.sampling.repetition import NgramStop
 from tests.engine.harness import Collector, Result, config, generate, submit, tokens
 from tests.oracle import save_checkpoint
@@ -155,7 +156,7 @@ def test_a_listener_or_processor_that_breaks_off_ends_nobody_else(engine, fault)
             done.set()
         raise fault
 
-    engine.submit(Request(PROMPT, SamplingParams(max_new_tokens=3), listener))
+    engine.submit(Request(EncodedPrompt(PROMPT), SamplingParams(max_new_tokens=3), listener))
     (bad,) = generate(engine, [PROMPT], logits_processors=(broken,))[0]
     assert bad.last.error.__cause__ is fault
     assert done.wait(PATIENCE)

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 
-from lmdeploy_jax.engine.request import Request, SamplingParams
 from lmdeploy_jax.errors import ContextLengthError, EngineError, RequestError
 from tests.engine.conftest import COUNT
 from tests.engine.harness import Collector, generate, submit, tokens
@@ -208,16 +207,15 @@ def test_an_early_abort_ends_what_it_names(engine, prompt, answer, index):
     ],
 )
 def test_what_cannot_be_served_is_refused(engine, bad, params, error, text):
-    request = Request(bad, SamplingParams(max_new_tokens=4, **params), lambda out: None)
     with pytest.raises(error, match=text):
-        engine.submit(request)
+        submit(engine, bad, lambda out: None, **params)
 
 
 def test_a_listener_that_fails_disturbs_no_one(engine, prompts, expected):
     def broken(out):
         raise RuntimeError("listener")
 
-    engine.submit(Request(prompts[0], SamplingParams(max_new_tokens=3), broken))
+    submit(engine, prompts[0], broken, max_new_tokens=3)
     assert tokens(engine, prompts) == expected
 
 
@@ -252,6 +250,7 @@ def test_an_engine_that_breaks_fails_its_requests_and_hangs_no_one(llama, compil
 FORGETFUL = """
 import sys
 from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.prompt import EncodedPrompt
 from tests.engine.harness import Collector, config, submit
 engine = Engine(sys.argv[1], config(sys.argv[2]), progress=False)
 submit(engine, [5], Collector(), max_new_tokens=400)

@@ -18,7 +18,6 @@ import pytest
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.process.remote import RemoteEngine
-from lmdeploy_jax.engine.request import Request, SamplingParams
 from lmdeploy_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -172,7 +171,7 @@ def test_what_cannot_be_served_is_refused_by_submit(local, remote):
         errors = []
         for engine in (local, remote):
             with pytest.raises(RequestError) as caught:
-                engine.submit(Request(bad, SamplingParams(max_new_tokens=4, **params), lambda out: None))
+                submit(engine, bad, lambda out: None, **params)
             errors.append((caught.type, str(caught.value)))
         assert errors[0] == errors[1]
     assert errors[0][0] is not ContextLengthError
@@ -327,6 +326,7 @@ ORPHAN = """
 import sys, time
 from functools import partial
 from lmdeploy_jax.engine.process.remote import RemoteEngine
+from lmdeploy_jax.prompt import EncodedPrompt
 from tests.engine.test_remote import counting, fake, stuck
 if __name__ == "__main__":
     print("begun", flush=True)
@@ -361,7 +361,7 @@ def test_a_parent_that_is_killed_leaves_no_orphan(tmp_path, when):
 
 def test_the_server_needs_no_jax_beside_the_engine():
     code = (
-        "import sys; from lmdeploy_jax.engine import frontend, remote; from lmdeploy_jax.cli import serve; "
+        "import sys; from lmdeploy_jax.engine.io import frontend; from lmdeploy_jax.engine.process import remote; from lmdeploy_jax.cli import serve; "
         "from lmdeploy_jax.server import run, service; from lmdeploy_jax.guided import grammars; "
         "print({'jax', 'jaxlib', 'flax', 'orbax'} & sys.modules.keys())"
     )

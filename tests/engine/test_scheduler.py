@@ -8,6 +8,7 @@ from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.engine.core.scheduler import DrainFirst, Scheduler, Step
 from lmdeploy_jax.engine.request import Request, SamplingParams, Sequence
+from lmdeploy_jax.prompt import EncodedPrompt
 
 SESSION = 512
 
@@ -17,8 +18,9 @@ def make(pages=40, batch=4, tokens=128, **kw) -> Scheduler:
 
 
 def request(prompt, new=8, **params) -> Request:
-    tokens = list(range(prompt)) if isinstance(prompt, int) else prompt
-    return Request(tokens, SamplingParams(max_new_tokens=new, **params), on_output=lambda out: None)
+    prompt = list(range(prompt)) if isinstance(prompt, int) else prompt
+    encoded = prompt if isinstance(prompt, EncodedPrompt) else EncodedPrompt(prompt)
+    return Request(encoded, SamplingParams(max_new_tokens=new, **params), on_output=lambda out: None)
 
 
 def read(scheduler: Scheduler, step: Step, token=7) -> None:

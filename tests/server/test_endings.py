@@ -34,7 +34,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
 
 def script(request: Request, index: int) -> Iterator[int]:
     """Says what the prompt's last line asks for."""
-    prompt = TOKENIZER.decode(request.prompt, skip_special_tokens=False)
+    prompt = TOKENIZER.decode(request.prompt.ids, skip_special_tokens=False)
     asked = prompt.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
     if asked in ANSWERS:
         yield from ids(ANSWERS[asked])

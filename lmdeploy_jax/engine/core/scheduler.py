@@ -89,7 +89,7 @@ class Scheduler:
 
     def add(self, request: Request) -> Sequence:
         """Queue a request; returns the first of its sequences, whose siblings wait with it."""
-        first, *siblings = (Sequence(request, i, list(request.prompt)) for i in range(request.params.n))
+        first, *siblings = (Sequence(request, i, list(request.prompt.ids)) for i in range(request.params.n))
         first.siblings = siblings
         first.report = PromptReport() if request.params.reports_prompt else None
         self.waiting.append(first)
@@ -100,7 +100,7 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             known = min(sequence.computed, len(sequence.tokens))
-            self.cache.register(sequence.tokens, known, sequence.pages, sequence.hashes)
+            self._register(sequence, known)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         else:
@@ -250,9 +250,13 @@ class Scheduler:
         """
         end = sequence.computed + count
         if end >= (len(sequence.hashes) + 1) * PAGE_SIZE:
-            self.cache.register(sequence.tokens, end, sequence.pages, sequence.hashes)
+            self._register(sequence, end)
         from_device = end == sequence.length and sequence.pending
         return Chunk(sequence, sequence.computed, count, from_device)
+
+    def _register(self, sequence: Sequence, computed: int) -> None:
+        prompt = sequence.request.prompt
+        self.cache.register(prompt, sequence.tokens, computed, sequence.pages, sequence.hashes)
 
     def _take_in(self, sequence: Sequence) -> bool:
         """Give a waiting sequence and its siblings slots and the pages of the whole prompt, or nothing."""
@@ -260,7 +264,7 @@ class Scheduler:
             return False
         tokens = sequence.tokens
         limit = 0 if sequence.report else len(tokens) - 1
-        pages, hashes = self.cache.match(tokens, limit)
+        pages, hashes = self.cache.match(sequence.request.prompt, tokens, limit)
         partial = len(tokens) % PAGE_SIZE > 0
         needed = pages_for(len(tokens)) - len(pages) + len(sequence.siblings) * partial
         reserve = len(self.running) // 2  # soon wanted by those who run already

@@ -18,6 +18,7 @@ from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import ContextLengthError, EngineError
 from lmdeploy_jax.logs import REQUEST, shortened
 from lmdeploy_jax.messages import GenerationConfig
+from lmdeploy_jax.prompt import EncodedPrompt
 from lmdeploy_jax.text.chat_template import ChatTemplate
 from lmdeploy_jax.text.jinja_template import HfChatTemplate
 from lmdeploy_jax.text.prompts import Prompt
@@ -164,7 +165,7 @@ class Frontend:
         params = sampling_params(config, prompt, self.limits, ends.ids, grammar)
         options = OutputOptions(config, ends, stream, index)
         listener = self._outputs.listener(prompt, options, sink, flush)
-        request = Request(prompt, params, listener, stream)
+        request = Request(EncodedPrompt(prompt), params, listener, stream)
         if logger.isEnabledFor(REQUEST):
             text = shortened(self.tokenizer.decode(prompt, skip_special_tokens=False), self._max_log_len)
             ids = shortened(prompt, self._max_log_len)

@@ -273,7 +273,7 @@ def _message(request: Request) -> bytes:
     sent = params if grammar is None else params.with_grammar(None)
     source = None if grammar is None else (grammar.source.text, grammar.source.size)
     try:
-        asked = Asked(list(request.prompt), sent, request.streams, request.arrival, source)
+        asked = Asked(request.prompt, sent, request.streams, request.arrival, source)
         return dumps(Submit(request.request_id, params.n, dumps(asked)))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise RequestError(f"The request cannot be sent to the engine's process: {error}") from error

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats
 from lmdeploy_jax.engine.request import SamplingParams, StepOutput
 from lmdeploy_jax.errors import LmdeployError
+from lmdeploy_jax.prompt import EncodedPrompt
 
 # -- to the engine ----------------------------------------------------------------------------------------
 
@@ -26,7 +27,7 @@ class Submit(NamedTuple):
 class Asked(NamedTuple):
     """What a request asks. `params.grammar` stays behind: `grammar` is its `Source`, to be compiled again."""
 
-    prompt: list[int]
+    prompt: EncodedPrompt
     params: SamplingParams
     streams: bool
     arrival: float
