@@ -361,7 +361,8 @@ def test_a_parent_that_is_killed_leaves_no_orphan(tmp_path, when):
 
 def test_the_server_needs_no_jax_beside_the_engine():
     code = (
-        "import sys; from lmdeploy_jax.engine.io import frontend; from lmdeploy_jax.engine.process import remote; from lmdeploy_jax.cli import serve; "
+        "import sys; from lmdeploy_jax.engine.io import frontend; from lmdeploy_jax.cli import serve; "
+        "from lmdeploy_jax.engine.process import remote; "
         "from lmdeploy_jax.server import run, service; from lmdeploy_jax.guided import grammars; "
         "print({'jax', 'jaxlib', 'flax', 'orbax'} & sys.modules.keys())"
     )
