@@ -34,8 +34,8 @@ async def pieces(
     try:
         if isinstance(prompt, RequestError):
             raise prompt
-        ids = await asyncio.to_thread(frontend.encode, prompt, options)
-        request_id = frontend.submit(ids, config, post, stream=stream)
+        encoded = await asyncio.to_thread(frontend.encode, prompt, options)
+        request_id = frontend.submit(encoded, config, post, stream=stream)
     except RequestError as error:
         answer = error_response(error, 0)
         tell_failure(answer, error)

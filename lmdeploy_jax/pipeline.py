@@ -26,6 +26,7 @@ from lmdeploy_jax.config import EngineConfig, engine_config
 from lmdeploy_jax.errors import EngineError, RequestError
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.prompt import EncodedPrompt
 from lmdeploy_jax.session import Session, Turn
 from lmdeploy_jax.stream import ResponseStream, start, turn, with_bar
 
@@ -272,7 +273,7 @@ class Pipeline:
         losses = [math.nan for _ in sequences]
         with ResponseStream(self._frontend, stream=False) as stream:
             for i, ids in enumerate(sequences):
-                stream.submit(i, ids, config)
+                stream.submit(i, EncodedPrompt(ids), config)
             for answer in stream:
                 losses[answer.index] = cross_entropy(sequences[answer.index], answer)
         return losses

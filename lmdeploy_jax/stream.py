@@ -16,6 +16,7 @@ from lmdeploy_jax.session import Session, Turn
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.io.frontend import Frontend, PromptOptions
+    from lmdeploy_jax.prompt import EncodedPrompt
     from lmdeploy_jax.text.prompts import Prompt
 
 failures = logging.getLogger("lmdeploy_jax.failures")  # of its own, for who tells of them otherwise
@@ -45,7 +46,7 @@ class ResponseStream:
         self._sessions: dict[int, Session] = {}
 
     def submit(
-        self, index: int, prompt: list[int], config: GenerationConfig, session: Session | None = None
+        self, index: int, prompt: EncodedPrompt, config: GenerationConfig, session: Session | None = None
     ) -> None:
         """Start a prompt's answers. Raises what `Frontend.submit` does, and RequestConflictError."""
         if session is not None:

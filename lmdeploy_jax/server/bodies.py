@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchem
 from lmdeploy_jax.text.conversation import without_nulls
 
 Count = Annotated[int, Field(ge=0)]
+CacheSalt = Annotated[str, Field(min_length=1)]  # cached prompts are shared only under the same one
 MAX_BIAS = 100.0
 _LARGE, _SHOWN = 1000, 50
 

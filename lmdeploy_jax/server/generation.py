@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.prompt import EncodedPrompt
 from lmdeploy_jax.server.errors import ApiError, own_failure
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _GUIDED = ThreadPoolExecutor(32, thread_name_prefix="lmdeploy_jax forms")
 class Job:
     """One prompt with its instructions, ready for the engine."""
 
-    prompt: list[int]
+    prompt: EncodedPrompt
     config: GenerationConfig
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -36,14 +37,16 @@ MOST_COUNTED = 1 << 19  # tokens of a text that is to be counted, not continued
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How a prompt becomes token ids. Without `chat` it is raw text, messages their contents joined.
+    """How a prompt is encoded. Without `chat` it is raw text, messages their contents joined.
 
+    cache_salt: cached pages are shared only with prompts of the same salt.
     Raises `RequestError` for tools and variables that no template can be given.
     """
 
     chat: bool = True
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tools", checked_tools(self.tools) if self.tools else None)
@@ -96,14 +99,17 @@ class Frontend:
             engine.close()
             raise
 
-    def encode(self, prompt: Prompt, options: PromptOptions, *, to_count: bool = False) -> list[int]:
-        """The prompt's token ids, through the chat template unless `options` say no.
+    def encode(self, prompt: Prompt, options: PromptOptions, *, to_count: bool = False) -> EncodedPrompt:
+        """The prompt's tokens, through the chat template unless `options` say no.
 
         to_count: the ids are wanted for themselves, so that more than the context holds may be given, up to
             `MOST_COUNTED`.
         Raises `RequestError` for a conversation that the template refuses, `ContextLengthError` for a text
         that is far too long, without tokenising it whole.
         """
+        return EncodedPrompt(self._ids(prompt, options, to_count), salt=options.cache_salt.encode())
+
+    def _ids(self, prompt: Prompt, options: PromptOptions, to_count: bool) -> list[int]:
         if prompt.token_ids is not None:
             return list(prompt.token_ids)
         messages = [dict(m) for m in prompt.messages or ()]
@@ -117,6 +123,11 @@ class Frontend:
         # A checkpoint's own template writes every special token itself, as transformers has it.
         complete = isinstance(self.template, HfChatTemplate)
         return self.encode_text(text, add_special_tokens=not complete, to_count=to_count)
+
+    def encode_raw(self, given: str | Sequence[int], cache_salt: str = "") -> EncodedPrompt:
+        """A text as it is, without the chat template, or token ids. Raises as `encode` does."""
+        ids = self.encode_text(given) if isinstance(given, str) else given
+        return EncodedPrompt(ids, salt=cache_salt.encode())
 
     def encode_text(
         self, text: str, *, add_bos: bool = True, add_special_tokens: bool = True, to_count: bool = False
@@ -145,7 +156,7 @@ class Frontend:
 
     def submit(
         self,
-        prompt: list[int],
+        prompt: EncodedPrompt,
         config: GenerationConfig,
         sink: Sink,
         *,
@@ -162,13 +173,13 @@ class Frontend:
         """
         ends = stops(config, self.limits)
         grammar = None if config.response_format is None else self._grammar(config.response_format)
-        params = sampling_params(config, prompt, self.limits, ends.ids, grammar)
+        params = sampling_params(config, prompt.ids, self.limits, ends.ids, grammar)
         options = OutputOptions(config, ends, stream, index)
-        listener = self._outputs.listener(prompt, options, sink, flush)
-        request = Request(EncodedPrompt(prompt), params, listener, stream)
+        listener = self._outputs.listener(prompt.ids, options, sink, flush)
+        request = Request(prompt, params, listener, stream)
         if logger.isEnabledFor(REQUEST):
-            text = shortened(self.tokenizer.decode(prompt, skip_special_tokens=False), self._max_log_len)
-            ids = shortened(prompt, self._max_log_len)
+            text = shortened(self.tokenizer.decode(prompt.ids, skip_special_tokens=False), self._max_log_len)
+            ids = shortened(prompt.ids, self._max_log_len)
             logger.log(
                 REQUEST, "request %d: prompt=%r ids=%s config=%s", request.request_id, text, ids, config
             )

@@ -38,6 +38,7 @@ class ChatCall:
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     parallel_tool_calls: bool = True
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    cache_salt: str = ""
 
     @property
     def has_form(self) -> bool:

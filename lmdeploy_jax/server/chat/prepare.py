@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.prompt import EncodedPrompt
 from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
 from lmdeploy_jax.server.chat.reader import AnswerReader, ReaderFactory, ReasoningCounter
 from lmdeploy_jax.server.generation import Job
@@ -42,26 +43,26 @@ class Chat:
     def prepare(self, call: ChatCall) -> Prepared:
         """Renders and tokenises. Raises `RequestError` for what cannot be served."""
         tools = self._offered(call)
-        ids = self._encoded(call, tools)
+        prompt = self._encoded(call, tools)
         if not call.chat:
-            return Prepared(Job(ids, call.config), partial(AnswerReader, config=call.config))
-        started = self._starts_in_reasoning(ids)
+            return Prepared(Job(prompt, call.config), partial(AnswerReader, config=call.config))
+        started = self._starts_in_reasoning(prompt.ids)
         thinks_not = thinking_is_off(call.template_kwargs)
         form = self._form(call, tools, started, thinks_not)
         skip = call.config.skip_special_tokens and not self._tags_are_special(bool(tools))
         config = replace(call.config, response_format=form, skip_special_tokens=skip)
         never = call.has_form and thinks_not and not started  # no grammar that lets it think either
         reasoning = None if never else self.reasoning
-        return Prepared(Job(ids, config), self._reader(call, tools, reasoning, started))
+        return Prepared(Job(prompt, config), self._reader(call, tools, reasoning, started))
 
     def count(self, call: ChatCall) -> int:
         """Tokens of the call's prompt."""
         return len(self._encoded(call, self._offered(call), to_count=True))
 
-    def _encoded(self, call: ChatCall, tools: list[Tool], *, to_count: bool = False) -> list[int]:
+    def _encoded(self, call: ChatCall, tools: list[Tool], *, to_count: bool = False) -> EncodedPrompt:
         from lmdeploy_jax.engine.io.frontend import PromptOptions
 
-        options = PromptOptions(call.chat, tools or None, dict(call.template_kwargs))
+        options = PromptOptions(call.chat, tools or None, dict(call.template_kwargs), call.cache_salt)
         return self._frontend.encode(call.prompt, options, to_count=to_count)
 
     def _offered(self, call: ChatCall) -> list[Tool]:
@@ -78,7 +79,7 @@ class Chat:
             )
         return _allowed(checked_tools(call.tools), choice)
 
-    def _starts_in_reasoning(self, ids: list[int]) -> bool:
+    def _starts_in_reasoning(self, ids: Sequence[int]) -> bool:
         if self.reasoning is None:
             return False
         return self.reasoning.opened_by(self._tokenizer.decode(ids[-_TAIL:], skip_special_tokens=False))

@@ -68,8 +68,8 @@ class CompletionWriter:
         if shape.only_prompt:
             ids, entries = [], []
         if first and shape.echo is not None:
-            ids = [*shape.jobs[piece.index].prompt, *ids]
             prompt = shape.jobs[piece.index].prompt
+            ids = [*prompt.ids, *ids]
             entries = [*self._prompts.get(piece.index, [None] * len(prompt)), *entries]
         key = piece.index, piece.choice
         told, self._offsets[key] = completion_logprobs(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lmdeploy_jax.server.bodies import ResponseFormat, SamplingFields, StreamOptions
+from lmdeploy_jax.server.bodies import CacheSalt, ResponseFormat, SamplingFields, StreamOptions
 
 Ids = list[int]
 
@@ -31,6 +31,7 @@ class CompletionRequest(SamplingFields):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     session_id: int | None = None
+    cache_salt: CacheSalt | None = None
     user: str | None = None
 
     @property

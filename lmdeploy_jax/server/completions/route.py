@@ -50,7 +50,7 @@ class _Work:
         """The generation, once its first pieces have come, so that faults before them have a status."""
         jobs: list[Job] = []
         prompts = prompts_of(self.body)
-        prepare = partial(_prepare, self.service, prompts, self.config, jobs)
+        prepare = partial(_prepare, self.service, prompts, self.config, self.body.cache_salt or "", jobs)
         name = new_id("cmpl")
         generation = await self.service.generate(
             prepare,
@@ -92,11 +92,15 @@ async def _chunks(
 
 
 def _prepare(
-    service: Service, prompts: list[str | list[int]], config: GenerationConfig, jobs: list[Job]
+    service: Service,
+    prompts: list[str | list[int]],
+    config: GenerationConfig,
+    cache_salt: str,
+    jobs: list[Job],
 ) -> list[Job]:
     """On a worker thread."""
-    encode = service.frontend.encode_text
-    jobs += [Job(encode(p) if isinstance(p, str) else p, config) for p in prompts]
+    encode = service.frontend.encode_raw
+    jobs += [Job(encode(prompt, cache_salt), config) for prompt in prompts]
     return jobs
 
 

@@ -48,10 +48,10 @@ async def _pooled(service: Service, body: PoolingRequest) -> tuple[list[np.ndarr
     """A vector an input, float32 [dimensions], and the number of tokens read."""
     _check_dimensions(service, body)
     inputs = body.inputs()
-    encode = service.frontend.encode_text
+    encode = service.frontend.encode_raw
 
     def prepare() -> list[Job]:
-        return [Job(encode(item) if isinstance(item, str) else item, CONFIG) for item in inputs]
+        return [Job(encode(item), CONFIG) for item in inputs]
 
     vectors: dict[int, np.ndarray] = {}
     tokens = 0

@@ -50,10 +50,8 @@ def _given(body: GenerateRequest) -> str | list[int]:
 async def _begun(
     service: Service, prompt: str | list[int], config: GenerationConfig, body: GenerateRequest
 ) -> Generation:
-    encode = service.frontend.encode_text
-
     def prepare() -> list[Job]:
-        return [Job(encode(prompt) if isinstance(prompt, str) else prompt, config)]
+        return [Job(service.frontend.encode_raw(prompt), config)]
 
     name = new_id("gen")
     generation = await service.generate(prepare, stream=body.stream, name=name, session_id=body.session_id)
@@ -89,16 +87,16 @@ async def _perplexity(service: Service, given: str | list[int]) -> float:
     jobs: list[Job] = []
 
     def prepare() -> list[Job]:
-        ids = service.frontend.encode_text(given) if isinstance(given, str) else given
-        if len(ids) < 2:
-            raise ApiError(400, f"input has {len(ids)} tokens; at least 2 are needed.", param="input")
-        jobs.append(Job(ids, config))
+        prompt = service.frontend.encode_raw(given)
+        if len(prompt) < 2:
+            raise ApiError(400, f"input has {len(prompt)} tokens; at least 2 are needed.", param="input")
+        jobs.append(Job(prompt, config))
         return jobs
 
     (answer,) = await _all(await service.generate(prepare, stream=False))
     if answer.finish_reason == "error":
         raise failed_answer(answer.error_code, answer.error_message)
-    loss = cross_entropy(jobs[0].prompt, answer)
+    loss = cross_entropy(jobs[0].prompt.ids, answer)
     if not math.isfinite(loss):
         raise LogitsError(f"The cross-entropy is {loss}: the model gives no distribution for this text.")
     return loss

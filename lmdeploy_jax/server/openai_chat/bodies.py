@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lmdeploy_jax.server.bodies import ProtocolModel, ResponseFormat, SamplingFields, StreamOptions
+from lmdeploy_jax.server.bodies import CacheSalt, ProtocolModel, ResponseFormat, SamplingFields, StreamOptions
 
 
 class Function(ProtocolModel):
@@ -73,6 +73,7 @@ class ChatCompletionRequest(SamplingFields):
     enable_thinking: bool | None = None
     input_ids: list[int] | None = None
     session_id: int | None = None
+    cache_salt: CacheSalt | None = None
     return_token_ids: bool = False
     return_logprob: bool = False
 

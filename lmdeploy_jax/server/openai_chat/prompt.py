@@ -24,6 +24,7 @@ def chat_call(body: ChatCompletionRequest, defaults: SamplingDefaults) -> ChatCa
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
         template_kwargs=_template_kwargs(body),
+        cache_salt=body.cache_salt or "",
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lmdeploy_jax.server.bodies import Count, JsonSchema, ProtocolModel
+from lmdeploy_jax.server.bodies import CacheSalt, Count, JsonSchema, ProtocolModel
 
 
 class FunctionTool(ProtocolModel):
@@ -72,6 +72,7 @@ class ResponsesRequest(ProtocolModel):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    cache_salt: CacheSalt | None = None
 
     metadata: dict[str, Any] | None = None  # given back as it came
     user: str | None = None  # about the client's own bookkeeping; nothing follows from them here

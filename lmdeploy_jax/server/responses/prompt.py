@@ -42,6 +42,7 @@ def chat_call(body: ResponsesRequest, said: Sequence[Message], config: Generatio
         tool_choice=_tool_choice(body),
         parallel_tool_calls=body.parallel_tool_calls,
         template_kwargs=_template_kwargs(body),
+        cache_salt=body.cache_salt or "",
     )
 
 

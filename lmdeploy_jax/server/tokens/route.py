@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -40,9 +41,9 @@ def _as_json(content: dict[str, Any]) -> Response:
     return Response(orjson.dumps(content), media_type="application/json")
 
 
-def _encode(service: Service, text: str, body: EncodeRequest) -> list[int]:
+def _encode(service: Service, text: str, body: EncodeRequest) -> Sequence[int]:
     if body.do_preprocess:
-        return service.frontend.encode(Prompt(text=text), PromptOptions(), to_count=True)
+        return service.frontend.encode(Prompt(text=text), PromptOptions(), to_count=True).ids
     return service.frontend.encode_text(text, add_bos=body.add_bos, to_count=True)
 
 
@@ -67,13 +68,13 @@ def _tokenized(service: Service, body: TokenizeRequest) -> Response:
     })  # fmt: skip
 
 
-def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
+def _tokens(service: Service, body: TokenizeRequest) -> Sequence[int]:
     if body.prompt is not None:
         switch = body.add_special_tokens
         return service.frontend.encode_text(body.prompt, add_special_tokens=switch, to_count=True)
     options = PromptOptions(tools=body.tools, template_kwargs=body.chat_template_kwargs or {})
     messages = tuple(normalise_messages(body.messages or ()))
-    return service.frontend.encode(Prompt(messages=messages), options, to_count=True)
+    return service.frontend.encode(Prompt(messages=messages), options, to_count=True).ids
 
 
 @router.post("/detokenize")
