@@ -18,7 +18,7 @@ import jax
 
 from lmdeploy_jax import JaxEngineConfig
 from lmdeploy_jax.bench import checkpoint, shapes
-from lmdeploy_jax.bench.gpu_trace import Event, busy, traced
+from lmdeploy_jax.bench.gpu_trace import Event, traced
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
 from lmdeploy_jax.prompt import EncodedPrompt
@@ -80,6 +80,16 @@ def trace_prefill(engine: Engine, requests: int, prompt: int) -> tuple[list[Even
         load.wait(1)
         seconds = time.perf_counter() - begun
     return events, seconds
+
+
+def busy(events: list[Event]) -> tuple[float, float]:
+    """Seconds in which anything ran, and from the first start to the last end."""
+    ran, end = 0.0, events[0]["ts"]
+    for event in events:
+        stop = event["ts"] + event["dur"]
+        ran += max(stop - max(event["ts"], end), 0.0)
+        end = max(end, stop)
+    return ran / 1e6, (end - events[0]["ts"]) / 1e6
 
 
 def report(events: list[Event], step: float, rows: int) -> None:

@@ -74,11 +74,6 @@ class LoadedModel:
     def config(self) -> DecoderConfig:
         return self.skeleton.config
 
-    @property
-    def named_leaves(self) -> dict[str, jax.Array]:
-        """The leaves by name, as a converted checkpoint holds them."""
-        return dict(zip(self.skeleton.specs, self.leaves, strict=True))
-
     def merge(self, leaves: tuple[jax.Array, ...]) -> Decoder:
         """See `Skeleton.merge`."""
         return self.skeleton.merge(leaves)

@@ -42,16 +42,6 @@ def on_streams(events: list[Event]) -> list[Event]:
     return sorted(found, key=lambda e: e["ts"])
 
 
-def busy(events: list[Event]) -> tuple[float, float]:
-    """Seconds in which anything ran, and from the first start to the last end."""
-    ran, end = 0.0, events[0]["ts"]
-    for event in events:
-        stop = event["ts"] + event["dur"]
-        ran += max(stop - max(event["ts"], end), 0.0)
-        end = max(end, stop)
-    return ran / 1e6, (end - events[0]["ts"]) / 1e6
-
-
 def by_program(events: list[Event]) -> dict[str, list[Event]]:
     """Events by the name of the jitted function that launched them."""
     programs: dict[str, list[Event]] = defaultdict(list)

@@ -27,20 +27,19 @@ PACKAGES = (
     "nvidia-cudnn-cu13",
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
-    "jax-triton",
-    "triton",
     "flax",
     "orbax-checkpoint",
     "numpy",
     "ml-dtypes",
-    "safetensors",
     "tokenizers",
     "sentencepiece",
+    "llguidance",
     "huggingface-hub",
     "jinja2",
     "absl-py",
     "psutil",
-    "rich",
+    "fastapi",
+    "uvicorn",
 )
 GPU_QUERY = "index,name,driver_version,memory.total,memory.used,compute_cap"
 

@@ -1,6 +1,7 @@
 """What is read out of a profiler's trace."""
 
-from lmdeploy_jax.bench.gpu_trace import busy, by_program, on_streams
+from benchmarks.step_profile import busy
+from lmdeploy_jax.bench.gpu_trace import by_program, on_streams
 
 NAMES = [
     {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "/device:GPU:0"}},

@@ -27,7 +27,7 @@ from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.engine.prepare import prepare
 from lmdeploy_jax.errors import CheckpointError, ConfigError, RequestError
 from tests.converters import harmful, harmless
-from tests.models.paged import PagedRunner
+from tests.models.paged import PagedRunner, named_leaves
 from tests.oracle import hf_logits, save_checkpoint
 
 SAVED = ("llama_llama3", "gemma3", "qwen3_everything", "phi3_longrope")
@@ -78,7 +78,7 @@ class Found:
         mine, theirs = self.model, other.model
         return (
             mine.config == theirs.config
-            and list(mine.named_leaves) == list(theirs.named_leaves)
+            and list(named_leaves(mine)) == list(named_leaves(theirs))
             and all(map(np.array_equal, mine.leaves, theirs.leaves))
         )
 
@@ -112,7 +112,7 @@ def make_bases(scratch: Path) -> dict[str, Path]:
     for folder in folders.values():
         for name in BESIDE:
             shutil.copy(TINY_CHAT / name, folder / name)
-    leaves = load_model(TINY_CHAT).named_leaves
+    leaves = named_leaves(load_model(TINY_CHAT))
     return folders | {"tiny-chat": TINY_CHAT, "converted": orbax.save(scratch / "out", leaves, {}, TINY_CHAT)}
 
 

@@ -52,7 +52,7 @@ class Bench:
         receive = self.processor.listener([1, 2], options, self.pieces.put)
         for out in outs:
             receive(out)
-            while not merge and not self.processor.caught_up:
+            while not merge and not self.processor._inbox.empty():
                 time.sleep(0.0005)
         self.processor.close()
         return [self.pieces.get() for _ in range(self.pieces.qsize())]

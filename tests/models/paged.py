@@ -74,3 +74,8 @@ class PagedRunner:
 
     def _slots(self, row: int, positions):
         return self.table[row][positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+
+
+def named_leaves(model: LoadedModel) -> dict[str, jax.Array]:
+    """A model's weights by name, as `orbax.save` takes them."""
+    return dict(zip(model.skeleton.specs, model.leaves, strict=True))

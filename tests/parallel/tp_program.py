@@ -17,7 +17,7 @@ from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.parallel.mesh import make_mesh
-from tests.models.paged import PagedRunner
+from tests.models.paged import PagedRunner, named_leaves
 from tests.oracle import hf_logits, save_checkpoint
 
 PROMPT, TOTAL = 70, 72
@@ -45,7 +45,7 @@ def add_head(path: Path, folder: str) -> tuple[Path, np.ndarray]:
     rows = plain["model.embed_tokens.weight"]
     copy = Path(shutil.copytree(path, f"{folder}/hf"))
     save_file(plain | {"lm_head.weight": rows[::-1].copy()}, copy / "model.safetensors")
-    return orbax.save(f"{folder}/converted", load_model(copy).named_leaves, {}, copy), rows
+    return orbax.save(f"{folder}/converted", named_leaves(load_model(copy)), {}, copy), rows
 
 
 def compare(name: str, folder: str) -> None:
@@ -53,7 +53,7 @@ def compare(name: str, folder: str) -> None:
     ids = np.random.default_rng(0).integers(3, 257, TOTAL).tolist()
     want = hf_logits(path, ids, PROMPT)
     single = load_model(path)
-    converted = orbax.save(f"{folder}/converted", single.named_leaves, {}, path)
+    converted = orbax.save(f"{folder}/converted", named_leaves(single), {}, path)
     untied, rows = add_head(path, f"{folder}/untied")
     for tp in (1, 2, 4):
         mesh = make_mesh(tp)
@@ -64,7 +64,7 @@ def compare(name: str, folder: str) -> None:
             x.sharding == y.sharding and np.array_equal(x, y)
             for x, y in zip(model.leaves, again.leaves, strict=True)
         ]
-        head = load_model(untied, mesh=mesh).named_leaves["lm_head.weight"]
+        head = named_leaves(load_model(untied, mesh=mesh))["lm_head.weight"]
         found = {
             "tp": tp,
             "head_kept": bool(np.array_equal(np.asarray(head)[:257], rows[::-1])),

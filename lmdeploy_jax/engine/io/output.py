@@ -44,11 +44,6 @@ class OutputProcessor:
         """
         return _Listener(self, prompt, options, sink, flush).receive
 
-    @property
-    def caught_up(self) -> bool:
-        """Whether nothing waits to be taken."""
-        return self._inbox.empty()
-
     def put(self, listener: _Listener, out: StepOutput) -> None:
         self._inbox.put((listener, out))
 
