@@ -35,6 +35,8 @@ LAYERS = {
     "lmdeploy_jax.sampling": 3,
     "lmdeploy_jax.guided": 3,
     "lmdeploy_jax.models": 3,
+    "lmdeploy_jax.vision": 3,
+    "lmdeploy_jax.vision.families": 4,
     "lmdeploy_jax.converters": 4,
     "lmdeploy_jax.engine": 5,
     "lmdeploy_jax.engine.io": 6,
@@ -70,6 +72,12 @@ WITHOUT_JAX = (
     "lmdeploy_jax.engine.process.wire",
     "lmdeploy_jax.engine.process.worker",
     "lmdeploy_jax.server",
+    "lmdeploy_jax.vision.config",
+    "lmdeploy_jax.vision.families",
+    "lmdeploy_jax.vision.interpolate",
+    "lmdeploy_jax.vision.pixels",
+    "lmdeploy_jax.vision.processor",
+    "lmdeploy_jax.vision.resize",
 )
 TRAINING = "lmdeploy_jax.assets."  # makes the embedded model; nothing at run time imports it
 ENVIRONMENT_READERS = {
@@ -200,7 +208,13 @@ def test_environment_variables_are_not_configuration() -> None:
 def test_dependencies_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {_distribution(text) for text in project["dependencies"]}
-    provided = {"absl": "absl-py", "orbax": "orbax-checkpoint", "starlette": "fastapi", "yaml": "pyyaml"}
+    provided = {
+        "absl": "absl-py",
+        "orbax": "orbax-checkpoint",
+        "PIL": "pillow",
+        "starlette": "fastapi",
+        "yaml": "pyyaml",
+    }
     for path in SOURCES:
         if module_name(path).startswith(TRAINING):
             continue
@@ -217,6 +231,7 @@ LEAST = {
     "httptools": "0.6.3",
     "jinja2": "3.1.6",
     "orjson": "3.11.6",
+    "pillow": "12.3",
     "sentencepiece": "0.2.3",
     "starlette": "1.3.1",
     "tqdm": "4.66.3",

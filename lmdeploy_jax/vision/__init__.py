@@ -1,0 +1,1 @@
+"""Images: pixels as a checkpoint was trained with them, towers, projectors, placeholders, positions."""

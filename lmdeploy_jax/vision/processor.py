@@ -1,0 +1,90 @@
+"""A picture -> the patches that a tower takes: resize rule, block order, patch vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from lmdeploy_jax.vision import pixels
+from lmdeploy_jax.vision.resize import ImagePlan, ResizeRule
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class ProcessedImage:
+    """One picture as a tower takes it.
+
+    patches: levels 0...255, [views, patches a view, C * frames * P * P], uint8 or float32, not yet
+        normalised: the tower does that, so that a quarter of the bytes cross to the device.
+    grid: rows and columns of patches of a view.
+    """
+
+    plan: ImagePlan
+    patches: np.ndarray
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """How a checkpoint's images are prepared.
+
+    patch: pixels a side of a patch.
+    merge: patches a side of a block; a view's patches are listed block by block, so that merging them is a
+        reshape.
+    columns_first: blocks are listed column by column (InternVL's first pixel shuffle).
+    frames: pictures of a patch; a still image is repeated.
+    mean, std: of each channel, levels being 0...1.
+    """
+
+    rule: ResizeRule
+    patch: int
+    merge: int = 1
+    columns_first: bool = False
+    frames: int = 1
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def plan(self, height: int, width: int) -> ImagePlan:
+        """The views of a picture of a size. Raises RequestError for a size that the rule refuses."""
+        return self.rule.plan(height, width)
+
+    def grid(self, plan: ImagePlan) -> tuple[int, int]:
+        """Rows and columns of patches of a view."""
+        return plan.height // self.patch, plan.width // self.patch
+
+    def tokens(self, plan: ImagePlan) -> tuple[int, int]:
+        """Rows and columns of merged patches of a view."""
+        rows, columns = self.grid(plan)
+        return rows // self.merge, columns // self.merge
+
+    def __call__(self, image: Image.Image) -> ProcessedImage:
+        """An image of any mode. Raises RequestError for one that cannot be read as the rules want it."""
+        image = pixels.to_rgb(image)
+        plan = self.plan(image.height, image.width)
+        patches = np.stack([self.patchify(view) for view in self.rule.views(image)])
+        return ProcessedImage(plan, patches, self.grid(plan))
+
+    def patchify(self, view: np.ndarray) -> np.ndarray:
+        """A view [H, W, C], or frames of one [T, H, W, C] -> [patches, C * T * P * P], block by block."""
+        stack = np.broadcast_to(view, (self.frames, *view.shape)) if view.ndim == 3 else view
+        count, patch = len(stack), self.patch
+        rows, columns = stack.shape[1] // patch, stack.shape[2] // patch
+        split = stack[:, : rows * patch, : columns * patch].reshape(count, rows, patch, columns, patch, -1)
+        vectors = split.transpose(1, 3, 5, 0, 2, 4).reshape(rows, columns, -1)
+        return block_order(vectors, self.merge, columns_first=self.columns_first)
+
+
+def block_order(grid: np.ndarray, merge: int, *, columns_first: bool = False) -> np.ndarray:
+    """Values of a grid [rows, columns, ...] -> [rows * columns, ...], block of `merge` x `merge` by block.
+
+    Within a block they go row by row. `columns_first`: so do the columns of blocks, one after the other.
+    """
+    rows, columns, *rest = grid.shape
+    blocks = grid.reshape(rows // merge, merge, columns // merge, merge, *rest)
+    order = (2, 0, 1, 3) if columns_first else (0, 2, 1, 3)
+    return blocks.transpose(*order, *range(4, blocks.ndim)).reshape(rows * columns, *rest)

@@ -1,0 +1,26 @@
+"""Rules by which pictures of any size become views that a tower takes: one frozen record a rule."""
+
+from lmdeploy_jax.vision.resize.packed import LongestEdge, NaViT, SmartResize
+from lmdeploy_jax.vision.resize.plan import ImagePlan, ResizeRule
+from lmdeploy_jax.vision.resize.tiles import (
+    FixedSize,
+    GridRatio,
+    HDTransform,
+    PanAndScan,
+    Pinpoints,
+    ShortestEdge,
+)
+
+__all__ = [
+    "FixedSize",
+    "GridRatio",
+    "HDTransform",
+    "ImagePlan",
+    "LongestEdge",
+    "NaViT",
+    "PanAndScan",
+    "Pinpoints",
+    "ResizeRule",
+    "ShortestEdge",
+    "SmartResize",
+]
