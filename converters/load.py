@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -26,11 +26,13 @@ from lmdeploy_jax.errors import CheckpointError, ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.decoder import Decoder
 from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.sharded import AnyDecoder, ShardedDecoder
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.parallel.mesh import axis_size
 from lmdeploy_jax.parallel.rules import sharding
 
 Progress = Callable[[int, int], None]
+Merge = Callable[[tuple[jax.Array, ...]], Decoder]
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -45,15 +47,29 @@ class Skeleton:
     specs: Mapping[str, jax.ShapeDtypeStruct]
     """Name -> shape, dtype and sharding of each leaf, in the order of the leaves."""
 
-    def merge(self, leaves: tuple[jax.Array, ...]) -> Decoder:
+    def merge(self, leaves: tuple[jax.Array, ...]) -> AnyDecoder:
         """The decoder that holds `leaves`; to be called inside `jax.jit`."""
+        return self._sharded(self._local, leaves, range(len(leaves)))
+
+    def merge_head(self, leaves: tuple[jax.Array, ...]) -> AnyDecoder:
+        """A decoder that can do `logits` and no more, of the leaves at `head_places`."""
+        return self._sharded(self._local_head, leaves, self.head_places)
+
+    def _local(self, leaves: tuple[Any, ...]) -> Decoder:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
-    def merge_head(self, leaves: tuple[jax.Array, ...]) -> Decoder:
-        """A decoder that can do `logits` and no more, of the leaves at `head_places`."""
+    def _local_head(self, leaves: tuple[jax.Array, ...]) -> Decoder:
         places = dict(zip(self.head_places, leaves, strict=True))
-        whole: tuple[Any, ...] = tuple(places.get(i, spec) for i, spec in enumerate(self.specs.values()))
-        return self.merge(whole)
+        return self._local(tuple(places.get(i, spec) for i, spec in enumerate(self.specs.values())))
+
+    def _sharded(self, local: Merge, leaves: tuple[jax.Array, ...], places: Sequence[int]) -> AnyDecoder:
+        """The one place where devices are counted: `local` makes the decoder of one of several."""
+        mesh = self.kernels.mesh
+        if mesh is None or self.kernels.tp == 1:
+            return local(leaves)
+        specs: list[Any] = list(self.specs.values())
+        cuts = tuple(specs[i].sharding.spec for i in places)
+        return ShardedDecoder(local, leaves, cuts, mesh, self.config, specs[0].dtype)
 
     @cached_property
     def head_places(self) -> tuple[int, ...]:
@@ -74,11 +90,11 @@ class LoadedModel:
     def config(self) -> DecoderConfig:
         return self.skeleton.config
 
-    def merge(self, leaves: tuple[jax.Array, ...]) -> Decoder:
+    def merge(self, leaves: tuple[jax.Array, ...]) -> AnyDecoder:
         """See `Skeleton.merge`."""
         return self.skeleton.merge(leaves)
 
-    def merge_head(self, leaves: tuple[jax.Array, ...]) -> Decoder:
+    def merge_head(self, leaves: tuple[jax.Array, ...]) -> AnyDecoder:
         """See `Skeleton.merge_head`."""
         return self.skeleton.merge_head(leaves)
 

@@ -87,18 +87,18 @@ class _Attention:
         config, rows = self.config, len(lengths)
         lens, table = jnp.asarray(lengths, jnp.int32), self._table(lengths)
         slots = table[jnp.arange(rows), (lens - 1) // PAGE_SIZE] * PAGE_SIZE + (lens - 1) % PAGE_SIZE
-        arrivals = jnp.zeros((rows, config.kv_heads), jnp.int32)
+        split_counters = jnp.zeros((rows, config.kv_heads), jnp.int32)
         turn = (None, None) if config.rope is None else rotation(config.rope, lens - 1, lens)
         work = HeadWork(cos=turn[0], sin=turn[1])
         heads = (config.kv_heads, config.group + 2, config.head_dim)
 
-        def decode(k_pages: jax.Array, v_pages: jax.Array, arrivals: jax.Array, qkv: jax.Array) -> Any:
-            args = (qkv, k_pages, v_pages, slots, table, lens, arrivals, work)
+        def decode(k_pages: jax.Array, v_pages: jax.Array, split_counters: jax.Array, qkv: jax.Array) -> Any:
+            args = (qkv, k_pages, v_pages, slots, table, lens, split_counters, work)
             options = {"options": config.options, "dtype": jnp.bfloat16, "backend": self.backend}
             out, *written = paged_attention(*args, **options)
             return *written, out
 
-        state = [*self.cache, arrivals]
+        state = [*self.cache, split_counters]
         seconds = _seconds(Case(decode, [(x,) for x in _random(rows, *heads)], state))
         self.cache = state[:2]
         return seconds

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
+from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
-from lmdeploy_jax.models.linear import product
-from lmdeploy_jax.models.tuning import Product, Tuning
+from lmdeploy_jax.models.products import dense_product
+from lmdeploy_jax.models.tuning import Kind, Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
 from lmdeploy_jax.pallas_kernels.skinny_gemm import (
     StreamTiling,
@@ -22,12 +23,16 @@ from lmdeploy_jax.pallas_kernels.skinny_gemm import (
     norm_skinny_gemm,
     skinny_gemm,
 )
+from lmdeploy_jax.parallel.collectives import ONE_SHOT_BYTES
 
 TOKENS = (1, 8, 32, 64, 128, 192, 256)
+FORMAT = "w16a16"
 BEYOND_CACHE = 300 << 20  # bytes of weights that no GPU's cache keeps
 PROGRAMS = (60, 1100)  # of a grid worth trying
 PART_RATE = 3e12  # bytes a second at which the next kernel reads parts, about
 EPS = 1e-5
+LINK_RATE = 3e11  # bytes a second between two GPUs, about
+SUM_LAUNCH = 2e-6  # seconds of a kernel that adds parts up before devices sum them, outside of a CUDA graph
 LAUNCH = 5e-7  # seconds that one kernel less is worth
 MOSAIC = 1e-6  # what such a call costs in a CUDA graph beyond its kernel; about, by whole decode steps
 BLOCKS = (  # outputs and inner elements of a tile, warps, stages
@@ -58,38 +63,50 @@ Way = Tiling | StreamTiling | None  # None: XLA's own
 
 @dataclass(frozen=True)
 class Shape:
-    """A product of a layer. `kind` as in `models.tuning.Product`."""
+    """A product of a layer, as one device does it. `kind` as in `models.tuning.Measurement`.
+
+    summed: whether its result is summed over devices.
+    """
 
     out: int
     inner: int
-    kind: str
+    kind: Kind
+    summed: bool = False
 
     @property
     def weight(self) -> tuple[int, ...]:
         return (2, self.out, self.inner) if self.product == "gated" else (self.out, self.inner)
 
     @property
-    def product(self) -> str:
+    def product(self) -> Kind:
         """The kind of the product alone."""
-        return self.kind.removeprefix("norm_")
+        alone: dict[Kind, Kind] = {"norm_parts": "parts", "norm_gated": "gated"}
+        return alone.get(self.kind, self.kind)
 
     @property
     def normed(self) -> bool:
         return self.kind != self.product
 
 
-def products(config: DecoderConfig) -> dict[str, Shape]:
-    """The products of a decode step of layers alike; those with a norm after the same ones without."""
-    layer = config.layers[0]
-    heads = layer.mixer.heads * layer.mixer.head_dim
-    qkv = heads + 2 * layer.mixer.kv_heads * layer.mixer.head_dim
-    hidden, inner = config.hidden_size, layer.mlp.width
+def products(config: DecoderConfig, tp: int = 1) -> dict[str, Shape]:
+    """The products of a decode step of layers alike, each with one device's share of the weight; those with a
+    norm after the same ones without. Raises ConfigError where the model cannot be cut over `tp` devices.
+    """
+    layer, hidden = config.layers[0], config.hidden_size
+    kv_heads = layer.mixer.held_kv_heads(tp)
+    group, kv_heads = layer.mixer.heads // kv_heads, kv_heads // tp
+    qkv, heads = (kv_heads * rows * layer.mixer.head_dim for rows in (group + 2, group))
+    if layer.mlp.width % tp:
+        raise ConfigError(
+            f"tp={tp} does not divide the MLP's width of {layer.mlp.width}; choose one that does"
+        )
+    inner = layer.mlp.width // tp
     plain = {
         "qkv": Shape(qkv, hidden, "parts"),
-        "o": Shape(hidden, heads, "parts"),
+        "o": Shape(hidden, heads, "parts", summed=tp > 1),
         "gate_up": Shape(inner, hidden, "gated"),
-        "down": Shape(hidden, inner, "parts"),
-        "head": Shape(config.vocab_size, hidden, "whole"),
+        "down": Shape(hidden, inner, "parts", summed=tp > 1),
+        "head": Shape(-(-config.vocab_size // tp), hidden, "whole"),
     }
     if not layer.pre_norm:
         return plain
@@ -99,7 +116,7 @@ def products(config: DecoderConfig) -> dict[str, Shape]:
     }
 
 
-def tune(shape: Shape, known: Tuning) -> list[Product]:
+def tune(shape: Shape, known: Tuning) -> list[Measurement]:
     """The fastest way for each number of tokens, in bfloat16. Raises ConfigError where there is no GPU.
 
     `known` says how a product that follows its norm would be done by itself.
@@ -108,8 +125,8 @@ def tune(shape: Shape, known: Tuning) -> list[Product]:
     for tokens, ways in measure(shape, known).items():
         timed = {way: seconds for way, seconds in ways.items() if seconds is not None}
         best = min(timed, key=lambda way: timed[way])
-        times = [round(1e6 * timed[way], 2) for way in (best, None)]
-        found.append(Product(shape.kind, shape.out, shape.inner, tokens, best, *times))
+        us, xla_us = (round(1e6 * timed[way], 2) for way in (best, None))
+        found.append(Measurement(FORMAT, shape.kind, shape.out, shape.inner, tokens, best, us, xla_us))
     return found
 
 
@@ -121,7 +138,7 @@ def measure(shape: Shape, known: Tuning) -> dict[int, dict[Way, float | None]]:
     weights = [jax.random.normal(key, shape.weight, jnp.bfloat16) for key in keys]
     each = (1,) if shape.normed else TOKENS
     ways = [(tokens, way) for tokens in each for way in [None, *tilings(shape, tokens)]]
-    apart = known.find(shape.product, (shape.out, shape.inner), 1)
+    apart = known.find(FORMAT, shape.product, (shape.out, shape.inner), 1)
     cases = []
     for tokens, way in ways:
         x = jax.random.normal(keys[0], (tokens, shape.inner), jnp.bfloat16)
@@ -191,7 +208,7 @@ def _function(shape: Shape, way: Way) -> Callable[..., jax.Array]:
     if isinstance(way, Tiling):
         return lambda x, weight: skinny_gemm(x, weight, way, out_dtype=jnp.float32, backend="pallas")
     dtype = jnp.float32 if shape.product == "whole" else None
-    return lambda x, weight: product(x, weight, out_dtype=dtype)
+    return lambda x, weight: dense_product(x, weight, out_dtype=dtype)
 
 
 def _gated(way: Way) -> Callable[..., jax.Array]:
@@ -199,16 +216,22 @@ def _gated(way: Way) -> Callable[..., jax.Array]:
         return lambda x, w: gated_skinny_gemm(x, w, way, activation=jax.nn.silu, backend="pallas")
 
     def gated(x: jax.Array, weight: jax.Array) -> jax.Array:
-        both = product(x, weight)
+        both = dense_product(x, weight)
         return jax.nn.silu(both[:, 0]) * both[:, 1]
 
     return gated
 
 
 def _beside(shape: Shape, way: Way, tokens: int) -> float:
-    """Seconds that a way costs elsewhere: parts to be read by the next kernel, one launch more, its kind."""
+    """Seconds that a way costs elsewhere: parts to be read by the next kernel or by the sum over devices, one
+    launch more, its kind.
+    """
     if shape.product == "parts" and isinstance(way, Tiling):
-        return tokens * shape.out * (4 * way.splits - 2) / PART_RATE
+        more = tokens * shape.out * (4 * way.splits - 2) / PART_RATE  # bytes than those of a whole product
+        if not shape.summed:
+            return more
+        size = 4 * way.splits * tokens * shape.out
+        return size / LINK_RATE if size <= ONE_SHOT_BYTES else more + SUM_LAUNCH
     if isinstance(way, StreamTiling):
         return MOSAIC
     return LAUNCH if way is None and shape.product == "gated" else 0.0

@@ -102,6 +102,8 @@ def _define_kernels(flags: FlagSet) -> None:
 
 
 def _define_tune(flags: FlagSet) -> None:
+    share = "devices that the engine will use: the products are those of one of them; one GPU measures them"
+    flags.add(SECTION, absl_flags.DEFINE_integer, "tp", 1, share, lower_bound=1)
     text = "folder of the table, where the engine looks for it; without it the cache folder"
     flags.add(SECTION, absl_flags.DEFINE_string, "tuning_dir", None, text)
     _define_out(flags)
@@ -158,11 +160,12 @@ def _tune(flags: FlagSet, args: list[str]) -> int:
     folder = Path(flags["tuning_dir"]) if flags["tuning_dir"] else tuning_dir()
     path = folder / tuning.file_name(jax.devices()[0].device_kind)
     table = tuning.read(path) if path.exists() else tuning.UNTUNED
-    for name, shape in products(_decoder_config(model)).items():
+    common = {"mode": "tune", "model": model, "tp": flags["tp"]}
+    for name, shape in products(_decoder_config(model), flags["tp"]).items():
         found = tune(shape, table)
         table = table.merged(tuning.Tuning(tuple(found)))
         for product in found:
-            _write({"mode": "tune", "model": model, "product": name, **asdict(product)}, flags["out"])
+            _write({**common, "product": name, **asdict(product)}, flags["out"])
     tuning.write(path, table)
     _say(f"kept in {path}")
     return 0

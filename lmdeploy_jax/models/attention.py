@@ -11,8 +11,8 @@ from jax import Array
 from lmdeploy_jax.models.batch import AttentionMetadata
 from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig
 from lmdeploy_jax.models.kernels import Kernels, LayerCache
-from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
 from lmdeploy_jax.models.rope import Rotation
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
@@ -37,22 +37,24 @@ class Attention(nnx.Module):
         self.kernels = kernels
         self.options = config.options
         self.norm_eps, self.norm_offset = model.norm_eps, model.norm_offset
-        self.added_plainly = added_plainly and not config.o_bias
-        self.qkv = Linear(
+        self.qkv = ColumnParallelLinear(
             (kv_heads, groups + 2, head_dim),
             (model.hidden_size,),
             ("kv_heads", None, None, "embed"),
             bias=config.qkv_bias,
             dtype=dtype,
+            kernels=kernels,
         )
         self.q_norm = self._head_norm(head_dim, dtype) if config.qk_norm else None
         self.k_norm = self._head_norm(head_dim, dtype) if config.qk_norm else None
-        self.o = Linear(
+        self.o = RowParallelLinear(
             (model.hidden_size,),
             (kv_heads, groups, head_dim),
             ("embed", "kv_heads", None, None),
             bias=config.o_bias,
             dtype=dtype,
+            kernels=kernels,
+            added_up=added_plainly,
         )
 
     def _head_norm(self, head_dim: int, dtype: jnp.dtype) -> RMSNorm:
@@ -65,19 +67,19 @@ class Attention(nnx.Module):
         norm: RMSNorm | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
-        turn: Rotation | None,
+        rope: Rotation | None,
     ) -> tuple[Array, Array, LayerCache]:
         """`Kernels.add_norm` of the first three, and attention -> x, [T, E] (or parts of it), cache.
 
-        `turn` is None in a layer without RoPE.
+        `rope` is None in a layer without RoPE.
         """
-        x, qkv = self.kernels.norm_product(self.qkv, x, delta, norm)  # [(S,) T, KH, G + 2, D]
+        x, qkv = self.qkv(x, delta, norm)  # [(S,) T, KH, G + 2, D]
         attend = partial(self.kernels.attend, eps=self.norm_eps, offset=self.norm_offset, dtype=x.dtype)
-        out, cache = attend(qkv, self._work(turn), cache, metadata, self.options)
-        return x, (self.kernels.product(self.o, out) if self.added_plainly else self.o(out)), cache
+        out, cache = attend(qkv, self._work(rope), cache, metadata, self.options)
+        return x, self.o(out), cache
 
-    def _work(self, turn: Rotation | None) -> HeadWork:
-        cos, sin = (None, None) if turn is None else turn
+    def _work(self, rope: Rotation | None) -> HeadWork:
+        cos, sin = (None, None) if rope is None else rope
         return HeadWork(
             bias=None if self.qkv.bias is None else self.qkv.bias[...],
             q_norm=None if self.q_norm is None else self.q_norm.weight[...],

@@ -27,9 +27,9 @@ class DecoderLayer(nnx.Module):
     def __init__(
         self, model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels
     ) -> None:
-        def norm(wanted: bool) -> RMSNorm | None:
+        def norm(present: bool) -> RMSNorm | None:
             size, eps, offset = model.hidden_size, model.norm_eps, model.norm_offset
-            return RMSNorm(size, eps, offset, dtype=dtype, axis="embed") if wanted else None
+            return RMSNorm(size, eps, offset, dtype=dtype, axis="embed") if present else None
 
         plainly = config.added_plainly
         self.residual_multiplier = config.residual_multiplier
@@ -48,10 +48,10 @@ class DecoderLayer(nnx.Module):
         delta: Array | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
-        turn: Rotation | None,
+        rope: Rotation | None,
     ) -> tuple[Array, Array, LayerCache]:
         """The residual stream x [T, E] and what the layer before adds to it -> the same, and the cache."""
-        x, out, cache = self.attention(x, delta, self.attention_norm, cache, metadata, turn)
+        x, out, cache = self.attention(x, delta, self.attention_norm, cache, metadata, rope)
         x, out = self.mlp(x, self._scaled(self.attention_post_norm, out), self.mlp_norm)
         return x, self._scaled(self.mlp_post_norm, out), cache
 
@@ -61,7 +61,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens to hidden states, and hidden states to logits.
+    """Tokens to hidden states, and hidden states to logits; see `models.sharded` for several devices.
 
     Build it under `nnx.eval_shape` and fill the leaves from a checkpoint; its own initial values are zeros.
     """
@@ -89,27 +89,35 @@ class Decoder(nnx.Module):
         if self.config.embedding_multiplier != 1.0:
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
         delta = None
-        arrivals = jnp.zeros((len(batch.attention[0].kv_lens), cache.arrays[0][0].shape[1]), jnp.int32)
-        for i, (layer, turn) in enumerate(zip(self.layers, self._turns(batch), strict=True)):
+        counters = jnp.zeros((len(batch.attention[0].kv_lens), cache.arrays[0][0].shape[1]), jnp.int32)
+        for i, (layer, rope) in enumerate(zip(self.layers, self._rotations(batch), strict=True)):
             graph, state = nnx.split(layer)
-            metadata, held = batch.attention[cache.layout.places[i][0]], (*cache.of_layer(i), arrivals)
-            x, delta, (*pages, arrivals) = _run_layer(graph, state, x, delta, held, metadata, turn)
+            metadata, held = batch.attention[cache.layout.places[i][0]], (*cache.of_layer(i), counters)
+            x, delta, (*pages, counters) = _run_layer(graph, state, x, delta, held, metadata, rope)
             cache = cache.with_layer(i, tuple(pages))
         return self.kernels.add_norm(x, delta, self.norm)[1], cache
 
     def logits(self, hidden: Array) -> Array:
         """hidden [R, E] -> f32 [R, V]."""
-        head = self.embedding if self.lm_head is None else self.lm_head
-        logits = head.attend(hidden)[:, : self.config.vocab_size]
-        return soft_cap(logits * self.config.logit_multiplier, self.config.logit_soft_cap)
+        return finish_logits(self.config, self.head_product(hidden))
 
-    def _turns(self, batch: Batch) -> list[Rotation | None]:
+    def head_product(self, hidden: Array) -> Array:
+        """hidden [R, E] -> f32 [R, rows of the head's table], those on this device."""
+        head = self.embedding if self.lm_head is None else self.lm_head
+        return head.attend(hidden)
+
+    def _rotations(self, batch: Batch) -> list[Rotation | None]:
         """Each layer's rotation; layers of one kind share it."""
-        turns: dict[RopeConfig | None, Rotation | None] = {
+        rotations: dict[RopeConfig | None, Rotation | None] = {
             rope: rotation(rope, batch.positions, batch.rope_lens) for rope in self.config.ropes
         }
-        turns[None] = None
-        return [turns[layer.mixer.rope] for layer in self.config.layers]
+        rotations[None] = None
+        return [rotations[layer.mixer.rope] for layer in self.config.layers]
+
+
+def finish_logits(config: DecoderConfig, product: Array) -> Array:
+    """The head's product with the whole table, f32 [R, V padded] -> logits f32 [R, V]."""
+    return soft_cap(product[:, : config.vocab_size] * config.logit_multiplier, config.logit_soft_cap)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -120,7 +128,7 @@ def _run_layer(
     delta: Array | None,
     cache: LayerCache,
     metadata: AttentionMetadata,
-    turn: Rotation | None,
+    rope: Rotation | None,
 ) -> tuple[Array, Array, LayerCache]:
     """A jitted function of its own, so that layers alike are traced once; XLA inlines the calls."""
-    return nnx.merge(graph, state)(x, delta, cache, metadata, turn)
+    return nnx.merge(graph, state)(x, delta, cache, metadata, rope)

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax import Array
 
-from lmdeploy_jax.models.kernels import WHOLE, Kernels
-from lmdeploy_jax.models.linear import param
+from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.products import plan
 
 
-class Embedding(nnx.Module):
+class Embedding(Linear):
     """A [V, E] table, its rows dealt out over `tp` and padded with zeros to divide evenly."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, kernels: Kernels) -> None:
-        self.kernels = kernels
         rows = -(-vocab_size // kernels.tp) * kernels.tp
-        self.weight = param((rows, hidden_size), dtype, ("vocab", "embed"))
+        super().__init__((rows,), (hidden_size,), ("vocab", "embed"), bias=False, dtype=dtype)
+        self.kernels = kernels
 
     def lookup(self, tokens: Array) -> Array:
         """tokens i32 [T] -> [T, E]."""
-        table = self.weight[...]
-        if self.kernels.tp == 1:
-            return table.at[tokens].get(mode="clip")
-        return jax.shard_map(
-            _lookup_shard,
-            mesh=self.kernels.mesh,
-            in_specs=(PartitionSpec("tp"), WHOLE),
-            out_specs=WHOLE,
-            check_vma=False,
-        )(table, tokens)
+        return self.kernels.collectives.take_rows(self.weight.dense(), tokens)
 
     def attend(self, hidden: Array) -> Array:
-        """hidden [R, E] -> f32 [R, V], padding included: the product with every row, as an output head."""
-        return self.kernels.whole_product(hidden, self.weight[...])
-
-
-def _lookup_shard(table: Array, tokens: Array) -> Array:
-    """Each device looks its own rows up and gives zeros for the others: their sum is the embedding."""
-    local = tokens - lax.axis_index("tp") * table.shape[0]
-    mine = (local >= 0) & (local < table.shape[0])
-    rows = jnp.where(mine[:, None], table.at[local].get(mode="clip"), 0)
-    return lax.psum(rows, "tp")
+        """hidden [R, E] -> f32 [R, V], padding included, this device's rows: the table as an output head."""
+        return plan(self.kernels, "whole", self, hidden)(self, hidden)

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import lmdeploy_jax
 from lmdeploy_jax.errors import ConfigError
@@ -14,23 +15,34 @@ from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 FOLDER = Path(lmdeploy_jax.__file__).parent / "configs" / "kernels"
 
 
+Kind = Literal["parts", "gated", "whole", "norm_parts", "norm_gated"]
+
+
 @dataclass(frozen=True)
-class Product:
+class Measurement:
     """A product of `tokens` rows with a weight of `out` by `inner` elements, and the fastest way to do it.
 
+    out, inner: on one device, which has a share of a weight that is cut over several.
     kind: `parts`, which the next kernel sums, `gated` (`out` by `inner` twice) or `whole`. tiling None: XLA's
     product. Times are microseconds; xla_us is that of XLA's product. `norm_parts` and `norm_gated` are
     products of one row with the residual addition and the norm before it; tiling None: those are kernels of
     their own, whose time xla_us is.
+    format: bits of weights and activations: `w16a16`; what shares scales would follow, as in `w4a16_g128`.
     """
 
-    kind: str
+    format: str
+    kind: Kind
     out: int
     inner: int
     tokens: int
     tiling: Tiling | StreamTiling | None
     us: float
     xla_us: float
+
+    @property
+    def shape(self) -> tuple[str, str, int, int]:
+        """What it has in common with measurements of other numbers of rows."""
+        return self.format, self.kind, self.out, self.inner
 
 
 @dataclass(frozen=True)
@@ -40,23 +52,25 @@ class Tuning:
     prefill_attention: the faster backend of that op where it can do the model; None: not measured.
     """
 
-    products: tuple[Product, ...] = ()
+    products: tuple[Measurement, ...] = ()
     prefill_attention: str | None = None
 
-    def find(self, kind: str, weight: tuple[int, ...], tokens: int) -> Tiling | StreamTiling | None:
+    def find(
+        self, format: str, kind: Kind, weight: tuple[int, int], tokens: int
+    ) -> Tiling | StreamTiling | None:
         """The tiling that was fastest for that many rows, or the next higher number measured; None: XLA.
 
         `weight` is (out, inner).
         """
-        key = (kind, *weight)
-        known = [p for p in self.products if (p.kind, p.out, p.inner) == key and p.tokens >= tokens]
+        shape = (format, kind, *weight)
+        known = [p for p in self.products if p.shape == shape and p.tokens >= tokens]
         return min(known, key=lambda p: p.tokens).tiling if known else None
 
     def merged(self, newer: Tuning) -> Tuning:
         """With `newer` products in place of those of the same shape."""
-        shapes = {(p.kind, p.out, p.inner) for p in newer.products}
-        kept = tuple(p for p in self.products if (p.kind, p.out, p.inner) not in shapes)
-        return Tuning(kept + newer.products, newer.prefill_attention or self.prefill_attention)
+        replaced = {p.shape for p in newer.products}
+        others = tuple(p for p in self.products if p.shape not in replaced)
+        return Tuning(others + newer.products, newer.prefill_attention or self.prefill_attention)
 
 
 UNTUNED = Tuning()
@@ -84,13 +98,18 @@ def read(path: Path) -> Tuning:
     """One table. Raises ConfigError."""
     try:
         table = json.loads(path.read_text())
-        products = [Product(**row | {"tiling": _tiling(row["tiling"])}) for row in table["products"]]
+        products = [_measurement(row) for row in table["products"]]
         return Tuning(tuple(products), table["prefill_attention"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the tuning table {path} cannot be read ({error!r}); delete it, or make it anew "
             "with `lmdeploy_jax bench tune`"
         ) from error
+
+
+def _measurement(row: dict[str, Any]) -> Measurement:
+    """Tables of before formats were told apart are of 16 bits."""
+    return Measurement(**{"format": "w16a16"} | row | {"tiling": _tiling(row["tiling"])})
 
 
 def _tiling(fields: dict[str, int] | None) -> Tiling | StreamTiling | None:
@@ -107,5 +126,5 @@ def write(path: Path, tuning: Tuning) -> None:
     path.write_text(f'{{"prefill_attention": {attention}, "products": [\n' + ",\n".join(rows) + "\n]}\n")
 
 
-def _order(product: Product) -> tuple[str, int, int, int]:
-    return product.kind, product.out, product.inner, product.tokens
+def _order(product: Measurement) -> tuple[str, str, int, int, int]:
+    return *product.shape, product.tokens

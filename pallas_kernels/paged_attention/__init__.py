@@ -20,7 +20,7 @@ def paged_attention(
     slots: jax.Array,
     page_table: jax.Array,
     kv_lens: jax.Array,
-    arrivals: jax.Array,
+    split_counters: jax.Array,
     work: HeadWork,
     *,
     options: AttentionOptions,
@@ -36,8 +36,9 @@ def paged_attention(
     slot is the last one of those that kv_lens counts. page_table int32 [T, M], padded with 0; kv_lens int32
     [T] (0: a row that pads the batch; it comes out as zeros). A window limits the query at position L-1 to
     keys at positions above L-1-window; `sinks` f32 [H] adds a logit to each head's softmax denominator
-    (gpt-oss). Softmax in f32. arrivals int32 [T, KH] are counters that are zero between calls and in place
-    where the caller lets go of them: one array serves all layers.
+    (gpt-oss). Softmax in f32. split_counters int32 [T, KH]: how many of the programs that share a sequence's
+    pages are done; zero between calls, and in place where the caller lets go of them: one array serves all
+    layers.
     Returns [T, KH, G, D] in `dtype`, the cache with the new tokens, and the counters. In place where the
     caller donates the cache. Raises ValueError for shapes or options that do not fit.
     """
@@ -45,13 +46,13 @@ def paged_attention(
     parts = as_parts(qkv, k_pages, v_pages, slots, work)
     tokens, kv_heads = parts.shape[1:3]
     check_sinks(sinks, kv_heads * (parts.shape[3] - 2))
-    if arrivals.shape != (tokens, kv_heads):
-        raise ValueError(f"arrivals has shape {arrivals.shape}; it must be {(tokens, kv_heads)}")
+    if split_counters.shape != (tokens, kv_heads):
+        raise ValueError(f"split_counters has shape {split_counters.shape}; it must be {(tokens, kv_heads)}")
     arrays = (parts, k_pages, v_pages, slots, page_table, kv_lens)
     rest: dict[str, Any] = {"eps": eps, "offset": offset, "dtype": dtype}
     if backend == "xla":
-        return *xla.paged_attention(*arrays, work, sinks, options, **rest), arrivals
+        return *xla.paged_attention(*arrays, work, sinks, options, **rest), split_counters
     from lmdeploy_jax.pallas_kernels.paged_attention import pallas  # a CPU does without the import's time
 
     interpret = backend == "pallas_interpret"
-    return pallas.paged_attention(*arrays, arrivals, work, sinks, options, **rest, interpret=interpret)
+    return pallas.paged_attention(*arrays, split_counters, work, sinks, options, **rest, interpret=interpret)

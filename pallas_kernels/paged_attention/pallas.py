@@ -55,7 +55,7 @@ def paged_attention(
     slots: jax.Array,
     page_table: jax.Array,
     kv_lens: jax.Array,
-    arrivals: jax.Array,
+    split_counters: jax.Array,
     work: HeadWork,
     sinks: jax.Array | None,
     options: AttentionOptions,
@@ -79,15 +79,15 @@ def paged_attention(
     )
     heads = (tokens, kv_heads, rows - 2)
     out = [
-        *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (arrivals, k_pages, v_pages)),
+        *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (split_counters, k_pages, v_pages)),
         *[jax.ShapeDtypeStruct((*heads, head_dim), dtype)] * 2,
         jax.ShapeDtypeStruct((splits, *heads, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((splits, *heads), jnp.float32),
     ]
     kernel = functools.partial(_kernel, options=options, eps=eps, offset=offset, interpret=interpret)
-    arrays = (arrivals, k_pages, v_pages, slots, page_table, kv_lens, sinks, parts, *work.arrays())
-    arrivals, new_k, new_v, attended, *_ = launch(kernel, how, out, *arrays, interpret=interpret)
-    return attended, new_k, new_v, arrivals
+    arrays = (split_counters, k_pages, v_pages, slots, page_table, kv_lens, sinks, parts, *work.arrays())
+    split_counters, new_k, new_v, attended, *_ = launch(kernel, how, out, *arrays, interpret=interpret)
+    return attended, new_k, new_v, split_counters
 
 
 def _tuning(tiles: int, head_dim: int, dtype: jnp.dtype) -> Tuning:
@@ -107,7 +107,7 @@ def split_count(tiles: int, table_width: int, programs: int) -> int:
 
 
 def _kernel(
-    _arrivals_in: jax.Ref,
+    _split_counters_in: jax.Ref,
     _k_in: jax.Ref,
     _v_in: jax.Ref,
     slots_ref: jax.Ref,
@@ -120,7 +120,7 @@ def _kernel(
     offset: float,
     interpret: bool,
 ) -> None:
-    *work, arrivals_ref, k_ref, v_ref, o_ref, q_ref, part_ref, lse_ref = refs
+    *work, counters_ref, k_ref, v_ref, o_ref, q_ref, part_ref, lse_ref = refs
     kv_head, split, sequence = (pl.program_id(axis) for axis in range(3))
     pages = _share(lens_ref[sequence], k_ref.shape[2], options)
     sync = (lambda: None) if interpret else plt.debug_barrier  # between all threads of a program
@@ -145,11 +145,11 @@ def _kernel(
         plt.store(part_ref.at[rows.at(split)], normalised(state), mask=rows.mask)
         plt.store(lse_ref.at[split, *rows.place, rows.number], lse, mask=rows.valid)
         sync()  # all threads have stored before one of them reports it
-        before = plt.atomic_add(arrivals_ref, (sequence, kv_head), jnp.int32(1))
+        before = plt.atomic_add(counters_ref, (sequence, kv_head), jnp.int32(1))
 
         @pl.when(before == pages.splits - 1)
         def _merge() -> None:
-            arrivals_ref[sequence, kv_head] = jnp.int32(0)  # as the next layer expects it
+            counters_ref[sequence, kv_head] = jnp.int32(0)  # as the next layer expects it
             finish(_merged(part_ref, lse_ref, pages.splits, rows))
 
     pl.when((split == 0) & (pages.splits == 1))(lambda: finish(state))

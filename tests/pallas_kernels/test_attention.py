@@ -160,7 +160,7 @@ def test_a_shape_that_does_not_fit_is_refused() -> None:
         AttentionOptions(1.0, window=0)
     with pytest.raises(ValueError, match=r"sinks has shape \(3,\)"):
         decode(sinks=jnp.zeros(3))
-    with pytest.raises(ValueError, match=r"arrivals has shape \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"split_counters has shape \(1, 3\)"):
         decode(zeros=jnp.zeros((1, 3), int))
     with pytest.raises(ValueError, match="'cuda' is unknown"):
         decode(backend="cuda")

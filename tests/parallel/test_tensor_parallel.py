@@ -45,6 +45,10 @@ def test_a_head_that_differs_from_a_tied_embedding_is_kept(found, tp):
 
 
 def test_only_activations_are_communicated(found):
-    """One sum for the embedding, [rows, E], and two a layer, the other way round; then the logits."""
-    sums = {"all-reduce f32[3,64]": 1, "all-reduce f32[64,3]": 4}
-    assert Counter(found[4]["collectives"]) == sums | {"all-gather f32[3,260]": 1}
+    """One sum for the embedding and two a layer, [rows, E]; then the logits."""
+    assert Counter(found[4]["collectives"]) == {"all-reduce f32[3,64]": 5, "all-gather f32[3,260]": 1}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_device_s_share_of_each_product_can_be_tuned(found, tp):
+    assert found[tp]["tunable"]

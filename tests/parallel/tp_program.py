@@ -7,16 +7,19 @@ import re
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from lmdeploy_jax.bench import tune
 from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.models.batch import AttentionMetadata, Batch
-from lmdeploy_jax.parallel.mesh import make_mesh
+from lmdeploy_jax.models.tuning import Tuning
+from lmdeploy_jax.parallel.mesh import axis_size, make_mesh
 from tests.models.paged import PagedRunner, named_leaves
 from tests.oracle import hf_logits, save_checkpoint
 
@@ -30,13 +33,37 @@ def logits(model: LoadedModel, ids: list[int], mesh: jax.sharding.Mesh) -> tuple
     return np.concatenate([prefill, decoded]), runner
 
 
-def collectives(runner: PagedRunner) -> list[str]:
-    """Kind and shape of each collective in a decode step."""
+def lowered(runner: PagedRunner) -> jax.stages.Lowered:
+    """A decode step."""
     ints = np.zeros(runner.rows, np.int32)
     batch = Batch(ints, ints, ints, (AttentionMetadata(ints, runner.table, ints),))
-    text = runner.step.lower(runner.model.leaves, runner.caches, batch).compile().as_text()
+    return runner.step.lower(runner.model.leaves, runner.caches, batch)
+
+
+def collectives(runner: PagedRunner) -> list[str]:
+    """Kind and shape of each collective in a decode step."""
+    text = lowered(runner).compile().as_text()
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     return [f"{kind} {shape}" for shape, kind in re.findall(rf"= (\S+?)(?:\{{\S*)? ({kinds})\(", text)]
+
+
+@dataclass(frozen=True)
+class Asked(Tuning):
+    """A table that knows nothing, and remembers what it was asked for."""
+
+    shapes: set[tuple[str, int, int]] = field(default_factory=set, compare=False)
+
+    def find(self, format: str, kind: str, weight: tuple[int, int], tokens: int) -> None:
+        self.shapes.add((kind, *weight))
+
+
+def products_asked_for(path: Path, mesh: jax.sharding.Mesh) -> bool:
+    """Whether a decode step looks up the shapes that `bench tune --tp` measures."""
+    asked = Asked()
+    runner = PagedRunner(load_model(path, mesh=mesh, tuning=asked), mesh=mesh)
+    lowered(runner)
+    wanted = tune.products(runner.model.config, axis_size(mesh, "tp")).values()
+    return asked.shapes == {(p.kind, p.out, p.inner) for p in wanted if not p.normed}
 
 
 def add_head(path: Path, folder: str) -> tuple[Path, np.ndarray]:
@@ -72,6 +99,7 @@ def compare(name: str, folder: str) -> None:
             "error": float(np.abs(got - want).max() / np.abs(want).max()),
             "converted_alike": all(alike),
             "collectives": collectives(runner) if tp == 4 else [],
+            "tunable": products_asked_for(path, mesh),
         }
         print(json.dumps(found))
 

@@ -18,14 +18,14 @@ from jax import Array
 
 from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.engine.core.batch import Layout, decode_batch, ragged_batch, sampling_batch
-from lmdeploy_jax.models.decoder import Decoder
+from lmdeploy_jax.models.sharded import AnyDecoder
 from lmdeploy_jax.sampling.logprobs import TopLogprobs, no_logprobs, top_logprobs
 from lmdeploy_jax.sampling.mask import apply_mask
 from lmdeploy_jax.sampling.penalties import add_tokens, apply_penalties
 from lmdeploy_jax.sampling.sampler import greedy, sample
 
 Leaves = tuple[Array, ...]
-Merge = Callable[[Leaves], Decoder]
+Merge = Callable[[Leaves], AnyDecoder]
 
 
 class History(NamedTuple):

@@ -1,0 +1,259 @@
+"""How a product with a weight is done: planned for each weight and number of rows, as a step is traced.
+
+Activations are x [T, *inner], weights those of a `Linear` [*out, *inner]. Biases belong to the callers, since
+a sum over devices gets its bias once; only gated products add theirs, which the activation has to see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.tuning import Kind
+from lmdeploy_jax.pallas_kernels.skinny_gemm import (
+    StreamTiling,
+    Tiling,
+    gated_skinny_gemm,
+    norm_skinny_gemm,
+    skinny_gemm,
+)
+
+Activation = Callable[[Array], Array]
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+TRANSPOSED_ROWS = range(2, 65)  # of a product that a CPU does faster with the weight on the left
+
+
+# -- the products --------------------------------------------------------------------------------------
+
+
+class Product(Protocol):
+    """One way of doing a product."""
+
+    def __call__(self, linear: Linear, x: Array) -> Array:
+        """-> [T, *out]; or, where the reader adds up parts, f32 [S, T, *out]."""
+
+
+class NormProduct(Protocol):
+    """One way of doing a product with the residual addition and the norm before it."""
+
+    def __call__(
+        self, linear: Linear, x: Array, delta: Array | None, norm: RMSNorm | None
+    ) -> tuple[Array, Array]:
+        """`Kernels.add_norm` of x, delta and norm -> x [T, E], and the product with what is normalised."""
+
+
+@dataclass(frozen=True)
+class XlaProduct:
+    """XLA's own; `out_dtype` None: x's dtype."""
+
+    out_dtype: DTypeLike | None = None
+
+    def __call__(self, linear: Linear, x: Array) -> Array:
+        return dense_product(x, linear.weight.dense(), out_dtype=self.out_dtype)
+
+
+@dataclass(frozen=True)
+class TransposedProduct:
+    """XLA's own, for CPUs: see `transposed_product`."""
+
+    def __call__(self, linear: Linear, x: Array) -> Array:
+        columns = x.reshape(x.shape[0], -1).T
+        flat = transposed_product(columns, linear.weight.dense().reshape(-1, columns.shape[0])).T
+        return flat.reshape(x.shape[0], *linear.out_shape(x))
+
+
+@dataclass(frozen=True)
+class SkinnyProduct:
+    """The hand-written product of a few rows, in f32 parts, or whole.
+
+    Few tokens fill few cores unless the weight is cut along its inner axis too. XLA would sum the parts in a
+    kernel of their own.
+    """
+
+    tiling: Tiling
+    backend: str
+    in_parts: bool = True
+
+    def __call__(self, linear: Linear, x: Array) -> Array:
+        rows = x.reshape(x.shape[0], -1)
+        weight = linear.weight.dense().reshape(-1, rows.shape[1])
+        parts = skinny_gemm(rows, weight, self.tiling, out_dtype=jnp.float32, backend=self.backend)
+        parts = parts.reshape(*parts.shape[:2], *linear.out_shape(x))
+        return parts if self.in_parts else parts[0]
+
+
+@dataclass(frozen=True)
+class XlaGatedProduct:
+    """`activation(gate) * up` of a weight [2, I, E] -> [T, I], by XLA."""
+
+    activation: Activation
+
+    def __call__(self, linear: Linear, x: Array) -> Array:
+        both = dense_product(x, linear.weight.dense())
+        both = both if linear.bias is None else both + linear.bias[...]
+        return self.activation(both[:, 0]) * both[:, 1]
+
+
+@dataclass(frozen=True)
+class TransposedGatedProduct:
+    """The same for CPUs. The product that follows turns it again, so that XLA turns nothing in between."""
+
+    activation: Activation
+
+    def __call__(self, linear: Linear, x: Array) -> Array:
+        both = transposed_product(x.T, linear.weight.dense().reshape(-1, x.shape[1]))  # [2 I, T]
+        both = both if linear.bias is None else both + linear.bias[...].reshape(-1, 1)
+        gate, up = jnp.split(both, 2)
+        return (self.activation(gate) * up).T
+
+
+@dataclass(frozen=True)
+class SkinnyGatedProduct:
+    """The same, hand-written, for weights without a bias."""
+
+    activation: Activation
+    tiling: Tiling | StreamTiling
+    backend: str
+
+    def __call__(self, linear: Linear, x: Array) -> Array:
+        weight, tiling = linear.weight.dense(), self.tiling
+        return gated_skinny_gemm(x, weight, tiling, activation=self.activation, backend=self.backend)
+
+
+@dataclass(frozen=True)
+class SeparateNorm:
+    """The residual addition and the norm are a kernel of their own."""
+
+    product: Product
+    kernels: Kernels
+
+    def __call__(
+        self, linear: Linear, x: Array, delta: Array | None, norm: RMSNorm | None
+    ) -> tuple[Array, Array]:
+        x, normed = self.kernels.add_norm(x, delta, norm)
+        return x, self.product(linear, normed)
+
+
+@dataclass(frozen=True)
+class FusedNorm:
+    """One kernel does all of it, for one row; the product is one part, or gated by `activation`."""
+
+    tiling: Tiling
+    backend: str
+    activation: Activation | None = None
+
+    def __call__(
+        self, linear: Linear, x: Array, delta: Array | None, norm: RMSNorm | None
+    ) -> tuple[Array, Array]:
+        assert delta is not None  # as planned
+        assert norm is not None
+        gated = self.activation is not None
+        weight = linear.weight.dense()
+        x, flat = norm_skinny_gemm(
+            x,
+            delta,
+            norm.weight[...],
+            weight if gated else weight.reshape(-1, x.shape[1]),
+            self.tiling,
+            activation=self.activation,
+            eps=norm.eps,
+            offset=norm.offset,
+            out_dtype=x.dtype if gated else jnp.float32,
+            backend=self.backend,
+        )
+        return x, flat if gated else flat.reshape(1, 1, *linear.out_shape(x))
+
+
+# -- the plan ------------------------------------------------------------------------------------------
+
+
+def plan(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Product:
+    """The product with x, in parts or whole as `kind` says."""
+    tiling = _tiling(kernels, kind, linear, x)
+    if isinstance(tiling, Tiling):
+        return SkinnyProduct(tiling, kernels.backend, in_parts=kind == "parts")
+    return plan_dense(kernels, x, out_dtype=jnp.float32 if kind == "whole" else None)
+
+
+def plan_dense(kernels: Kernels, x: Array, *, out_dtype: DTypeLike | None = None) -> Product:
+    """XLA's product with x, for what is read neither in parts nor by a kernel."""
+    return TransposedProduct() if _transposed(kernels, x) else XlaProduct(out_dtype)
+
+
+def plan_gated(kernels: Kernels, linear: Linear, x: Array, activation: Activation) -> Product:
+    """`activation(gate) * up` of a weight [2, I, E]."""
+    tiling = None if linear.bias is not None else _tiling(kernels, "gated", linear, x)
+    if tiling is not None and not (isinstance(tiling, StreamTiling) and x.shape[0] % 8):
+        return SkinnyGatedProduct(activation, tiling, kernels.backend)
+    return TransposedGatedProduct(activation) if _transposed(kernels, x) else XlaGatedProduct(activation)
+
+
+def plan_norm(
+    kernels: Kernels, linear: Linear, x: Array, *, normed: bool, activation: Activation | None = None
+) -> NormProduct:
+    """A product in parts, or a gated one, after a norm. `normed`: whether there are a delta and a norm."""
+    kind: Kind = "norm_parts" if activation is None else "norm_gated"
+    fusible = normed and x.shape[0] == 1 and (activation is None or linear.bias is None)
+    fusible = fusible and x.dtype == jnp.bfloat16  # float16 might not hold what is not normed
+    tiling = _tiling(kernels, kind, linear, x) if fusible else None
+    if isinstance(tiling, Tiling):
+        return FusedNorm(tiling, kernels.backend, activation)
+    if activation is None:
+        return SeparateNorm(plan(kernels, "parts", linear, x), kernels)
+    return SeparateNorm(plan_gated(kernels, linear, x, activation), kernels)
+
+
+def _tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tiling | StreamTiling | None:
+    """As measured for the shapes that one device sees."""
+    weight, inner = linear.weight, prod(x.shape[1:])
+    out = prod(linear.out_shape(x)) // (2 if kind.endswith("gated") else 1)
+    return kernels.tuning.find(weight.format, kind, (out, inner), x.shape[0])
+
+
+def _transposed(kernels: Kernels, x: Array) -> bool:
+    return kernels.platform == "cpu" and x.dtype == jnp.float32 and x.shape[0] in TRANSPOSED_ROWS
+
+
+# -- XLA's products ------------------------------------------------------------------------------------
+
+
+def dense_product(x: Array, weight: Array, *, out_dtype: DTypeLike | None = None) -> Array:
+    """x [T, *in], weight [*out, *in] -> [T, *out], in x's dtype or `out_dtype`.
+
+    As one product of matrices: on CPUs, XLA copies a weight of more axes before it multiplies. float32 stays
+    float32 on GPUs, whose default would be TF32.
+    """
+    tokens, out_shape = x.shape[0], weight.shape[: weight.ndim - x.ndim + 1]
+    rows, columns = x.reshape(tokens, -1), weight.reshape(prod(out_shape), -1)
+    return _dot(rows, columns, contracted=(1, 1), out_dtype=out_dtype).reshape(tokens, *out_shape)
+
+
+def transposed_product(x: Array, weight: Array) -> Array:
+    """x [K, T], weight [N, K] -> [N, T].
+
+    XLA's CPU products first copy their right side into another order, so it had better be the small one. The
+    barriers keep XLA from exchanging the sides again.
+    """
+    return lax.optimization_barrier(_dot(weight, lax.optimization_barrier(x), contracted=(1, 0)))
+
+
+def _dot(x: Array, y: Array, *, contracted: tuple[int, int], out_dtype: DTypeLike | None = None) -> Array:
+    left, right = contracted
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    axes = (((left,), (right,)), ((), ()))
+    return lax.dot_general(x, y, axes, precision=precision, preferred_element_type=out_dtype)

@@ -1,0 +1,69 @@
+"""The linear layers of a block, cut over devices as in Megatron-LM (Shoeybi et al., 2019)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.linear import Axes, Linear
+from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.products import Activation, plan, plan_dense, plan_norm
+
+
+class ColumnParallelLinear(Linear):
+    """Each device has its own outputs; what enters is normed first. The bias is for the product's reader.
+
+    activation: `weight` is [2, I, E], gate and up, and the product `activation(gate) * up`, bias included.
+    """
+
+    def __init__(
+        self,
+        out: tuple[int, ...],
+        inner: tuple[int, ...],
+        axes: Axes,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        kernels: Kernels,
+        activation: Activation | None = None,
+    ) -> None:
+        super().__init__(out, inner, axes, bias=bias, dtype=dtype)
+        self.kernels = kernels
+        self.activation = activation
+
+    def __call__(self, x: Array, delta: Array | None, norm: RMSNorm | None) -> tuple[Array, Array]:
+        """`Kernels.add_norm` of the arguments -> x [T, E], and the product: gated [T, I], or [T, *out], or
+        f32 [S, T, *out], whose sum over S it is.
+        """
+        normed = delta is not None and norm is not None
+        product = plan_norm(self.kernels, self, x, normed=normed, activation=self.activation)
+        return product(self, x, delta, norm)
+
+
+class RowParallelLinear(Linear):
+    """Each device has its share of the inner axis: the product is the sum over devices.
+
+    added_up: whether what reads it adds it to the residual stream as it is, and so might add up parts.
+    """
+
+    def __init__(
+        self,
+        out: tuple[int, ...],
+        inner: tuple[int, ...],
+        axes: Axes,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        kernels: Kernels,
+        added_up: bool,
+    ) -> None:
+        super().__init__(out, inner, axes, bias=bias, dtype=dtype)
+        self.kernels = kernels
+        self.in_parts = added_up and not bias
+
+    def __call__(self, x: Array) -> Array:
+        """x [T, *inner] -> [T, *out], or f32 [S, T, *out], whose sum over S it is."""
+        product = plan(self.kernels, "parts", self, x) if self.in_parts else plan_dense(self.kernels, x)
+        out = self.kernels.collectives.all_reduce(product(self, x), x.dtype)
+        return out if self.bias is None else out + self.bias[...]

@@ -1,0 +1,161 @@
+"""Products by plan: which one a weight gets by format, platform, table and rows; all compute the same."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lmdeploy_jax.models import products
+from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.linear import Linear, param
+from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.products import plan, plan_gated, plan_norm
+from lmdeploy_jax.models.projections import RowParallelLinear
+from lmdeploy_jax.models.tuning import Measurement, Tuning
+from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+from tests.models.test_tuning import LARGE, SMALL, TABLE
+
+KERNELS = Kernels("pallas_interpret", tuning=TABLE)
+PLAIN = Kernels("pallas_interpret")
+
+
+def filled(linear: Linear) -> Linear:
+    linear.weight[...] = jax.random.normal(jax.random.key(0), linear.weight.shape, jnp.bfloat16)
+    return linear
+
+
+def linear_of(out: tuple[int, ...], inner: tuple[int, ...], dtype: str = "bfloat16") -> Linear:
+    return filled(Linear(out, inner, (None,) * len(out + inner), bias=False, dtype=jnp.dtype(dtype)))
+
+
+def close(got: jax.Array, want: jax.Array, most: float = 1e-2) -> None:
+    got, want = (np.asarray(array, np.float32) for array in (got, want))
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < most
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(1, 2), (3, 1), (9, 0)])
+def test_products_are_the_same_however_they_are_done(tokens, parts):
+    linear = linear_of((3, 32), (2, 64))
+    x = jax.random.normal(jax.random.key(1), (tokens, 2, 64), jnp.bfloat16)
+    out = plan(KERNELS, "parts", linear, x)(linear, x)
+    assert out.shape == ((parts,) if parts else ()) + (tokens, 3, 32)
+    total = np.asarray(out.sum(axis=0) if parts else out, np.float32)
+    want = plan(PLAIN, "parts", linear, x)(linear, x)
+    np.testing.assert_allclose(total, np.asarray(want, np.float32), rtol=2e-2, atol=0.1)
+
+
+def test_float32_is_left_to_xla():
+    linear, x = linear_of((96,), (128,), "float32"), jnp.ones((1, 128))
+    assert plan(KERNELS, "parts", linear, x) == products.XlaProduct()
+    assert plan(KERNELS, "parts", linear, jnp.ones((2, 128))) == products.TransposedProduct()  # on a CPU
+
+
+@pytest.mark.parametrize("outputs", [(3, 32), (2, 40)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_cpu_s_products_are_those_of_other_platforms(outputs, bias):
+    linear = Linear(outputs, (64,), (None,) * 3, bias=bias, dtype=jnp.dtype("float32"))
+    linear.weight[...] = jax.random.normal(jax.random.key(0), linear.weight.shape)
+    if bias:
+        linear.bias[...] = jax.random.normal(jax.random.key(2), outputs)
+    x = jax.random.normal(jax.random.key(1), (5, 64))
+    close(products.TransposedProduct()(linear, x), products.XlaProduct()(linear, x), 1e-6)
+    if outputs[0] == 2:
+        gated = (products.TransposedGatedProduct, products.XlaGatedProduct)
+        close(*(kind(jax.nn.silu)(linear, x) for kind in gated), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "kind"), [(96, products.SkinnyGatedProduct), (192, products.XlaGatedProduct)]
+)
+def test_rows_that_cannot_be_streamed_are_left_to_xla(outputs, kind):
+    linear, x = linear_of((2, outputs), (128,)), jnp.ones((5, 128), jnp.bfloat16)
+    assert isinstance(plan_gated(KERNELS, linear, x, jax.nn.silu), kind)
+
+
+TILING = Tiling(32, 32, 1, 4, 2)
+NORMED = Tuning(
+    (
+        Measurement("w16a16", "norm_parts", 96, 128, 1, TILING, 1.0, 2.0),
+        Measurement("w16a16", "norm_gated", 96, 128, 1, TILING, 1.0, 2.0),
+    )
+)
+
+
+@pytest.mark.parametrize(("tokens", "parts", "tuned"), [(1, 2, True), (1, 0, True), (3, 2, False)])
+def test_a_norm_is_part_of_its_product_for_one_row(tokens, parts, tuned):
+    kernels = Kernels("pallas_interpret", tuning=NORMED)
+    qkv, gate_up = linear_of((3, 32), (128,)), linear_of((2, 96), (128,))
+    norm = RMSNorm(128, 1e-5, 1.0, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (tokens, 128), jnp.bfloat16)
+    delta = jax.random.normal(jax.random.key(2), (parts, *x.shape) if parts else x.shape, jnp.bfloat16)
+    for linear, activation in ((qkv, None), (gate_up, jax.nn.silu)):
+        planned = partial(plan_norm, linear=linear, x=x, activation=activation)
+        fused, separate = (planned(k, normed=True) for k in (kernels, PLAIN))
+        assert isinstance(fused, products.FusedNorm) == tuned
+        assert isinstance(planned(kernels, normed=False), products.SeparateNorm)  # the first layer
+        (added, got), (wanted, want) = (way(linear, x, delta, norm) for way in (fused, separate))
+        if activation is None:
+            assert got.shape == ((1, 1, 3, 32) if tuned else want.shape)
+        close(added, wanted)
+        close(got.reshape(want.shape), want)
+
+
+def test_what_is_not_added_as_it_is_comes_whole_with_its_bias():
+    options = {"dtype": jnp.dtype("bfloat16"), "kernels": KERNELS}
+    x = jax.random.normal(jax.random.key(1), (1, 128), jnp.bfloat16)
+    for bias, added_up, shape in ((False, True, (2, 1, 96)), (True, True, (1, 96)), (False, False, (1, 96))):
+        linear = RowParallelLinear((96,), (128,), (None, None), bias=bias, added_up=added_up, **options)
+        filled(linear)
+        if bias:
+            linear.bias[...] = jnp.full((96,), 64.0, jnp.bfloat16)
+        want = products.XlaProduct()(linear, x) + 64 * bias
+        assert linear(x).shape == shape
+        close(linear(x).reshape(-1, 1, 96).sum(0), want)
+
+
+class Int8Weight(nnx.Module):
+    """A toy format: a scale for each output."""
+
+    format = "w8a16_int8"
+
+    def __init__(self, weight: jax.Array) -> None:
+        scales = jnp.abs(weight).max(axis=-1) / 127
+        self.values, self.scales = (
+            param(weight.shape, jnp.int8, ("mlp", "embed")),
+            param(scales.shape, jnp.float32, ("mlp",)),
+        )
+        self.values[...], self.scales[...] = jnp.round(weight / scales[:, None]).astype(jnp.int8), scales
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def dense(self) -> jax.Array:
+        return (self.values[...] * self.scales[...][:, None]).astype(jnp.bfloat16)
+
+
+def test_a_weight_may_be_several_leaves():
+    """What a quantised format needs: leaves of its own with names and axes, and measurements of its own."""
+    table = Tuning((Measurement(Int8Weight.format, "parts", 96, 128, 8, LARGE, 1.0, 2.0), *TABLE.products))
+    linear, x = linear_of((96,), (128,)), jax.random.normal(jax.random.key(1), (1, 128), jnp.bfloat16)
+    want = products.XlaProduct()(linear, x)
+    assert plan(KERNELS, "parts", linear, x).tiling == SMALL
+    linear.weight = Int8Weight(linear.weight[...].astype(jnp.float32))
+    graph, state = nnx.split(linear)
+    leaves, tree = jax.tree.flatten(state)
+    assert [(leaf.dtype.name, leaf.shape) for leaf in leaves] == [("float32", (96,)), ("int8", (96, 128))]
+
+    @jax.jit
+    def product(leaves: list[jax.Array], x: jax.Array) -> jax.Array:
+        merged = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+        planned = plan(Kernels("pallas_interpret", tuning=table), "parts", merged, x)
+        assert planned.tiling == LARGE
+        assert plan(KERNELS, "parts", merged, x) == products.XlaProduct()
+        return planned(merged, x)[0]
+
+    close(product(leaves, x), want, 2e-2)
