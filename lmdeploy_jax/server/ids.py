@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import string
+import time
 import uuid
 
 _LETTERS = string.ascii_letters + string.digits
@@ -12,6 +13,11 @@ _LETTERS = string.ascii_letters + string.digits
 def new_id(prefix: str) -> str:
     """An answer's id."""
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """The time at which an answer was created, in seconds since 1970."""
+    return int(time.time())
 
 
 class ToolCallIds:

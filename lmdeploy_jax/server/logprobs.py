@@ -7,7 +7,7 @@ from typing import Any
 
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
-TokenLogprobs = dict[int, float]  # token id -> log-probability: the likeliest, and the sampled one
+TopLogprobs = dict[int, float]  # token id -> log-probability: the likeliest, and the sampled one
 LEAST = -9999.0  # JSON has no infinity
 
 
@@ -16,13 +16,13 @@ def finite(logprob: float) -> float:
 
 
 def chat_logprobs(
-    tokenizer: Tokenizer, ids: Sequence[int], entries: Sequence[TokenLogprobs], top: int
+    tokenizer: Tokenizer, ids: Sequence[int], entries: Sequence[TopLogprobs], top: int
 ) -> list[dict[str, Any]]:
     """One entry a token, with its text and bytes. The `top` alternatives hold the sampled token too."""
     return [_entry(tokenizer, i, entry, top) for i, entry in zip(ids, entries, strict=False)]
 
 
-def _entry(tokenizer: Tokenizer, token: int, entry: TokenLogprobs, top: int) -> dict[str, Any]:
+def _entry(tokenizer: Tokenizer, token: int, entry: TopLogprobs, top: int) -> dict[str, Any]:
     shown = entry.items() if top else ()
     return _token(tokenizer, token, entry[token]) | {
         "top_logprobs": [_token(tokenizer, i, logprob) for i, logprob in shown]
@@ -37,7 +37,7 @@ def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
 def completion_logprobs(
     tokenizer: Tokenizer,
     ids: Sequence[int],
-    entries: Sequence[TokenLogprobs | None],
+    entries: Sequence[TopLogprobs | None],
     top: int,
     offset: int,
 ) -> tuple[dict[str, Any], int]:
@@ -56,7 +56,7 @@ def completion_logprobs(
     return told, offset
 
 
-def _named(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, float]:
+def _named(tokenizer: Tokenizer, entry: TopLogprobs) -> dict[str, float]:
     return {_name(tokenizer, i): finite(logprob) for i, logprob in entry.items()}
 
 

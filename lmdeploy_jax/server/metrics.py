@@ -121,7 +121,7 @@ class RequestMetrics:
         self._first: dict[tuple[int, int], float] = {}
         self._last: dict[tuple[int, int], tuple[float, int]] = {}
 
-    def see(self, piece: Response) -> None:
+    def observe(self, piece: Response) -> None:
         """A piece has come."""
         now, key = time.perf_counter(), (piece.index, piece.choice)
         metrics = self._metrics
@@ -130,15 +130,15 @@ class RequestMetrics:
             self._first[key] = now
             metrics.seconds_to_first.observe(now - self._begun)
             if not piece.choice:
-                self._see_prompt(piece)
+                self._observe_prompt(piece)
         else:
             metrics.seconds_between.observe(now - last)
         metrics.generation_tokens.value += piece.generate_token_len - count
         self._last[key] = (now, piece.generate_token_len)
         if piece.finish_reason is not None:
-            self._see_end(piece, now - self._first[key], now)
+            self._observe_end(piece, now - self._first[key], now)
 
-    def _see_prompt(self, piece: Response) -> None:
+    def _observe_prompt(self, piece: Response) -> None:
         metrics = self._metrics
         metrics.prompt_tokens.value += piece.input_token_len
         metrics.cached_tokens.value += piece.cached_tokens
@@ -147,7 +147,7 @@ class RequestMetrics:
         metrics.hit_ratios.observe(piece.cached_tokens / max(piece.input_token_len, 1))
         metrics.queued.observe(piece.queue_seconds)
 
-    def _see_end(self, piece: Response, decode: float, now: float) -> None:
+    def _observe_end(self, piece: Response, decode: float, now: float) -> None:
         metrics, whole = self._metrics, now - self._begun
         metrics.ended(piece.finish_reason or "")
         metrics.answer_lengths.observe(piece.generate_token_len)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from starlette.responses import Response
 
 from lmdeploy_jax.server.bodies import ProtocolModel
 from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.server.http.disconnect import cancel_on_disconnect
 from lmdeploy_jax.server.service import Service
 
 logger = logging.getLogger("lmdeploy_jax")
@@ -40,16 +40,19 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is JSON and says so."""
+    """A route whose body is JSON and says so. Its work ends when its client hangs up."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
         takes_body = self.body_field is not None
 
         async def strictly(request: Request) -> Response:
-            if takes_body:
-                _check_type(request)
-            return await handle(JsonRequest(request.scope, request.receive))
+            if not takes_body:
+                return await handle(request)
+            _check_type(request)
+            request = JsonRequest(request.scope, request.receive)
+            await request.body()  # what is left to receive is that the client has gone
+            return await cancel_on_disconnect(handle(request), request.receive)
 
         return strictly
 
@@ -66,10 +69,6 @@ def service_of(request: Request) -> Service:
 
 
 CurrentService = Annotated[Service, Depends(service_of)]
-
-
-def now() -> int:
-    return int(time.time())
 
 
 def check_fields(service: Service, body: ProtocolModel, refused: dict[str, str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import uvicorn
 
@@ -73,7 +74,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Part of uvicorn's interface: called when the server is to end."""
         self.service.drain()
-        deadline = asyncio.get_running_loop().call_later(self.service.options.drain_seconds, self.service.cut)
+        abort = partial(self.service.abort, everything=True)
+        deadline = asyncio.get_running_loop().call_later(self.service.options.drain_seconds, abort)
         try:
             await super().shutdown(sockets)
         finally:

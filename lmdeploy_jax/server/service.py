@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmdeploy_jax.engine.io.sampling_defaults import SamplingDefaults
+from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.server.chat.answers import Answers
 from lmdeploy_jax.server.chat.call import ChatCall
 from lmdeploy_jax.server.chat.formats import parser_names, select_parsers
-from lmdeploy_jax.server.chat.prepare import Chat, Prepared
+from lmdeploy_jax.server.chat.prepare import Chat
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.generation import Generation, Job, PieceQueue
+from lmdeploy_jax.server.generation import Generation, PieceQueue
 from lmdeploy_jax.server.ids import ToolCallIds
 from lmdeploy_jax.server.metrics import Metrics, RequestMetrics
 from lmdeploy_jax.server.options import ServerOptions
@@ -62,7 +63,7 @@ class Service:
         self.call_ids = ToolCallIds(bare=self.chat.tools is json_formats.MISTRAL)
         self.unknown_fields: set[str] = set()
         self.draining = False
-        self._mailroom: PieceQueue | None = None
+        self._queue: PieceQueue | None = None
         self._live: dict[Generation, _Entry] = {}
         self.running = 0  # answers that have been asked for and are not finished
 
@@ -80,46 +81,47 @@ class Service:
             )
         return name or self.models[0]
 
+    async def answer(
+        self, call: ChatCall, *, stream: bool, name: str | None = None, session_id: int | None = None
+    ) -> Answers:
+        """The answers to a chat call, once their first pieces have come, so that faults before have a status.
+
+        name, session_id: by which they can be aborted. Raises `ApiError` where nothing is taken in, and what
+        `Chat.prepare` and the engine raise.
+        """
+        generation = self.admit(call.config.n, name=name, session_id=session_id)
+        reader = await generation.start(self.chat.submit, call, generation, stream=stream)
+        return Answers(generation, reader)
+
     async def generate(
         self,
-        prepare: Callable[[], Sequence[Job]],
+        prompts: Sequence[str | list[int]],
+        config: GenerationConfig,
         *,
-        answers: int = 1,
-        stream: bool = True,
+        stream: bool,
         name: str | None = None,
         session_id: int | None = None,
+        cache_salt: str = "",
     ) -> Generation:
-        """Start the jobs that `prepare` makes on a worker thread; `answers` is how many they give in all.
+        """What continues texts as they are, or prompts in tokens; otherwise as `answer`."""
+        generation = self.admit(config.n * len(prompts), name=name, session_id=session_id)
+        await generation.start(
+            generation.submit_prompts, prompts, config, stream=stream, cache_salt=cache_salt
+        )
+        return generation
 
-        name, session_id: by which the generation can be aborted.
-        Raises `ApiError` where nothing is taken in, and what `prepare` and the engine raise.
-        """
-        self._admit(answers)
-        meter = None if self.metrics is None else RequestMetrics(self.metrics)
-        generation = Generation(self.frontend, self._open_mailroom(), self._forget, meter)
+    def admit(self, answers: int, *, name: str | None = None, session_id: int | None = None) -> Generation:
+        """Room for so many answers; who gets it must `start` it. Raises `ApiError` where there is none."""
+        self._check_room(answers)
+        metrics = None if self.metrics is None else RequestMetrics(self.metrics)
+        generation = Generation(self.frontend, self._piece_queue(), self._forget, metrics)
         self._live[generation] = _Entry(answers, name, session_id)
         self.running += answers
         if self.options.request_timeout is not None:
             generation.expire_after(self.options.request_timeout)
-        await generation.start(prepare, stream=stream)
         return generation
 
-    async def answer(
-        self, call: ChatCall, *, stream: bool, name: str | None = None, session_id: int | None = None
-    ) -> Answers:
-        """The answers to a chat call. Raises as `generate` does, before anything has come."""
-        ready: list[Prepared] = []
-
-        def prepare() -> list[Job]:
-            ready.append(self.chat.prepare(call))
-            return [ready[0].job]
-
-        generation = await self.generate(
-            prepare, answers=call.config.n, stream=stream, name=name, session_id=session_id
-        )
-        return Answers(generation, ready[0].reader)
-
-    def _admit(self, answers: int) -> None:
+    def _check_room(self, answers: int) -> None:
         if self.draining:
             raise ApiError(503, "The server is shutting down.", code="shutting_down")
         failure = self.frontend.engine.failure
@@ -133,10 +135,10 @@ class Service:
             message = f"The server is busy: {self.running} answers are under way or waiting. Try again later."
             raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
 
-    def _open_mailroom(self) -> PieceQueue:
-        if self._mailroom is None:
-            self._mailroom = PieceQueue(asyncio.get_running_loop())
-        return self._mailroom
+    def _piece_queue(self) -> PieceQueue:
+        if self._queue is None:
+            self._queue = PieceQueue(asyncio.get_running_loop())
+        return self._queue
 
     def _forget(self, generation: Generation) -> None:
         self.running -= self._live.pop(generation).answers
@@ -144,7 +146,10 @@ class Service:
     def abort(
         self, *, name: str | None = None, session_id: int | None = None, everything: bool = False
     ) -> int:
-        """End the generations of a name or session, or all; returns how many. Last pieces still come."""
+        """End the generations of a name or session, or all; returns how many.
+
+        Each answer still gets its last piece, with finish_reason "abort".
+        """
         named = [
             generation
             for generation, entry in self._live.items()
@@ -175,10 +180,6 @@ class Service:
     def drain(self) -> None:
         """Take in nothing more. What runs goes on."""
         self.draining = True
-
-    def cut(self) -> None:
-        """End what runs; each answer gets its last piece, with finish_reason "abort"."""
-        self.abort(everything=True)
 
     @property
     def health(self) -> tuple[str, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmdeploy_jax.server.anthropic.prompt import RAW_ARGUMENTS
+from lmdeploy_jax.server.chat.answers import Answers
 from lmdeploy_jax.server.chat.deltas import Answer, Delta, Finish
-from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.server.errors import ApiError, as_api_error
 from lmdeploy_jax.server.http.sse import event
 from lmdeploy_jax.server.ids import ToolCallIds
 from lmdeploy_jax.server.usage import Usage
@@ -71,19 +73,27 @@ class EventWriter:
     _block: tuple[str, int] | None = None  # its kind, and which call it is
     _begun: bool = field(default=False)
 
-    def write(self, delta: Delta, usage: Usage) -> bytes:
+    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
+        """The stream's body. An error becomes its last event."""
+        try:
+            async for deltas in answers:
+                for delta in deltas:
+                    yield self._write(delta, answers.usage)
+        except Exception as error:
+            yield self._error(as_api_error(error))
+
+    def _write(self, delta: Delta, usage: Usage) -> bytes:
         """The events of what the answer has gained. The last ones come with its finish."""
         parts = [] if self._begun else [self._start(usage)]
         for said in delta.events:
             parts += self._event(said)
         if delta.finish is not None and delta.finish.error is not None:
-            parts.append(self.error(delta.finish.error))
+            parts.append(self._error(delta.finish.error))
         elif delta.finish is not None:
             parts += self._end(delta.finish, usage)
         return b"".join(parts)
 
-    def error(self, error: ApiError) -> bytes:
-        """The last event of an answer that failed."""
+    def _error(self, error: ApiError) -> bytes:
         return b"".join([*self._close(), event("error", error_body(error))])
 
     def _start(self, usage: Usage) -> bytes:

@@ -22,18 +22,12 @@ class Answers:
         self._make_reader = make_reader
         self._readers: dict[int, AnswerReader] = {}
         self._lengths: dict[int, int] = {}
-        self._ahead: list[Delta] = []
-
-    async def begin(self) -> Answers:
-        """Wait for the first Deltas, so that what goes wrong before them can still be told by a status."""
-        self._ahead = await anext(self)
-        return self
 
     def __aiter__(self) -> Answers:
         return self
 
     async def __anext__(self) -> list[Delta]:
-        deltas, self._ahead = self._ahead, []
+        deltas: list[Delta] = []
         try:
             while not deltas:
                 pieces = await anext(self.generation)
@@ -47,11 +41,11 @@ class Answers:
         reader = self._readers.get(piece.choice)
         if reader is None:
             reader = self._readers[piece.choice] = self._make_reader(piece.choice)
-        if reader.cut:  # its last piece has been told already
+        if reader.truncated:  # its last piece has been told already
             return None
         delta = reader.read(piece)
         self._count(piece)
-        if reader.cut and piece.finish_reason is None:
+        if reader.truncated and piece.finish_reason is None:
             self.generation.abort(piece.choice)
         return delta
 
@@ -86,5 +80,4 @@ def _whole(deltas: list[Delta]) -> Answer:
         last.finish,
         [i for delta in deltas for i in delta.token_ids],
         logprobs,
-        next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
     )

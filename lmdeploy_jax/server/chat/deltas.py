@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.logprobs import TokenLogprobs
+from lmdeploy_jax.server.logprobs import TopLogprobs
 from lmdeploy_jax.text.parsers import Event, ParsedAnswer
 
 Reason = Literal["stop", "length", "tool_calls", "parse_error", "abort", "error"]
@@ -29,14 +29,13 @@ class Delta:
     """What one answer has gained since the last look.
 
     choice: which of the request's answers. events: its text, parsed. logprobs: one entry a token of
-    `token_ids`, where they were asked for. prompt_logprobs: once, with the first tokens, where asked for.
+    `token_ids`, where they were asked for.
     """
 
     choice: int
     events: list[Event]
     token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    logprobs: list[TopLogprobs] | None = None
     finish: Finish | None = None
 
 
@@ -48,5 +47,4 @@ class Answer:
     parsed: ParsedAnswer
     finish: Finish
     token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    prompt_logprobs: list[TokenLogprobs | None] | None
+    logprobs: list[TopLogprobs] | None

@@ -11,7 +11,7 @@ from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.prompt import EncodedPrompt
 from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
 from lmdeploy_jax.server.chat.reader import AnswerReader, ReaderFactory, ReasoningCounter
-from lmdeploy_jax.server.generation import Job
+from lmdeploy_jax.server.generation import Generation, Job
 from lmdeploy_jax.text.parsers import AnswerParser, ReasoningFormat, ToolFormat
 from lmdeploy_jax.text.template_arguments import Tool, checked_tools, thinking_is_off
 
@@ -54,6 +54,15 @@ class Chat:
         never = call.has_form and thinks_not and not started  # no grammar that lets it think either
         reasoning = None if never else self.reasoning
         return Prepared(Job(prompt, config), self._reader(call, tools, reasoning, started))
+
+    def submit(self, call: ChatCall, generation: Generation, *, stream: bool) -> ReaderFactory:
+        """Prepare the call and submit it; returns how its answers are read. On a worker thread.
+
+        Raises as `prepare` does.
+        """
+        prepared = self.prepare(call)
+        generation.submit([prepared.job], stream=stream)
+        return prepared.reader
 
     def count(self, call: ChatCall) -> int:
         """Tokens of the call's prompt."""

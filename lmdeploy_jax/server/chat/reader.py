@@ -27,7 +27,7 @@ class AnswerReader:
         *,
         one_call: bool = False,
     ) -> None:
-        self.cut = False  # whether the rest of the answer is not wanted
+        self.truncated = False  # whether the rest of the answer is not wanted
         self._one_call = one_call
         self._choice = choice
         self._config = config
@@ -46,7 +46,6 @@ class AnswerReader:
             events,
             piece.token_ids,
             piece.logprobs,
-            piece.prompt_logprobs,
             self._finish(piece) if error is None else Finish("error", error=error),
         )
 
@@ -60,28 +59,28 @@ class AnswerReader:
         events = self._parser.feed(piece.text) if piece.text else []
         if piece.finish_reason is not None:
             events += self._parser.finish(cut_off=piece.finish_reason != "stop")
-        return self._kept(events) if events else events
+        return self._up_to_second_call(events) if events else events
 
-    def _kept(self, events: list[Event]) -> list[Event]:
+    def _up_to_second_call(self, events: list[Event]) -> list[Event]:
         for i, event in enumerate(events):
             if isinstance(event, ToolCallStart):
                 if self._called and self._one_call:
-                    self.cut = True
+                    self.truncated = True
                     return events[:i]
                 self._called = True
         return events
 
     def _finish(self, piece: Response) -> Finish | None:
-        if self.cut:
-            return Finish(self._ending())
+        if self.truncated:
+            return Finish(self._stop_reason())
         reason = piece.finish_reason
         if reason is None or reason == "error":
             return None
         return Finish(
-            self._ending() if reason == "stop" else reason, named_stop(self._config, piece.stop_match)
+            self._stop_reason() if reason == "stop" else reason, named_stop(self._config, piece.stop_match)
         )
 
-    def _ending(self) -> Reason:
+    def _stop_reason(self) -> Reason:
         if self._parser is not None and self._parser.malformed:
             return "parse_error"
         return "tool_calls" if self._called else "stop"

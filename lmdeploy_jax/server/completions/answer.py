@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmdeploy_jax.messages import Response
+from lmdeploy_jax.server.completions.bodies import CompletionRequest
 from lmdeploy_jax.server.errors import choice_error, own_failure
-from lmdeploy_jax.server.generation import Job, named_stop
-from lmdeploy_jax.server.logprobs import TokenLogprobs, completion_logprobs
+from lmdeploy_jax.server.generation import Generation, Job, named_stop
+from lmdeploy_jax.server.http.sse import data
+from lmdeploy_jax.server.ids import now
+from lmdeploy_jax.server.logprobs import TopLogprobs, completion_logprobs
 from lmdeploy_jax.server.usage import Usage, openai_usage
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
@@ -26,6 +30,33 @@ class CompletionShape:
     top: int | None = None
     echo: tuple[str, ...] | None = None
     only_prompt: bool = False  # what is generated is left out
+    include_usage: bool = False
+
+
+def completion_shape(
+    body: CompletionRequest,
+    id: str,
+    model: str,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | list[int]],
+    jobs: Sequence[Job],
+) -> CompletionShape:
+    """What the request asks to be told of."""
+    return CompletionShape(
+        id=id,
+        created=now(),
+        model=model,
+        tokenizer=tokenizer,
+        jobs=jobs,
+        top=body.logprobs,
+        echo=_texts(tokenizer, prompts) if body.echo else None,
+        only_prompt=body.length == 0,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+    )
+
+
+def _texts(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> tuple[str, ...]:
+    return tuple(p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=False) for p in prompts)
 
 
 @dataclass
@@ -35,8 +66,22 @@ class CompletionWriter:
     shape: CompletionShape
     _lengths: dict[tuple[int, int], int] = field(default_factory=dict)  # tokens of each answer so far
     _offsets: dict[tuple[int, int], int] = field(default_factory=dict)  # and characters
-    _prompts: dict[int, list[TokenLogprobs | None]] = field(default_factory=dict)
+    _prompts: dict[int, list[TopLogprobs | None]] = field(default_factory=dict)
     _cached: dict[int, int] = field(default_factory=dict)
+
+    async def chunks(self, generation: Generation) -> AsyncGenerator[bytes, None]:
+        """The stream's body: all chunks that come together as one piece of it."""
+        async for pieces in generation:
+            yield b"".join([data(self._body([self.choice(piece)])) for piece in pieces])
+        if self.shape.include_usage:
+            yield data(self._body([], self.usage))
+
+    async def whole(self, generation: Generation) -> dict[str, Any]:
+        """All answers, in order."""
+        with closing(generation):
+            choices = [self.choice(piece) async for pieces in generation for piece in pieces]
+        choices.sort(key=lambda choice: choice["index"])
+        return self._body(choices, self.usage)
 
     def choice(self, piece: Response) -> dict[str, Any]:
         """One choice. Raises `ApiError` for a failure that is not this answer's own."""
@@ -64,7 +109,7 @@ class CompletionWriter:
         shape = self.shape
         if shape.top is None:
             return None
-        ids, entries = list(piece.token_ids), list[TokenLogprobs | None](piece.logprobs or ())
+        ids, entries = list(piece.token_ids), list[TopLogprobs | None](piece.logprobs or ())
         if shape.only_prompt:
             ids, entries = [], []
         if first and shape.echo is not None:
@@ -86,8 +131,7 @@ class CompletionWriter:
             sum(self._cached.values()),
         )
 
-    def body(self, choices: Sequence[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
-        """A chunk, or the whole."""
+    def _body(self, choices: Sequence[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
         shape = self.shape
         head = {"id": shape.id, "object": "text_completion", "created": shape.created, "model": shape.model}
         return head | {"choices": list(choices)} | ({"usage": openai_usage(usage)} if usage else {})

@@ -5,17 +5,15 @@ from __future__ import annotations
 from contextlib import closing
 
 import numpy as np
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.server.embeddings.answer import listed, pooled
 from lmdeploy_jax.server.embeddings.bodies import EmbeddingsRequest, PoolingRequest
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.generation import Job
-from lmdeploy_jax.server.http.sse import cancel_on_disconnect
-from lmdeploy_jax.server.ids import new_id
-from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields, now
+from lmdeploy_jax.server.ids import new_id, now
+from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields
 from lmdeploy_jax.server.service import Service
 
 router = APIRouter(tags=["embeddings"], route_class=JsonRoute)
@@ -24,22 +22,22 @@ CONFIG = GenerationConfig(max_new_tokens=1, ignore_eos=True, output_last_hidden_
 
 
 @router.post("/v1/embeddings", response_model=None)
-async def embeddings(body: EmbeddingsRequest, request: Request, service: CurrentService) -> Response:
+async def embeddings(body: EmbeddingsRequest, service: CurrentService) -> Response:
     """One vector an input."""
     check_fields(service, body)
     model = service.check_model(body.model)
-    vectors, tokens = await cancel_on_disconnect(request, _pooled(service, body))
+    vectors, tokens = await _pooled(service, body)
     if body.normalize:
         vectors = [v / max(float(np.linalg.norm(v)), 1e-12) for v in vectors]
     return listed(body, {"object": "list", "model": model}, "embedding", "embedding", vectors, tokens)
 
 
 @router.post("/pooling", response_model=None)
-async def pooling(body: PoolingRequest, request: Request, service: CurrentService) -> Response:
+async def pooling(body: PoolingRequest, service: CurrentService) -> Response:
     """The same as they are, not normalised."""
     check_fields(service, body)
     model = service.check_model(body.model)
-    vectors, tokens = await cancel_on_disconnect(request, _pooled(service, body))
+    vectors, tokens = await _pooled(service, body)
     head = {"id": new_id("pool"), "object": "list", "created": now(), "model": model}
     return listed(body, head, "pooling", "data", vectors, tokens)
 
@@ -48,14 +46,9 @@ async def _pooled(service: Service, body: PoolingRequest) -> tuple[list[np.ndarr
     """A vector an input, float32 [dimensions], and the number of tokens read."""
     _check_dimensions(service, body)
     inputs = body.inputs()
-    encode = service.frontend.encode_raw
-
-    def prepare() -> list[Job]:
-        return [Job(encode(item), CONFIG) for item in inputs]
-
+    generation = await service.generate(inputs, CONFIG, stream=False)
     vectors: dict[int, np.ndarray] = {}
     tokens = 0
-    generation = await service.generate(prepare, answers=len(inputs), stream=False)
     with closing(generation):
         async for pieces in generation:
             for piece in pieces:

@@ -1,20 +1,19 @@
-"""Server-sent events, and clients that hang up."""
+"""Server-sent events."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
 
 import orjson
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from lmdeploy_jax.server.errors import as_api_error, openai_body
+from lmdeploy_jax.server.http.disconnect import cancel_on_disconnect
 
-T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -43,7 +42,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await _cancel_on_disconnect(self._send(send), receive)
+            await cancel_on_disconnect(self._send(send), receive)
         except ClientDisconnect:
             pass
         finally:
@@ -64,27 +63,3 @@ async def openai_events(events: AsyncIterator[bytes]) -> AsyncGenerator[bytes, N
     except Exception as error:
         yield data(openai_body(as_api_error(error)))
     yield DONE
-
-
-async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up. Raises `ClientDisconnect` then."""
-    return await _cancel_on_disconnect(work, request.receive)
-
-
-async def _cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
+from lmdeploy_jax.server.chat.answers import Answers
 from lmdeploy_jax.server.chat.deltas import Answer, Delta
 from lmdeploy_jax.server.errors import choice_error
 from lmdeploy_jax.server.http.sse import data
-from lmdeploy_jax.server.ids import ToolCallIds
+from lmdeploy_jax.server.ids import ToolCallIds, new_id, now
 from lmdeploy_jax.server.logprobs import chat_logprobs, finite
+from lmdeploy_jax.server.openai_chat.bodies import ChatCompletionRequest
 from lmdeploy_jax.server.usage import Usage, openai_usage
 from lmdeploy_jax.text.parsers import (
     ContentDelta,
@@ -42,6 +44,20 @@ class ChatShape:
     include_usage: bool = False
 
 
+def chat_shape(body: ChatCompletionRequest, model: str, tokenizer: Tokenizer) -> ChatShape:
+    """What the request asks to be told of."""
+    return ChatShape(
+        id=new_id("chatcmpl"),
+        created=now(),
+        model=model,
+        tokenizer=tokenizer,
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        return_logprob=body.return_logprob,
+        return_token_ids=body.return_token_ids,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+    )
+
+
 @dataclass
 class ChunkWriter:
     """Writes a stream's chunks. The parts that stay the same are rendered once."""
@@ -63,9 +79,12 @@ class ChunkWriter:
         self._tail = b"}]" + usage + b"}\n\n"
         self._plain = not (shape.return_logprob or shape.return_token_ids or shape.top_logprobs is not None)
 
-    def write(self, deltas: Sequence[Delta]) -> bytes:
-        """The chunks of some answers' deltas, as one piece of the body."""
-        return b"".join([chunk for delta in deltas for chunk in self._chunks(delta)])
+    async def chunks(self, answers: Answers) -> AsyncGenerator[bytes, None]:
+        """The stream's body: all chunks that come together as one piece of it."""
+        async for deltas in answers:
+            yield b"".join([chunk for delta in deltas for chunk in self._chunks(delta)])
+        if self.shape.include_usage:
+            yield self._usage(answers.usage)
 
     def _chunks(self, delta: Delta) -> list[bytes]:
         chunks = []
@@ -111,8 +130,7 @@ class ChunkWriter:
         fields = extras(self.shape, delta.token_ids, delta.logprobs) if delta.token_ids else {}
         return b"," + orjson.dumps(fields)[1:-1] if fields else b""
 
-    def usage(self, usage: Usage) -> bytes:
-        """The last chunk, where usage was asked for."""
+    def _usage(self, usage: Usage) -> bytes:
         shape = self.shape
         return data(
             {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmdeploy_jax.server.chat.answers import Answers
 from lmdeploy_jax.server.chat.deltas import Answer, Delta, Finish
-from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.server.errors import ApiError, as_api_error
 from lmdeploy_jax.server.http.sse import event
 from lmdeploy_jax.server.ids import ToolCallIds
 from lmdeploy_jax.server.responses.bodies import ResponsesRequest
+from lmdeploy_jax.server.responses.prompt import Conversation
 from lmdeploy_jax.server.usage import Usage
 from lmdeploy_jax.text.parsers import (
     ContentDelta,
@@ -141,31 +144,44 @@ class ResponseWriter:
     """Writes the events of one streamed response. `items` holds what has been said when it has ended."""
 
     shape: ResponseShape
+    conversation: Conversation
     items: list[Item] = field(default_factory=list)
     _number: int = 0
     _item: Item | None = None  # the one that is being written
     _text: str = ""
 
-    def begin(self) -> bytes:
-        """The first events."""
+    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
+        """The stream's body. An error becomes its last event."""
+        finish = Finish("stop")
+        yield self._begin()
+        try:
+            async for deltas in answers:
+                for delta in deltas:
+                    yield self._write(delta)
+                    finish = delta.finish or finish
+            if finish.error is None:
+                self.conversation.keep(self.shape.id, self.items)
+            yield self._end(finish, answers.usage)
+        except Exception as error:
+            yield self._error(as_api_error(error))
+
+    def _begin(self) -> bytes:
         response = self.shape.render("in_progress", [])
         return self._event("response.created", response=response) + self._event(
             "response.in_progress", response=response
         )
 
-    def write(self, delta: Delta) -> bytes:
-        """The events of what the answer has gained."""
+    def _write(self, delta: Delta) -> bytes:
         parts = [self._said(said) for said in delta.events]
         if delta.finish is not None:
             parts.append(self._close(_item_status(delta.finish)))
         return b"".join(parts)
 
-    def end(self, finish: Finish, usage: Usage) -> bytes:
-        """The last event."""
+    def _end(self, finish: Finish, usage: Usage) -> bytes:
         name = {"completed": "completed", "failed": "failed"}.get(status_of(finish), "incomplete")
         return self._event(f"response.{name}", response=self.shape.ended(finish, self.items, usage))
 
-    def error(self, error: ApiError) -> bytes:
+    def _error(self, error: ApiError) -> bytes:
         """The last event of a response that there is no answer to."""
         closed = self._close("incomplete")
         return closed + self._event(

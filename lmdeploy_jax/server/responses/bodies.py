@@ -24,7 +24,7 @@ class NamedTool(ProtocolModel):
     name: str
 
 
-class AllowedTools(ProtocolModel):
+class ToolChoiceAllowed(ProtocolModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"] = "auto"
     tools: list[NamedTool]
@@ -60,7 +60,7 @@ class ResponsesRequest(ProtocolModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     text: TextOptions | None = None
     tools: list[FunctionTool] | None = None
-    tool_choice: Literal["auto", "none", "required"] | AllowedTools | NamedTool = "auto"
+    tool_choice: Literal["auto", "none", "required"] | ToolChoiceAllowed | NamedTool = "auto"
     parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
-from lmdeploy_jax.server.responses.bodies import AllowedTools, NamedTool, ResponsesRequest, SchemaFormat
+from lmdeploy_jax.server.responses.bodies import NamedTool, ResponsesRequest, SchemaFormat, ToolChoiceAllowed
 from lmdeploy_jax.server.responses.store import Message, ResponseStore
 from lmdeploy_jax.text.conversation import normalise_messages, without_nulls
 from lmdeploy_jax.text.prompts import Prompt
@@ -21,12 +22,25 @@ _SAME = (
 )
 
 
-def conversation(body: ResponsesRequest, store: ResponseStore) -> list[Message]:
-    """All messages up to this request, without its instructions."""
+@dataclass(frozen=True)
+class Conversation:
+    """messages: all up to a request, without its instructions. store: where it is kept, if it is to be."""
+
+    messages: list[Message]
+    store: ResponseStore | None
+
+    def keep(self, id: str, items: Sequence[Mapping[str, Any]]) -> None:
+        """Let later requests go on from the answer of this id. A call in it that was cut off is left out."""
+        if self.store is not None:
+            whole = [i for i in items if i["type"] != "function_call" or i["status"] == "completed"]
+            self.store.put(id, [*self.messages, *_messages(whole)])
+
+
+def continued(body: ResponsesRequest, store: ResponseStore) -> Conversation:
+    """What the request says after what came before it. Raises `ApiError` for a response that is not kept."""
     before = store.get(body.previous_response_id) if body.previous_response_id else []
-    if isinstance(body.input, str):
-        return [*before, {"role": "user", "content": body.input}]
-    return [*before, *_messages(body.input)]
+    said = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else _messages(body.input)
+    return Conversation([*before, *said], store if body.store else None)
 
 
 def chat_call(body: ResponsesRequest, said: Sequence[Message], config: GenerationConfig) -> ChatCall:
@@ -56,11 +70,6 @@ def sampling(body: ResponsesRequest) -> dict[str, Any]:
     }
 
 
-def answer_messages(items: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """An answer's items as what a later request goes on from. A call that was cut off is left out."""
-    return _messages([i for i in items if i["type"] != "function_call" or i["status"] == "completed"])
-
-
 def _template_kwargs(body: ResponsesRequest) -> dict[str, Any]:
     effort = body.reasoning.effort if body.reasoning else None
     return {"reasoning_effort": effort} if effort else {}
@@ -84,7 +93,7 @@ def _tool_choice(body: ResponsesRequest) -> ToolChoice:
     match body.tool_choice:
         case NamedTool(name=name):
             return ToolChoice("required", name)
-        case AllowedTools(mode=mode, tools=tools):
+        case ToolChoiceAllowed(mode=mode, tools=tools):
             return ToolChoice(mode, allowed=tuple(tool.name for tool in tools))
         case str(mode):
             return ToolChoice(mode)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from lmdeploy_jax.server.chat.answers import Answers
-from lmdeploy_jax.server.chat.call import ChatCall
-from lmdeploy_jax.server.chat.deltas import Answer, Finish
-from lmdeploy_jax.server.errors import as_api_error
-from lmdeploy_jax.server.http.sse import EventStream, cancel_on_disconnect
-from lmdeploy_jax.server.ids import new_id
+from lmdeploy_jax.server.http.sse import EventStream
+from lmdeploy_jax.server.ids import new_id, now
 from lmdeploy_jax.server.responses.answer import (
     ResponseShape,
     ResponseWriter,
     output_items,
 )
 from lmdeploy_jax.server.responses.bodies import ResponsesRequest
-from lmdeploy_jax.server.responses.prompt import answer_messages, chat_call, conversation, sampling
-from lmdeploy_jax.server.responses.store import Message, ResponseStore
-from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields, now
-from lmdeploy_jax.server.service import Service
+from lmdeploy_jax.server.responses.prompt import chat_call, continued, sampling
+from lmdeploy_jax.server.responses.store import ResponseStore
+from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields
 
 router = APIRouter(tags=["responses"], route_class=JsonRoute)
 REFUSED = {
@@ -44,46 +38,19 @@ def store_of(request: Request) -> ResponseStore:
 @router.post("/v1/responses", response_model=None)
 async def responses(
     body: ResponsesRequest,
-    request: Request,
     service: CurrentService,
     store: Annotated[ResponseStore, Depends(store_of)],
 ) -> Response | dict[str, Any]:
     """Answer a conversation, whole or as a stream of events."""
     check_fields(service, body, REFUSED)
     shape = ResponseShape(new_id("resp").replace("-", "_"), now(), service.check_model(body.model), body)
-    said = conversation(body, store)
-    call = chat_call(body, said, service.defaults.config(sampling(body)))
+    conversation = continued(body, store)
+    config = service.defaults.config(sampling(body))
+    answers = await service.answer(chat_call(body, conversation.messages, config), stream=body.stream)
     if body.stream:
-        answers = await cancel_on_disconnect(request, _begun(service, call))
-        return EventStream(_events(answers, ResponseWriter(shape), said, store), answers.close)
-    answers, answer = await cancel_on_disconnect(request, _whole(service, call))
+        return EventStream(ResponseWriter(shape, conversation).events(answers), answers.close)
+    (answer,) = await answers.complete()
     items = output_items(answer)
-    if body.store and answer.finish.error is None:
-        store.put(shape.id, [*said, *answer_messages(items)])
+    if answer.finish.error is None:
+        conversation.keep(shape.id, items)
     return shape.ended(answer.finish, items, answers.usage)
-
-
-async def _begun(service: Service, call: ChatCall) -> Answers:
-    return await (await service.answer(call, stream=True)).begin()
-
-
-async def _whole(service: Service, call: ChatCall) -> tuple[Answers, Answer]:
-    answers = await service.answer(call, stream=False)
-    return answers, (await answers.complete())[0]
-
-
-async def _events(
-    answers: Answers, writer: ResponseWriter, said: list[Message], store: ResponseStore
-) -> AsyncGenerator[bytes, None]:
-    finish = Finish("stop")
-    yield writer.begin()
-    try:
-        async for deltas in answers:
-            for delta in deltas:
-                yield writer.write(delta)
-                finish = delta.finish or finish
-        if writer.shape.body.store and finish.error is None:
-            store.put(writer.shape.id, [*said, *answer_messages(writer.items)])
-        yield writer.end(finish, answers.usage)
-    except Exception as error:
-        yield writer.error(as_api_error(error))
