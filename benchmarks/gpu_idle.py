@@ -44,30 +44,25 @@ class Steps:
     """Keeps the inputs of an engine's greedy decode steps, and runs them again without the engine."""
 
     def __init__(self, engine: Engine, requests: int) -> None:
-        self._runner = engine._runner
-        self._rows = next(rows for rows in self._runner.buckets.decode if rows >= requests)
+        self._put = engine._runner.state.put
+        self._program = engine._runner._steps._drawing.fit(requests)
         self._inputs: list[np.ndarray] = []
-        self._pack = self._runner.packer.pack_drawing
-        self._runner.packer.pack_drawing = self._keep
+        self._pack = self._program.layout.pack
+        self._program.layout.pack = self._keep
 
     def _keep(self, *args, **kwargs) -> np.ndarray:
-        packed = self._pack(*args, **kwargs)
-        if packed.size == self._runner.packer.drawing_layout(self._rows).size:
-            self._inputs.append(packed)
-        return packed
+        self._inputs.append(self._pack(*args, **kwargs))
+        return self._inputs[-1]
 
     def forget(self) -> None:
         self._inputs.clear()
 
     def again(self) -> float:
         """Mean seconds a step."""
-        runner, program = self._runner, self._runner._programs["decode_greedy", self._rows]
         flight: list[jax.Array] = []
         begun = time.perf_counter()
         for packed in self._inputs:
-            args = (runner.leaves, runner._caches, runner._pending, runner._put(packed))
-            tokens, runner._pending, runner._caches = program(*args)
-            flight.append(tokens)
+            flight.append(self._program(packed=self._put(packed)))
             if len(flight) >= STEPS_IN_FLIGHT:
                 np.asarray(flight.pop(0))
         jax.block_until_ready(flight)

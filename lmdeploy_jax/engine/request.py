@@ -172,7 +172,7 @@ class Status(enum.Enum):
 class PromptReport:
     """What a request wants to know of its prompt's positions, collected chunk by chunk."""
 
-    logprobs: list[Any] = field(default_factory=list)  # packed i32 [n, 2 + 2k], see `steps.pack_logprobs`
+    logprobs: list[Any] = field(default_factory=list)  # packed i32 [n, 2 + 2k], see `reports.pack_logprobs`
     logits: list[Any] = field(default_factory=list)  # f32 [n, V]
     hidden: list[Any] = field(default_factory=list)  # f32 [n, E]
 

@@ -20,9 +20,10 @@ from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
 from lmdeploy_jax.engine.core import buckets
-from lmdeploy_jax.engine.core.batch import StepPacker
-from lmdeploy_jax.engine.core.compile import Program
-from lmdeploy_jax.engine.core.programs import ProgramBuilder
+from lmdeploy_jax.engine.core.batch import Slots
+from lmdeploy_jax.engine.core.program import Program, Programs
+from lmdeploy_jax.engine.core.state import DeviceState
+from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
 from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.pallas_kernels.prefill_attention import tile_rows
@@ -41,29 +42,30 @@ WANTED = (
 )
 
 
-def builder(mesh: Mesh) -> ProgramBuilder:
+def programs_on(mesh: Mesh) -> Programs:
     """The programs of a Llama-3-8B shape, cut to two layers and a small vocabulary."""
     raw = shapes.read("llama3-8b") | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
     config, dtype = build_config(raw, "llama3-8b"), jnp.dtype("bfloat16")
     skeleton = build_skeleton(config, dtype, Kernels("pallas", mesh, tuning.load("NVIDIA H200")))
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
-    packer = StepPacker(BATCH, 2048, config.vocab_size, tile_rows("pallas"))
     cache = CacheSpec(config.cache_layout(1), PAGES, dtype, mesh)
-    return ProgramBuilder(model, packer, buckets.plan("gpu", BATCH, 1024, steps=4), cache, mesh)
+    programs = Programs(DeviceState(model, cache, BATCH), find=lambda program: program.lower().compile())
+    slots = Slots(BATCH, 2048, config.vocab_size)
+    GpuSteps(programs, slots, buckets.plan("gpu", BATCH, 1024, steps=4), tile_rows("pallas"))
+    return programs
 
 
 def report(name: str, program: Program, cache: CacheSpec) -> dict[str, object]:
     """Compiles a program and returns its facts."""
-    jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=program.out_shardings)
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        compiled = jitted.lower(*program.args).compile(compiler_options=options)
+        compiled = program.lower().compile(compiler_options=options)
         (thunks,) = Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
         cache_bytes = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(cache.specs))
         return {
             "program": name,
             "caches_aliased": compiled.memory_analysis().alias_size_in_bytes >= cache_bytes,
-            "cache_copies": cache_copies(compiled.as_text(), cache.specs[0][0].shape),
+            "cache_copies": cache_copies(compiled.as_text(), cache.specs.arrays[0][0].shape),
             "outside_command_buffer": outside_command_buffer(Path(folder)),
             "launches": len(re.findall(r"^\s+\d+: k", thunks.read_text(), re.MULTILINE)),
         }
@@ -76,10 +78,9 @@ def main() -> None:
     )
     mesh = topologies.make_mesh(topology, (1, 1, 1), AXES)
     with as_on_h200():
-        build = builder(mesh)
-        programs = build.all()
+        programs = programs_on(mesh)
         for name, size in WANTED:
-            print(json.dumps(report(name, programs[name, size], build.cache)), flush=True)
+            print(json.dumps(report(name, programs[name, size], programs.state.cache)), flush=True)
 
 
 if __name__ == "__main__":

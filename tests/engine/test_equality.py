@@ -8,8 +8,9 @@ import sys
 from lmdeploy_jax.cache.kinds import PagedCache
 from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.cache.pages import PAGE_SIZE
-from lmdeploy_jax.engine.core import buckets
+from lmdeploy_jax.engine.core import buckets, setup
 from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
 from tests.engine.conftest import COUNT
 from tests.engine.harness import Collector, config, generate, submit, tokens
 from tests.oracle import hf_greedy
@@ -78,8 +79,9 @@ def test_several_decode_steps_at_once_equal_single_ones(engine, llama, compile_c
 
 
 def test_programs_of_a_gpu_give_the_same_tokens(llama, compile_cache, prompts, expected, monkeypatch):
-    lean = buckets.plan
-    monkeypatch.setattr(buckets, "plan", lambda platform, *rest: lean("gpu", *rest))
+    plan = buckets.plan
+    monkeypatch.setattr(buckets, "plan", lambda platform, *rest: plan("gpu", *rest))
+    monkeypatch.setattr(setup, "steps_for", lambda platform: GpuSteps)
     for steps in (1, 4):
         engine = other_engine(llama, compile_cache, decode_steps=steps)
         try:
@@ -145,6 +147,7 @@ import json, sys
 import jax
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
 from tests.engine.harness import config, tokens
 folder, cache, prompts, tps = json.loads(sys.argv[1])
 for tp in tps:

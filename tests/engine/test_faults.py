@@ -51,7 +51,9 @@ def fragile(poisoned, compile_cache, request):
 
 
 def holds_nan(engine: Engine) -> bool:
-    return any(bool(np.isnan(np.asarray(array)).any()) for array in jax.tree.leaves(engine._runner._caches))
+    return any(
+        bool(np.isnan(np.asarray(array)).any()) for array in jax.tree.leaves(engine._runner.state.caches)
+    )
 
 
 def clean(result: Result) -> bool:

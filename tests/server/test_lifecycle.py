@@ -147,10 +147,10 @@ def test_sleep_gives_memory_back_and_waking_restores_it(live, client, pipe, leve
         return client.chat.completions.create(model=MODEL, messages=ASK).choices[0].message.content
 
     before = ask()
-    runner = pipe.frontend.engine._runner
+    state = pipe.frontend.engine._runner.state
     with httpx.Client(base_url=live.url, timeout=PATIENCE) as http:
         assert http.post("/sleep", params={"level": level}).json() == {"is_sleeping": True}
-        assert runner.leaves == runner._caches == ()
+        assert state.leaves == state.caches == ()
         assert http.get("/health").json()["status"] == "sleeping"
         with pytest.raises(openai.InternalServerError, match="sleeping") as caught:
             ask()

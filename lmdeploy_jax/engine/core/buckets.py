@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 
 REPORT_ROWS = 64  # rows whose logits are reported on, or pass through Python, in one call
@@ -18,7 +17,6 @@ class Buckets:
     decode: tuple[int, ...]  # sequences of a decode step; also rows of a greedy head
     sampling: tuple[int, ...]  # rows of the heads that do more
     tokens: tuple[int, ...]  # tokens of a ragged step
-    lean: bool = False  # few programs that do more each; see `ProgramBuilder.all`
     steps: int = 1  # most decode steps in one call
 
     @property
@@ -37,10 +35,10 @@ def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) ->
     tokens = max(max_tokens, max_batch_size)
     if platform == "cpu":
         decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
-        return Buckets(decode, sampling, _ladder(32, tokens, 4), True, steps)
+        return Buckets(decode, sampling, _ladder(32, tokens, 4), steps)
     sizes = (size for size in GPU_DECODE if size < max_batch_size)
     sampling = tuple(sorted({*_ladder(1, max_batch_size, 8), min(128, max_batch_size)}))
-    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), False, steps)
+    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), steps)
 
 
 def _gpu_tokens(most: int) -> tuple[int, ...]:
@@ -53,11 +51,3 @@ def _ladder(first: int, last: int, factor: int) -> tuple[int, ...]:
     while sizes[-1] < last:
         sizes.append(min(sizes[-1] * factor, last))
     return tuple(sizes)
-
-
-def fit(sizes: tuple[int, ...], wanted: int) -> int:
-    """The smallest size that holds `wanted`. Raises ValueError beyond the last."""
-    i = bisect_left(sizes, wanted)
-    if i == len(sizes):
-        raise ValueError(f"{wanted} is beyond the largest compiled size {sizes[-1]}")
-    return sizes[i]

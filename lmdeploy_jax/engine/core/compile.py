@@ -5,36 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import jax
 
+from lmdeploy_jax.engine.core.program import Program
 from lmdeploy_jax.engine.core.program_cache import Key, ProgramCache
 from lmdeploy_jax.engine.progress import announce, counting_bar
 
 log = logging.getLogger("lmdeploy_jax")
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 NEVER = 1e9  # seconds
-
-
-@dataclass(frozen=True)
-class Program:
-    """A function with the shapes it is to be compiled for."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]  # pytrees of ShapeDtypeStruct with shardings
-    out_shardings: Any
-    donate: tuple[int, ...] = ()
-
-    def lower(self) -> jax.stages.Lowered:
-        jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings)
-        return jitted.lower(*self.args)
 
 
 class CompileCounter:
@@ -138,6 +123,11 @@ def _compile(
     return ready
 
 
+def read_or_compile(program: Program, cache: ProgramCache) -> jax.stages.Compiled:
+    """One program, from the cache or compiled."""
+    return cache.load(program.key) or _compile_and_store(program.lower(), program.key, cache)
+
+
 def _compile_and_store(lowered: jax.stages.Lowered, key: Key, cache: ProgramCache) -> jax.stages.Compiled:
     with OUTSIDE_JAX_CACHE:
         compiled = lowered.compile()
@@ -173,19 +163,3 @@ class _OutsideJaxCache:
 
 
 OUTSIDE_JAX_CACHE = _OutsideJaxCache()
-
-
-class LazyPrograms(dict[Key, jax.stages.Compiled]):
-    """Reads or compiles each program when it is first asked for."""
-
-    def __init__(self, programs: Mapping[Key, Program], cache: ProgramCache) -> None:
-        super().__init__()
-        self._programs = programs
-        self._cache = cache
-
-    def __missing__(self, key: Key) -> jax.stages.Compiled:
-        program = self._cache.load(key)
-        if program is None:
-            program = _compile_and_store(self._programs[key].lower(), key, self._cache)
-        self[key] = program
-        return program

@@ -17,9 +17,9 @@ from lmdeploy_jax.engine.base import ASLEEP, TAGS, EngineBase
 from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.engine.core.rest import Rest
 from lmdeploy_jax.engine.core.results import accept, output_of, read_tokens
-from lmdeploy_jax.engine.core.runner import Drawn
 from lmdeploy_jax.engine.core.scheduler import DrainFirst, Step
 from lmdeploy_jax.engine.core.setup import set_up
+from lmdeploy_jax.engine.core.steps import Drawn
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats
 from lmdeploy_jax.engine.forks import Home, claim_jax
 from lmdeploy_jax.engine.request import Request, Sequence, StepOutput
@@ -233,7 +233,7 @@ class Engine(EngineBase):
             if sequence in drawn.errors:
                 self._fail(sequence, drawn.errors[sequence])
                 continue
-            accepted = accept(sequence, tokens[i], self.session_len)
+            accepted = accept(sequence, tokens[i], drawn.most, self.session_len)
             out = output_of(sequence, drawn, i, accepted, packed)
             if isinstance(out.error, LogitsError):
                 self._runner.clear_pages([DUMP_PAGE, *self.scheduler.discard_cache(sequence)])

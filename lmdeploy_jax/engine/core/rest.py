@@ -41,9 +41,9 @@ class Rest:
             cache = self._scheduler.cache
             self._scheduler.cache = PrefixCache(cache.pool.num_pages, enabled=cache.enabled)
         if WEIGHTS not in self.missing:
-            self._shardings = [leaf.sharding for leaf in self._runner.leaves]
-            self._kept = [np.array(leaf) for leaf in self._runner.leaves] if level == 1 else None
-            self._runner.release_leaves()
+            self._shardings = [leaf.sharding for leaf in self._runner.state.leaves]
+            self._kept = [np.array(leaf) for leaf in self._runner.state.leaves] if level == 1 else None
+            self._runner.state.release_leaves()
         if level == 2:
             self._kept = None
         self.missing = frozenset(TAGS)
@@ -58,7 +58,7 @@ class Rest:
                 if tag == KV_CACHE:
                     self._runner.allocate_caches()
                 else:
-                    self._runner.leaves = self._weights()
+                    self._runner.state.leaves = self._weights()
                 self.missing -= {tag}
                 logger.info("%s are back after %.1f s", tag, time.perf_counter() - begun)
 

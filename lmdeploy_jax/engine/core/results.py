@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lmdeploy_jax.engine.core.runner import Drawn
+from lmdeploy_jax.engine.core.steps import Drawn
 from lmdeploy_jax.engine.request import Sequence, StepOutput, TokenLogprobs
 from lmdeploy_jax.errors import LogitsError
 from lmdeploy_jax.messages import FinishReason
@@ -41,22 +41,28 @@ def read_tokens(drawn: Drawn) -> tuple[list[list[int]], np.ndarray | None]:
         drawn.tokens.block_until_ready()
         return [], None
     values = np.asarray(drawn.tokens)
-    if drawn.packed:
-        return values[:, :1].tolist(), values
-    return values.reshape(len(values), -1)[:, : drawn.steps].tolist(), None
+    counts = np.asarray(drawn.counts).tolist()
+    tokens = [
+        row[:count] for row, count in zip(values.tolist(), counts, strict=False)
+    ]  # rows of padding follow
+    return tokens, values if drawn.packed else None
 
 
 def unpack_logprobs(row: np.ndarray, top: int) -> TokenLogprobs:
-    """One row of `steps.pack_logprobs`, with the `top` best alternatives."""
+    """One row of `reports.pack_logprobs`, with the `top` best alternatives."""
     k = (len(row) - 2) // 2
     logprob = float(row[1:2].view(np.float32)[0])
     values = row[2 + k : 2 + k + top].view(np.float32)
     return TokenLogprobs(logprob, dict(zip(row[2 : 2 + top].tolist(), values.tolist(), strict=True)))
 
 
-def accept(sequence: Sequence, drawn: Seq[int], session_len: int) -> Accepted:
-    """Append the tokens read for a sequence, up to the one that ends it."""
+def accept(sequence: Sequence, drawn: Seq[int], most: int, session_len: int) -> Accepted:
+    """Append the tokens read for a sequence, up to the one that ends it. The scheduler has counted on `most`
+    of them; of those that did not come, nothing is computed either.
+    """
     accepted = Accepted()
+    sequence.unread -= most
+    sequence.computed -= most - len(drawn)
     for token in drawn:
         try:
             reason, stop = _accept(sequence, token, session_len)
@@ -72,7 +78,6 @@ def accept(sequence: Sequence, drawn: Seq[int], session_len: int) -> Accepted:
 
 def _accept(sequence: Sequence, token: int, session_len: int) -> tuple[FinishReason | None, int | None]:
     """Raises LogitsError where the device found none, RequestError for one that the grammar forbids."""
-    sequence.unread -= 1
     if token in NO_TOKEN:
         raise LogitsError(NO_TOKEN[token])
     tokens, params = sequence.tokens, sequence.params

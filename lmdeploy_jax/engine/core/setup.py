@@ -20,13 +20,17 @@ from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.engine.core import buckets as bucket_plan
-from lmdeploy_jax.engine.core.batch import StepPacker
+from lmdeploy_jax.engine.core.batch import Slots
 from lmdeploy_jax.engine.core.buckets import Buckets
-from lmdeploy_jax.engine.core.compile import LazyPrograms, compile_all, tuning_dir, use_cache
+from lmdeploy_jax.engine.core.compile import compile_all, read_or_compile, tuning_dir, use_cache
+from lmdeploy_jax.engine.core.program import Programs
 from lmdeploy_jax.engine.core.program_cache import ProgramCache
-from lmdeploy_jax.engine.core.programs import ProgramBuilder
 from lmdeploy_jax.engine.core.runner import Runner
 from lmdeploy_jax.engine.core.scheduler import Scheduler
+from lmdeploy_jax.engine.core.state import DeviceState
+from lmdeploy_jax.engine.core.steps import Steps
+from lmdeploy_jax.engine.core.steps_cpu import CpuSteps
+from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
 from lmdeploy_jax.engine.facts import Startup
 from lmdeploy_jax.engine.progress import announce, loading_bar
 from lmdeploy_jax.errors import ConfigError
@@ -78,17 +82,10 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     memory = _plan(config, loaded, mesh, buckets, session_len)
     log.info("%s", memory)
     session_len = _fitting(session_len, memory)
-    packer = StepPacker(buckets.max_batch_size, session_len, model_config.vocab_size, tile_rows(backend))
     spec = CacheSpec(model_config.cache_layout(config.tp), memory.num_pages, loaded.dtype, mesh)
     begun = time.perf_counter()
-    builder = ProgramBuilder(loaded, packer, buckets, spec, mesh)
-    wanted, cache = builder.all(), ProgramCache(kept, list(mesh.devices.flat), *builder.made_from)
-    programs = (
-        LazyPrograms(wanted, cache) if config.eager_mode else compile_all(wanted, cache, progress=progress)
-    )
-    runner = Runner(loaded, mesh, buckets, packer, spec, programs)
-    if platform != "cpu" and not config.eager_mode:
-        runner.warm_up()
+    slots = Slots(buckets.max_batch_size, session_len, model_config.vocab_size)
+    runner = _runner(loaded, spec, slots, buckets, kept, ahead=not config.eager_mode, progress=progress)
     weight_bytes = sum(leaf.nbytes for leaf in loaded.leaves)
     startup = Startup(backend, weight_bytes, loading, time.perf_counter() - begun)
     scheduler = Scheduler(
@@ -105,6 +102,39 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     return Parts(
         folder, model_config, session_len, memory, buckets, scheduler, runner, startup, reload, on_cpu
     )
+
+
+def _runner(
+    model: LoadedModel,
+    spec: CacheSpec,
+    slots: Slots,
+    buckets: Buckets,
+    folder: Path | None,
+    *,
+    ahead: bool,
+    progress: bool,
+) -> Runner:
+    """A runner ready for its first step. Compiled programs are kept in `folder`; `ahead`: all of them are
+    read or compiled now.
+    """
+    devices, kernels = list(spec.mesh.devices.flat), model.skeleton.kernels
+    state, family = DeviceState(model, spec, slots.max_batch_size), steps_for(devices[0].platform)
+    rows = tile_rows(kernels.backend)
+    shapes = (state.specs, slots.tables.width, rows, buckets, spec)
+    cache = ProgramCache(folder, devices, kernels, model.config, family, *shapes)
+    programs = Programs(state, partial(read_or_compile, cache=cache))
+    runner = Runner(programs, slots, family(programs, slots, buckets, rows))
+    if ahead:
+        programs.use(compile_all(programs, cache, progress=progress))
+    runner.allocate_caches()
+    if ahead:
+        runner.warm_up()
+    return runner
+
+
+def steps_for(platform: str) -> type[Steps]:
+    """How a device kind runs its steps."""
+    return CpuSteps if platform == "cpu" else GpuSteps
 
 
 def choose_backend(wanted: str, device: jax.Device, model: DecoderConfig) -> str:

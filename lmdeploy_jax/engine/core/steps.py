@@ -1,246 +1,178 @@
-"""The programs of the engine, as pure functions over arrays.
+"""A step on a device: a forward pass, and the choice of the next tokens. What every kind of device shares.
 
 A *backbone* runs the decoder and is compiled per number of tokens; a *head* turns hidden rows into tokens and
 is compiled per number of rows. Cut there, the sizes add instead of multiplying. Between them stands `rows`
-[max_batch_size, E], the hidden state of each of the step's sequences. `pending` [slots + 1] holds each slot's
-last token, so that the next step can start before the host has seen it.
+[max_batch_size, E], the hidden state of each of the step's sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from lmdeploy_jax.cache.kv import KVCache
-from lmdeploy_jax.engine.core.batch import Layout, decode_batch, ragged_batch, sampling_batch
-from lmdeploy_jax.models.sharded import AnyDecoder
-from lmdeploy_jax.sampling.logprobs import TopLogprobs, no_logprobs, top_logprobs
-from lmdeploy_jax.sampling.mask import apply_mask
+from lmdeploy_jax.converters.load import Skeleton
+from lmdeploy_jax.engine.core.batch import Fields, Layout, RaggedLayout, Slots, ragged_batch, sampling_batch
+from lmdeploy_jax.engine.core.buckets import Buckets
+from lmdeploy_jax.engine.core.history import Histories
+from lmdeploy_jax.engine.core.masks import Masks
+from lmdeploy_jax.engine.core.program import Ladder, Program, Programs
+from lmdeploy_jax.engine.core.reports import Reports, pack_logprobs
+from lmdeploy_jax.engine.core.scheduler import Step
+from lmdeploy_jax.engine.core.state import History, Leaves, Update
+from lmdeploy_jax.engine.request import Draws, Head, Sequence
+from lmdeploy_jax.sampling.logprobs import no_logprobs, top_logprobs
+from lmdeploy_jax.sampling.mask import apply_mask, mask_words
 from lmdeploy_jax.sampling.penalties import add_tokens, apply_penalties
-from lmdeploy_jax.sampling.sampler import greedy, sample
+from lmdeploy_jax.sampling.sampler import sample
 
-Leaves = tuple[Array, ...]
-Merge = Callable[[Leaves], AnyDecoder]
-
-
-class History(NamedTuple):
-    """What each slot's sequence has said so far, for penalties and biases; see `lmdeploy_jax.sampling`."""
-
-    counts: Array  # i32 [slots + 1, V]
-    bias: Array  # f32 [slots + 1, V]
+Errors = dict[Sequence, BaseException]
 
 
-def decode(
-    merge: Merge, layout: Layout, max_rows: int, leaves: Leaves, caches: KVCache, pending: Array, flat: Array
-) -> tuple[Array, KVCache]:
-    """One token for each sequence: -> rows [max_rows, E], caches."""
-    field = layout.views(flat)
-    hidden, caches = merge(leaves)(caches, decode_batch(field, pending[field["slots"]]))
-    return jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0))), caches
+class Forward(NamedTuple):
+    """A forward pass under way."""
+
+    rows: Any = None  # hidden states [max_batch_size, E], one a chunk; None where nobody can want them
+    tokens: Any = None  # i32 [R, k], the next tokens of each row, if the pass has drawn them
+    most: int = 1  # how many of them there are
+    hidden: Any = None  # hidden states [T, E] of all its tokens, if any of its prompts is reported on
 
 
-def decode_any(
-    merge: Merge,
-    layout: Layout,
-    max_rows: int,
-    most: int,
-    leaves: Leaves,
-    caches: KVCache,
-    pending: Array,
-    flat: Array,
-) -> tuple[Array, Array, Array, KVCache]:
-    """One program for every decode step: -> rows of the last, tokens i32 [R, most], pending, caches.
+@dataclass
+class Drawn:
+    """A step under way: `tokens` i32 [R, k], of whose row i the first `counts[i]` are what draw i has given.
 
-    `flat` says how many steps there are, at most `most`, and how they draw: greedily, by sampling, or not at
-    all (and then there is one). Both are read on the device: for CPUs, since it would take a GPU out of its
-    CUDA graph. Tokens past the last step are 0.
+    The scheduler counts on `most` tokens a draw. `packed`: each row's token is followed by log-probabilities,
+    see `pack_logprobs`. Without draws (a prompt's earlier chunks) `tokens` is only something to wait for.
     """
-    field = layout.views(flat)
-    model, slots = merge(leaves), field["slots"]
 
-    def step(
-        i: Array | int, state: tuple[Array, Array, Array, KVCache]
-    ) -> tuple[Array, Array, Array, KVCache]:
-        _, last, drawn, caches = state
-        hidden, caches = model(caches, decode_batch(field, last, i))
-        last = jax.lax.switch(
-            field["draw"][0],
-            (
-                lambda: last,
-                lambda: greedy(model.logits(hidden)),
-                lambda: sample(model.logits(hidden), sampling_batch(field, i)),
-            ),
-        )
-        return hidden, _next_input(last), drawn.at[:, i].set(last), caches
-
-    hidden = jnp.zeros((len(slots), model.config.hidden_size), model.dtype)
-    state = (hidden, pending[slots], jnp.zeros((len(slots), most), jnp.int32), caches)
-    looped = partial(jax.lax.fori_loop, 0, field["count"][0], step) if most > 1 else partial(step, 0)
-    hidden, last, drawn, caches = looped(state)
-    rows = jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0)))
-    return rows, drawn, pending.at[slots].set(last), caches
+    draws: Draws
+    tokens: Any
+    counts: Any = ()  # i32 [R], or the host's own
+    most: int = 1
+    packed: bool = False
+    hidden: list[Any] = field(default_factory=list)  # per draw [E] or None
+    logits: list[Any] = field(default_factory=list)  # per draw [V] or None
+    errors: Errors = field(default_factory=dict)  # draws whose user code failed
 
 
-def decode_drawing(
-    merge: Merge,
-    layout: Layout,
-    count: int,
-    sampled: bool,
-    leaves: Leaves,
-    caches: KVCache,
-    pending: Array,
-    flat: Array,
-) -> tuple[Array, Array, KVCache]:
-    """`count` tokens for each sequence, one after another: -> tokens i32 [R, count], pending, caches."""
-    field = layout.views(flat)
-    model, slots = merge(leaves), field["slots"]
+class Ragged(NamedTuple):
+    """What a ragged step gives."""
 
-    def step(i: Array | int, state: tuple[Array, Array, KVCache]) -> tuple[Array, Array, KVCache]:
-        last, drawn, caches = state
-        hidden, caches = model(caches, decode_batch(field, last, i))
-        logits = model.logits(hidden)
-        last = sample(logits, sampling_batch(field, i)) if sampled else greedy(logits)
-        return _next_input(last), drawn.at[:, i].set(last), caches
+    rows: Array  # [max_batch_size, E]
+    hidden: Array  # [T, E]
 
-    state = (pending[slots], jnp.zeros((len(slots), count), jnp.int32), caches)
-    last, drawn, caches = jax.lax.fori_loop(0, count, step, state) if count > 1 else step(0, state)
-    return drawn, pending.at[slots].set(last), caches
+
+class Steps(ABC):
+    """Forward passes and draws on one kind of device, by the programs that suit it."""
+
+    def __init__(self, programs: Programs, slots: Slots, buckets: Buckets, tile_rows: int) -> None:
+        self.buckets = buckets
+        self.histories = Histories(programs)
+        self.reports = Reports(programs, (buckets.max_batch_size, *buckets.tokens))
+        self._programs, self._state, self._slots = programs, programs.state, slots
+        self._masks = Masks(self._state.vocab_size, self._state.put)
+
+        def ragged_program(tokens: int) -> Program:
+            layout = RaggedLayout(slots, tokens, tile_rows)
+            function = partial(ragged, skeleton=self._state.skeleton, layout=layout)
+            return programs.add("ragged", function, size=tokens, writes=("caches",), layout=layout)
+
+        self._ragged = Ladder(buckets.tokens, ragged_program)
+
+    def forward(self, step: Step) -> Forward:
+        """Start a step's forward pass on the device."""
+        return self._decode(step) if step.decode_only else self._mixed(step)
+
+    def draw(self, draws: Draws, passed: Forward) -> Drawn:
+        """Start the choice of the next tokens; the result is read later. Grammars go by the tokens read."""
+        if not draws:
+            return Drawn([], passed.rows)
+        if passed.tokens is not None:
+            return started(draws, passed.tokens, most=passed.most)
+        return self._draw(draws, passed.rows)
+
+    def begin_masks(self, draws: Draws) -> None:
+        """Start what the next `draw`, which is of these, needs to know of their grammars, in a thread."""
+        if draws:
+            self._masks.begin(draws, self._head(draws).size)
+
+    def warm_up(self) -> None:
+        """Run the programs of plain steps once, on padding alone, where a first run takes longer."""
+        return
+
+    @abstractmethod
+    def _decode(self, step: Step) -> Forward:
+        """The pass of a step in which every sequence decodes."""
+
+    @abstractmethod
+    def _draw(self, draws: Draws, rows: Array) -> Drawn:
+        """Tokens from the rows of a pass that has drawn none itself."""
+
+    @abstractmethod
+    def _head(self, draws: Draws) -> Program:
+        """The program that draws for them."""
+
+    def _mixed(self, step: Step) -> Forward:
+        program = self._ragged.fit(step.num_tokens)
+        out = program(packed=program.pack(step.chunks))
+        reported = any(chunk.sequence.report for chunk in step.chunks)
+        return Forward(out.rows, hidden=out.hidden if reported else None)
+
+    def _mask(self, rows: int) -> Any:
+        return self._state.ints(rows, mask_words(self._state.vocab_size))
+
+
+def head_of(draws: Draws) -> Head:
+    """The cheapest head that serves every sequence of the call."""
+    return max((sequence.params.head for sequence, _ in draws), default=Head.GREEDY)
+
+
+def started(
+    draws: Draws, tokens: Any, errors: Errors | None = None, *, most: int = 1, packed: bool = False
+) -> Drawn:
+    """Draws that each give as many tokens as the scheduler counts on; their way to the host has begun."""
+    tokens.copy_to_host_async()
+    return Drawn(draws, tokens, [most] * len(draws), most, packed, errors=errors or {})
 
 
 def ragged(
-    merge: Merge, layout: Layout, leaves: Leaves, caches: KVCache, pending: Array, flat: Array
-) -> tuple[Array, Array, KVCache]:
-    """Prompt chunks and single tokens, packed: -> rows [max_rows, E], hidden [T, E], caches."""
-    field = layout.views(flat)
-    hidden, caches = merge(leaves)(caches, ragged_batch(field, pending))
-    return hidden[field["last"]], hidden, caches
+    leaves: Leaves, caches: KVCache, pending: Array, packed: Array, *, skeleton: Skeleton, layout: Layout
+) -> tuple[Ragged, Update]:
+    """Prompt chunks and single tokens, packed."""
+    field = layout.views(packed)
+    hidden, caches = skeleton.merge(leaves)(caches, ragged_batch(field, pending))
+    return Ragged(hidden[field["last"]], hidden), Update(caches=caches)
 
 
-def head_greedy(
-    merge: Merge, layout: Layout, leaves: Leaves, rows: Array, pending: Array, flat: Array, mask: Array
-) -> tuple[Array, Array]:
-    """-> tokens i32 [R], pending."""
-    field = layout.views(flat)
-    tokens = greedy(apply_mask(merge(leaves).logits(rows[field["rows"]]), mask))
-    return tokens, pending.at[field["slots"]].set(_next_input(tokens))
-
-
-def head_sample(
-    merge: Merge, layout: Layout, leaves: Leaves, rows: Array, pending: Array, flat: Array, mask: Array
-) -> tuple[Array, Array]:
-    """-> tokens i32 [R], pending."""
-    field = layout.views(flat)
-    logits = apply_mask(merge(leaves).logits(rows[field["rows"]]), mask)
-    tokens = sample(logits, sampling_batch(field))
-    return tokens, pending.at[field["slots"]].set(_next_input(tokens))
-
-
-def head_logits(merge: Merge, layout: Layout, leaves: Leaves, rows: Array, flat: Array) -> Array:
-    """-> logits f32 [R, V], for `head_full`."""
-    return merge(leaves).logits(rows[layout.views(flat)["rows"]])
-
-
-def head_full(
-    layout: Layout, raw: Array, logits: Array, pending: Array, history: History, flat: Array, mask: Array
-) -> tuple[Array, Array, History]:
-    """Penalties, biases, masks, sampling, log-probabilities: -> packed i32 [R, 2 + 2k], pending, history.
-
-    Draws from `logits` [R, V]; the log-probabilities are those of `raw` [R, V], which is the same array
-    unless Python has changed the logits in between.
-    """
-    field = layout.views(flat)
-    logits = _reshaped(field, logits, history)
-    return _drawn(field, raw, logits, pending, history, mask)
-
-
-def head_any(
-    merge: Merge,
-    layout: Layout,
-    leaves: Leaves,
-    rows: Array,
-    changed: Array,
-    pending: Array,
-    history: History,
-    flat: Array,
-    mask: Array,
-) -> tuple[Array, Array, History]:
-    """`head_full` of the rows, which does only what `flat` asks for. One program for every way of drawing.
-
-    `changed` f32 [R, V]: the logits where Python has changed them.
-    """
-    field = layout.views(flat)
-    raw = merge(leaves).logits(rows[field["rows"]])
-    logits = jax.lax.cond(field["changed"][0] != 0, lambda: changed, lambda: raw)
-    logits = jax.lax.cond(
-        field["reshapes"][0] != 0, lambda: _reshaped(field, logits, history), lambda: logits
-    )
-    return _drawn(field, raw, logits, pending, history, mask)
-
-
-def _reshaped(field: dict[str, Array], logits: Array, history: History) -> Array:
+def reshaped(field: Fields, logits: Array, history: History) -> Array:
+    """Logits f32 [R, V] after penalties and biases."""
     slots = field["slots"]
     return apply_penalties(logits, history.counts[slots], sampling_batch(field)) + history.bias[slots]
 
 
-def _drawn(
-    field: dict[str, Array], raw: Array, logits: Array, pending: Array, history: History, mask: Array
-) -> tuple[Array, Array, History]:
+def draw_and_tell(
+    field: Fields, raw: Array, logits: Array, pending: Array, history: History, mask: Array
+) -> tuple[Array, Update]:
+    """Draws from `logits` [R, V] what `mask` allows: -> packed i32 [R, 2 + 2k], with the log-probabilities
+    of `raw` [R, V] where a row asks for them.
+    """
     slots = field["slots"]
     tokens = sample(apply_mask(logits, mask), sampling_batch(field))
     found = jax.lax.cond(
         (field["logprobs"] != 0).any(), lambda: top_logprobs(raw, tokens), lambda: no_logprobs(raw)
     )
-    packed = pack_logprobs(tokens, found)
     history = History(add_tokens(history.counts, slots, tokens), history.bias)
-    return packed, pending.at[slots].set(_next_input(tokens)), history
+    pending = pending.at[slots].set(next_input(tokens))
+    return pack_logprobs(tokens, found), Update(pending=pending, history=history)
 
 
-def _next_input(tokens: Array) -> Array:
+def next_input(tokens: Array) -> Array:
     """Drawn tokens i32 [R] as the next step reads them: a sequence that got none is in that step already."""
     return jnp.maximum(tokens, 0)
-
-
-def pack_logprobs(tokens: Array, found: TopLogprobs) -> Array:
-    """-> i32 [N, 2 + 2k]: token, its log-probability's bits, k ids, k log-probabilities' bits."""
-    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (found.token_logprob, found.logprobs)]
-    return jnp.concatenate([tokens[:, None], bits[0][:, None], found.ids, bits[1]], axis=1)
-
-
-def take_rows(hidden: Array, index: Array) -> Array:
-    """hidden [T, E], index i32 [N] -> [N, E]."""
-    return hidden[index]
-
-
-def row_logits(merge: Merge, leaves: Leaves, rows: Array) -> Array:
-    """rows [N, E] -> f32 [N, V]."""
-    return merge(leaves).logits(rows)
-
-
-def row_logprobs(merge: Merge, leaves: Leaves, rows: Array, targets: Array) -> Array:
-    """rows [N, E] and the tokens that follow them, i32 [N] -> packed i32 [N, 2 + 2k]."""
-    return pack_logprobs(targets, top_logprobs(merge(leaves).logits(rows), targets))
-
-
-def copy_pages(caches: KVCache, source: Array, target: Array) -> KVCache:
-    """Duplicate pages in every layer; unused entries copy the dump page onto itself."""
-    return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), caches)
-
-
-def clear_pages(caches: KVCache, pages: Array) -> KVCache:
-    """Fill these pages of every layer with zeros."""
-    return jax.tree.map(lambda array: array.at[pages].set(0), caches)
-
-
-def set_history(history: History, slot: Array, counts: Array, bias: Array) -> History:
-    """Start a slot's history: counts i32 [V], bias f32 [V]."""
-    return History(history.counts.at[slot].set(counts), history.bias.at[slot].set(bias))
-
-
-def set_bias(history: History, slot: Array, bias: Array) -> History:
-    """Replace a slot's biases."""
-    return History(history.counts, history.bias.at[slot].set(bias))

@@ -1,0 +1,124 @@
+"""Hidden states, logits and log-probabilities that sequences want to know, fetched from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lmdeploy_jax.converters.load import Skeleton
+from lmdeploy_jax.engine.core.buckets import REPORT_ROWS
+from lmdeploy_jax.engine.core.program import Programs
+from lmdeploy_jax.engine.core.scheduler import Chunk
+from lmdeploy_jax.engine.core.state import Leaves, Update
+from lmdeploy_jax.engine.request import Draws
+from lmdeploy_jax.sampling.logprobs import TopLogprobs, top_logprobs
+
+Rows = list[np.ndarray | None]
+
+
+class Reports:
+    """Looks at hidden states that a forward pass has left; `sizes` are the row counts of those."""
+
+    def __init__(self, programs: Programs, sizes: Iterable[int]) -> None:
+        state, ints = programs.state, programs.state.ints(REPORT_ROWS)
+        self._take_rows = {
+            size: programs.add("take", take_rows, size=size, hidden=state.hidden(size), index=ints)
+            for size in set(sizes)
+        }
+        taken = state.hidden(REPORT_ROWS)
+        logits, logprobs = (partial(f, skeleton=state.skeleton) for f in (row_logits, row_logprobs))
+        self._row_logits = programs.add("row_logits", logits, size=REPORT_ROWS, rows=taken)
+        self._row_logprobs = programs.add(
+            "row_logprobs", logprobs, size=REPORT_ROWS, rows=taken, targets=ints
+        )
+
+    def of_draws(self, draws: Draws, rows: Any) -> tuple[Rows, Rows]:
+        """The hidden states [E] and the logits [V] that each draw was made from, where its sequence wants
+        them; empty where none does.
+        """
+        hidden: Rows = []
+        logits: Rows = []
+        if not any(sequence.params.hidden or sequence.params.logits for sequence, _ in draws):
+            return hidden, logits
+        for i in range(0, len(draws), REPORT_ROWS):
+            part = draws[i : i + REPORT_ROWS]
+            taken = self._take(rows, [row for _, row in part])
+            scores = self._logits(taken) if any(s.params.logits for s, _ in part) else None
+            states = np.asarray(taken, np.float32)
+            for j, (sequence, _) in enumerate(part):
+                hidden.append(states[j].copy() if sequence.params.hidden else None)
+                logits.append(scores[j].copy() if scores is not None and sequence.params.logits else None)
+        return hidden, logits
+
+    def add_prompts(self, chunks: Seq[Chunk], hidden: Any) -> None:
+        """Add to the sequences' reports what they want to know of their prompt positions in these chunks;
+        `hidden` [T, E] holds the chunks' tokens one after another.
+        """
+        offset = 0
+        for chunk in chunks:
+            if chunk.sequence.report:
+                self._add_prompt(chunk, hidden, offset)
+            offset += chunk.count
+
+    def _add_prompt(self, chunk: Chunk, hidden: Any, offset: int) -> None:
+        sequence, params, report = chunk.sequence, chunk.sequence.params, chunk.sequence.report
+        assert report is not None
+        for start in range(0, chunk.count, REPORT_ROWS):
+            count = min(REPORT_ROWS, chunk.count - start)
+            first = chunk.start + start
+            taken = self._take(hidden, range(offset + start, offset + start + count))
+            if params.prompt_logprobs is not None:
+                report.logprobs.append(self._logprobs(taken, sequence.tokens[first + 1 : first + 1 + count]))
+            if params.logits == "all":
+                report.logits.append(self._logits(taken)[:count].copy())
+            if params.hidden == "all":
+                report.hidden.append(np.array(taken, np.float32)[:count])
+
+    def logits_of(self, rows: Any, index: Seq[int]) -> np.ndarray:
+        """f32 [N, V] of these rows, to be written to."""
+        parts = [index[i : i + REPORT_ROWS] for i in range(0, len(index), REPORT_ROWS)]
+        return np.concatenate([self._logits(self._take(rows, part))[: len(part)] for part in parts])
+
+    def _take(self, hidden: Any, index: Seq[int]) -> Any:
+        padded = np.zeros(REPORT_ROWS, np.int32)
+        padded[: len(index)] = index
+        return self._take_rows[hidden.shape[0]](hidden=hidden, index=padded)
+
+    def _logits(self, taken: Any) -> np.ndarray:
+        return np.asarray(self._row_logits(rows=taken))
+
+    def _logprobs(self, taken: Any, following: Seq[int]) -> np.ndarray:
+        targets = np.zeros(REPORT_ROWS, np.int32)
+        targets[: len(following)] = following
+        return np.asarray(self._row_logprobs(rows=taken, targets=targets))[: len(following)]
+
+
+def take_rows(hidden: Array, index: Array) -> tuple[Array, Update]:
+    """hidden [T, E], index i32 [N] -> [N, E]."""
+    return hidden[index], Update()
+
+
+def row_logits(head_leaves: Leaves, rows: Array, *, skeleton: Skeleton) -> tuple[Array, Update]:
+    """rows [N, E] -> f32 [N, V]."""
+    return skeleton.merge_head(head_leaves).logits(rows), Update()
+
+
+def row_logprobs(
+    head_leaves: Leaves, rows: Array, targets: Array, *, skeleton: Skeleton
+) -> tuple[Array, Update]:
+    """rows [N, E] and the tokens that follow them, i32 [N] -> packed i32 [N, 2 + 2k]."""
+    logits = skeleton.merge_head(head_leaves).logits(rows)
+    return pack_logprobs(targets, top_logprobs(logits, targets)), Update()
+
+
+def pack_logprobs(tokens: Array, found: TopLogprobs) -> Array:
+    """-> i32 [N, 2 + 2k]: token, its log-probability's bits, k ids, k log-probabilities' bits."""
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (found.token_logprob, found.logprobs)]
+    return jnp.concatenate([tokens[:, None], bits[0][:, None], found.ids, bits[1]], axis=1)

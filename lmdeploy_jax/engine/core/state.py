@@ -1,0 +1,129 @@
+"""What stays on the device from one step to the next."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lmdeploy_jax.cache.kv import CacheSpec, KVCache
+from lmdeploy_jax.converters.load import LoadedModel
+
+Leaves = tuple[Array, ...]
+
+
+class History(NamedTuple):
+    """What each slot's sequence has said so far, for penalties and biases; see `lmdeploy_jax.sampling`."""
+
+    counts: Array  # i32 [slots + 1, V]
+    bias: Array  # f32 [slots + 1, V]
+
+
+class Update(NamedTuple):
+    """What a program puts in the place of the state it was given; None: it stays as it is."""
+
+    caches: KVCache | None = None
+    pending: Array | None = None
+    history: History | None = None
+
+
+class DeviceState:
+    """The arrays that programs read and write, by the names of the programs' parameters.
+
+    Only the weights are there from the beginning: programs are compiled while the rest is not allocated yet.
+    """
+
+    def __init__(self, model: LoadedModel, cache: CacheSpec, max_batch_size: int) -> None:
+        self.skeleton = model.skeleton
+        self.dtype = model.dtype
+        self.cache = cache
+        self.max_batch_size = max_batch_size
+        self.replicated = NamedSharding(cache.mesh, PartitionSpec())
+        self.leaves: Leaves = model.leaves
+        self.caches: Any = ()  # a KVCache, once allocated
+        self.pending: Any = (
+            None  # i32 [slots + 1], each slot's last token: the next step need not wait for it
+        )
+        self.history: History | None = None  # allocated with the first request that needs it
+
+    @property
+    def head_leaves(self) -> Leaves:
+        """The weights that the output head reads."""
+        leaves = self.leaves
+        return tuple(leaves[i] for i in self.skeleton.head_places)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.skeleton.config.vocab_size
+
+    def take(self, update: Update) -> None:
+        """Hold what a program has written in place of what it was given."""
+        if update.caches is not None:
+            self.caches = update.caches
+        if update.pending is not None:
+            self.pending = update.pending
+        if update.history is not None:
+            self.history = update.history
+
+    def put(self, array: Any) -> Any:
+        """A host array on every device."""
+        return jax.device_put(array, self.replicated)
+
+    # -- memory, given back and taken again ---------------------------------------------------------------
+
+    def allocate_caches(self) -> None:
+        """A new, empty KV cache."""
+        self.caches = self.cache.allocate()
+        self.pending = self.put(np.zeros(self.max_batch_size + 1, np.int32))
+
+    def release_caches(self) -> None:
+        """Free the KV cache and the histories. No program may run before `allocate_caches`."""
+        for array in jax.tree.leaves((self.caches, self.history)):
+            array.delete()
+        self.caches, self.history = (), None
+
+    def release_leaves(self) -> None:
+        """Free the weights. No program may run before `leaves` is set again."""
+        for leaf in self.leaves:
+            leaf.delete()
+        self.leaves = ()
+
+    # -- shapes -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def specs(self) -> dict[str, Any]:
+        """Shapes, dtypes and shardings of all that a program may ask for, by name."""
+        leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.leaves)
+        history = (self.max_batch_size + 1, self.vocab_size)
+        return {
+            "leaves": leaves,
+            "head_leaves": tuple(leaves[i] for i in self.skeleton.head_places),
+            "caches": self.cache.specs,
+            "pending": self.ints(self.max_batch_size + 1),
+            "history": History(self.ints(*history), self.floats(*history)),
+        }
+
+    @cached_property
+    def shardings(self) -> dict[str, Any]:
+        """Of all that a program may write, by name."""
+        return {
+            "caches": self.cache.shardings,
+            "pending": self.replicated,
+            "history": self.replicated,
+        }
+
+    def ints(self, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.replicated)
+
+    def floats(self, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.replicated)
+
+    def hidden(self, rows: int) -> Any:
+        """Hidden states of so many tokens."""
+        shape = (rows, self.skeleton.config.hidden_size)
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.replicated)
