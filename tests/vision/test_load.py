@@ -1,0 +1,287 @@
+"""Images from files, URLs, bytes and arrays; and what a stranger's URL may not reach."""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import struct
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from urllib.parse import quote_from_bytes
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.vision.access import MediaAccess
+from lmdeploy_jax.vision.fetch import MAX_REDIRECTS, is_public
+from lmdeploy_jax.vision.load import load_image
+
+LEVELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+STRANGER = MediaAccess(trusted=False)
+
+
+def encoded(kind: str = "PNG", levels: np.ndarray = LEVELS) -> bytes:
+    file = BytesIO()
+    Image.fromarray(levels).save(file, kind)
+    return file.getvalue()
+
+
+PNG = encoded()
+BASE64 = base64.b64encode(PNG).decode()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """/png: an image; /N: N redirects to it; /away: a redirect to `away`; /endless: bytes for ever."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        name = self.path.strip("/")
+        if name == "slow":
+            self.server.let_go.wait()
+        if name == "away" or name.isdecimal():
+            self.send_response(302)
+            target = self.server.away if name == "away" else f"/{int(name) - 1}" if int(name) > 1 else "/png"
+            self.send_header("location", target)
+            self.end_headers()
+            return
+        self.send_response(404 if name == "missing" else 200)
+        self.end_headers()
+        try:
+            self.wfile.write(PNG if name == "png" else b"<html>no image</html>")
+            while name == "endless":
+                self.wfile.write(bytes(1 << 16))
+        except OSError:
+            self.server.hung_up.set()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.let_go, server.hung_up = [], threading.Event(), threading.Event()
+        server.url = f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.let_go.set()
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        PNG,
+        LEVELS,
+        Image.fromarray(LEVELS),
+        f"data:image/png;base64,{BASE64}",
+        f"data:;base64,{BASE64}",
+        f"DATA:image/png;charset=utf-8;name=a.png;BASE64,{BASE64}",
+        f"data:image/png;base64,{BASE64.replace('=', '%3D')}",
+        f"data:image/png;base64,\n{BASE64[:40]}\r\n {BASE64[40:].rstrip('=')}",
+        "data:image/png," + quote_from_bytes(PNG),
+    ],
+    ids=["bytes", "array", "image", "data", "bare", "parameters", "quoted", "lines", "percent"],
+)
+def test_every_source_gives_the_same_image(source):
+    image = load_image(source, STRANGER)
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), LEVELS)
+
+
+def test_files_by_path_and_url(tmp_path):
+    path = tmp_path / "an image.png"
+    path.write_bytes(PNG)
+    for source in (path, str(path), path.as_uri()):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), LEVELS)
+        with pytest.raises(RequestError, match="allowed-local-media-path"):
+            load_image(source, STRANGER)
+        within = MediaAccess(trusted=False, allowed_local_media_path=tmp_path)
+        np.testing.assert_array_equal(np.asarray(load_image(source, within)), LEVELS)
+
+
+def test_a_file_outside_of_the_allowed_folder_is_not_even_looked_for(tmp_path):
+    allowed = tmp_path / "allowed"
+    allowed.mkdir()
+    (tmp_path / "secret.png").write_bytes(PNG)
+    (allowed / "link.png").symlink_to(tmp_path / "secret.png")
+    access = MediaAccess(trusted=False, allowed_local_media_path=allowed)
+    (allowed / "loop.png").symlink_to(allowed / "loop.png")
+    for path in ("../secret.png", "../missing.png", "link.png"):
+        with pytest.raises(RequestError, match="may not be read"):
+            load_image(allowed / path, access)
+    for path in ("missing.png", "loop.png", "a\0b", "a" * 10**5):
+        with pytest.raises(RequestError, match="cannot be read") as caught:
+            load_image(allowed / path, access)
+        assert len(str(caught.value)) < 600
+
+
+def test_a_url_and_its_redirects(site):
+    for path in ("png", "1", str(MAX_REDIRECTS)):
+        np.testing.assert_array_equal(np.asarray(load_image(f"{site.url}/{path}")), LEVELS)
+    with pytest.raises(RequestError, match="redirects"):
+        load_image(f"{site.url}/{MAX_REDIRECTS + 1}")
+    for path, told in (("missing", "answered 404"), ("text", "no image")):
+        with pytest.raises(RequestError, match=told):
+            load_image(f"{site.url}/{path}")
+
+
+def test_within_a_running_event_loop(site):
+    """As in a notebook's cell."""
+    import asyncio
+
+    async def cell():
+        return load_image(f"{site.url}/png")
+
+    assert asyncio.run(cell()).size == (7, 5)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "localhost",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "0.0.0.0",
+        "127.1",
+        "2130706433",
+        "0x7f000001",
+        "0x7f.0.0.1",
+        "0177.0.0.1",
+        "127.0.0.1.",
+        "①②⑦.0.0.1",
+        "a@127.0.0.1",
+        "8.8.8.8\\\\@127.0.0.1",
+    ],
+)
+def test_a_stranger_reaches_nothing_on_this_machine(site, host):
+    site.asked.clear()
+    url = f"http://{host}:{site.server_address[1]}/png"
+    with pytest.raises(RequestError, match=r"no public address|cannot be fetched|must begin with"):
+        load_image(url, STRANGER)
+    assert site.asked == []
+
+
+def test_a_stranger_reaches_the_hosts_that_are_named(site):
+    access = MediaAccess(trusted=False, allowed_media_domains=["127.0.0.1"])
+    assert load_image(f"{site.url}/png", access).size == (7, 5)
+    with pytest.raises(RequestError, match=r"'example\.org' is not among"):
+        load_image("http://example.org/a.png", access)
+    for away in ("http://localhost:1/", "file:///etc/passwd", "gopher://x"):
+        site.away = away
+        with pytest.raises(RequestError, match=r"not among those|must begin with http"):
+            load_image(f"{site.url}/away", access)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("10.0.0.1", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("224.0.0.1", False),
+        ("240.0.0.1", False),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("fe80::1", False),
+        ("fc00::1", False),
+        ("ff02::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("64:ff9b::a00:1", False),
+        ("2002:a00:1::", False),
+        ("2001:0:a00:1::", False),
+    ],
+)
+def test_which_addresses_are_public(address, public):
+    assert is_public(ipaddress.ip_address(address)) is public
+
+
+def test_size_and_time_are_bounded(site):
+    with pytest.raises(RequestError, match="more than 100000 bytes"):
+        load_image(f"{site.url}/endless", MediaAccess(max_bytes=100_000))
+    assert site.hung_up.wait(60)
+    with pytest.raises(RequestError, match=r"within 0\.2 s"):
+        load_image(f"{site.url}/slow", MediaAccess(fetch_timeout=0.2))
+    small = MediaAccess(max_bytes=len(PNG) - 1)
+    for source in (PNG, f"data:image/png;base64,{BASE64}"):
+        with pytest.raises(RequestError, match="more than"):
+            load_image(source, small)
+
+
+def test_a_look_up_that_hangs_holds_up_nobody(monkeypatch):
+    let_go = threading.Event()
+
+    def getaddrinfo(*args, **kwargs):
+        let_go.wait()
+        raise OSError("nobody answers")
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    with pytest.raises(RequestError, match=r"within 0\.1 s"):
+        load_image("http://example.org/a.png", MediaAccess(fetch_timeout=0.1))
+    let_go.set()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says that it is so large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("size", [(10_000, 10_000), (50_000, 50_000), (2**31 - 1, 2**31 - 1)])
+def test_pixels_are_counted_before_they_are_decoded(size):
+    with pytest.raises(RequestError, match="pixels"):
+        load_image(bomb(*size), STRANGER)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_damaged_files_are_the_clients_fault(kind):
+    whole = encoded(kind, np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    assert load_image(whole).size == (64, 64)
+    for kept in (0, 1, 10, 40, len(whole) // 2):
+        with pytest.raises(RequestError, match=r"damaged|no image"):
+            load_image(whole[:kept])
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("data:image/png;base64,%%%", "base64"),
+        ("data:image/png;base64", "comma"),
+        ("data:,", "0 bytes"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),
+        (np.zeros((2, 2, 3), np.float32), "uint8"),
+        (np.zeros((0, 2, 3), np.uint8), "uint8"),
+        (Image.new("F", (2, 2)), "mode F"),
+        ("http://", "name a host"),
+        ("http://[", "cannot be fetched"),
+        ("/no/such.png", "/no/such.png"),
+        ("a\0b", "cannot be read"),
+        ("/dev/zero", "no regular file"),
+        (".", "no regular file"),
+    ],
+)
+def test_errors_name_the_fault(source, told):
+    with pytest.raises(RequestError, match=told) as caught:
+        load_image(source)
+    assert len(str(caught.value)) < 600
+
+
+def test_no_error_repeats_a_data_url():
+    """A log of megabytes helps nobody."""
+    with pytest.raises(RequestError) as caught:
+        load_image("data:image/png;base64," + "A" * 10**6)
+    assert len(str(caught.value)) < 300
