@@ -33,6 +33,9 @@ class Batch:
     """
 
     tokens: Array  # i32 [T]
-    positions: Array  # i32 [T], 0-based position in the token's own sequence
+    rope_positions: Array  # i32 [T], what RoPE turns by: the 0-based position in the token's own sequence
     rope_lens: Array  # i32 [T], sequence length that dynamic NTK and longrope are scaled for
     attention: tuple[AttentionMetadata, ...]  # by cache group
+    sequence_slots: Array  # i32 [S], where state kept for a whole sequence lies; padding has the last slot
+    embeddings: Array | None = None  # [F, E], of what is no text, as it enters the first layer
+    embedding_index: Array | None = None  # i32 [T], which of `embeddings` a token has; -1: its own

@@ -88,7 +88,7 @@ class Decoder(nnx.Module):
         x = self.embedding.lookup(batch.tokens)
         if self.config.embedding_multiplier != 1.0:
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
-        delta = None
+        x, delta = _merged(x, batch), None
         counters = jnp.zeros((len(batch.attention[0].kv_lens), cache.arrays[0][0].shape[1]), jnp.int32)
         for i, (layer, rope) in enumerate(zip(self.layers, self._rotations(batch), strict=True)):
             graph, state = nnx.split(layer)
@@ -109,10 +109,18 @@ class Decoder(nnx.Module):
     def _rotations(self, batch: Batch) -> list[Rotation | None]:
         """Each layer's rotation; layers of one kind share it."""
         rotations: dict[RopeConfig | None, Rotation | None] = {
-            rope: rotation(rope, batch.positions, batch.rope_lens) for rope in self.config.ropes
+            rope: rotation(rope, batch.rope_positions, batch.rope_lens) for rope in self.config.ropes
         }
         rotations[None] = None
         return [rotations[layer.mixer.rope] for layer in self.config.layers]
+
+
+def _merged(x: Array, batch: Batch) -> Array:
+    """The tokens' embeddings [T, E], with those that the batch brings along in place of placeholders'."""
+    if batch.embeddings is None or batch.embedding_index is None:
+        return x
+    index = batch.embedding_index
+    return jnp.where(index[:, None] < 0, x, batch.embeddings[index].astype(x.dtype))
 
 
 def finish_logits(config: DecoderConfig, product: Array) -> Array:

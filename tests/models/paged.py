@@ -42,8 +42,13 @@ class PagedRunner:
         logits, self.caches = self.step(self.model.leaves, self.caches, batch)
         return np.asarray(logits)
 
-    def ragged(self, chunks: Sequence[tuple[int, int, Sequence[int], int]]) -> list[np.ndarray]:
-        """Packed chunks (sequence, first position, ids, prompt length) -> each one's logits [count, V]."""
+    def ragged(
+        self, chunks: Sequence[tuple[int, int, Sequence[int], int]], **optional: np.ndarray
+    ) -> list[np.ndarray]:
+        """Packed chunks (sequence, first position, ids, prompt length) -> each one's logits [count, V].
+
+        `optional`: fields of the batch that most models do without.
+        """
         counts = [len(ids) for _, _, ids, _ in chunks]
         starts = np.cumsum([0, *counts])
         tokens, positions, lengths, slots = np.zeros((4, TOKENS), np.int32)
@@ -59,7 +64,7 @@ class PagedRunner:
         width = max_tiles(TOKENS, self.rows, height)
         tiles = build_tiles(rows, starts[:-1], counts, firsts, height, width)
         attention = AttentionMetadata(slots, self.table, kv_lens, tiles)
-        logits = self.run(Batch(tokens, positions, lengths, (attention,)))
+        logits = self.run(Batch(tokens, positions, lengths, (attention,), np.arange(self.rows), **optional))
         return np.split(logits, starts[1:])[:-1]
 
     def decode(self, tokens: dict[int, tuple[int, int]]) -> dict[int, np.ndarray]:
@@ -69,7 +74,8 @@ class PagedRunner:
         for row, (token, position) in tokens.items():
             ids[row], positions[row], kv_lens[row] = token, position, position + 1
             slots[row], table[row] = self._slots(row, position), self.table[row]
-        logits = self.run(Batch(ids, positions, positions + 1, (AttentionMetadata(slots, table, kv_lens),)))
+        attention = AttentionMetadata(slots, table, kv_lens)
+        logits = self.run(Batch(ids, positions, positions + 1, (attention,), np.arange(self.rows)))
         return {row: logits[row] for row in tokens}
 
     def _slots(self, row: int, positions):

@@ -59,7 +59,7 @@ def program():
 
     row = jax.ShapeDtypeStruct((3,), jnp.int32)
     table = jax.ShapeDtypeStruct((3, 2), jnp.int32)
-    batch = Batch(row, row, row, (AttentionMetadata(row, table, row),))
+    batch = Batch(row, row, row, (AttentionMetadata(row, table, row),), row)
     caches = KVCache(((jax.ShapeDtypeStruct(CACHE, jnp.float32),) * 2,) * LAYERS, CONFIG.cache_layout(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "paged_attention", counting)
@@ -91,7 +91,7 @@ def test_embedding_multiplier_keeps_the_dtype():
     skeleton = build_skeleton(config, jnp.dtype("bfloat16"), Kernels())
     row = jax.ShapeDtypeStruct((3,), jnp.int32)
     attention = AttentionMetadata(row, jax.ShapeDtypeStruct((3, 2), jnp.int32), row)
-    batch = Batch(row, row, row, (attention,))
+    batch = Batch(row, row, row, (attention,), row)
     caches = KVCache(((jax.ShapeDtypeStruct(CACHE, jnp.bfloat16),) * 2,) * LAYERS, CONFIG.cache_layout(1))
     leaves = tuple(skeleton.specs.values())
     hidden, written = jax.eval_shape(lambda x, c, b: skeleton.merge(x)(c, b), leaves, caches, batch)

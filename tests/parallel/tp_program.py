@@ -36,7 +36,7 @@ def logits(model: LoadedModel, ids: list[int], mesh: jax.sharding.Mesh) -> tuple
 def lowered(runner: PagedRunner) -> jax.stages.Lowered:
     """A decode step."""
     ints = np.zeros(runner.rows, np.int32)
-    batch = Batch(ints, ints, ints, (AttentionMetadata(ints, runner.table, ints),))
+    batch = Batch(ints, ints, ints, (AttentionMetadata(ints, runner.table, ints),), ints)
     return runner.step.lower(runner.model.leaves, runner.caches, batch)
 
 

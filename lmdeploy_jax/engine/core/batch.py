@@ -141,6 +141,7 @@ class RaggedLayout(Layout):
             positions=token,
             rope_lens=token,
             cache_slots=token,
+            slots=row,
             kv_lens=row,
             last=row,  # the token whose hidden state predicts the row's next token
             page_table=slots.tables.shape(slots.max_batch_size),
@@ -163,6 +164,7 @@ class RaggedLayout(Layout):
         field["rope_lens"][:total] = np.maximum(positions + 1, np.repeat(lens, counts))
         tables = self._slots.tables
         field["cache_slots"][:total] = tables.cache_slots(np.repeat(slots, counts), positions)
+        field["slots"][:n], field["slots"][n:] = slots, self._slots.max_batch_size
         field["kv_lens"][:n] = starts + counts
         field["last"][:n] = offsets + counts - 1
         tables.put(field["page_table"], slots)
@@ -234,7 +236,7 @@ def decode_batch(field: Fields, tokens: Array, ahead: Array | int = 0) -> Batch:
     lens = jnp.where(packed < 0, 0, positions + 1)
     slots = jnp.where(packed < 0, 0, cache_slots(table, positions))
     attention = AttentionMetadata(slots, page_table=table, kv_lens=lens)
-    return Batch(tokens, positions, rope_lens=positions + 1, attention=(attention,))
+    return Batch(tokens, positions, positions + 1, (attention,), sequence_slots=field["slots"])
 
 
 def ragged_batch(field: Fields, pending: Array) -> Batch:
@@ -248,9 +250,10 @@ def ragged_batch(field: Fields, pending: Array) -> Batch:
     )
     return Batch(
         tokens=jnp.where(slots >= 0, pending[slots], field["tokens"]),
-        positions=field["positions"],
+        rope_positions=field["positions"],
         rope_lens=field["rope_lens"],
         attention=(attention,),
+        sequence_slots=field["slots"],
     )
 
 
