@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from lmdeploy_jax.cache.layout import CacheGroup, CacheLayout
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import TAGS, EngineBase
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup
@@ -45,6 +46,7 @@ class FakeEngine(EngineBase):
             session_len=session_len,
             max_batch_size=max_batch_size,
             num_pages=10**6,
+            cache_layout=CacheLayout((CacheGroup(),), (), ()),
             startup=Startup("scripted", 0, 0.0, 0.0),
         )
         self.script = script

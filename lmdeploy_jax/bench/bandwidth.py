@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,15 @@ def matrix_parameters(config: DecoderConfig) -> int:
     return config.hidden_size * (sum(rows) + config.vocab_size)
 
 
-def step_bytes(
-    config: DecoderConfig, itemsize: int, kv_bytes_per_token: float, context_tokens: float
-) -> float:
-    """Bytes a decode step reads at least: the weights, and the KV cache of `context_tokens` tokens in all."""
-    return matrix_parameters(config) * itemsize + kv_bytes_per_token * context_tokens
+def step_bytes(config: DecoderConfig, itemsize: int, contexts: Sequence[float], tp: int = 1) -> float:
+    """Bytes a decode step reads at least: the weights, and what attention reaches back to in the KV cache of
+    sequences of so many tokens.
+    """
+    elements = 0.0
+    for mixer in (layer.mixer for layer in config.layers):
+        reached = sum(min(context, mixer.options.window or context) for context in contexts)
+        elements += 2 * mixer.held_kv_heads(tp) * mixer.head_dim * reached
+    return itemsize * (matrix_parameters(config) + elements)
 
 
 def measure(devices: int = 1) -> float:

@@ -44,9 +44,9 @@ def step_seconds(jobs: list[Job], result: Run) -> float | None:
     return (last - first) / (lengths.pop() - 1)
 
 
-def mean_context(jobs: list[Job]) -> float:
-    """Tokens in the KV cache of all requests together, averaged over the decode steps."""
-    return sum(len(job.prompt) + job.output / 2 for job in jobs)
+def mean_contexts(jobs: list[Job]) -> list[float]:
+    """Tokens of each request, averaged over its decode steps."""
+    return [len(job.prompt) + job.output / 2 for job in jobs]
 
 
 def distribution(seconds: Sequence[float]) -> dict[str, float]:

@@ -14,7 +14,6 @@ from lmdeploy_jax.bench import bandwidth, report
 from lmdeploy_jax.bench.run import Run, run
 from lmdeploy_jax.bench.workloads import Job
 from lmdeploy_jax.cache.kv import page_bytes
-from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.engine.core.engine import Engine
@@ -67,11 +66,12 @@ class Session:
 
     def _limit(self, jobs: list[Job]) -> float:
         """Seconds that the reads of a mean decode step take at full bandwidth."""
-        config = self.engine.model_config
-        per_token = self.engine.memory.page_bytes / PAGE_SIZE
-        elements = page_bytes(config.cache_layout(self.engine.config.tp).arrays, "int8")  # a byte each
-        itemsize = self.engine.memory.page_bytes // elements
-        return bandwidth.step_bytes(config, itemsize, per_token, report.mean_context(jobs)) / self._bandwidth
+        engine = self.engine
+        elements = page_bytes(engine.facts.cache_layout.arrays, "int8")  # a byte each
+        itemsize = engine.memory.page_bytes // elements
+        contexts = report.mean_contexts(jobs)
+        read = bandwidth.step_bytes(engine.model_config, itemsize, contexts, engine.config.tp)
+        return read / self._bandwidth
 
     def _machine(self, compiled_before: int) -> dict[str, Any]:
         stats = jax.devices()[0].memory_stats() or {}

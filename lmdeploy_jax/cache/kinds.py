@@ -14,10 +14,14 @@ Axes = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class PagedCache:
-    """K and V of every token, by page: two arrays [pages, kv_heads, PAGE_SIZE, head_dim], cut by heads."""
+    """K and V of tokens, by page: two arrays [pages, kv_heads, PAGE_SIZE, head_dim], cut by heads.
+
+    window: how many tokens attention reaches back, the query's own counted; None: all, so that all are kept.
+    """
 
     kv_heads: int
     head_dim: int
+    window: int | None = None
 
     axes: ClassVar[Axes] = (None, "tp")
     """The mesh axis of each leading axis of its arrays."""

@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmdeploy_jax.cache.kinds import PagedCache
 from lmdeploy_jax.cache.layout import CacheLayout
-from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.errors import ConfigError
 
 CPU_CACHE_LIMIT = 2 << 30  # bytes; on a CPU the cache shares memory with everything else of the user's
@@ -95,6 +94,7 @@ class MemoryPlan:
     reserved: int  # for the steps' own arrays
     page_bytes: int
     num_pages: int
+    room: int  # tokens of context that fit, in sequences of the greatest length
 
     @property
     def cache_bytes(self) -> int:
@@ -104,18 +104,25 @@ class MemoryPlan:
         gb = 1e-9
         return (
             f"memory: {self.free * gb:.2f} GB free, {self.reserved * gb:.2f} GB kept for the steps, "
-            f"{self.cache_bytes * gb:.2f} GB for the KV cache = {self.num_pages} pages "
-            f"= {(self.num_pages - 1) * PAGE_SIZE} tokens"
+            f"{self.cache_bytes * gb:.2f} GB for the KV cache = {self.num_pages} pages = {self.room} tokens"
         )
 
 
 def plan_memory(
-    *, share: float, free: int, reserved: int, page: int, most_tokens: int, on_cpu: bool
+    layout: CacheLayout,
+    page: int,
+    *,
+    share: float,
+    free: int,
+    reserved: int,
+    session_len: int,
+    sequences: int,
+    on_cpu: bool,
 ) -> MemoryPlan:
-    """Pages for `share` (a fraction of free memory below 1, bytes from 1 on), never more than `most_tokens`
-    need.
+    """Pages of `page` bytes for `share` (a fraction of free memory below 1, bytes from 1 on), never more than
+    `sequences` of `session_len` tokens need.
 
-    Raises ConfigError where not even two pages fit.
+    Raises ConfigError where not even one page of each cache group fits.
     """
     wanted = share if share >= 1 else share * max(free - reserved, 0)
     if on_cpu and share < 1:
@@ -123,12 +130,12 @@ def plan_memory(
     pages = int(wanted // page)
     if share < 1:  # free memory differs a little from start to start, and compiled programs know the number
         pages -= pages % max(1, 1 << pages.bit_length() - 7)
-    pages = min(pages, pages_for(most_tokens) + 1)
-    plan = MemoryPlan(free, reserved, page, pages)
-    if pages < 2:
+    pages = min(pages, sequences * layout.pages_of(session_len) + 1)
+    least = len(layout.groups) + 1
+    if pages < least:
         raise ConfigError(
             f"cache_max_entry_count={share!r} leaves no room for the KV cache: it gives "
-            f"{wanted * 1e-6:.3f} MB, and at least 2 pages of {page * 1e-6:.3f} MB are needed. "
+            f"{wanted * 1e-6:.3f} MB, and at least {least} pages of {page * 1e-6:.3f} MB are needed. "
             "Raise it, or free memory (a smaller max_batch_size or model, a larger tp)."
         )
-    return plan
+    return MemoryPlan(free, reserved, page, pages, layout.room(pages - 1, session_len))

@@ -1,29 +1,134 @@
-"""Which layers share which arrays of the KV cache: pure Python, decided once for a model."""
+"""Which layers share arrays of the KV cache and page tables, and how many pages a sequence takes of them.
+
+A page is a row of every array. Layers that keep the same tokens of a sequence form a *group*, which has a
+page table of its own; the groups of a model have equally many layers, and all of them take their pages from
+one pool. So a page holds 64 tokens for the layers of one group, and memory goes to whichever group needs it:
+layers with a window keep a window's worth of pages, and leave the rest of the pool to the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from lmdeploy_jax.cache.kinds import PagedCache
+from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
+
+MOST_GROUPS = 8  # each has a page table, which goes to the device with every step
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Layers that keep the same tokens: all of a sequence's, or those that a window reaches.
+
+    most_pages: what a sequence holds of a group with a window, where a step computes as many of its tokens as
+    a step may have.
+    """
+
+    window: int | None = None
+    most_pages: int | None = None
+
+    def first_page(self, position: int) -> int:
+        """Number of the first page that a query at `position`, or a later one, may read."""
+        return 0 if self.window is None else max(position - self.window + 1, 0) // PAGE_SIZE
+
+    def end_page(self, position: int, end: int) -> int:
+        """Number of the page behind those to hold for `end` tokens, of which `position` are computed."""
+        if self.most_pages is None:
+            return pages_for(end)
+        return min(pages_for(end), self.first_page(position) + self.most_pages)
+
+    def width(self, session_len: int, tokens: int) -> int:
+        """Pages of a sequence that a step may read or write which computes `tokens` of its tokens."""
+        whole = pages_for(session_len)
+        return whole if self.window is None else min(whole, _reach(self.window, tokens))
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The arrays of a cache, and where each layer finds its own.
+    """The groups of a cache, its arrays, and where each layer finds its own."""
 
-    Layers that keep the same tokens of a sequence form a *group*, which has a page table of its own.
-    """
-
+    groups: tuple[CacheGroup, ...]
     arrays: tuple[PagedCache, ...]
     places: tuple[tuple[int, int], ...]
     """Of each layer: its group, and the index of its arrays."""
 
     @property
-    def num_groups(self) -> int:
-        return 1 + max(group for group, _ in self.places)
+    def has_windows(self) -> bool:
+        """Whether any group frees pages before its sequence ends."""
+        return any(group.window is not None for group in self.groups)
+
+    def pages_of(self, tokens: int) -> int:
+        """Most pages that a sequence of `tokens` tokens takes, over all groups, while it is computed."""
+        return sum(group.end_page(0, tokens) for group in self.groups)
+
+    def longest(self, num_pages: int) -> int:
+        """Tokens of the longest sequence for which so many pages are enough."""
+        most = [num_pages if group.most_pages is None else group.most_pages for group in self.groups]
+
+        def taken(pages: int) -> int:
+            return sum(min(pages, held) for held in most)
+
+        return (bisect_right(range(num_pages + 1), num_pages, key=taken) - 1) * PAGE_SIZE
+
+    def room(self, num_pages: int, session_len: int) -> int:
+        """Tokens of context that the pool's pages hold, in sequences of `session_len` that are decoding."""
+        pages = sum(group.width(session_len, 1) for group in self.groups)
+        return num_pages * session_len // pages if len(self.groups) > 1 else num_pages * PAGE_SIZE
 
 
-def one_group(layers: Sequence[PagedCache]) -> CacheLayout:
-    """Every layer keeps every token, in arrays of its own."""
-    return CacheLayout(tuple(layers), tuple((0, i) for i in range(len(layers))))
+def plan_layout(layers: Sequence[PagedCache], *, session_len: int, step_tokens: int) -> CacheLayout:
+    """The layout in which a sequence of `session_len` tokens takes the least memory.
+
+    layers: what each layer keeps. step_tokens: most tokens of a step.
+    """
+    kinds = [_reaching(kind, session_len) for kind in layers]
+    sizes = range(1, max(kinds.count(kind) for kind in kinds) + 1)
+    layouts = [_one_group(kinds), *(_grouped(kinds, size, step_tokens) for size in sizes)]
+    few = [layout for layout in layouts if len(layout.groups) <= MOST_GROUPS]
+    return min(few, key=lambda layout: (_cost(layout, session_len), len(layout.groups)))
+
+
+def _reaching(kind: PagedCache, session_len: int) -> PagedCache:
+    """A window that no sequence outgrows is none."""
+    return replace(kind, window=None) if kind.window is None or kind.window >= session_len else kind
+
+
+def _reach(window: int, tokens: int) -> int:
+    """Pages that `tokens` queries in a row read and write, wherever in a page they begin."""
+    return pages_for(window + tokens) + 1
+
+
+def _cost(layout: CacheLayout, session_len: int) -> int:
+    pages = sum(group.width(session_len, 1) for group in layout.groups)
+    return pages * sum(kind.page_bytes(1) for kind in layout.arrays)
+
+
+def _one_group(kinds: Sequence[PagedCache]) -> CacheLayout:
+    """Every layer has arrays of its own and keeps every token (or all of them the same window's)."""
+    arrays = tuple(replace(kind, window=None) for kind in kinds)
+    return CacheLayout((CacheGroup(),), arrays, tuple((0, i) for i in range(len(kinds))))
+
+
+def _grouped(kinds: Sequence[PagedCache], size: int, step_tokens: int) -> CacheLayout:
+    """Groups of at most `size` layers of one kind, which share `size` arrays with the other groups."""
+    shapes = list(dict.fromkeys(replace(kind, window=None) for kind in kinds))
+    groups: list[CacheGroup] = []
+    places: dict[int, tuple[int, int]] = {}
+    for kind in dict.fromkeys(kinds):
+        array = shapes.index(replace(kind, window=None)) * size
+        for i, layer in enumerate(_layers_of(kinds, kind)):
+            if i % size == 0:
+                groups.append(_group(kind.window, step_tokens))
+            places[layer] = len(groups) - 1, array + i % size
+    arrays = tuple(shape for shape in shapes for _ in range(size))
+    return CacheLayout(tuple(groups), arrays, tuple(places[i] for i in range(len(kinds))))
+
+
+def _group(window: int | None, step_tokens: int) -> CacheGroup:
+    return CacheGroup() if window is None else CacheGroup(window, _reach(window, step_tokens))
+
+
+def _layers_of(kinds: Sequence[PagedCache], kind: PagedCache) -> Iterator[int]:
+    return (i for i, other in enumerate(kinds) if other == kind)

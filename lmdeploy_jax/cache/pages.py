@@ -80,6 +80,18 @@ class PagePool:
                 else:
                     self._free.append(page)
 
+    @property
+    def free(self) -> list[int]:
+        """Pages that nobody refers to and that hold nothing worth keeping."""
+        return list(self._free)
+
+    def drop(self, pages: Iterable[int]) -> None:
+        """Idle pages become free. `forget` is told of them."""
+        for page in set(pages):
+            del self._idle[page]
+            self._free.append(page)
+            self._forget(page)
+
     def check_integrity(self, in_use: Iterable[int] = ()) -> None:
         """Raise AssertionError unless the pages in use are exactly `in_use` (with multiplicity)."""
         expected = [0] * self.num_pages

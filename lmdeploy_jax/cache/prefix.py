@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from lmdeploy_jax.cache.pages import PAGE_SIZE, PagePool
+from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.prompt import EncodedPrompt
 
 
@@ -23,83 +23,38 @@ def page_hash(parent: bytes, tokens: Sequence[int], content: bytes = b"") -> byt
     return blake2b(parent + array("i", tokens).tobytes() + content, digest_size=16).digest()
 
 
-class PrefixCache:
-    """Owns the page pool and knows which pages hold which prefix. With `enabled=False` it only counts
-    pages.
+def next_hash(parent: bytes | None, prompt: EncodedPrompt, tokens: Sequence[int], start: int) -> bytes:
+    """Identity of the full page from token `start` on, behind the page `parent` (None: it is the first).
+
+    `tokens` are the prompt's and those that have been generated.
     """
-
-    def __init__(self, num_pages: int, *, enabled: bool = True) -> None:
-        self.enabled = enabled
-        self.pool = PagePool(num_pages, self._forget)
-        self._page_of: dict[bytes, int] = {}
-        self._hash_of: dict[int, bytes] = {}
-
-    def match(
-        self, prompt: EncodedPrompt, tokens: Sequence[int], limit: int
-    ) -> tuple[list[int], list[bytes]]:
-        """Longest run of cached pages that begins `tokens`, at most `limit` tokens; the pages are shared.
-
-        `tokens` are the prompt's and those that have been generated.
-        """
-        pages: list[int] = []
-        hashes: list[bytes] = []
-        if not self.enabled:
-            return pages, hashes
-        parent = _root(prompt)
-        for start in range(0, limit - PAGE_SIZE + 1, PAGE_SIZE):
-            parent = _next_hash(parent, prompt, tokens, start)
-            page = self._page_of.get(parent)
-            if page is None:
-                break
-            pages.append(page)
-            hashes.append(parent)
-        for page in pages:
-            self.pool.share(page)
-        return pages, hashes
-
-    def register(
-        self,
-        prompt: EncodedPrompt,
-        tokens: Sequence[int],
-        computed: int,
-        pages: Sequence[int],
-        hashes: list[bytes],
-    ) -> None:
-        """Remember the pages that `computed` of `tokens` fill; `hashes` grows by the newly hashed pages.
-
-        Where the same content is cached already, the older page stays the cached one.
-        """
-        if not self.enabled:
-            return
-        full = min(computed, len(tokens)) // PAGE_SIZE
-        for i in range(len(hashes), full):
-            parent = hashes[-1] if hashes else _root(prompt)
-            digest = _next_hash(parent, prompt, tokens, i * PAGE_SIZE)
-            hashes.append(digest)
-            if digest not in self._page_of:
-                self._page_of[digest] = pages[i]
-                self._hash_of[pages[i]] = digest
-
-    def release(self, pages: Sequence[int]) -> None:
-        """Give pages back; registered ones stay findable until their space is needed."""
-        self.pool.release(pages, self._hash_of.__contains__)
-
-    def discard(self, pages: Sequence[int]) -> list[int]:
-        """Forget what those of `pages` hold that have one user; returns them. They stay that user's."""
-        alone = [page for page in pages if self.pool.users(page) == 1]
-        for page in alone:
-            if page in self._hash_of:
-                self._forget(page)
-        return alone
-
-    def _forget(self, page: int) -> None:
-        del self._page_of[self._hash_of.pop(page)]
-
-
-def _root(prompt: EncodedPrompt) -> bytes:
-    return root_hash(prompt.salt) if prompt.salt else ROOT
-
-
-def _next_hash(parent: bytes, prompt: EncodedPrompt, tokens: Sequence[int], start: int) -> bytes:
+    if parent is None:
+        parent = root_hash(prompt.salt) if prompt.salt else ROOT
     stop = start + PAGE_SIZE
     return page_hash(parent, tokens[start:stop], prompt.content(start, stop) if prompt.spans else b"")
+
+
+class PrefixIndex:
+    """Which page of each cache group holds the end of which prefix."""
+
+    def __init__(self, num_groups: int) -> None:
+        self._page_of: list[dict[bytes, int]] = [{} for _ in range(num_groups)]
+        self._place_of: dict[int, tuple[int, bytes]] = {}
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._place_of
+
+    def find(self, group: int, digest: bytes) -> int | None:
+        """The page, or None where no page of the group holds that prefix."""
+        return self._page_of[group].get(digest)
+
+    def add(self, group: int, digest: bytes, page: int) -> None:
+        """Remember a page. Where the same content is known already, the older page stays the known one."""
+        if digest not in self._page_of[group]:
+            self._page_of[group][digest] = page
+            self._place_of[page] = group, digest
+
+    def forget(self, page: int) -> None:
+        """Let a page that is known be found no more."""
+        group, digest = self._place_of.pop(page)
+        del self._page_of[group][digest]

@@ -9,12 +9,12 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmdeploy_jax.cache.pages import pages_for
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.errors import ContextLengthError, RequestError
 from lmdeploy_jax.sampling.repetition import NgramStop
 
 if TYPE_CHECKING:
+    from lmdeploy_jax.cache.layout import CacheLayout
     from lmdeploy_jax.engine.request import Request, SamplingParams
     from lmdeploy_jax.models.config import DecoderConfig
 
@@ -33,7 +33,8 @@ class Startup:
 class EngineFacts:
     """What stays as it is once an engine has started.
 
-    num_pages: of the KV cache, for sequences. on_cpu: it computes on the cores that its users need too.
+    num_pages: of the KV cache, for sequences; cache_layout: what they are pages of. on_cpu: it computes on
+    the cores that its users need too.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class EngineFacts:
     session_len: int
     max_batch_size: int
     num_pages: int
+    cache_layout: CacheLayout
     startup: Startup
     on_cpu: bool = False
 
@@ -69,7 +71,9 @@ def check_request(request: Request, facts: EngineFacts) -> None:
     for name, ids in _token_ids(params):
         check_ids(name, ids, facts.vocab_size)
     NgramStop(params.ngram_size, params.ngram_threshold)  # raises for what it cannot do
-    most = min(facts.max_batch_size, facts.num_pages - pages_for(len(prompt)) + 1)
+    layout = facts.cache_layout
+    spare = facts.num_pages - layout.pages_of(len(prompt))  # each sequence but the first needs a last page
+    most = min(facts.max_batch_size, spare // len(layout.groups) + 1)
     if params.n > most:
         raise RequestError(f"n={params.n} sequences cannot run at once: at most {most} can for this prompt.")
 

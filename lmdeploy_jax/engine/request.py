@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lmdeploy_jax.cache.manager import PageTable
 from lmdeploy_jax.logs import logger
 from lmdeploy_jax.messages import FinishReason, LogitsProcessor
 from lmdeploy_jax.prompt import EncodedPrompt
@@ -193,11 +194,11 @@ class Sequence:
     unread: int = 0
     computed: int = 0
     cached: int = 0  # prompt tokens that came from the prefix cache
-    pages: list[int] = field(default_factory=list)
+    pages: PageTable = field(default_factory=PageTable)
     hashes: list[bytes] = field(default_factory=list)  # prefix hash of each full page registered so far
     rope_floor: int = 0  # least length that length-dependent RoPE takes the sequence for
     slot: int = -1
-    table_len: int = 0  # pages that the slot's row of the host page table holds already
+    table_version: int = -1  # of `pages`, as far as the slot's row of the host page table has it
     pending: bool = False  # the last token stands in the slot's cell of the device's pending array
     status: Status = Status.WAITING
     siblings: list[Sequence] = field(default_factory=list)  # of the first of n sequences, until they fork

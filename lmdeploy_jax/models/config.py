@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lmdeploy_jax.cache.kinds import PagedCache
-from lmdeploy_jax.cache.layout import CacheLayout, one_group
+from lmdeploy_jax.cache.layout import CacheLayout, plan_layout
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 
@@ -89,7 +89,7 @@ class AttentionConfig:
 
     def cache(self, tp: int) -> PagedCache:
         """What the layer keeps of each token. Raises ConfigError as `held_kv_heads` does."""
-        return PagedCache(self.held_kv_heads(tp), self.head_dim)
+        return PagedCache(self.held_kv_heads(tp), self.head_dim, self.options.window)
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,9 @@ class DecoderConfig:
         lengths = [rope.switch_length for rope in self.ropes if rope.switch_length is not None]
         return min(lengths, default=None)
 
-    def cache_layout(self, tp: int) -> CacheLayout:
-        """What each layer keeps on `tp` devices. Raises ConfigError as `AttentionConfig.cache` does."""
-        return one_group([layer.mixer.cache(tp) for layer in self.layers])
+    def cache_layout(self, tp: int, *, session_len: int, step_tokens: int) -> CacheLayout:
+        """What the layers keep on `tp` devices of sequences of at most `session_len` tokens, computed at most
+        `step_tokens` at a time. Raises ConfigError as `AttentionConfig.cache` does.
+        """
+        kinds = [layer.mixer.cache(tp) for layer in self.layers]
+        return plan_layout(kinds, session_len=session_len, step_tokens=step_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_steps_count_only_in_lockstep() -> None:
 
 
 def test_mean_context() -> None:
-    assert report.mean_context(JOBS) == 33.0
+    assert sum(report.mean_contexts(JOBS)) == 33.0
 
 
 @pytest.mark.parametrize("name", ["llama3-8b", "qwen2.5-0.5b", "qwen3-8b"])
@@ -50,7 +51,12 @@ def test_step_bytes_are_the_matrices(name: str, tmp_path: Path) -> None:
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     config = read_config(tmp_path)
     assert bandwidth.matrix_parameters(config) == linear
-    assert bandwidth.step_bytes(config, 2, 100.0, 7.0) == 2 * linear + 700
+    cached = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in config.layers)
+    assert bandwidth.step_bytes(config, 2, [3.0, 4.0]) == 2 * (linear + 7 * cached)
+    mixer = config.layers[0].mixer
+    near = replace(mixer, options=replace(mixer.options, window=2))
+    config = replace(config, layers=tuple(replace(layer, mixer=near) for layer in config.layers))
+    assert bandwidth.step_bytes(config, 2, [1.0, 4.0]) == 2 * (linear + 3 * cached)
 
 
 def test_bandwidth_is_plausible() -> None:

@@ -21,6 +21,7 @@ from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
 from lmdeploy_jax.engine.core import buckets
 from lmdeploy_jax.engine.core.batch import Slots
+from lmdeploy_jax.engine.core.page_tables import PageTables
 from lmdeploy_jax.engine.core.program import Program, Programs
 from lmdeploy_jax.engine.core.state import DeviceState
 from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
@@ -48,10 +49,12 @@ def programs_on(mesh: Mesh) -> Programs:
     config, dtype = build_config(raw, "llama3-8b"), jnp.dtype("bfloat16")
     skeleton = build_skeleton(config, dtype, Kernels("pallas", mesh, tuning.load("NVIDIA H200")))
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
-    cache = CacheSpec(config.cache_layout(1), PAGES, dtype, mesh)
+    sizes = buckets.plan("gpu", BATCH, 1024, steps=4)
+    layout = config.cache_layout(1, session_len=2048, step_tokens=1024)
+    cache = CacheSpec(layout, PAGES, dtype, mesh)
     programs = Programs(DeviceState(model, cache, BATCH), find=lambda program: program.lower().compile())
-    slots = Slots(BATCH, 2048, config.vocab_size)
-    GpuSteps(programs, slots, buckets.plan("gpu", BATCH, 1024, steps=4), tile_rows("pallas"))
+    slots = Slots(PageTables(2048, layout.groups, sizes), config.vocab_size)
+    GpuSteps(programs, slots, sizes, tile_rows("pallas"))
     return programs
 
 

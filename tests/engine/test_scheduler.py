@@ -4,17 +4,20 @@ import random
 
 import pytest
 
+from lmdeploy_jax.cache.layout import CacheGroup
+from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.cache.pages import PAGE_SIZE
-from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.engine.core.scheduler import DrainFirst, Scheduler, Step
 from lmdeploy_jax.engine.request import Request, SamplingParams, Sequence
 from lmdeploy_jax.prompt import EncodedPrompt
 
 SESSION = 512
+FULL = (CacheGroup(),)
 
 
-def make(pages=40, batch=4, tokens=128, **kw) -> Scheduler:
-    return Scheduler(PrefixCache(pages, **kw), max_batch_size=batch, max_tokens=tokens, session_len=SESSION)
+def make(pages=40, batch=4, tokens=128, groups=FULL, **kw) -> Scheduler:
+    cache = CacheManager(pages, groups, **kw)
+    return Scheduler(cache, max_batch_size=batch, max_tokens=tokens, session_len=SESSION)
 
 
 def request(prompt, new=8, **params) -> Request:
@@ -23,9 +26,14 @@ def request(prompt, new=8, **params) -> Request:
     return Request(encoded, SamplingParams(max_new_tokens=new, **params), on_output=lambda out: None)
 
 
+def held(sequence: Sequence, group: int = 0) -> list[int]:
+    """Its pages in one cache group."""
+    return sequence.pages.runs[group].pages
+
+
 def read(scheduler: Scheduler, step: Step, token=7) -> None:
     """What the engine does with a step's results."""
-    for sequence, _ in step.sampled:
+    for sequence, _ in step.sampled * step.repeat:
         if sequence.finished:
             continue
         sequence.unread -= 1
@@ -196,7 +204,7 @@ def test_a_second_request_shares_the_first_ones_pages():
     step = scheduler.schedule()  # in the very same step
     assert [c.count for c in step.chunks] == [200, 200 - 3 * PAGE_SIZE]
     assert second.cached == 3 * PAGE_SIZE
-    assert second.pages[:3] == step.chunks[0].sequence.pages[:3]
+    assert held(second)[:3] == held(step.chunks[0].sequence)[:3]
     read(scheduler, step)
     run(scheduler)
 
@@ -229,9 +237,9 @@ def test_n_sequences_share_the_prefill_and_copy_the_last_page():
     assert step.num_tokens == 100
     assert [s for s, _ in step.sampled] == [first, *siblings]
     assert {row for _, row in step.sampled} == {0}
-    assert [source for source, _ in step.copies] == [first.pages[1]] * 2
-    assert len({s.pages[1] for s in (first, *siblings)}) == 3
-    assert len({s.pages[0] for s in (first, *siblings)}) == 1
+    assert [source for source, _ in step.copies] == [held(first)[1]] * 2
+    assert len({held(s)[1] for s in (first, *siblings)}) == 3
+    assert len({held(s)[0] for s in (first, *siblings)}) == 1
     read(scheduler, step)
     run(scheduler)
     assert scheduler.cache.pool.used == 0
@@ -295,18 +303,77 @@ def test_prompts_that_are_reported_on_are_computed_in_full():
     assert again.cached == 0
 
 
+class Device:
+    """The cache's content: what stands in each slot of each page is told by all tokens up to it."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.groups = scheduler.cache.groups
+        self.slots: dict[int, int] = {}
+
+    def run(self, step: Step) -> None:
+        """Writes all of a step's tokens, checks all that its queries read, then copies pages."""
+        for ahead in range(step.repeat):
+            parts = [(chunk.sequence, chunk.start + ahead, chunk.count) for chunk in step.chunks]
+            self._pass([part for part in parts if part[1] + part[2] <= self._room(part[0])])
+        for source, target in step.copies:
+            for offset in range(PAGE_SIZE):
+                content_of_source = self.slots.get(source * PAGE_SIZE + offset, 0)
+                self.slots[target * PAGE_SIZE + offset] = content_of_source
+
+    def _pass(self, parts: list[tuple[Sequence, int, int]]) -> None:
+        contents = [self._contents(sequence, start + count) for sequence, start, count in parts]
+        for (sequence, start, count), content in zip(parts, contents, strict=True):
+            for i in range(len(self.groups)):
+                for position in range(start, start + count):
+                    self.slots[self._slot(sequence, i, position)] = content[position]
+        for (sequence, start, count), content in zip(parts, contents, strict=True):
+            for i, group in enumerate(self.groups):
+                first = 0 if group.window is None else max(start - group.window + 1, 0)
+                for position in range(first, start + count):
+                    assert self.slots[self._slot(sequence, i, position)] == content[position]
+
+    def _room(self, sequence: Sequence) -> int:
+        """What is drawn beyond a sequence's end has no page, and is not wanted."""
+        return min(run.end for run in sequence.pages.runs) * PAGE_SIZE
+
+    def _contents(self, sequence: Sequence, end: int) -> list[int]:
+        told, contents = 0, []
+        for token in [*sequence.tokens, *[7] * end][:end]:  # every token that is drawn is 7
+            told = hash((told, token))
+            contents.append(told)
+        return contents
+
+    def _slot(self, sequence: Sequence, group: int, position: int) -> int:
+        run = sequence.pages.runs[group]
+        assert run.first <= position // PAGE_SIZE
+        return run.pages[position // PAGE_SIZE - run.first] * PAGE_SIZE + position % PAGE_SIZE
+
+
+def near(window: int, tokens: int) -> CacheGroup:
+    """A group with a window, where steps have at most `tokens` tokens."""
+    return CacheGroup(window, -(-(window + tokens) // PAGE_SIZE) + 1)
+
+
+WINDOWS = {"full": [None], "mixed": [None, 70], "two": [100, None, 3], "near": [90]}
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_random_load_with_aborts_returns_every_page(seed):
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_random_load_with_aborts_reads_what_it_wrote_and_returns_every_page(windows, seed):
     rnd = random.Random(seed)
+    tokens, scale = rnd.choice([16, 100]), len(windows)
+    groups = [CacheGroup() if window is None else near(window, tokens) for window in windows]
     scheduler = make(
-        pages=rnd.choice([12, 20, 60]), batch=rnd.choice([1, 3, 8]), tokens=rnd.choice([16, 100])
+        pages=rnd.choice([12, 20, 60]) * scale, batch=rnd.choice([1, 3, 8]), tokens=tokens, groups=groups
     )
+    device = Device(scheduler)
+    scheduler.decode_steps = rnd.choice([1, 1, 3])
     flight: list[Step] = []
     live: list[Sequence] = []
-    for turn in range(1500):
-        if rnd.random() < 0.1 and turn < 1000:
+    for turn in range(800):
+        if rnd.random() < 0.1 and turn < 600:
             prompt = [rnd.randrange(2)] * rnd.choice([1, 5, 63, 64, 65, 150])
-            n = rnd.choice([1, 1, 2]) if scheduler.cache.pool.num_pages > 15 else 1
+            n = rnd.choice([1, 1, 2]) if scheduler.cache.pool.num_pages > 15 * scale else 1
             n = min(n, len(scheduler._slots) + len(scheduler.running))
             first = scheduler.add(request(prompt, new=rnd.randrange(1, 90), n=n))
             live += [first, *first.siblings]
@@ -322,6 +389,7 @@ def test_random_load_with_aborts_returns_every_page(seed):
                 read(scheduler, flight.pop(0))
             continue
         if step:
+            device.run(step)
             flight.append(step)
         if flight and (step is None or len(flight) > 1):
             read(scheduler, flight.pop(0))

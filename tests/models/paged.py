@@ -27,7 +27,8 @@ class PagedRunner:
         pages = np.random.default_rng(0).permutation(rows * PAGES_EACH) + 1
         self.table = pages.reshape(rows, PAGES_EACH).astype(np.int32)
         mesh = mesh or make_mesh(1)
-        layout = model.config.cache_layout(axis_size(mesh, "tp"))
+        # Windows longer than any sequence make one cache group, the plain one.
+        layout = model.config.cache_layout(axis_size(mesh, "tp"), session_len=1, step_tokens=TOKENS)
         self.caches = CacheSpec(layout, rows * PAGES_EACH + 1, model.dtype, mesh).allocate()
         # Compiled without LLVM's optimisations: the tests' time is compilation.
         fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

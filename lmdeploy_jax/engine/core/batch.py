@@ -15,16 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lmdeploy_jax.engine.core.page_tables import PageTables, cache_slots
+from lmdeploy_jax.engine.core.page_tables import Fields, PageTables, decode_metadata, ragged_metadata
 from lmdeploy_jax.engine.core.scheduler import Chunk
 from lmdeploy_jax.engine.request import Draws, SamplingParams
-from lmdeploy_jax.models.batch import AttentionMetadata, Batch
+from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles
 from lmdeploy_jax.sampling.params import SamplingBatch
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 PARAMS = (*FLOATS, "top_k", "seed")
-Fields = dict[str, Any]
 
 
 class Slots:
@@ -33,9 +32,9 @@ class Slots:
     `max_batch_size` slots; slot number `max_batch_size` is the dump slot of padding rows.
     """
 
-    def __init__(self, max_batch_size: int, session_len: int, vocab_size: int) -> None:
-        self.max_batch_size = max_batch_size
-        self.tables = PageTables(max_batch_size, session_len)
+    def __init__(self, tables: PageTables, vocab_size: int) -> None:
+        self.max_batch_size = max_batch_size = tables.max_batch_size
+        self.tables = tables
         self.params = np.zeros((len(PARAMS), max_batch_size + 1), np.int32)
         self.logprobs = np.zeros(max_batch_size + 1, np.int32)
         self._vocab_size = vocab_size
@@ -93,7 +92,7 @@ class DecodeLayout(Layout):
         super().__init__(
             slots=(rows,),
             positions=(rows,),  # -1 in padding rows
-            page_table=slots.tables.shape(rows),
+            **slots.tables.decode_fields(rows),
             **more,
         )
 
@@ -108,7 +107,7 @@ class DecodeLayout(Layout):
         field["slots"][:n], field["slots"][n:] = slots, self._slots.max_batch_size
         field["positions"][:n] = np.fromiter((c.start for c in chunks), np.int32, n)
         field["positions"][n:] = -1
-        self._slots.tables.put(field["page_table"], slots)
+        self._slots.tables.put(field, slots)
 
 
 class SampledDecodeLayout(DecodeLayout):
@@ -140,11 +139,10 @@ class RaggedLayout(Layout):
             token_slots=token,  # slot whose pending token stands here, -1: `tokens` has it
             positions=token,
             rope_lens=token,
-            cache_slots=token,
             slots=row,
             kv_lens=row,
             last=row,  # the token whose hidden state predicts the row's next token
-            page_table=slots.tables.shape(slots.max_batch_size),
+            **slots.tables.ragged_fields(slots.max_batch_size, tokens),
             tiles=(max_tiles(tokens, slots.max_batch_size, tile_rows), 4),
         )
 
@@ -163,11 +161,11 @@ class RaggedLayout(Layout):
         lens = np.fromiter((c.sequence.rope_len for c in chunks), np.int32, n)
         field["rope_lens"][:total] = np.maximum(positions + 1, np.repeat(lens, counts))
         tables = self._slots.tables
-        field["cache_slots"][:total] = tables.cache_slots(np.repeat(slots, counts), positions)
+        tables.put_cache_slots(field, np.repeat(slots, counts), positions)
         field["slots"][:n], field["slots"][n:] = slots, self._slots.max_batch_size
         field["kv_lens"][:n] = starts + counts
         field["last"][:n] = offsets + counts - 1
-        tables.put(field["page_table"], slots)
+        tables.put(field, slots)
         field["tiles"][:] = build_tiles(
             np.arange(n, dtype=np.int32), offsets, counts, starts, self._tile_rows, len(field["tiles"])
         )
@@ -231,28 +229,20 @@ def decode_batch(field: Fields, tokens: Array, ahead: Array | int = 0) -> Batch:
 
     tokens: i32 [R], computed `ahead` positions behind the packed ones.
     """
-    table, packed = field["page_table"], field["positions"]
+    packed = field["positions"]
     positions = jnp.maximum(packed + ahead, 0)
-    lens = jnp.where(packed < 0, 0, positions + 1)
-    slots = jnp.where(packed < 0, 0, cache_slots(table, positions))
-    attention = AttentionMetadata(slots, page_table=table, kv_lens=lens)
-    return Batch(tokens, positions, positions + 1, (attention,), sequence_slots=field["slots"])
+    attention = decode_metadata(field, positions, packed >= 0)
+    return Batch(tokens, positions, positions + 1, attention, sequence_slots=field["slots"])
 
 
 def ragged_batch(field: Fields, pending: Array) -> Batch:
     """The forward pass's view of a packed ragged step."""
     slots = field["token_slots"]
-    attention = AttentionMetadata(
-        slots=field["cache_slots"],
-        page_table=field["page_table"],
-        kv_lens=field["kv_lens"],
-        tiles=field["tiles"],
-    )
     return Batch(
         tokens=jnp.where(slots >= 0, pending[slots], field["tokens"]),
         rope_positions=field["positions"],
         rope_lens=field["rope_lens"],
-        attention=(attention,),
+        attention=ragged_metadata(field),
         sequence_slots=field["slots"],
     )
 

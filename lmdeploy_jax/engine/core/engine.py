@@ -55,6 +55,7 @@ class Engine(EngineBase):
             session_len=parts.session_len,
             max_batch_size=parts.buckets.max_batch_size,
             num_pages=parts.scheduler.cache.pool.capacity,
+            cache_layout=parts.cache_layout,
             startup=parts.startup,
             on_cpu=parts.on_cpu,
         )

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
-from lmdeploy_jax.cache.prefix import PrefixCache
 from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.engine.base import KV_CACHE, TAGS, WEIGHTS
 from lmdeploy_jax.engine.core.runner import Runner
@@ -38,8 +37,7 @@ class Rest:
             raise RequestError(f"level={level} is invalid: it must be 1 or 2.")
         if KV_CACHE not in self.missing:
             self._runner.release_caches()
-            cache = self._scheduler.cache
-            self._scheduler.cache = PrefixCache(cache.pool.num_pages, enabled=cache.enabled)
+            self._scheduler.cache = self._scheduler.cache.emptied()
         if WEIGHTS not in self.missing:
             self._shardings = [leaf.sharding for leaf in self._runner.state.leaves]
             self._kept = [np.array(leaf) for leaf in self._runner.state.leaves] if level == 1 else None

@@ -6,8 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
 
-from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
-from lmdeploy_jax.cache.prefix import PrefixCache
+from lmdeploy_jax.cache.manager import CacheManager
+from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.engine.request import PromptReport, Request, Sequence, Status
 
 JOINING_TOKENS = (256, 384, 512)  # of a step in which prompts join up to 127, 191 and more that decode
@@ -56,15 +56,15 @@ class Scheduler:
 
     Prompts join those who decode at full speed, unless somebody reads along: then in small chunks, so that
     tokens come in an even flow, or, if many come at once, before the next token, so that there is one pause
-    instead of many. `max_tokens` bounds a
-    step, `max_batch_size` the sequences that hold a slot. All pages of a prompt are taken when it is
-    admitted, so only decoding can run out of them; then the latest sequence is preempted and computed again
-    later. So is, at once, a sequence that outgrows `rope_switch`, see `RopeConfig.switch_length`.
+    instead of many. `max_tokens` bounds a step, `max_batch_size` the sequences that hold a slot. All pages
+    that a prompt needs at once are taken when it is admitted, so that as a rule only decoding can run out of
+    them; then the latest sequence is preempted and computed again later. So is, at once, a sequence that
+    outgrows `rope_switch`, see `RopeConfig.switch_length`.
     """
 
     def __init__(
         self,
-        cache: PrefixCache,
+        cache: CacheManager,
         *,
         max_batch_size: int,
         max_tokens: int,
@@ -116,7 +116,7 @@ class Scheduler:
         it uses.
         """
         sequence.computed = 0
-        return self.cache.discard(sequence.pages)
+        return self.cache.discard(sequence.pages, sequence.hashes)
 
     def _leave_first(self, sibling: Sequence) -> None:
         """Take a sibling that has not forked yet out of its first sequence's group."""
@@ -131,7 +131,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages and slots are exactly those the sequences hold."""
         holders = [s for r in self.running for s in (r, *r.siblings)]
-        self.cache.pool.check_integrity(page for s in holders for page in s.pages)
+        self.cache.pool.check_integrity(page for s in holders for page in s.pages.pages)
         slots = sorted([*self._slots, *(s.slot for s in holders)])
         assert slots == list(range(len(slots))), "slots were lost or doubled"
 
@@ -139,11 +139,10 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None where nothing can be computed now. Raises `DrainFirst`."""
-        chunks = self._burst_chunks()
-        if not chunks:
-            chunks = self._decode_chunks()
-            budget = self._token_budget(chunks)
-            chunks += self._prompt_chunks(budget - len(chunks))
+        chunks = self._chunks()
+        while not chunks and self._stuck:
+            self._preempt(self.running[-1])
+            chunks = self._chunks()
         if not chunks:
             return None
         step = self._commit(chunks)
@@ -151,6 +150,19 @@ class Scheduler:
         if self.decode_steps > 1 and self._can_repeat(step):
             self._repeat(step)
         return step
+
+    def _chunks(self) -> list[Chunk]:
+        chunks = self._burst_chunks()
+        if not chunks:
+            chunks = self._decode_chunks()
+            budget = self._token_budget(chunks)
+            chunks += self._prompt_chunks(budget - len(chunks))
+        return chunks
+
+    @property
+    def _stuck(self) -> bool:
+        """Whether prompts are under way: if none of them can go on, they wait for each other's pages."""
+        return any(sequence.remaining > 1 for sequence in self.running)
 
     def _ready(self, sequence: Sequence) -> bool:
         """Whether its next token can be computed now, as far as the sequence itself goes."""
@@ -169,7 +181,7 @@ class Scheduler:
             if self.rope_switch is not None and self._outgrows(sequence, self.rope_switch):
                 self._preempt(sequence)
                 sequence.rope_floor = sequence.length
-            elif sequence.computed < len(sequence.pages) * PAGE_SIZE or self._make_room(sequence):
+            elif sequence.computed < sequence.pages.room or self._make_room(sequence):
                 chunks.append(self._plan(sequence, 1))
         return chunks
 
@@ -177,16 +189,21 @@ class Scheduler:
         return sequence.rope_len <= switch < sequence.length
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """A page for the sequence's next token; false where the sequence itself had to give way."""
-        while pages_for(sequence.computed + 1) > len(sequence.pages):
-            if self.cache.pool.available:
-                sequence.pages.append(self.cache.pool.take())
-                continue
+        """Pages for the sequence's next token; false where the sequence itself had to give way."""
+        while not self._hold(sequence, sequence.computed + 1):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
+
+    def _hold(self, sequence: Sequence, end: int) -> bool:
+        """The pages that the next of its first `end` tokens need, if there are enough."""
+        position, cache = sequence.computed, self.cache
+        enough = cache.missing(sequence.pages, position, end) <= cache.pool.available
+        if enough:
+            cache.hold(sequence.pages, position, end)
+        return enough
 
     def _burst_chunks(self) -> list[Chunk]:
         """Prompts alone where many have come at once and somebody reads along; else nothing."""
@@ -228,8 +245,8 @@ class Scheduler:
     def _prefill_chunks(self, unfinished: list[Sequence], budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in unfinished:
-            if budget > 0:
-                chunks.append(self._plan(sequence, min(sequence.remaining, budget)))
+            if budget > 0 and self._hold(sequence, sequence.length):
+                chunks.append(self._plan_prompt(sequence, budget))
                 budget -= chunks[-1].count
         return chunks
 
@@ -238,9 +255,14 @@ class Scheduler:
         while self.waiting and budget > 0 and self._take_in(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            chunks.append(self._plan(sequence, min(sequence.remaining, budget)))
+            chunks.append(self._plan_prompt(sequence, budget))
             budget -= chunks[-1].count
         return chunks
+
+    def _plan_prompt(self, sequence: Sequence, budget: int) -> Chunk:
+        """As much of its prompt as the budget allows. What it holds for that is more than it needs later."""
+        sequence.pages.room = 0
+        return self._plan(sequence, min(sequence.remaining, budget))
 
     def _plan(self, sequence: Sequence, count: int) -> Chunk:
         """The next `count` tokens.
@@ -264,33 +286,33 @@ class Scheduler:
             return False
         tokens = sequence.tokens
         limit = 0 if sequence.report else len(tokens) - 1
-        pages, hashes = self.cache.match(sequence.request.prompt, tokens, limit)
-        partial = len(tokens) % PAGE_SIZE > 0
-        needed = pages_for(len(tokens)) - len(pages) + len(sequence.siblings) * partial
+        cache = self.cache
+        pages, hashes = cache.match(sequence.request.prompt, tokens, limit)
+        computed = len(hashes) * PAGE_SIZE
+        partial = len(sequence.siblings) * (len(tokens) % PAGE_SIZE > 0)
         reserve = len(self.running) // 2  # soon wanted by those who run already
-        if needed + reserve > self.cache.pool.available:
-            self.cache.release(pages)
+        needed = cache.missing(pages, computed, len(tokens)) + (partial + reserve) * len(cache.groups)
+        if needed > cache.pool.available:
+            cache.release(pages)
             return False
-        take = self.cache.pool.take
-        sequence.computed = len(pages) * PAGE_SIZE
+        sequence.computed, sequence.pages, sequence.hashes = computed, pages, hashes
         if sequence.num_generated == 0:
-            sequence.cached = sequence.computed
-        sequence.pages = pages + [take() for _ in range(pages_for(len(tokens)) - len(pages))]
-        sequence.hashes = hashes
+            sequence.cached = computed
+        cache.hold(pages, computed, len(tokens))
         self._occupy(sequence, Status.RUNNING)
         for sibling in sequence.siblings:
-            sibling.pages = [take()] if partial else []
+            sibling.pages = cache.take_last(len(tokens))
             self._occupy(sibling, Status.FORKING)
         return True
 
     def _occupy(self, sequence: Sequence, status: Status) -> None:
         sequence.slot = self._slots.pop()
-        sequence.status, sequence.table_len, sequence.pending = status, 0, False
+        sequence.status, sequence.table_version, sequence.pending = status, -1, False
         self._admitted.append(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
         self.cache.release(sequence.pages)
-        sequence.pages, sequence.hashes = [], []
+        sequence.hashes = []
         sequence.computed, sequence.pending = 0, False
         if sequence.slot >= 0:
             self._slots.append(sequence.slot)
@@ -319,14 +341,19 @@ class Scheduler:
         return missing <= self.cache.pool.available
 
     def _pages_missing(self, sequence: Sequence) -> int:
-        end = min(sequence.computed - 1 + self.decode_steps, sequence.max_length, self.session_len)
-        return max(pages_for(end) - len(sequence.pages), 0)
+        return max(self.cache.missing(sequence.pages, sequence.computed - 1, self._repeated_end(sequence)), 0)
+
+    def _repeated_end(self, sequence: Sequence) -> int:
+        """The tokens whose keys and values are in the cache after a step that was to draw one and repeats."""
+        return min(sequence.computed - 1 + self.decode_steps, sequence.max_length, self.session_len)
 
     def _repeat(self, step: Step) -> None:
         """What it draws beyond the end of a sequence is cut off when it is read."""
         step.repeat = self.decode_steps
         for sequence, _ in step.sampled:
-            sequence.pages += [self.cache.pool.take() for _ in range(self._pages_missing(sequence))]
+            end = self._repeated_end(sequence)
+            if end > sequence.pages.room:
+                self.cache.hold(sequence.pages, sequence.computed - 1, end)
             sequence.computed += step.repeat - 1
             sequence.unread += step.repeat - 1
 
@@ -351,12 +378,8 @@ class Scheduler:
 
     def _fork(self, first: Sequence, step: Step) -> None:
         """Siblings start on the shared prompt pages; a last, partly filled page is copied for each."""
-        full = len(first.tokens) // PAGE_SIZE
         for sibling in first.siblings:
-            own = sibling.pages
-            step.copies += [(first.pages[full], page) for page in own]
-            for page in first.pages[:full]:
-                self.cache.pool.share(page)
-            sibling.pages, sibling.hashes = first.pages[:full] + own, list(first.hashes)
+            step.copies += self.cache.fork(first.pages, sibling.pages)
+            sibling.hashes = list(first.hashes)
             sibling.computed, sibling.cached, sibling.status = first.computed, first.cached, Status.RUNNING
             self.running.append(sibling)

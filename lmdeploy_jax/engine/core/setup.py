@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lmdeploy_jax.cache.kv import CacheSpec, MemoryPlan, free_bytes, page_bytes, plan_memory
-from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
-from lmdeploy_jax.cache.prefix import PrefixCache
+from lmdeploy_jax.cache.layout import CacheLayout
+from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.load import LoadedModel, load_model
@@ -23,6 +23,7 @@ from lmdeploy_jax.engine.core import buckets as bucket_plan
 from lmdeploy_jax.engine.core.batch import Slots
 from lmdeploy_jax.engine.core.buckets import Buckets
 from lmdeploy_jax.engine.core.compile import compile_all, read_or_compile, tuning_dir, use_cache
+from lmdeploy_jax.engine.core.page_tables import PageTables
 from lmdeploy_jax.engine.core.program import Programs
 from lmdeploy_jax.engine.core.program_cache import ProgramCache
 from lmdeploy_jax.engine.core.runner import Runner
@@ -55,6 +56,7 @@ class Parts:
     model_config: DecoderConfig
     session_len: int
     memory: MemoryPlan
+    cache_layout: CacheLayout
     buckets: Buckets
     scheduler: Scheduler
     runner: Runner
@@ -79,17 +81,19 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     steps = _decode_steps(config, loaded, mesh)
     buckets = _buckets(config, platform, steps)
     session_len = config.session_len or model_config.max_position
-    memory = _plan(config, loaded, mesh, buckets, session_len)
+    layout = model_config.cache_layout(config.tp, session_len=session_len, step_tokens=buckets.max_tokens)
+    memory = _plan(config, loaded, mesh, buckets, session_len, layout)
     log.info("%s", memory)
-    session_len = _fitting(session_len, memory)
-    spec = CacheSpec(model_config.cache_layout(config.tp), memory.num_pages, loaded.dtype, mesh)
+    session_len = _fitting(session_len, layout.longest(memory.num_pages - 1))
+    spec = CacheSpec(layout, memory.num_pages, loaded.dtype, mesh)
     begun = time.perf_counter()
-    slots = Slots(buckets.max_batch_size, session_len, model_config.vocab_size)
+    tables = PageTables(session_len, layout.groups, buckets)
+    slots = Slots(tables, model_config.vocab_size)
     runner = _runner(loaded, spec, slots, buckets, kept, ahead=not config.eager_mode, progress=progress)
     weight_bytes = sum(leaf.nbytes for leaf in loaded.leaves)
     startup = Startup(backend, weight_bytes, loading, time.perf_counter() - begun)
     scheduler = Scheduler(
-        PrefixCache(memory.num_pages, enabled=_caches_prefixes(config, model_config)),
+        CacheManager(memory.num_pages, layout.groups, enabled=_caches_prefixes(config, model_config)),
         max_batch_size=buckets.max_batch_size,
         max_tokens=buckets.max_tokens,
         session_len=session_len,
@@ -97,10 +101,10 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         decode_steps=steps,
     )
     on_cpu = platform == "cpu"
-    room = (memory.num_pages - 1) * PAGE_SIZE
-    announce(progress, f"ready in {time.perf_counter() - started:.1f} s, room for {room:,} tokens of context")
+    seconds = time.perf_counter() - started
+    announce(progress, f"ready in {seconds:.1f} s, room for {memory.room:,} tokens of context")
     return Parts(
-        folder, model_config, session_len, memory, buckets, scheduler, runner, startup, reload, on_cpu
+        folder, model_config, session_len, memory, layout, buckets, scheduler, runner, startup, reload, on_cpu
     )
 
 
@@ -120,7 +124,7 @@ def _runner(
     devices, kernels = list(spec.mesh.devices.flat), model.skeleton.kernels
     state, family = DeviceState(model, spec, slots.max_batch_size), steps_for(devices[0].platform)
     rows = tile_rows(kernels.backend)
-    shapes = (state.specs, slots.tables.width, rows, buckets, spec)
+    shapes = (state.specs, slots.tables.session_len, rows, buckets, spec)
     cache = ProgramCache(folder, devices, kernels, model.config, family, *shapes)
     programs = Programs(state, partial(read_or_compile, cache=cache))
     runner = Runner(programs, slots, family(programs, slots, buckets, rows))
@@ -206,7 +210,12 @@ def _buckets(config: JaxEngineConfig, platform: str, steps: int) -> Buckets:
 
 
 def _plan(
-    config: JaxEngineConfig, model: LoadedModel, mesh: Mesh, buckets: Buckets, session_len: int
+    config: JaxEngineConfig,
+    model: LoadedModel,
+    mesh: Mesh,
+    buckets: Buckets,
+    session_len: int,
+    layout: CacheLayout,
 ) -> MemoryPlan:
     shape = model.config
     size = jnp.dtype(model.dtype).itemsize
@@ -214,18 +223,19 @@ def _plan(
     activations = buckets.max_tokens * (4 * widest + 8 * shape.hidden_size) * size
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
     return plan_memory(
+        layout,
+        page_bytes(layout.arrays, model.dtype),
         share=config.cache_max_entry_count,
         free=free_bytes(mesh),
         reserved=activations + logits,
-        page=page_bytes(shape.cache_layout(config.tp).arrays, model.dtype),
-        most_tokens=buckets.max_batch_size * pages_for(session_len) * PAGE_SIZE,
+        session_len=session_len,
+        sequences=buckets.max_batch_size,
         on_cpu=mesh.devices.flat[0].platform == "cpu",
     )
 
 
-def _fitting(session_len: int, memory: MemoryPlan) -> int:
+def _fitting(session_len: int, most: int) -> int:
     """`session_len`, or as much of it as the whole KV cache holds."""
-    most = (memory.num_pages - 1) * PAGE_SIZE
     if session_len > most:
         log.warning("session_len is %d instead of %d: the KV cache holds no more tokens", most, session_len)
     return min(session_len, most)
