@@ -16,7 +16,11 @@ from lmdeploy_jax.parallel.mesh import make_mesh
 @pytest.fixture(scope="module")
 def programs(llama):
     model, mesh = load_model(llama), make_mesh(1)
-    state = DeviceState(model, CacheSpec(model.config.cache_layout(1), 2, model.dtype, mesh), 3)
+    state = DeviceState(
+        model,
+        CacheSpec(model.config.cache_layout(1, session_len=64, step_tokens=64), 2, model.dtype, mesh),
+        3,
+    )
     state.allocate_caches()
     return Programs(state, find=lambda program: program.lower().compile())
 

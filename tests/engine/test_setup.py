@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from lmdeploy_jax.bench import shapes
-from lmdeploy_jax.cache.kv import plan_memory
+from lmdeploy_jax.cache.kv import page_bytes, plan_memory
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.engine.core.setup import choose_backend
 from lmdeploy_jax.errors import ConfigError
@@ -40,8 +41,28 @@ def test_a_backend_that_cannot_be_had_is_refused():
         choose_backend("pallas", CPU, MODEL)
 
 
+def plan(layout, page, **settings):
+    return plan_memory(layout, page, free=10**9, reserved=0, sequences=8, on_cpu=False, **settings)
+
+
 def test_a_cache_too_small_is_told_in_megabytes():
+    layout = MODEL.cache_layout(1, session_len=4096, step_tokens=1024)
     with pytest.raises(ConfigError) as caught:
-        plan_memory(share=1000, free=10**9, reserved=0, page=500_000, most_tokens=4096, on_cpu=True)
+        plan(layout, 500_000, share=1000, session_len=4096)
     assert "it gives 0.001 MB, and at least 2 pages of 0.500 MB are needed" in str(caught.value)
     assert "-64" not in str(caught.value)
+
+
+def test_windows_make_room_for_more_tokens_and_the_plan_says_so():
+    """Five layers of six with a window of 1,024, in sequences of 16,384 tokens."""
+    mixer = MODEL.layers[0].mixer
+    near = replace(MODEL.layers[0], mixer=replace(mixer, options=replace(mixer.options, window=1024)))
+    windows = replace(MODEL, layers=([near] * 5 + [MODEL.layers[0]]) * 4)
+    full = replace(MODEL, layers=MODEL.layers[:24])
+    rooms = []
+    for model in (full, windows):
+        layout = model.cache_layout(1, session_len=16384, step_tokens=8192)
+        memory = plan(layout, page_bytes(layout.arrays, "bfloat16"), share=0.9, session_len=16384)
+        assert f"{memory.room} tokens" in str(memory)
+        rooms.append(memory.room)
+    assert rooms[1] >= 3 * rooms[0]

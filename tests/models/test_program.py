@@ -40,6 +40,7 @@ CONFIG = DecoderConfig(
     ),
 )
 CACHE = (9, 2, 64, 16)
+LAYOUT = CONFIG.cache_layout(1, session_len=1, step_tokens=1)  # no window is outgrown: one cache group
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def program():
     row = jax.ShapeDtypeStruct((3,), jnp.int32)
     table = jax.ShapeDtypeStruct((3, 2), jnp.int32)
     batch = Batch(row, row, row, (AttentionMetadata(row, table, row),), row)
-    caches = KVCache(((jax.ShapeDtypeStruct(CACHE, jnp.float32),) * 2,) * LAYERS, CONFIG.cache_layout(1))
+    caches = KVCache(((jax.ShapeDtypeStruct(CACHE, jnp.float32),) * 2,) * LAYERS, LAYOUT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "paged_attention", counting)
         lowered = jax.jit(step, donate_argnums=1).lower(tuple(skeleton.specs.values()), caches, batch)
@@ -92,7 +93,7 @@ def test_embedding_multiplier_keeps_the_dtype():
     row = jax.ShapeDtypeStruct((3,), jnp.int32)
     attention = AttentionMetadata(row, jax.ShapeDtypeStruct((3, 2), jnp.int32), row)
     batch = Batch(row, row, row, (attention,), row)
-    caches = KVCache(((jax.ShapeDtypeStruct(CACHE, jnp.bfloat16),) * 2,) * LAYERS, CONFIG.cache_layout(1))
+    caches = KVCache(((jax.ShapeDtypeStruct(CACHE, jnp.bfloat16),) * 2,) * LAYERS, LAYOUT)
     leaves = tuple(skeleton.specs.values())
     hidden, written = jax.eval_shape(lambda x, c, b: skeleton.merge(x)(c, b), leaves, caches, batch)
     logits = jax.eval_shape(lambda x, h: skeleton.merge(x).logits(h), leaves, hidden)
