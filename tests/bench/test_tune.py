@@ -1,0 +1,48 @@
+"""What `bench tune` would measure, told without a GPU: the shapes, the cuts, what they cost elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmdeploy_jax.bench import shapes, tune
+from lmdeploy_jax.converters.families import build_config
+from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+
+
+def config(name: str) -> DecoderConfig:
+    return build_config(shapes.read(name), name)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_each_device_has_its_share_of_a_product(tp):
+    sizes = {name: (shape.out, shape.inner) for name, shape in tune.products(config("llama3-8b"), tp).items()}
+    assert sizes["qkv"] == sizes["norm_qkv"] == (6144 // tp, 4096)
+    assert (sizes["o"], sizes["down"]) == ((4096, 4096 // tp), (4096, 14336 // tp))
+    assert sizes["gate_up"] == sizes["norm_gate_up"] == (14336 // tp, 4096)
+    assert sizes["head"] == (128256 // tp, 4096)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_every_share_has_cuts_worth_measuring(tp):
+    for shape in tune.products(config("llama3-8b"), tp).values():
+        assert list(tune.tilings(shape, 1)), shape
+
+
+def test_a_model_that_cannot_be_shared_out_is_told():
+    with pytest.raises(ConfigError, match="tp=4 cannot share out 14 attention heads"):
+        tune.products(config("qwen2.5-0.5b"), 4)
+
+
+def test_parts_that_travel_between_devices_cost_what_they_weigh():
+    """Many rows in parts are added up before they travel, in a kernel of its own."""
+    alone, shared = (tune.products(config("llama3-8b"), tp)["o"] for tp in (1, 2))
+    whole, parts = Tiling(64, 128, 1, 4, 4), Tiling(64, 128, 4, 4, 4)
+    costs = {
+        (shape.summed, tokens): tune._beside(shape, parts, tokens) - tune._beside(shape, whole, tokens)
+        for shape in (alone, shared)
+        for tokens in (1, 128)
+    }
+    assert 0 < costs[False, 1] < costs[True, 1] < 1e-6
+    assert tune._beside(shared, parts, 128) - tune._beside(alone, parts, 128) == pytest.approx(2e-6)
