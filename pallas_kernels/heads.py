@@ -61,7 +61,7 @@ class HeadTile:
         """Which elements are those of query heads."""
         return (self.row < self.group) & (self.column < self.head_dim)
 
-    def turned(self) -> jax.Array:
+    def rotated(self) -> jax.Array:
         """q in the query heads' rows and k in the token's, with bias, norm and rotation."""
         plain = self._queries_and_key(self.column)
         scale = inverse_rms(plain.astype(jnp.float32), self.head_dim, self.eps)
@@ -79,28 +79,28 @@ class HeadTile:
 
     def write(
         self,
-        turned: jax.Array,
+        rotated: jax.Array,
         values: jax.Array,
         k_pages: jax.Ref,
         v_pages: jax.Ref,
         slot: jax.Array,
-        wanted: jax.Array | bool = True,
+        enabled: jax.Array | bool = True,
     ) -> None:
-        """k and v into a slot of the cache [pages, KH, P, D], unless it is negative or not `wanted`."""
+        """k and v into a slot of the cache [pages, KH, P, D], unless it is negative or not `enabled`."""
         page_size = k_pages.shape[2]
         # The token's row alone is stored; others have places of their own, which interpret mode rewrites.
         place = lax.rem(slot + page_size + self.row - self.group, page_size)
-        mask = (self.row == self.group) & (self.column < self.head_dim) & (slot >= 0) & wanted
-        for pages, heads in ((k_pages, turned), (v_pages, values)):
+        mask = (self.row == self.group) & (self.column < self.head_dim) & (slot >= 0) & enabled
+        for pages, heads in ((k_pages, rotated), (v_pages, values)):
             at = pages.at[lax.div(slot, page_size), self.kv_head, place, self.column]
             plt.store(at, heads.astype(pages.dtype), mask=mask)
 
     def _queries_and_key(self, column: jax.Array) -> jax.Array:
         return self._read(self.row, column, self.row <= self.group)
 
-    def _read(self, row: jax.Array, column: jax.Array, wanted: jax.Array) -> jax.Array:
+    def _read(self, row: jax.Array, column: jax.Array, inside: jax.Array) -> jax.Array:
         """Rows of the qkv product with their bias."""
-        mask = wanted & (self.column < self.head_dim)
+        mask = inside & (self.column < self.head_dim)
         parts = [
             plt.load(self.refs.parts.at[part, self.token, self.kv_head, row, column], mask=mask, other=0)
             for part in range(self.refs.parts.shape[0])

@@ -35,7 +35,7 @@ class Attention(nnx.Module):
         kv_heads = config.held_kv_heads(kernels.tp)
         groups, head_dim = config.heads // kv_heads, config.head_dim
         self.kernels = kernels
-        self.options = config.options
+        self.config = config
         self.norm_eps, self.norm_offset = model.norm_eps, model.norm_offset
         self.qkv = ColumnParallelLinear(
             (kv_heads, groups + 2, head_dim),
@@ -75,7 +75,7 @@ class Attention(nnx.Module):
         """
         x, qkv = self.qkv(x, delta, norm)  # [(S,) T, KH, G + 2, D]
         attend = partial(self.kernels.attend, eps=self.norm_eps, offset=self.norm_offset, dtype=x.dtype)
-        out, cache = attend(qkv, self._work(rope), cache, metadata, self.options)
+        out, cache = attend(qkv, self._work(rope), cache, metadata, self.config)
         return x, self.o(out), cache
 
     def _work(self, rope: Rotation | None) -> HeadWork:

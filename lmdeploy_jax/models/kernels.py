@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lmdeploy_jax.models.batch import AttentionMetadata
+from lmdeploy_jax.models.config import AttentionConfig
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
-from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, why_not_mosaic
+from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, tile_rows, why_not_mosaic
+from lmdeploy_jax.pallas_kernels.registry import why_not_heads
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 from lmdeploy_jax.parallel.collectives import Collectives, collectives
 from lmdeploy_jax.parallel.mesh import axis_size
@@ -48,6 +50,10 @@ class Kernels:
         devices = jax.devices() if self.mesh is None else self.mesh.devices.flat
         return devices[0].platform
 
+    def attention_backend(self, mixer: AttentionConfig) -> str:
+        """`backend`, or XLA for heads that its kernels cannot do."""
+        return "xla" if why_not_heads(mixer.head_dim, mixer.group) else self.backend
+
     @property
     def collectives(self) -> Collectives:
         """What goes between the devices."""
@@ -69,7 +75,7 @@ class Kernels:
         work: HeadWork,
         cache: LayerCache,
         metadata: AttentionMetadata,
-        options: AttentionOptions,
+        mixer: AttentionConfig,
         *,
         eps: float,
         offset: float,
@@ -79,7 +85,8 @@ class Kernels:
 
         eps and offset are those of the norms of q and k.
         """
-        head_work: dict[str, Any] = {"eps": eps, "offset": offset, "dtype": dtype, "backend": self.backend}
+        options, backend = mixer.options, self.attention_backend(mixer)
+        head_work: dict[str, Any] = {"eps": eps, "offset": offset, "dtype": dtype, "backend": backend}
         k_pages, v_pages, split_counters = cache
         if metadata.tiles is None:
             rows = (metadata.slots, metadata.page_table, metadata.kv_lens, split_counters)
@@ -88,15 +95,15 @@ class Kernels:
             return out, tuple(cached)
         q, k_pages, v_pages = rope_kv_write(qkv, k_pages, v_pages, metadata.slots, work, **head_work)
         queries = q.reshape(q.shape[0], -1, q.shape[-1])
-        backend = self._prefill_backend(q, k_pages, options)
+        if backend == "pallas":
+            backend = self._prefill_backend(q, k_pages, options)
         arguments = (queries, k_pages, v_pages, metadata.page_table, metadata.tiles)
-        out = prefill_attention(*arguments, options=options, backend=backend)
+        height = tile_rows(self.backend)  # of the batch's tiles, which layers of both backends share
+        out = prefill_attention(*arguments, options=options, backend=backend, tile_rows=height)
         return out.reshape(q.shape), (k_pages, v_pages, split_counters)
 
     def _prefill_backend(self, q: Array, k_pages: Array, options: AttentionOptions) -> str:
         """Mosaic's calls take the host longer than a short step lasts: they are for long ones."""
         long = self.tuning.prefill_attention == "mosaic" and q.shape[0] >= MOSAIC_TOKENS
-        if self.backend != "pallas" or not long:
-            return self.backend
-        plain = options.window is None and options.soft_cap is None
+        plain = long and options.window is None and options.soft_cap is None
         return "mosaic" if plain and why_not_mosaic(q.dtype, k_pages.dtype, q.shape[-1]) is None else "pallas"

@@ -126,9 +126,9 @@ def _kernel(
     sync = (lambda: None) if interpret else plt.debug_barrier  # between all threads of a program
     new = HeadTile(HeadRefs(*work), sequence, kv_head, q_ref.dtype, eps, offset)
     # All loads first. The splits of a sequence write the same queries.
-    values, slot, turned = new.values(), slots_ref[sequence], new.turned()
-    plt.store(q_ref.at[sequence, kv_head, new.row, new.column], turned, mask=new.is_query)
-    new.write(turned, values, k_ref, v_ref, slot, wanted=split == pages.splits - 1)
+    values, slot, rotated = new.values(), slots_ref[sequence], new.rotated()
+    plt.store(q_ref.at[sequence, kv_head, new.row, new.column], rotated, mask=new.is_query)
+    new.write(rotated, values, k_ref, v_ref, slot, enabled=split == pages.splits - 1)
     sync()
     rows = _HeadRows(q_ref)
     state = _attend(q_ref, k_ref, v_ref, table_ref, pages, rows, options)

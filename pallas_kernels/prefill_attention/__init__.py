@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions, check_cache, check_heads
 from lmdeploy_jax.pallas_kernels.prefill_attention import xla
-from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import build_tiles, max_tiles, tile_rows
+from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import TILE_ROWS, build_tiles, max_tiles, tile_rows
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 
 __all__ = ["build_tiles", "max_tiles", "prefill_attention", "tile_rows", "why_not_mosaic"]
@@ -33,11 +33,13 @@ def prefill_attention(
     options: AttentionOptions,
     sinks: jax.Array | None = None,
     backend: str,
+    tile_rows: int | None = None,
 ) -> jax.Array:
     """Causal attention of packed query rows over pages that already hold their keys and values.
 
     q [T, H, D]; k_pages, v_pages [pages, KH, PAGE_SIZE, D]; page_table int32 [S, M], padded with 0; tiles
-    int32 [W, 4] from `build_tiles` with this backend's `tile_rows`. A row at position p sees keys at
+    int32 [W, 4] from `build_tiles` with this backend's `tile_rows`; "xla" also takes those of another one,
+    whose `tile_rows` it is told. A row at position p sees keys at
     positions p-window < j <= p. `sinks` f32 [H] adds a logit to each head's softmax denominator. Softmax in
     f32. Backend "mosaic" is for Hopper, see `why_not_mosaic`. Returns [T, H, D] in q's dtype; rows that no
     tile covers hold anything finite, as q does. Raises ValueError for shapes or options that do not fit.
@@ -48,7 +50,8 @@ def prefill_attention(
     if tiles.ndim != 2 or tiles.shape[1] != 4:
         raise ValueError(f"tiles has shape {tiles.shape}; it must be [tiles, 4], as build_tiles makes it")
     if backend == "xla":
-        return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options)
+        rows = tile_rows or TILE_ROWS["xla"]
+        return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options, rows)
     from lmdeploy_jax.pallas_kernels.prefill_attention import pallas  # a CPU does without the import's time
 
     arrays = (q, k_pages, v_pages, page_table, tiles)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
-from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import tile_rows
 from lmdeploy_jax.pallas_kernels.streaming import attend_paged
 
 GROUP = 8  # tiles a loop
@@ -20,12 +19,13 @@ def prefill_attention(
     tiles: jax.Array,
     sinks: jax.Array | None,
     options: AttentionOptions,
+    rows: int,
 ) -> jax.Array:
-    """See `lmdeploy_jax.pallas_kernels.prefill_attention`."""
+    """See `lmdeploy_jax.pallas_kernels.prefill_attention`; `rows` is the most that one tile holds."""
     tokens, heads, head_dim = q.shape
     kv_heads = k_pages.shape[1]
     groups = heads // kv_heads
-    width, rows = tiles.shape[0], tile_rows("xla")
+    width = tiles.shape[0]
     row = jnp.arange(rows, dtype=jnp.int32)
     positions = jnp.where(row < tiles[:, 2:3], tiles[:, 3:4] + row, -1)  # [W, R]
     queries = q.at[tiles[:, 1:2] + row].get(mode="clip")  # [W, R, H, D]

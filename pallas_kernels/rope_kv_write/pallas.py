@@ -49,6 +49,6 @@ def _kernel(
     *work, k_out, v_out, q_out = refs
     token, kv_head = pl.program_id(0), pl.program_id(1)
     tile = HeadTile(HeadRefs(*work), token, kv_head, q_out.dtype, eps, offset)
-    values, slot, turned = tile.values(), slots_ref[token], tile.turned()
-    plt.store(q_out.at[token, kv_head, tile.row, tile.column], turned, mask=tile.is_query)
-    tile.write(turned, values, k_out, v_out, slot)
+    values, slot, rotated = tile.values(), slots_ref[token], tile.rotated()
+    plt.store(q_out.at[token, kv_head, tile.row, tile.column], rotated, mask=tile.is_query)
+    tile.write(rotated, values, k_out, v_out, slot)

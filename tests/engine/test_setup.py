@@ -13,6 +13,7 @@ from lmdeploy_jax.cache.kv import page_bytes, plan_memory
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.engine.core.setup import choose_backend
 from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.models.config import DecoderConfig
 
 CPU = SimpleNamespace(platform="cpu")
 GPU = SimpleNamespace(platform="gpu", compute_capability="9.0")
@@ -34,6 +35,27 @@ def test_choice(wanted, device, backend, caplog):
     with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
         assert choose_backend(wanted, device, MODEL) == backend
     assert ("compute capability 7.5" in caplog.text) == (device is OLD)
+
+
+def with_heads(*sizes: int) -> DecoderConfig:
+    layer = MODEL.layers[0]
+    mixers = [replace(layer.mixer, head_dim=size) for size in sizes]
+    return replace(MODEL, layers=tuple(replace(layer, mixer=mixer) for mixer in mixers))
+
+
+@pytest.mark.parametrize("wanted", ["auto", "pallas"])
+def test_each_kind_of_layer_has_its_backend(wanted, caplog):
+    with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
+        assert choose_backend(wanted, GPU, with_heads(128, 512, 512)) == "pallas"
+    assert caplog.messages == [
+        "attention with 32 heads in 8 KV heads of 512 uses xla: head_dim 512 is outside 16 to 256"
+    ]
+
+
+def test_no_layer_with_a_backend_is_no_backend(caplog):
+    assert choose_backend("auto", GPU, with_heads(512, 320)) == "xla"
+    with pytest.raises(ConfigError, match="head_dim 512 is outside 16 to 256"):
+        choose_backend("pallas", GPU, with_heads(512, 320))
 
 
 def test_a_backend_that_cannot_be_had_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,14 +11,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
+from lmdeploy_jax.models import linear as linear_module
 from lmdeploy_jax.models import products
 from lmdeploy_jax.models.kernels import Kernels
-from lmdeploy_jax.models.linear import Linear, param
+from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.products import plan, plan_gated, plan_norm
 from lmdeploy_jax.models.projections import RowParallelLinear
 from lmdeploy_jax.models.tuning import Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+from tests.models.paged import PagedRunner
+from tests.models.test_program import CONFIG
 from tests.models.test_tuning import LARGE, SMALL, TABLE
 
 KERNELS = Kernels("pallas_interpret", tuning=TABLE)
@@ -119,24 +124,22 @@ def test_what_is_not_added_as_it_is_comes_whole_with_its_bias():
 
 
 class Int8Weight(nnx.Module):
-    """A toy format: a scale for each output."""
+    """A toy format: integers, and a scale for each row of the last axis."""
 
     format = "w8a16_int8"
 
-    def __init__(self, weight: jax.Array) -> None:
+    def __init__(self, weight: jax.Array, axes: tuple[str | None, ...]) -> None:
         scales = jnp.abs(weight).max(axis=-1) / 127
-        self.values, self.scales = (
-            param(weight.shape, jnp.int8, ("mlp", "embed")),
-            param(scales.shape, jnp.float32, ("mlp",)),
-        )
-        self.values[...], self.scales[...] = jnp.round(weight / scales[:, None]).astype(jnp.int8), scales
+        self.dtype = weight.dtype
+        self.values = nnx.Param(jnp.round(weight / scales[..., None]).astype(jnp.int8), axes=axes)
+        self.scales = nnx.Param(scales.astype(jnp.float32), axes=axes[:-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
     def dense(self) -> jax.Array:
-        return (self.values[...] * self.scales[...][:, None]).astype(jnp.bfloat16)
+        return (self.values[...] * self.scales[...][..., None]).astype(self.dtype)
 
 
 def test_a_weight_may_be_several_leaves():
@@ -145,7 +148,7 @@ def test_a_weight_may_be_several_leaves():
     linear, x = linear_of((96,), (128,)), jax.random.normal(jax.random.key(1), (1, 128), jnp.bfloat16)
     want = products.XlaProduct()(linear, x)
     assert plan(KERNELS, "parts", linear, x).tiling == SMALL
-    linear.weight = Int8Weight(linear.weight[...].astype(jnp.float32))
+    linear.weight = Int8Weight(linear.weight[...], ("mlp", "embed"))
     graph, state = nnx.split(linear)
     leaves, tree = jax.tree.flatten(state)
     assert [(leaf.dtype.name, leaf.shape) for leaf in leaves] == [("float32", (96,)), ("int8", (96, 128))]
@@ -159,3 +162,31 @@ def test_a_weight_may_be_several_leaves():
         return planned(merged, x)[0]
 
     close(product(leaves, x), want, 2e-2)
+
+
+def test_a_decoder_of_such_weights_is_the_decoder_of_what_they_hold(monkeypatch):
+    """Through the skeleton that checkpoints are bound to: a flat tuple of leaves, each with its name."""
+    config = replace(CONFIG, layers=CONFIG.layers[:1])
+    build = partial(build_skeleton, config, jnp.dtype("float32"), Kernels())
+    dense = build()
+    monkeypatch.setattr(linear_module, "DenseWeight", Int8Weight)
+    quantised = build()
+    assert {"embedding.weight.values", "layers.0.mlp.down.weight.scales"} <= quantised.specs.keys()
+    rng = np.random.default_rng(0)
+    leaves = {
+        name: rng.integers(-127, 128, spec.shape, np.int8)
+        if spec.dtype == jnp.int8
+        else rng.normal(size=spec.shape).astype(spec.dtype) * (1e-3 if name.endswith("scales") else 1)
+        for name, spec in quantised.specs.items()
+    }
+    held = {
+        name: leaves[name]
+        if name in leaves
+        else leaves[f"{name}.values"] * leaves[f"{name}.scales"][..., None]
+        for name in dense.specs
+    }
+    logits = []
+    for skeleton, arrays in ((quantised, leaves), (dense, held)):
+        model = LoadedModel(skeleton, tuple(map(jnp.asarray, arrays.values())), jnp.dtype("float32"))
+        logits.append(PagedRunner(model).decode({0: (7, 0), 1: (8, 0)})[1])
+    close(*logits, 1e-5)

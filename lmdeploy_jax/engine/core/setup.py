@@ -142,28 +142,34 @@ def steps_for(platform: str) -> type[Steps]:
 
 
 def choose_backend(wanted: str, device: jax.Device, model: DecoderConfig) -> str:
-    """`auto` is `pallas` where device and model allow, else `xla`. Raises ConfigError for a `pallas` that
-    cannot be had.
+    """`auto` is `pallas` where the device and at least one kind of layer allow it, else `xla`. Raises
+    ConfigError for a `pallas` that no layer can have.
+
+    Layers that cannot have it attend through XLA (`Kernels.attention_backend`).
     """
-    reason = _why_not_pallas(device, model)
-    if wanted == "auto":
-        if reason and device.platform != "cpu":
+    reasons = _why_not_pallas(device, model)
+    reason = None if None in reasons.values() else next(iter(reasons.values()))
+    if wanted == "auto" and reason:
+        if device.platform != "cpu":
             log.warning("backend xla instead of pallas: %s", reason)
-        return "xla" if reason else "pallas"
+        return "xla"
     if wanted == "pallas" and reason:
         raise ConfigError(f"backend='pallas' cannot be used: {reason}. Use backend='auto' or 'xla'.")
-    return wanted
+    for heads, why in reasons.items() if wanted != "xla" else ():
+        if why:
+            log.warning("attention with %s heads in %s KV heads of %s uses xla: %s", *heads, why)
+    return "pallas" if wanted == "auto" else wanted
 
 
-def _why_not_pallas(device: jax.Device, model: DecoderConfig) -> str | None:
-    """The first objection that a layer meets, or None."""
+def _why_not_pallas(device: jax.Device, model: DecoderConfig) -> dict[tuple[int, int, int], str | None]:
+    """What speaks against it for each kind of heads: how many, in how many KV heads, of what size."""
     capability = _compute_capability(device)
-    mixers = dict.fromkeys(layer.mixer for layer in model.layers)
-    reasons = (
-        why_not(device.platform, mixer.head_dim, group=mixer.group, compute_capability=capability)
-        for mixer in mixers
-    )
-    return next(filter(None, reasons), None)
+    return {
+        (mixer.heads, mixer.kv_heads, mixer.head_dim): why_not(
+            device.platform, mixer.head_dim, group=mixer.group, compute_capability=capability
+        )
+        for mixer in (layer.mixer for layer in model.layers)
+    }
 
 
 def _compute_capability(device: jax.Device) -> float | None:

@@ -1,0 +1,48 @@
+"""Layers whose heads the Pallas kernels cannot do attend through XLA, beside others that they do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
+from lmdeploy_jax.models.config import AttentionConfig, RopeConfig
+from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.pallas_kernels.options import AttentionOptions
+from lmdeploy_jax.pallas_kernels.registry import MAX_GROUP
+from tests.models.paged import PagedRunner
+from tests.models.test_program import CONFIG
+
+MIXERS = [
+    AttentionConfig(heads, 1, 16, AttentionOptions(0.25), RopeConfig(16)) for heads in (4, MAX_GROUP + 1)
+]
+MIXED = replace(CONFIG, layers=tuple(replace(CONFIG.layers[0], mixer=mixer) for mixer in MIXERS))
+
+
+def model(backend: str) -> LoadedModel:
+    skeleton = build_skeleton(MIXED, jnp.dtype("float32"), Kernels(backend))
+    keys = jax.random.split(jax.random.key(0), len(skeleton.specs))
+    specs = zip(keys, skeleton.specs.values(), strict=True)
+    leaves = tuple(0.2 * jax.random.normal(key, spec.shape, spec.dtype) for key, spec in specs)
+    return LoadedModel(skeleton, leaves, jnp.dtype("float32"))
+
+
+def test_each_kind_of_layer_has_its_own_backend():
+    kernels = Kernels("pallas")
+    assert [kernels.attention_backend(mixer) for mixer in MIXERS] == ["pallas", "xla"]
+    assert [Kernels("xla").attention_backend(mixer) for mixer in MIXERS] == ["xla", "xla"]
+
+
+def test_layers_of_both_kinds_share_a_batch():
+    """A chunk that is longer than a tile of either backend, beside short ones, then a token each."""
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 150).tolist()
+    found = []
+    for backend in ("xla", "pallas_interpret"):
+        runner = PagedRunner(model(backend))
+        chunks = runner.ragged([(0, 0, ids[:140], 140), (1, 0, ids[:9], 9), (2, 0, ids[:1], 1)])
+        decoded = runner.decode({0: (ids[140], 140), 1: (ids[9], 9)})
+        found.append(np.concatenate([*chunks, *(logits[None] for logits in decoded.values())]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-4 * np.abs(found[0]).max())

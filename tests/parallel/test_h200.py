@@ -1,0 +1,26 @@
+"""A decode step on two H200s, compiled where JAX's CUDA plugin is installed; no GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.pallas_kernels.h200 import reports_of
+from tests.parallel.h200 import LAYERS
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return reports_of("tests.parallel.h200")
+
+
+@pytest.mark.parametrize("name", ["untuned", "tuned"])
+def test_devices_sum_twice_a_layer_and_once_for_the_embedding(reports, name):
+    assert reports[name]["collectives"] == {"all-reduce": 1 + 2 * LAYERS}
+
+
+def test_a_device_s_share_can_be_done_by_the_kernels_for_few_rows(reports):
+    """All but the first layer's qkv product, which has no norm to begin with."""
+    tuned, untuned = (reports[name]["kernels"] for name in ("tuned", "untuned"))
+    assert tuned["norm_skinny_gemm"] == 2 * LAYERS - 1
+    assert tuned["skinny_gemm"] == 2 * LAYERS + 1
+    assert sum(tuned.values()) < sum(untuned.values())
