@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +19,9 @@ from lmdeploy_jax.bench import tune
 from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.models.batch import AttentionMetadata, Batch
-from lmdeploy_jax.models.tuning import Tuning
+from lmdeploy_jax.models.tuning import Measurement, Tuning
+from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+from lmdeploy_jax.parallel import collectives as collectives_module
 from lmdeploy_jax.parallel.mesh import axis_size, make_mesh
 from tests.models.paged import PagedRunner, named_leaves
 from tests.oracle import hf_logits, save_checkpoint
@@ -66,6 +69,32 @@ def products_asked_for(path: Path, mesh: jax.sharding.Mesh) -> bool:
     return asked.shapes == {(p.kind, p.out, p.inner) for p in wanted if not p.normed}
 
 
+def tuned(model: LoadedModel, tp: int) -> Tuning:
+    """As if the hand-written products were fastest for what one of `tp` devices does."""
+
+    def fastest(shape: tune.Shape) -> Measurement:
+        splits = 2 if shape.kind == "parts" and shape.inner % 16 == 0 else 1
+        tiling = Tiling(32, 8, splits, 4, 2)
+        return Measurement("w16a16", shape.kind, shape.out, shape.inner, 8, tiling, 1.0, 2.0)
+
+    return Tuning(tuple(map(fastest, tune.products(model.config, tp).values())))
+
+
+def tuned_errors(path: Path, mesh: jax.sharding.Mesh) -> list[float]:
+    """How far hand-written products change a step's logits; their parts travel as they are, or summed."""
+    load = partial(load_model, path, dtype="bfloat16", mesh=mesh, backend="pallas_interpret")
+    found, limit = [], collectives_module.ONE_SHOT_BYTES
+    for table, most in ((False, limit), (True, limit), (True, 0)):
+        collectives_module.ONE_SHOT_BYTES = most
+        model = load()
+        model = load(tuning=tuned(model, axis_size(mesh, "tp"))) if table else model
+        found.append(PagedRunner(model, mesh=mesh).decode({0: (7, 0), 1: (8, 0)})[1])
+        jax.clear_caches()
+    collectives_module.ONE_SHOT_BYTES = limit
+    plain, *others = found
+    return [float(np.linalg.norm(logits - plain) / np.linalg.norm(plain)) for logits in others]
+
+
 def add_head(path: Path, folder: str) -> tuple[Path, np.ndarray]:
     """A converted checkpoint, tied by its config, with a head of its own: the embedding turned round."""
     plain = load_file(path / "model.safetensors")
@@ -100,6 +129,7 @@ def compare(name: str, folder: str) -> None:
             "converted_alike": all(alike),
             "collectives": collectives(runner) if tp == 4 else [],
             "tunable": products_asked_for(path, mesh),
+            "tuned_errors": tuned_errors(path, mesh),
         }
         print(json.dumps(found))
 
