@@ -41,12 +41,12 @@ def why_not(
         return f"compute capability {compute_capability} is below {MIN_COMPUTE_CAPABILITY} (Ampere)"
     if dtype not in DTYPES:
         return f"a KV cache of {dtype} is none of {', '.join(DTYPES)}"
-    return None if head_dim is None else why_not_heads(head_dim, group)
+    return why_not_heads(head_dim, group)
 
 
-def why_not_heads(head_dim: int, group: int) -> str | None:
+def why_not_heads(head_dim: int | None, group: int) -> str | None:
     """Why the Pallas kernels cannot do attention with `group` query heads a KV head, or None if they can."""
-    if not 16 <= head_dim <= MAX_HEAD_DIM:
+    if head_dim is not None and not 16 <= head_dim <= MAX_HEAD_DIM:
         return f"head_dim {head_dim} is outside 16 to {MAX_HEAD_DIM}"
     if group > MAX_GROUP:
         return f"{group} query heads a KV head are more than {MAX_GROUP}"
