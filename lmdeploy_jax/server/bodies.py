@@ -63,7 +63,10 @@ class StreamOptions(ProtocolModel):
 
 
 class SamplingFields(ProtocolModel):
-    """Sampling parameters: OpenAI's, and LMDeploy's under its own names. None leaves the default."""
+    """Sampling parameters: OpenAI's, and LMDeploy's under its own names. None leaves the default.
+
+    spaces_between_special_tokens: fast tokenizers put none, whatever it says; taken since clients send it.
+    """
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

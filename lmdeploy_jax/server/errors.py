@@ -29,7 +29,7 @@ logger = logging.getLogger("lmdeploy_jax")
 INVALID, AUTHENTICATION, NOT_FOUND = "invalid_request_error", "authentication_error", "not_found_error"
 RATE_LIMIT, SERVER, TIMEOUT = "rate_limit_error", "server_error", "timeout_error"
 _TYPES = {401: AUTHENTICATION, 404: NOT_FOUND, 408: TIMEOUT, 429: RATE_LIMIT, 504: TIMEOUT}
-_LONGEST = 2000  # characters of a message: some repeat what the client has sent
+_MAX_MESSAGE_LENGTH = 2000  # characters of a message: some repeat what the client has sent
 _STATUS = {EngineError.code: 503, LogitsError.code: 500, LmdeployError.code: 500}  # by error_code; else 400
 
 
@@ -48,7 +48,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = shortened(message, _LONGEST)
+        self.message = shortened(message, _MAX_MESSAGE_LENGTH)
         self.type = type or _TYPES.get(status, INVALID if status < 500 else SERVER)
         self.param = param
         self.code = code

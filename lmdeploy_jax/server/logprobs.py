@@ -8,11 +8,11 @@ from typing import Any
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 TopLogprobs = dict[int, float]  # token id -> log-probability: the likeliest, and the sampled one
-LEAST = -9999.0  # JSON has no infinity
+MIN_LOGPROB = -9999.0  # JSON has no infinity
 
 
 def finite(logprob: float) -> float:
-    return logprob if logprob > LEAST else LEAST
+    return logprob if logprob > MIN_LOGPROB else MIN_LOGPROB
 
 
 def chat_logprobs(

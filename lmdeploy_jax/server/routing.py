@@ -18,9 +18,9 @@ from lmdeploy_jax.server.http.disconnect import cancel_on_disconnect
 from lmdeploy_jax.server.service import Service
 
 logger = logging.getLogger("lmdeploy_jax")
-_MOST_NAMES = 256  # unknown fields that are told of, each once
+_MAX_NAMES = 256  # unknown fields that are told of, each once
 _LONG_BODY = 1 << 18  # bytes from which on the event loop goes on meanwhile; they take about 0.3 ms
-_LONGEST_NAME = 64  # of an unknown field in the log
+_MAX_NAME_LENGTH = 64  # of an unknown field in the log
 
 
 class JsonRequest(Request):
@@ -87,7 +87,7 @@ def check_fields(service: Service, body: ProtocolModel, refused: dict[str, str] 
 
 
 def _tell_unknown(service: Service, extra: dict[str, Any]) -> None:
-    new = {name[:_LONGEST_NAME] for name in extra} - service.unknown_fields
-    if new and len(service.unknown_fields) < _MOST_NAMES:
+    new = {name[:_MAX_NAME_LENGTH] for name in extra} - service.unknown_fields
+    if new and len(service.unknown_fields) < _MAX_NAMES:
         service.unknown_fields.update(new)
         logger.warning("unknown request fields are ignored: %s", ", ".join(map(ascii, sorted(new))))

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from lmdeploy_jax.server.anthropic.bodies import MessagesRequest
 from lmdeploy_jax.server.completions.bodies import CompletionRequest
 from lmdeploy_jax.server.embeddings.bodies import EmbeddingsRequest
-from lmdeploy_jax.server.http.header_limit import MOST
+from lmdeploy_jax.server.http.header_limit import MAX_HEADER_BYTES
 from lmdeploy_jax.server.native.bodies import GenerateRequest
 from lmdeploy_jax.server.openai_chat.bodies import ChatCompletionRequest
 from lmdeploy_jax.server.responses.bodies import ResponsesRequest
@@ -72,20 +72,23 @@ def ask(url: str, head: bytes) -> bytes:
 @pytest.mark.parametrize(
     "head",
     [
-        b"".join(b"x-%d: 1\r\n" % i for i in range(MOST // 5)),
-        b"x: 1\r\n" * MOST,
-        b"x: 1\r\n" * 20 * MOST,
-        b"x: " + b"a" * (MOST + 1) + b"\r\n",
+        b"".join(b"x-%d: 1\r\n" % i for i in range(MAX_HEADER_BYTES // 5)),
+        b"x: 1\r\n" * MAX_HEADER_BYTES,
+        b"x: 1\r\n" * 20 * MAX_HEADER_BYTES,
+        b"x: " + b"a" * (MAX_HEADER_BYTES + 1) + b"\r\n",
     ],
 )
 def test_a_head_that_is_too_large_is_refused(live, head):
     answer = ask(live.url, head)
     assert answer.startswith(b"HTTP/1.1 431 ")
-    assert f"at most {MOST} bytes" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+    assert (
+        f"at most {MAX_HEADER_BYTES} bytes"
+        in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+    )
     assert ask(live.url, b"").startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize("head", [b"x-a: 1\r\n" * 1000, b"x: " + b"a" * (MOST - 1000) + b"\r\n"])
+@pytest.mark.parametrize("head", [b"x-a: 1\r\n" * 1000, b"x: " + b"a" * (MAX_HEADER_BYTES - 1000) + b"\r\n"])
 def test_a_head_within_the_limit_is_taken(live, head):
     assert ask(live.url, head).startswith(b"HTTP/1.1 200 ")
 

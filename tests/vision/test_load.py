@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import random
 import struct
 import threading
 import zlib
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from urllib.parse import quote_from_bytes
@@ -19,6 +21,7 @@ from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.vision.access import MediaAccess
 from lmdeploy_jax.vision.fetch import MAX_REDIRECTS, is_public
 from lmdeploy_jax.vision.load import load_image
+from tests.fuzz import cases
 
 LEVELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 STRANGER = MediaAccess(trusted=False)
@@ -285,3 +288,44 @@ def test_no_error_repeats_a_data_url():
     with pytest.raises(RequestError) as caught:
         load_image("data:image/png;base64," + "A" * 10**6)
     assert len(str(caught.value)) < 300
+
+
+KINDS = [("PNG", "RGBA"), ("PNG", "P"), ("PNG", "I;16"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("GIF", "P"),
+         ("BMP", "RGB"), ("TIFF", "RGBA"), ("WEBP", "RGBA"), ("PPM", "RGB")]  # fmt: skip
+
+
+def saved(kind: str, mode: str) -> bytes:
+    levels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    deep = mode == "I;16"
+    file = BytesIO()
+    image = Image.fromarray(levels[..., 0].astype(np.uint16) << 8 if deep else levels)
+    (image if deep else image.convert(mode)).save(file, kind)
+    return file.getvalue()
+
+
+def mutated(draw: random.Random, data: bytes) -> bytes:
+    """Bytes changed, cut off or put in, most of them near the beginning."""
+    made = bytearray(data)
+    for _ in range(draw.choice([0, 1, 2, 5, 20])):
+        at = draw.randrange(len(made) + 1 if draw.random() < 0.5 else min(len(made) + 1, 64))
+        match draw.randrange(4):
+            case 0:
+                made[at : at + 1] = draw.randbytes(1)
+            case 1:
+                made[at : at + 4] = b"\xff\xff\xff\x7f"
+            case 2:
+                made[at:at] = draw.randbytes(5)
+            case 3:
+                del made[at:]
+    return bytes(made)
+
+
+@cases(5000)
+@pytest.mark.filterwarnings("ignore")
+def test_no_broken_image_is_more_than_a_refusal(cases):
+    draw, files = random.Random(0), [saved(*kind) for kind in KINDS]
+    loaded = 0
+    for _ in range(cases):
+        with suppress(RequestError):
+            loaded += load_image(mutated(draw, draw.choice(files))).mode == "RGB"
+    assert 0 < loaded < cases

@@ -7,7 +7,7 @@ from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.server.completions.bodies import CompletionRequest
 from lmdeploy_jax.server.errors import ApiError
 
-MOST_PROMPTS = 1024
+MAX_PROMPTS = 1024
 
 
 def check(body: CompletionRequest) -> None:
@@ -43,7 +43,7 @@ def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
         raise ApiError(400, "prompt: give at least one text or one token.", param="prompt")
     if isinstance(prompt[0], int):
         return [prompt]  # type: ignore[list-item]
-    if len(prompt) > MOST_PROMPTS:
-        message = f"prompt: {len(prompt)} prompts are too many for one request; at most {MOST_PROMPTS}."
+    if len(prompt) > MAX_PROMPTS:
+        message = f"prompt: {len(prompt)} prompts are too many for one request; at most {MAX_PROMPTS}."
         raise ApiError(400, message, param="prompt")
     return list(prompt)  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from lmdeploy_jax.server.errors import ApiError, openai_body
 
-MOST = 64 << 10  # bytes of names and values
-_MOST_UNFINISHED = 512 << 10  # bytes that have come, several requests' perhaps, before a head is complete
+MAX_HEADER_BYTES = 64 << 10  # bytes of names and values
+_MAX_BUFFERED_BYTES = 512 << 10  # bytes that have come, several requests' perhaps, before a head is complete
 _LINGER = 1.0  # seconds in which a client that is still sending may read the answer
 
 
@@ -24,7 +24,7 @@ class HeaderLimit(HttpToolsProtocol):
             return
         super().data_received(data)
         self._waiting = self._waiting + len(data) if self._in_head else 0
-        if self._waiting > _MOST_UNFINISHED:
+        if self._waiting > _MAX_BUFFERED_BYTES:
             self._too_large = True
             self.send_400_response("")
 
@@ -34,7 +34,7 @@ class HeaderLimit(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        if sum(len(name) + len(value) for name, value in self.headers) > MOST:
+        if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
             self._too_large = True
             raise ValueError("the head is too large")  # which the parser's caller answers by the next one
         super().on_headers_complete()
@@ -43,7 +43,9 @@ class HeaderLimit(HttpToolsProtocol):
         if not self._too_large:
             super().send_400_response(msg)
             return
-        error = ApiError(431, f"The request's headers are too large: at most {MOST} bytes are taken.")
+        error = ApiError(
+            431, f"The request's headers are too large: at most {MAX_HEADER_BYTES} bytes are taken."
+        )
         body = json.dumps(openai_body(error)).encode()
         head = (
             "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
