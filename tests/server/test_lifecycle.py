@@ -22,11 +22,11 @@ CHAT = "/v1/chat/completions"
 LONG = {"messages": ASK, "ignore_eos": True, "max_tokens": 400}
 
 
-def send(live, body):
+def send(live, body, path=CHAT):
     """A connection that has sent a request."""
     raw = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", int(live.url.rsplit(":", 1)[1])))
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}"
     connection.sendall(head.encode() + b"\r\n\r\n" + raw)
     return connection
 
@@ -47,6 +47,29 @@ def test_a_client_that_hangs_up_frees_everything(live, pipe, stream):
     connection.close()
     wait_until(lambda: settled(live, pipe))
     scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "hi", "n": 2}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": ASK, "max_tokens": 10**6}),
+        ("/generate", {"prompt": "hi", "max_tokens": 10**6}),
+        ("/get_ppl", {"input": "hi there"}),
+        ("/v1/embeddings", {"input": ["hi", "there"]}),
+    ],
+)
+def test_hanging_up_ends_the_work_of_every_route(path, body, stream):
+    with scripted(unending, session_len=10**7) as (frontend, engine), serving(frontend) as live:
+        engine.gate.clear()  # so that what is short does not end before
+        connection = send(live, body | {"stream": stream}, path)
+        wait_until(lambda: engine.seen)
+        connection.close()
+        wait_until(lambda: engine.aborted)
+        engine.gate.set()
+        wait_until(lambda: not live.service.running and engine.idle)
 
 
 def test_generation_stops_within_two_steps_of_the_hang_up(monkeypatch):
