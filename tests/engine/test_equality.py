@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from lmdeploy_jax.cache.kinds import PagedCache
 from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.engine.core import buckets, setup
+from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
 from tests.engine.conftest import COUNT
@@ -78,10 +81,15 @@ def test_several_decode_steps_at_once_equal_single_ones(engine, llama, compile_c
         several.close()
 
 
-def test_programs_of_a_gpu_give_the_same_tokens(llama, compile_cache, prompts, expected, monkeypatch):
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
     plan = buckets.plan
     monkeypatch.setattr(buckets, "plan", lambda platform, *rest: plan("gpu", *rest))
     monkeypatch.setattr(setup, "steps_for", lambda platform: GpuSteps)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_programs_of_a_gpu_give_the_same_tokens(llama, compile_cache, prompts, expected):
     for steps in (1, 4):
         engine = other_engine(llama, compile_cache, decode_steps=steps)
         try:
@@ -90,6 +98,22 @@ def test_programs_of_a_gpu_give_the_same_tokens(llama, compile_cache, prompts, e
             assert hidden.tokens == expected[0]
         finally:
             engine.close()
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_programs_of_a_gpu_are_compiled_and_warm_before_the_first_request(llama, compile_cache, prompts):
+    """All of them: whatever a request asks for, nothing is compiled any more."""
+    changes = {"eager_mode": False, "decode_steps": 2, "max_batch_size": 2, "max_prefill_token_num": 32}
+    ahead = other_engine(llama, compile_cache, **changes)
+    wishes = ({}, {"temperature": 1.0}, {"logprobs": 1}, {"logits": "all"}, {"prompt_logprobs": 1, "n": 2})
+    try:
+        counter = CompileCounter()
+        for wish in wishes:
+            assert tokens(ahead, prompts[:2], max_new_tokens=4, **wish)
+        assert counter.count == 0
+    finally:
+        ahead.close()
 
 
 def test_preempted_sequences_go_on_as_if_nothing_had_happened(llama, compile_cache, prompts, expected):

@@ -105,7 +105,7 @@ class Steps(ABC):
 
     def warm_up(self) -> None:
         """Run the programs of plain steps once, on padding alone, where a first run takes longer."""
-        return
+        return  # as on a CPU, where it does not
 
     @abstractmethod
     def _decode(self, step: Step) -> Forward:
