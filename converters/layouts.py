@@ -65,18 +65,21 @@ class Stack:
     """Equal sources stacked along new leading axes: Stack(("gate", "up")) makes [2, I, E] of two [I, E].
 
     `axes` leading axes are new and count the parts in row-major order: experts are Stack(("0.gate", "0.up",
-    "1.gate", ...), axes=2) for [X, 2, I, E].
+    "1.gate", ...), axes=2) for [X, 2, I, E]. The next `rows` axes are one in a part: Stack(("q", "k", "v"),
+    rows=2) makes [3, H, D, E] of three [H * D, E].
     """
 
     parts: tuple[str, ...]
     axes: int = 1
+    rows: int = 1
 
     def assemble(self, shape: Shape) -> Assembly:
-        source = shape[self.axes :]
-        if math.prod(shape[: self.axes]) != len(self.parts) or not source:
+        inner = self.axes + self.rows
+        source = (math.prod(shape[self.axes : inner]), *shape[inner:])
+        if math.prod(shape[: self.axes]) != len(self.parts) or len(shape) < inner:
             raise ValueError(f"{len(self.parts)} sources cannot be stacked to {shape} along {self.axes} axes")
         runs = [Run(part, 0, source[0]) for part in self.parts]
-        return Assembly(self.axes + 1, _merge(runs), dict.fromkeys(self.parts, source))
+        return Assembly(inner, _merge(runs), dict.fromkeys(self.parts, source))
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,24 @@ class GroupedQKV:
             runs += [Run(part, row * head_dim, head_dim) for part, row in heads.key_value(group)]
         sources = {part: (count * head_dim, *rest) for part, count in heads.counts().items()}
         return Assembly(3, _merge(runs), sources)
+
+
+@dataclass(frozen=True)
+class PermutedHeads:
+    """One source of rows q|k|v as [3, H, D, ...], the elements of each head of q and k in another order:
+    `order` names the source's element for each, so that another kind of rotation becomes the model's own.
+    """
+
+    order: tuple[int, ...]
+
+    def assemble(self, shape: Shape) -> Assembly:
+        parts, heads, size, *rest = shape
+        if parts != 3 or sorted(self.order) != list(range(size)):
+            raise ValueError(f"an order of {len(self.order)} elements does not fit q, k and v of {shape}")
+        firsts = range(0, 2 * heads * size, size)
+        runs = [Run("", first + element, 1) for first in firsts for element in self.order]
+        runs.append(Run("", 2 * heads * size, heads * size))
+        return Assembly(3, _merge(runs), {"": (3 * heads * size, *rest)})
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def save_checkpoint(name: str, folder: str | Path) -> Path:
     config = getattr(transformers, f"{spec.family}Config")(**SMALL | spec.options, dtype="float32")
     torch.manual_seed(sum(map(ord, name)))
     model = transformers.AutoModelForCausalLM.from_config(config)
-    _scramble(model)
+    scramble(model)
     model.save_pretrained(path)
     if spec.rewrite is not None:
         spec.rewrite(path)
@@ -213,7 +213,7 @@ def save_checkpoint(name: str, folder: str | Path) -> Path:
 
 
 @torch.no_grad()
-def _scramble(model: torch.nn.Module) -> None:
+def scramble(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)

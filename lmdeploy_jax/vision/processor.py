@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.vision import pixels
 from lmdeploy_jax.vision.resize import ImagePlan, ResizeRule
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+DETAILS = {"auto": None, "low": 6, "medium": 12, "high": 24}
+"""Tiles at most for OpenAI's `detail`, as LMDeploy counts them; None: as the checkpoint says."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,27 @@ class ImageProcessor:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
+    def with_options(self, options: Mapping[str, Any]) -> ImageProcessor:
+        """The processor of an image for which a request asks for something: the options of its rule, and
+        `detail`, which chooses among numbers of tiles and is passed over where there is nothing to choose.
+
+        Raises RequestError for an option that the rule does not have, or a value that it cannot take.
+        """
+        rule, known = self.rule, self.rule.OPTIONS
+        wanted = dict(options)
+        detail = wanted.pop("detail", "auto")
+        if detail not in DETAILS:
+            raise RequestError(f"detail is {detail!r}; choose {', '.join(DETAILS)}")
+        if "max_dynamic_patch" in known and DETAILS[detail] is not None:
+            wanted.setdefault("max_dynamic_patch", DETAILS[detail])
+        for name, value in wanted.items():
+            if name not in known:
+                raise RequestError(f"image option {name} is unknown to this model; known: {_listed(known)}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+                raise RequestError(f"image option {name} is {value!r}; it must be a positive integer")
+            rule = replace(rule, **{known[name]: value})  # type: ignore[type-var]
+        return replace(self, rule=rule)
+
     def plan(self, height: int, width: int) -> ImagePlan:
         """The views of a picture of a size. Raises RequestError for a size that the rule refuses."""
         return self.rule.plan(height, width)
@@ -75,8 +101,15 @@ class ImageProcessor:
         count, patch = len(stack), self.patch
         rows, columns = stack.shape[1] // patch, stack.shape[2] // patch
         split = stack[:, : rows * patch, : columns * patch].reshape(count, rows, patch, columns, patch, -1)
-        vectors = split.transpose(1, 3, 5, 0, 2, 4).reshape(rows, columns, -1)
-        return block_order(vectors, self.merge, columns_first=self.columns_first)
+        return self.listed(split.transpose(1, 3, 5, 0, 2, 4).reshape(rows, columns, -1))
+
+    def listed(self, grid: np.ndarray) -> np.ndarray:
+        """Values of a view's patches [rows, columns, ...] in the order of its patches, [patches, ...]."""
+        return block_order(grid, self.merge, columns_first=self.columns_first)
+
+
+def _listed(known: Mapping[str, str]) -> str:
+    return ", ".join(("detail", *known))
 
 
 def block_order(grid: np.ndarray, merge: int, *, columns_first: bool = False) -> np.ndarray:

@@ -30,17 +30,6 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 ROUNDING = 2e-6  # transformers multiplies by 1 / 255 and subtracts; here it is one division
 
 
-@pytest.fixture(autouse=True)
-def rows_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers resizes as Pillow up to 12 does, whichever release is installed."""
-    resize = Image.Image.resize
-
-    def in_two_steps(self: Image.Image, size: tuple[int, int], resample: Any = None, **_: Any) -> Image.Image:
-        return resize(resize(self, (size[0], self.height), resample), tuple(size), resample)
-
-    monkeypatch.setattr(Image.Image, "resize", in_two_steps)
-
-
 def theirs(family: str, image: Image.Image, **options: Any) -> Any:
     import transformers
 

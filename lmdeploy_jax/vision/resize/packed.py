@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -32,6 +34,12 @@ class SmartResize:
     frames: int = 1
     enlarges: bool = False
     resample: Resample = "bicubic"
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {"min_pixels": "least", "max_pixels": "most"}
+
+    def __post_init__(self) -> None:
+        if self.least > self.most:
+            raise RequestError(f"min_pixels is {self.least}, more than max_pixels={self.most}; lower it")
 
     def plan(self, height: int, width: int) -> ImagePlan:
         new_height, new_width = self._size(*self._enlarged(height, width))
@@ -77,6 +85,8 @@ class LongestEdge:
     factor: int
     resample: Resample = "bicubic"
 
+    OPTIONS: ClassVar[Mapping[str, str]] = {}
+
     def plan(self, height: int, width: int) -> ImagePlan:
         ratio = max(height / self.edge, width / self.edge)
         kept = [math.floor(size / ratio) if ratio > 1 else size for size in (height, width)]
@@ -100,6 +110,8 @@ class NaViT:
     most: int
     most_side: int = 512
     resample: Resample = "bicubic"
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {}
 
     def plan(self, height: int, width: int) -> ImagePlan:
         padded = (math.ceil(edge / self.factor) * self.factor for edge in self._size(height, width))

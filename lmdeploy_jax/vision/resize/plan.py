@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
@@ -27,7 +28,12 @@ class ImagePlan:
 
 
 class ResizeRule(Protocol):
-    """A rule of the checkpoints. `plan` is all that counting tokens needs."""
+    """A rule of the checkpoints. `plan` is all that counting tokens needs.
+
+    OPTIONS: what a request may ask for with an image -> the field that it sets, a positive integer.
+    """
+
+    OPTIONS: ClassVar[Mapping[str, str]]
 
     def plan(self, height: int, width: int) -> ImagePlan:
         """What becomes of a picture of a size. Raises RequestError for one that the rule refuses."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,8 @@ class FixedSize:
 
     side: int
     resample: Resample = "bicubic"
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {}
 
     def plan(self, height: int, width: int) -> ImagePlan:
         return ImagePlan((height, width), self.side, self.side)
@@ -41,6 +45,8 @@ class ShortestEdge:
     side: int
     resample: Resample = "bicubic"
     square: Colour | None = None
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {}
 
     def plan(self, height: int, width: int) -> ImagePlan:
         return ImagePlan((height, width), self.side, self.side)
@@ -74,6 +80,8 @@ class GridRatio:
     thumbnail: bool = True
     resample: Resample = "bicubic"
 
+    OPTIONS: ClassVar[Mapping[str, str]] = {"max_dynamic_patch": "most", "min_dynamic_patch": "least"}
+
     def plan(self, height: int, width: int) -> ImagePlan:
         columns, rows = self._grid(height, width)
         tiles = rows * columns
@@ -101,8 +109,8 @@ class GridRatio:
 @lru_cache(maxsize=64)
 def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
     """All (columns, rows) of `least` to `most` tiles, those of fewer tiles first."""
-    sides = range(1, most + 1)
-    grids = [(columns, rows) for columns in sides for rows in sides if least <= columns * rows <= most]
+    sides = ((columns, range(1, most // columns + 1)) for columns in range(1, most + 1))
+    grids = [(columns, rows) for columns, high in sides for rows in high if columns * rows >= least]
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
@@ -117,6 +125,8 @@ class Pinpoints:
     side: int
     resolutions: tuple[tuple[int, int], ...]
     resample: Resample = "bicubic"
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {}
 
     def plan(self, height: int, width: int) -> ImagePlan:
         best_height, best_width = self.best(height, width)
@@ -161,6 +171,8 @@ class PanAndScan:
     least_ratio: float
     resample: Resample = "bilinear"
 
+    OPTIONS: ClassVar[Mapping[str, str]] = {}
+
     def plan(self, height: int, width: int) -> ImagePlan:
         crops = self._crops(height, width)
         rows, columns = (crops, 1) if height > width else (1, crops)
@@ -200,6 +212,8 @@ class HDTransform:
 
     side: int
     most: int
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {"num_crops": "most"}
 
     def plan(self, height: int, width: int) -> ImagePlan:
         short, long = sorted((height, width))

@@ -1,0 +1,111 @@
+"""A checkpoint folder -> a vision model's weights on devices."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from lmdeploy_jax.converters.config import read_json
+from lmdeploy_jax.converters.device import load_leaves
+from lmdeploy_jax.converters.fields import Fields, shown
+from lmdeploy_jax.converters.keytable import bind
+from lmdeploy_jax.converters.load import pick_dtype, stored_dtype
+from lmdeploy_jax.converters.safetensors import CheckpointReader
+from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
+from lmdeploy_jax.vision.config import VisionModelConfig
+from lmdeploy_jax.vision.families import VISION_FAMILIES, VisionFamily, vision_family
+from lmdeploy_jax.vision.model import VisionModel
+
+# The image processor's settings, and the name under which a file of several processors holds them.
+PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
+
+
+@dataclass(frozen=True)
+class LoadedVisionModel:
+    """A vision model and its weights as a flat tuple, the form in which compiled programs take them."""
+
+    family: VisionFamily
+    config: VisionModelConfig
+    graphdef: nnx.GraphDef
+    treedef: Any
+    leaves: tuple[jax.Array, ...]
+
+    def merge(self, leaves: tuple[jax.Array, ...]) -> VisionModel:
+        """The model that holds `leaves`; to be called inside `jax.jit`."""
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+
+def read_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionModelConfig]:
+    """What a checkpoint's images are to become. Raises UnsupportedModelError where it takes none."""
+    raw, where = read_json(folder, None)
+    family = vision_family(raw)
+    if family is None:
+        known = ", ".join(VISION_FAMILIES)
+        raise UnsupportedModelError(
+            f"{where}: architectures {shown(raw.get('architectures'))} take no images here; "
+            f"those that do: {known}"
+        )
+    return family, family.config(Fields(raw, where), _processor_fields(Path(folder)))
+
+
+def _processor_fields(folder: Path) -> Fields:
+    """The image processor's file; empty where there is none, so that the family's own values hold."""
+    for name, within in PROCESSOR_FILES:
+        path = folder / name
+        if path.is_file():
+            try:
+                raw = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise CheckpointError(f"{path}: cannot be read: {error}") from error
+            found = raw.get(within) if within and isinstance(raw, dict) else raw
+            if isinstance(found, dict):
+                return Fields(found, str(path))
+    return Fields({}, str(folder / PROCESSOR_FILES[0][0]))
+
+
+def load_vision(
+    folder: str | os.PathLike[str], *, dtype: str = "auto", mesh: Mesh | None = None
+) -> LoadedVisionModel:
+    """Reads tower and projector onto the mesh's devices (default: JAX's first), each of which holds them
+    whole.
+
+    `dtype` as in `load_model`. Raises CheckpointError and ConfigError.
+    """
+    family, config = read_vision(folder)
+    sharding = _whole(mesh)
+    platform = (jax.devices() if mesh is None else list(mesh.devices.flat))[0].platform
+    wanted = pick_dtype(dtype, stored_dtype(folder), platform)
+    abstract = nnx.eval_shape(lambda: VisionModel(config, dtype=wanted))
+    graphdef, state = nnx.split(abstract)
+    specs = _specs(state, sharding)
+    with CheckpointReader(folder) as reader:
+        rules = family.rules(config, reader.names())
+        leaves = bind(rules, reader, {name: spec.shape for name, spec in specs.items()})
+        for leaf in leaves.values():
+            leaf.check_dtypes(wanted)
+        arrays = load_leaves(leaves, specs)
+    return LoadedVisionModel(
+        family, config, graphdef, jax.tree.structure(state), tuple(arrays[name] for name in specs)
+    )
+
+
+def _whole(mesh: Mesh | None) -> jax.sharding.Sharding:
+    return SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def _specs(state: nnx.State, sharding: jax.sharding.Sharding) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Name -> shape, dtype and place of each leaf, in the order of the leaves."""
+    variables, _ = jax.tree.flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    specs = {}
+    for path, variable in variables:
+        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        specs[name] = jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
+    return specs

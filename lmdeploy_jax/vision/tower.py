@@ -1,0 +1,184 @@
+"""The vision transformer (Dosovitskiy et al., 2021) of every family."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from lmdeploy_jax.models.linear import param
+from lmdeploy_jax.vision.attention import attend, rotate, rotation
+from lmdeploy_jax.vision.config import NormConfig, TowerConfig
+from lmdeploy_jax.vision.inputs import VisionInputs
+from lmdeploy_jax.vision.layers import MLP, Dense, GatedMLP, make_norm
+from lmdeploy_jax.vision.positions import position_taps
+from lmdeploy_jax.vision.processor import ImageProcessor
+
+Rotation = tuple[Array, Array]
+
+
+class TowerAttention(nnx.Module):
+    """Multi-head attention, q, k and v in one product."""
+
+    def __init__(self, config: TowerConfig, *, dtype: jnp.dtype) -> None:
+        heads, size, width = config.heads, config.head_dim, config.width
+        self.qkv = Dense((3, heads, size), (width,), bias=config.qkv_bias, dtype=dtype)
+        self.out = Dense((width,), (heads, size), bias=config.out_bias, dtype=dtype)
+        norm = NormConfig(width, "rms", config.norm_eps)
+        self.q_norm = make_norm(norm, dtype=dtype) if config.qk_norm else None
+        self.k_norm = make_norm(norm, dtype=dtype) if config.qk_norm else None
+
+    def __call__(self, x: Array, segments: Array | None, turn: Rotation | None) -> Array:
+        """x [B, N, E] -> the same."""
+        batch, count, width = x.shape
+        qkv = self.qkv(x.reshape(batch * count, width))
+        q, k, v = (qkv[:, part].reshape(batch, count, *qkv.shape[2:]) for part in range(3))
+        q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        attended = attend(q, k, v, segments)
+        return self.out(attended.reshape(batch * count, *attended.shape[2:])).reshape(x.shape)
+
+
+def _normed(norm: nnx.Module | None, x: Array) -> Array:
+    """Normalised over all heads together."""
+    return x if norm is None else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+
+class TowerLayer(nnx.Module):
+    """Attention and MLP, each after a norm and added to what comes in."""
+
+    def __init__(self, config: TowerConfig, *, dtype: jnp.dtype) -> None:
+        self.attention_norm = make_norm(config.norm_config(), dtype=dtype)
+        self.attention = TowerAttention(config, dtype=dtype)
+        self.mlp_norm = make_norm(config.norm_config(), dtype=dtype)
+        self.mlp = _mlp(config, dtype)
+        scaled = config.layer_scale
+        self.attention_scale = param((config.width,), dtype, (None,)) if scaled else None
+        self.mlp_scale = param((config.width,), dtype, (None,)) if scaled else None
+
+    def __call__(self, x: Array, segments: Array | None, turn: Rotation | None) -> Array:
+        """x [B, N, E] -> the same."""
+        x = x + _scaled(self.attention_scale, self.attention(self.attention_norm(x), segments, turn))
+        out = self.mlp(self.mlp_norm(x).reshape(-1, x.shape[-1]))
+        return x + _scaled(self.mlp_scale, out.reshape(x.shape))
+
+
+def _mlp(config: TowerConfig, dtype: jnp.dtype) -> nnx.Module:
+    width, inner, bias = config.width, config.mlp_width, config.mlp_bias
+    if config.gated:
+        return GatedMLP(width, inner, width, config.activation, bias=bias, dtype=dtype)
+    return MLP(width, inner, config.activation, bias=bias, dtype=dtype)
+
+
+def _scaled(scale: nnx.Param | None, x: Array) -> Array:
+    return x if scale is None else x * scale[...]
+
+
+class Tower(nnx.Module):
+    """Patches to features."""
+
+    def __init__(self, config: TowerConfig, processor: ImageProcessor, *, dtype: jnp.dtype) -> None:
+        self.config = config
+        self.processor = processor
+        self.patch = Dense((config.width,), config.patch_shape, bias=config.patch_bias, dtype=dtype)
+        self.class_token = param((1, 1, config.width), dtype, (None,) * 3) if config.class_token else None
+        self.positions = _table(config, dtype)
+        norm = config.norm_config()
+        self.patch_norm = make_norm(norm, dtype=dtype) if config.patch_norm else None
+        self.pre_norm = make_norm(norm, dtype=dtype) if config.pre_norm else None
+        self.layers = nnx.List(TowerLayer(config, dtype=dtype) for _ in range(config.layers))
+        self.post_norm = make_norm(norm, dtype=dtype) if config.post_norm else None
+
+    def __call__(self, inputs: VisionInputs) -> tuple[Array, list[Array]]:
+        """-> features [B, N, E], and those of the layers in `TowerConfig.deepstack`."""
+        x = self._embedded(inputs)
+        turn = None
+        if self.config.rotary is not None and inputs.coordinates is not None:
+            turn = rotation(self.config.rotary, self.config.head_dim, inputs.coordinates)
+        taken = []
+        for number, layer in enumerate(self.layers):
+            x = self._run(number, layer, x, inputs.segments, turn)
+            if number in self.config.deepstack:
+                taken.append(x)
+        if self.class_token is not None:
+            x = x[:, 1:]
+        return _applied(self.post_norm, x), taken
+
+    def _run(
+        self, number: int, layer: TowerLayer, x: Array, segments: Array | None, turn: Rotation | None
+    ) -> Array:
+        """One layer; where it looks no further than a window, windows are sequences of their own."""
+        graph, state = nnx.split(layer)
+        window = self.config.window
+        if window is None or number in self.config.full_layers:
+            return _run_layer(graph, state, x, segments, turn)
+        cut = jax.tree.map(partial(_windows, window=window), (x, segments, turn))
+        return _run_layer(graph, state, *cut).reshape(x.shape)
+
+    def _embedded(self, inputs: VisionInputs) -> Array:
+        x = self._normalised(inputs.patches)
+        batch, count, _ = x.shape
+        x = self.patch(x.reshape(batch * count, *self.config.patch_shape)).reshape(batch, count, -1)
+        x = _applied(self.patch_norm, x)
+        if self.positions is not None:
+            table = self.positions[...].reshape(-1, x.shape[-1])
+            x = self._placed(x, table, inputs)
+        return _applied(self.pre_norm, x)
+
+    def _placed(self, x: Array, table: Array, inputs: VisionInputs) -> Array:
+        """Positions added, and the class token before the patches."""
+        if self.class_token is None:
+            return x + self._positions(table, inputs).astype(x.dtype)
+        x = x + self._positions(table[1:], inputs).astype(x.dtype)
+        first = self.class_token[...] + table[:1]
+        return jnp.concatenate([jnp.broadcast_to(first, (len(x), *first.shape[1:])), x], axis=1)
+
+    def _normalised(self, patches: Array) -> Array:
+        """Levels 0...255 [B, N, K] -> what the patch product takes, in the weights' dtype."""
+        each = patches.shape[-1] // len(self.processor.mean)
+        mean, std = (
+            np.repeat(np.float32(255) * np.asarray(values, np.float32), each)
+            for values in (self.processor.mean, self.processor.std)
+        )
+        return ((patches.astype(jnp.float32) - mean) / std).astype(self.patch.weight.dense().dtype)
+
+    def _positions(self, table: Array, inputs: VisionInputs) -> Array:
+        """Each patch's position, f32 [B, N, E] or [N, E], of a table [entries, E]."""
+        taps, weights = inputs.taps, inputs.weights
+        if taps is None or weights is None:
+            taps, weights = self._view_taps()
+        return (table[taps].astype(jnp.float32) * weights[..., None]).sum(axis=-2)
+
+    def _view_taps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of views that are squares of one size."""
+        assert self.config.positions is not None
+        assert self.config.grid is not None
+        return position_taps(self.config.positions, self.processor, self.config.grid, self.config.grid)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_layer(
+    graph: nnx.GraphDef, state: nnx.State, x: Array, segments: Array | None, turn: Rotation | None
+) -> Array:
+    """A jitted function of its own, so that layers alike are traced once; XLA inlines the calls."""
+    return nnx.merge(graph, state)(x, segments, turn)
+
+
+def _table(config: TowerConfig, dtype: jnp.dtype) -> nnx.Param | None:
+    if config.positions is None:
+        return None
+    return param(config.positions.shape, dtype, (None,) * len(config.positions.shape))
+
+
+def _applied(norm: nnx.Module | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+def _windows(x: Array, window: int) -> Array:
+    """[1, N, ...] -> [N / window, window, ...]."""
+    return x.reshape(-1, window, *x.shape[2:])
