@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from lmdeploy_jax.converters.vision import LoadedVisionModel, load_vision
+from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
 from lmdeploy_jax.vision.inputs import VisionInputs
 from lmdeploy_jax.vision.packing import pack, size_of
 from tests.vision.oracle import CONFIGS, hf_features, save_checkpoint
@@ -51,3 +55,41 @@ def test_rows_equal_transformers(name: str, tmp_path: Path) -> None:
     ours = features(load_vision(folder), images)
     for mine, theirs in zip(ours, hf_features(name, folder, images), strict=True):
         assert_close(mine, theirs)
+
+
+def test_the_first_pixel_shuffle_lists_columns_first(tmp_path: Path) -> None:
+    """`ps_version` v1 leaves each tile's tokens transposed; it is what a config without the field means."""
+    folder, images = save_checkpoint("internvl", tmp_path), [picture(60, 85)]
+    config = json.loads((folder / "config.json").read_text())
+    del config["ps_version"]
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs = hf_features("internvl", folder, images)[0]
+    turned = theirs.reshape(-1, 2, 2, theirs.shape[1]).swapaxes(1, 2).reshape(theirs.shape)
+    assert_close(features(load_vision(folder), images)[0], turned)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_towers_of_older_files_have_one_name_more(name: str, tmp_path: Path) -> None:
+    folder, images = save_checkpoint(name, tmp_path), [picture(60, 85)]
+    want = features(load_vision(folder), images)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {
+        key.replace("vision_tower.", "vision_tower.vision_model."): value for key, value in tensors.items()
+    }
+    save_file(renamed, folder / "model.safetensors")
+    np.testing.assert_array_equal(features(load_vision(folder), images), want)
+
+
+def test_missing_tensors_are_named(tmp_path: Path) -> None:
+    folder = save_checkpoint("qwen2_5_vl", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    (name,) = [key for key in tensors if key.endswith("blocks.1.attn.proj.weight")]
+    save_file({key: value for key, value in tensors.items() if key != name}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=re.escape(f"missing tensor {name}")):
+        load_vision(folder)
+
+
+def test_a_text_model_takes_no_images(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(UnsupportedModelError, match=r"'LlamaForCausalLM'.* take no images here"):
+        load_vision(tmp_path)
