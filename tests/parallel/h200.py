@@ -47,10 +47,11 @@ def report(name: str, table: Tuning, mesh: Mesh) -> dict[str, object]:
     """Compiles a decode step of one sequence, without its head, and returns its facts."""
     dtype = jnp.dtype("bfloat16")
     skeleton = build_skeleton(CONFIG, dtype, Kernels("pallas", mesh, table))
-    cache = CacheSpec(CONFIG.cache_layout(TP), PAGES, dtype, mesh)
+    layout = CONFIG.cache_layout(TP, session_len=2048, step_tokens=1)
+    cache = CacheSpec(layout, PAGES, dtype, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     one, pages = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere) for shape in ((1,), (1, 32)))
-    batch = Batch(one, one, one, (AttentionMetadata(one, pages, one),))
+    batch = Batch(one, one, one, (AttentionMetadata(one, pages, one),), one)
 
     def step(leaves: tuple[jax.Array, ...], cache: KVCache, batch: Batch) -> tuple[jax.Array, KVCache]:
         return skeleton.merge(leaves)(cache, batch)

@@ -129,7 +129,7 @@ def compare(name: str, folder: str) -> None:
             "converted_alike": all(alike),
             "collectives": collectives(runner) if tp == 4 else [],
             "tunable": products_asked_for(path, mesh),
-            "tuned_errors": tuned_errors(path, mesh),
+            "tuned_errors": tuned_errors(path, mesh) if tp == 2 else [],
         }
         print(json.dumps(found))
 
