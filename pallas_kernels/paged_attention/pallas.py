@@ -102,8 +102,8 @@ def _tuning(tiles: int, head_dim: int, dtype: jnp.dtype) -> Tuning:
 
 def split_count(tiles: int, table_width: int, programs: int) -> int:
     """Programs that share a sequence's pages: a power of two that fills the device, at least a page each."""
-    wanted = min(programs // max(tiles, 1), MAX_SPLITS, table_width)
-    return 1 << max(wanted, 1).bit_length() - 1
+    most = min(programs // max(tiles, 1), MAX_SPLITS, table_width)
+    return 1 << max(most, 1).bit_length() - 1
 
 
 def _kernel(

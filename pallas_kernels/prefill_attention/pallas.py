@@ -105,11 +105,11 @@ def _kernel(
     index, kv_head, tile = (pl.program_id(axis) for axis in range(3))
     table_row, start, count, position = (tiles_ref[tile, column] for column in range(4))
 
-    def run(size: int, wanted: jax.Array) -> None:
+    def run(size: int, enabled: jax.Array) -> None:
         first = index * (size // group)
         part = _Block(size, group, kv_head, table_row, start, count, position, first)
         attend = functools.partial(_attend_block, q_ref, k_ref, v_ref, table_ref, sinks_ref, o_ref)
-        pl.when(wanted & (first < count))(lambda: attend(part, options))
+        pl.when(enabled & (first < count))(lambda: attend(part, options))
 
     if block is not None:
         run(block, count > SHORT)
