@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdeploy_jax.converters.families import build_config
+from lmdeploy_jax.converters.formats import recognise
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import DecoderConfig
 
@@ -16,13 +17,17 @@ ROPE_NAMES = ("rope_scaling", "rope_parameters")  # the old name prevails where 
 
 
 def read_config(
-    folder: str | os.PathLike[str], hf_overrides: Mapping[str, Any] | None = None
+    folder: str | os.PathLike[str],
+    hf_overrides: Mapping[str, Any] | None = None,
+    model_format: str | None = None,
 ) -> DecoderConfig:
     """The `DecoderConfig` of a checkpoint folder; `hf_overrides` is laid over its `config.json`, nested too.
 
-    Raises CheckpointError, and UnsupportedModelError for what is not implemented.
+    `model_format`: see `formats.recognise`. Raises CheckpointError, ConfigError, and UnsupportedModelError
+    for what is not implemented.
     """
     raw, where = read_json(folder, hf_overrides)
+    recognise(raw, where, folder, model_format)
     return build_config(raw, where)
 
 

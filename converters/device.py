@@ -8,13 +8,25 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from lmdeploy_jax.converters.keytable import Leaf
 from lmdeploy_jax.converters.slicing import Index, as_ranges
+
+
+class Readable(Protocol):
+    """A weight of the model, or one of its arrays, in a checkpoint."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all of it."""
+
+    def read(self, index: Index, dtype: np.dtype) -> np.ndarray:
+        """The slice `index`, as `dtype`."""
+
 
 Fetch = Callable[[Index], np.ndarray]
 Progress = Callable[[int, int], None]
@@ -89,7 +101,9 @@ def load_parallel(
 
 
 def load_leaves(
-    leaves: Mapping[str, Leaf], specs: Mapping[str, jax.ShapeDtypeStruct], progress: Progress | None = None
+    leaves: Mapping[str, Readable],
+    specs: Mapping[str, jax.ShapeDtypeStruct],
+    progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """Every bound leaf as an array of its spec's dtype and sharding."""
     return load_parallel(
@@ -97,7 +111,7 @@ def load_leaves(
     )
 
 
-def _placement(leaf: Leaf, spec: jax.ShapeDtypeStruct) -> Placement:
+def _placement(leaf: Readable, spec: jax.ShapeDtypeStruct) -> Placement:
     dtype = np.dtype(spec.dtype)
     return Placement(leaf.shape, dtype, spec_sharding(spec), lambda index: leaf.read(index, dtype))
 

@@ -41,6 +41,7 @@ LENGTHS = _words("""
 """Names under which a config may give its longest sequence."""
 
 QUANTISATION = _words("quantization_config compression_config")
+"""Fields that `formats` reads."""
 
 MATHS = _words("""
     tie_word_embeddings sliding_window use_sliding_window
@@ -148,25 +149,14 @@ class Fields:
 
     def finish(self) -> None:
         """Refuses unread fields that change the maths; logs those that nobody knows."""
-        unread = self.raw.keys() - self._read - HARMLESS - LENGTHS
+        unread = self.raw.keys() - self._read - HARMLESS - LENGTHS - QUANTISATION
         rest = sorted(name for name in unread if not _is_neutral(self.raw[name]))
         for name in rest:
-            if name in QUANTISATION:
-                raise self._quantised(name)
             if name in MATHS:
                 raise self.unsupported(name, self.raw[name], "this architecture without that field")
         unknown = [name for name in rest if not name.startswith("_")]
         if unknown:
             log.warning("%s: fields without a meaning here are ignored: %s", self.where, ", ".join(unknown))
-
-    def _quantised(self, name: str) -> UnsupportedModelError:
-        given = self.raw[name]
-        method = given.get("quant_method") if isinstance(given, Mapping) else None
-        kind = method if isinstance(method, str) else name
-        return UnsupportedModelError(
-            f"{self.where}: quantised checkpoints ({shown(kind)[1:-1]}) cannot be loaded yet: "
-            "give the 16-bit one"
-        )
 
     def _present(self, name: str, default: Any) -> Any:
         value = self.get(name)

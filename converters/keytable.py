@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -16,9 +16,9 @@ from itertools import accumulate
 import ml_dtypes
 import numpy as np
 
-from lmdeploy_jax.converters.layouts import Assembly, Layout, Rows, Shape
-from lmdeploy_jax.converters.safetensors import CheckpointReader
-from lmdeploy_jax.converters.slicing import Index, aligned_empty, as_ranges, runs, sizes
+from lmdeploy_jax.converters.layouts import Assembly, Layout, Rows, Run, Shape
+from lmdeploy_jax.converters.reader import TensorReader
+from lmdeploy_jax.converters.slicing import Index, Ranges, aligned_empty, as_ranges, runs, sizes
 from lmdeploy_jax.errors import CheckpointError
 
 MAX_PROBLEMS = 20
@@ -50,7 +50,7 @@ class Rule:
 class Leaf:
     """One weight of the model, readable by slice from the checkpoint that it was bound to."""
 
-    reader: CheckpointReader
+    reader: TensorReader
     shape: Shape
     assembly: Assembly
     names: Mapping[str, str]  # part -> tensor name
@@ -67,25 +67,23 @@ class Leaf:
         if not out.size:
             return out
         axes = self.assembly.row_axes
-        row_count = int(np.prod(sizes(ranges[:axes]), dtype=np.int64))
-        flat = out.reshape(row_count, *out.shape[axes:])
-        done = 0
-        for rows in runs(ranges[:axes], self.shape[:axes]):
-            self._read_rows(rows, ranges[axes:], flat[done : done + len(rows)])
-            done += len(rows)
+        flat, done = out.reshape(-1, *out.shape[axes:]), 0
+        for run in self.cut(ranges[:axes]):
+            self._read_run(run.part, run.start, ranges[axes:], flat[done : done + run.count])
+            done += run.count
         return out
 
-    def _read_rows(self, rows: range, columns: tuple[range, ...], out: np.ndarray) -> None:
-        """Fills `out` with the weight's flattened `rows`, run by run."""
-        done = 0
-        while done < len(rows):
-            row = rows[done]
-            position = bisect_right(self.ends, row)
-            run = self.assembly.runs[position]
-            skipped = row - (self.ends[position] - run.count)
-            count = min(run.count - skipped, len(rows) - done)
-            self._read_run(run.part, run.start + skipped, columns, out[done : done + count])
-            done += count
+    def cut(self, rows: Ranges) -> Iterator[Run]:
+        """The parts of the runs that lie in `rows`, ranges of the axes of the rows, in order."""
+        for span in runs(rows, self.shape[: self.assembly.row_axes]):
+            row = span.start
+            while row < span.stop:
+                position = bisect_right(self.ends, row)
+                run = self.assembly.runs[position]
+                skipped = row - (self.ends[position] - run.count)
+                count = min(run.count - skipped, span.stop - row)
+                yield Run(run.part, run.start + skipped, count)
+                row += count
 
     def _read_run(self, part: str | None, start: int, columns: tuple[range, ...], out: np.ndarray) -> None:
         if part is None:
@@ -115,7 +113,7 @@ class Leaf:
 
 def bind(
     rules: Sequence[Rule],
-    reader: CheckpointReader,
+    reader: TensorReader,
     shapes: Mapping[str, Shape],
     names: Iterable[str] | None = None,
 ) -> dict[str, Leaf]:
@@ -171,6 +169,12 @@ def find_tensor(rules: Sequence[Rule], names: Iterable[str], target: str) -> str
     return next((name for name in names if _hits(mine, name)), None)
 
 
+def has_place(rules: Sequence[Rule], name: str, shapes: Mapping[str, Shape]) -> bool:
+    """Whether `rules` put the tensor `name` into one of the weights of `shapes`, or leave it unread."""
+    hits = _hits(rules, name)
+    return any(rule.target is None or match.expand(rule.target) in shapes for match, rule in hits)
+
+
 def _hits(rules: Sequence[Rule], name: str) -> list[tuple[re.Match[str], Rule]]:
     """The rules for a tensor. As in transformers, a name that has none is tried with and without `model.`."""
     for spelling in (name, PREFIX + name, name.removeprefix(PREFIX)):
@@ -182,7 +186,7 @@ def _hits(rules: Sequence[Rule], name: str) -> list[tuple[re.Match[str], Rule]]:
 
 def _bind_leaf(
     rules: Sequence[Rule],
-    reader: CheckpointReader,
+    reader: TensorReader,
     target: str,
     shape: Shape,
     sources: Sources,

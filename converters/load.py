@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,19 +20,27 @@ from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.config import read_json
 from lmdeploy_jax.converters.device import load_leaves
 from lmdeploy_jax.converters.families import Family, build_config, family_of
-from lmdeploy_jax.converters.keytable import bind
+from lmdeploy_jax.converters.formats import Quantisation, recognise
+from lmdeploy_jax.converters.formats.leaves import held_leaves
+from lmdeploy_jax.converters.formats.reader import QuantReader, without_zero_biases
+from lmdeploy_jax.converters.formats.scheme import is_float
+from lmdeploy_jax.converters.keytable import Leaf, bind
 from lmdeploy_jax.converters.published import HEAD, names_read, settle_head
-from lmdeploy_jax.converters.regroup import load_converted
+from lmdeploy_jax.converters.regroup import check_cuts, load_converted, widened
 from lmdeploy_jax.converters.safetensors import CheckpointReader
 from lmdeploy_jax.errors import CheckpointError, ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.decoder import Decoder
+from lmdeploy_jax.models.formats import WeightFormat
 from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.sharded import AnyDecoder, ShardedDecoder
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.parallel.mesh import axis_size
 from lmdeploy_jax.parallel.rules import sharding
 
+log = logging.getLogger("lmdeploy_jax")
 Progress = Callable[[int, int], None]
 Merge = Callable[[tuple[jax.Array, ...]], Decoder]
 DTYPES = ("float32", "float16", "bfloat16")
@@ -44,6 +54,8 @@ class Skeleton:
     kernels: Kernels
     graphdef: nnx.GraphDef
     treedef: Any
+    formats: Mapping[str, WeightFormat]
+    """Name -> how it is held, of the weights that are quantised."""
     specs: Mapping[str, jax.ShapeDtypeStruct]
     """Name -> shape, dtype and sharding of each leaf, in the order of the leaves."""
 
@@ -108,12 +120,17 @@ def load_model(
     tuning: Tuning = UNTUNED,
     hf_overrides: Mapping[str, Any] | None = None,
     config: DecoderConfig | None = None,
+    model_format: str | None = None,
+    dequantise: bool | None = None,
     on_progress: Progress | None = None,
 ) -> LoadedModel:
     """Reads a checkpoint onto the mesh's devices (default: JAX's first), shard by shard.
 
     `dtype` "auto" is float32 on a CPU; elsewhere the checkpoint's 16-bit type, and bfloat16 for float32.
     `tuning` is what was measured on the device. `config` replaces what `config.json` says;
+    `model_format`, that of the checkpoint (see `formats.recognise`), is needed where no file tells it;
+    `dequantise`: whether quantised weights are widened to the model's dtype as they are read; None: on a CPU,
+    whose products are fastest so.
     `on_progress(bytes done, bytes in all)` may be called from any thread. Converted checkpoints (see `orbax`)
     are read too.
     Everything is checked before anything is allocated. Raises CheckpointError and ConfigError.
@@ -121,62 +138,121 @@ def load_model(
     raw, where = read_json(folder, hf_overrides)
     family = family_of(raw, where)
     config = build_config(raw, where) if config is None else config
-    wanted = pick_dtype(dtype, stored_dtype(folder), _platform(mesh))
-    kernels = Kernels(backend, mesh, tuning)
-    if orbax.is_converted(folder):
-        return _load_converted(folder, config, wanted, kernels, on_progress)
-    return _load_tensors(folder, family, config, wanted, kernels, on_progress)
+    quantisation = recognise(raw, where, folder, model_format)
+    stored = stored_dtype(folder)
+    if quantisation is not None and stored == jnp.float16:
+        # Files in float16 were made for kernels that read nothing else; the models overflow in it.
+        stored = jnp.dtype("bfloat16")
+    platform = _platform(mesh)
+    wanted = pick_dtype(dtype, stored, platform)
+    loader = _Loader(
+        folder,
+        wanted,
+        Kernels(backend, mesh, tuning),
+        platform == "cpu" if dequantise is None else dequantise,
+        on_progress,
+    )
+    return (
+        loader.converted(config)
+        if orbax.is_converted(folder)
+        else loader.tensors(family, config, quantisation)
+    )
 
 
-def _load_tensors(
-    folder: str | os.PathLike[str],
-    family: Family,
+@dataclass(frozen=True)
+class _Loader:
+    """One call of `load_model`."""
+
+    folder: str | os.PathLike[str]
+    dtype: jnp.dtype
+    kernels: Kernels
+    dequantise: bool
+    on_progress: Progress | None
+
+    def tensors(
+        self, family: Family, config: DecoderConfig, quantisation: Quantisation | None
+    ) -> LoadedModel:
+        """From safetensors."""
+        with CheckpointReader(self.folder) as files:
+            reader = files if quantisation is None else QuantReader(files, quantisation)
+            names = names_read(reader, len(config.layers))
+            rules = family.rules(config, axis_size(self.kernels.mesh, "tp"))
+            config, rules = settle_head(config, rules, reader, names, self.dtype)
+            skeleton = build_skeleton(config, self.dtype, self.kernels)
+            shapes = {name: spec.shape for name, spec in skeleton.specs.items()}
+            if isinstance(reader, QuantReader):
+                names = without_zero_biases(rules, reader, names, shapes)
+            leaves = bind(rules, reader, shapes, names)
+            for leaf in leaves.values():
+                leaf.check_dtypes(self.dtype)
+            if isinstance(reader, QuantReader):
+                return self._quantised(leaves, skeleton, reader)
+            return self._finish(skeleton, load_leaves(leaves, skeleton.specs, self.on_progress))
+
+    def _quantised(self, leaves: Mapping[str, Leaf], dense: Skeleton, reader: QuantReader) -> LoadedModel:
+        """`dense` is the model whose weights are all widened."""
+        if self.dequantise:
+            log.info("%d quantised weights become %s as they are read", len(reader.tensors), self.dtype)
+            return self._finish(dense, load_leaves(leaves, dense.specs, self.on_progress))
+        formats, found = held_leaves(leaves, reader, dense.specs)
+        skeleton = build_skeleton(dense.config, self.dtype, self.kernels, formats)
+        return self._finish(skeleton, load_leaves(found, skeleton.specs, self.on_progress))
+
+    def converted(self, config: DecoderConfig) -> LoadedModel:
+        """From what `orbax.save` wrote."""
+        manifest = orbax.read_manifest(self.folder)
+        if any(name.startswith(HEAD) for name in manifest["leaves"]):  # `settle_head` may have kept it
+            config = replace(config, tie_embeddings=False)
+        formats = orbax.read_formats(self.folder)
+        skeleton = build_skeleton(config, self.dtype, self.kernels, formats)
+        check_cuts(self.folder, formats, skeleton.specs)
+        saved = build_skeleton(config, jnp.dtype("float32"), Kernels(), formats).specs
+        arrays = load_converted(self.folder, saved, skeleton.specs)
+        if self.on_progress is not None:
+            total = sum(array.nbytes for array in arrays.values())
+            self.on_progress(total, total)
+        if self.dequantise and formats:
+            dense = build_skeleton(config, self.dtype, self.kernels)
+            return self._finish(dense, widened(arrays, formats, dense.specs))
+        return self._finish(skeleton, arrays)
+
+    def _finish(self, skeleton: Skeleton, arrays: Mapping[str, jax.Array]) -> LoadedModel:
+        return LoadedModel(skeleton, tuple(arrays[name] for name in skeleton.specs), self.dtype)
+
+
+def build_skeleton(
     config: DecoderConfig,
     dtype: jnp.dtype,
     kernels: Kernels,
-    on_progress: Progress | None,
-) -> LoadedModel:
-    with CheckpointReader(folder) as reader:
-        names = names_read(reader, len(config.layers))
-        rules = family.rules(config, axis_size(kernels.mesh, "tp"))
-        config, rules = settle_head(config, rules, reader, names, dtype)
-        skeleton = build_skeleton(config, dtype, kernels)
-        shapes = {name: spec.shape for name, spec in skeleton.specs.items()}
-        leaves = bind(rules, reader, shapes, names)
-        for leaf in leaves.values():
-            leaf.check_dtypes(dtype)
-        arrays = load_leaves(leaves, skeleton.specs, on_progress)
-    return LoadedModel(skeleton, tuple(arrays[name] for name in skeleton.specs), dtype)
+    formats: Mapping[str, WeightFormat] = MappingProxyType({}),
+) -> Skeleton:
+    """The decoder of a config, without allocating anything; the weights named in `formats` are quantised.
 
+    Raises ConfigError where `tp` does not fit.
+    """
 
-def _load_converted(
-    folder: str | os.PathLike[str],
-    config: DecoderConfig,
-    dtype: jnp.dtype,
-    kernels: Kernels,
-    on_progress: Progress | None,
-) -> LoadedModel:
-    if HEAD in orbax.read_manifest(folder)["leaves"]:  # `settle_head` may have kept it
-        config = replace(config, tie_embeddings=False)
-    skeleton = build_skeleton(config, dtype, kernels)
-    saved = build_skeleton(config, jnp.dtype("float32"), Kernels()).specs
-    arrays = load_converted(folder, saved, skeleton.specs)
-    if on_progress is not None:
-        total = sum(array.nbytes for array in arrays.values())
-        on_progress(total, total)
-    return LoadedModel(skeleton, tuple(arrays[name] for name in skeleton.specs), dtype)
+    def build() -> Decoder:
+        decoder = Decoder(config, dtype=dtype, kernels=kernels)
+        for name, held in formats.items():
+            hold_quantised(_linear(decoder, name), held)
+        return decoder
 
-
-def build_skeleton(config: DecoderConfig, dtype: jnp.dtype, kernels: Kernels) -> Skeleton:
-    """The decoder of a config, without allocating anything. Raises ConfigError where `tp` does not fit."""
-    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, kernels=kernels))
+    abstract = nnx.eval_shape(build)
     graphdef, state = nnx.split(abstract)
     variables, _ = jax.tree.flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
     specs = {}
     for path, variable in variables:
         name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
         specs[name] = _spec(name, variable, kernels.mesh)
-    return Skeleton(config, kernels, graphdef, jax.tree.structure(state), specs)
+    return Skeleton(config, kernels, graphdef, jax.tree.structure(state), formats, specs)
+
+
+def _linear(decoder: Decoder, weight: str) -> Linear:
+    """The layer that has the weight of that name."""
+    found: Any = decoder
+    for key in weight.split(".")[:-1]:
+        found = found[int(key)] if key.isdecimal() else getattr(found, key)
+    return found
 
 
 def pick_dtype(dtype: str, stored: jnp.dtype, platform: str) -> jnp.dtype:
@@ -191,7 +267,7 @@ def pick_dtype(dtype: str, stored: jnp.dtype, platform: str) -> jnp.dtype:
 
 
 def stored_dtype(folder: str | os.PathLike[str]) -> jnp.dtype:
-    """The dtype of a checkpoint's largest weight. Raises CheckpointError."""
+    """The dtype of a checkpoint's largest weight that is not quantised. Raises CheckpointError."""
     if orbax.is_converted(folder):
         weights = orbax.read_manifest(folder)["leaves"].values()
         return jnp.dtype(max(weights, key=lambda weight: math.prod(weight["shape"]))["dtype"])
@@ -199,7 +275,7 @@ def stored_dtype(folder: str | os.PathLike[str]) -> jnp.dtype:
         infos = [reader.info(name) for name in reader.names()]
     if not infos:
         raise CheckpointError(f"{folder}: the checkpoint holds no tensors; download it again")
-    return jnp.dtype(max(infos, key=lambda info: info.nbytes).dtype)
+    return jnp.dtype(max(infos, key=lambda info: (is_float(info.dtype), info.nbytes)).dtype)
 
 
 def _spec(name: str, variable: nnx.Variable, mesh: Mesh | None) -> jax.ShapeDtypeStruct:

@@ -26,6 +26,7 @@ from lmdeploy_jax.converters.device import Placement, Progress, load_parallel, s
 from lmdeploy_jax.converters.headers import TensorInfo, are_sizes
 from lmdeploy_jax.converters.zarr import find_array, read_array
 from lmdeploy_jax.errors import CheckpointError
+from lmdeploy_jax.models.formats import WeightFormat
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp  # slow to import: done where it is used
@@ -35,7 +36,8 @@ MANIFEST = "lmdeploy_jax.json"
 WEIGHTS = "weights"
 COPIED = ("*.json", "*.model", "*.jinja", "*.txt")
 NOT_COPIED = ("*.safetensors.index.json", MANIFEST)
-SAVED_DTYPES = ("float32", "float16", "bfloat16", "float64")
+SAVED_DTYPES = ("float32", "float16", "bfloat16", "float64", "uint16", "int16", "int8", "uint8",
+                "float8_e4m3fn", "float8_e5m2")  # fmt: skip
 CONVERT_AGAIN = "convert the original checkpoint again"
 
 
@@ -91,6 +93,16 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if digest != _digest(path.parent):
         raise CheckpointError(f"{path.parent}: config.json was changed after the conversion; {CONVERT_AGAIN}")
     return manifest
+
+
+def read_formats(folder: str | os.PathLike[str]) -> dict[str, WeightFormat]:
+    """How the weights are held that were quantised when they were saved, by name. Raises CheckpointError."""
+    described = read_manifest(folder)["meta"].get("formats", {})
+    try:
+        return {name: WeightFormat(**fields) for name, fields in described.items()}
+    except (AttributeError, TypeError) as error:
+        path = pathlib.Path(folder) / MANIFEST
+        raise CheckpointError(f"{path}: damaged formats ({error}); {CONVERT_AGAIN}") from error
 
 
 def load(

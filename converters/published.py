@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from lmdeploy_jax.converters.keytable import PREFIX, Rule, find_tensor
-from lmdeploy_jax.converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters.reader import TensorReader
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import DecoderConfig
 
@@ -24,7 +24,7 @@ COMPARED_BYTES = 64 << 20  # of each of the two weights at a time
 LAYER = re.compile(r"(?:model\.)?(?:layers\.(\d{1,9})|mtp\w*)\..*")
 
 
-def names_read(reader: CheckpointReader, num_layers: int) -> list[str]:
+def names_read(reader: TensorReader, num_layers: int) -> list[str]:
     """The names of a checkpoint's tensors without those of layers that its config does not count.
 
     Such layers predict several tokens ahead in training; they are left unread, with one line in the log.
@@ -53,7 +53,7 @@ def _is_extra(name: str, num_layers: int) -> bool:
 def settle_head(
     config: DecoderConfig,
     rules: Sequence[Rule],
-    reader: CheckpointReader,
+    reader: TensorReader,
     names: Sequence[str],
     dtype: np.dtype,
 ) -> tuple[DecoderConfig, tuple[Rule, ...]]:
@@ -80,7 +80,7 @@ def settle_head(
     return replace(config, tie_embeddings=False), tuple(rules)
 
 
-def _check_head(rules: Sequence[Rule], reader: CheckpointReader, names: Sequence[str]) -> None:
+def _check_head(rules: Sequence[Rule], reader: TensorReader, names: Sequence[str]) -> None:
     """A decoder that was saved without its head can still give embeddings: say how."""
     saved_alone = not any(name.startswith(PREFIX) for name in names)
     if saved_alone and find_tensor(rules, names, EMBEDDING) and not find_tensor(rules, names, HEAD):
@@ -94,7 +94,7 @@ def _retarget(rules: Sequence[Rule], target: str | None) -> tuple[Rule, ...]:
     return tuple(replace(rule, target=target) if rule.target == HEAD else rule for rule in rules)
 
 
-def _are_alike(reader: CheckpointReader, one: str, other: str, dtype: np.dtype) -> bool:
+def _are_alike(reader: TensorReader, one: str, other: str, dtype: np.dtype) -> bool:
     """Whether two tensors are the same weight, compared piece by piece up to the first difference."""
     shape = reader.info(one).shape
     if not shape or reader.info(other).shape != shape:
@@ -107,6 +107,6 @@ def _are_alike(reader: CheckpointReader, one: str, other: str, dtype: np.dtype) 
     )
 
 
-def _bytes(reader: CheckpointReader, name: str, rows: slice, dtype: np.dtype) -> np.ndarray:
+def _bytes(reader: TensorReader, name: str, rows: slice, dtype: np.dtype) -> np.ndarray:
     piece = reader.read(name, (rows,)).astype(dtype, copy=False)
     return np.ascontiguousarray(piece).view(np.uint8)

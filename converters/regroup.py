@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,11 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmdeploy_jax.converters import orbax
+from lmdeploy_jax.errors import CheckpointError
+from lmdeploy_jax.models.formats import WeightFormat
+from lmdeploy_jax.models.quantised import QuantArrays, dequantise
 
+GROUPED = (".scales", ".zeros")  # of quantised weights: their first axis counts groups of columns
 Specs = Mapping[str, jax.ShapeDtypeStruct]
 
 
@@ -41,6 +46,8 @@ def _read_as(saved: jax.ShapeDtypeStruct, wanted: jax.ShapeDtypeStruct) -> jax.S
 
 
 def _rearrangement(name: str, shape: tuple[int, ...]) -> Callable[[Array], Array]:
+    if name.endswith(GROUPED):
+        return jax.vmap(_rearrangement(name.rpartition(".")[0], shape[1:]))
     if ".attention.qkv." in name:
         return lambda x: repeat_kv_heads(x, shape[0])
     if ".attention.o." in name:
@@ -54,3 +61,35 @@ def repeat_kv_heads(qkv: Array, kv_heads: int) -> Array:
     copies = kv_heads // count
     queries = qkv[:, :-2].reshape(kv_heads, (width - 2) // copies, *rest)
     return jnp.concatenate([queries, jnp.repeat(qkv[:, -2:], copies, axis=0)], axis=1)
+
+
+def check_cuts(folder: str | os.PathLike[str], formats: Mapping[str, WeightFormat], wanted: Specs) -> None:
+    """Raises CheckpointError where devices would share words or groups of columns, as they were packed."""
+    for name, held in formats.items():
+        spec = wanted[f"{name}.values"]
+        assert spec.sharding is not None
+        share = spec.sharding.shard_shape(spec.shape)[-1]
+        unit = held.tile // held.per_value if held.per_value > 1 else 1
+        whole = share == spec.shape[-1]
+        if not whole and (share % unit or (held.groups > 1 and share * held.per_value % held.group)):
+            raise CheckpointError(
+                f"{folder}: {name} was converted in groups of {held.group} columns, which tp would cut: a "
+                f"device has {share * held.per_value}; load the original checkpoint, or with another tp"
+            )
+
+
+def widened(
+    arrays: Mapping[str, Array], formats: Mapping[str, WeightFormat], wanted: Specs
+) -> dict[str, Array]:
+    """The weights with the quantised ones among them in the dtypes of `wanted`, one after the other."""
+    found = dict(arrays)
+    for name, held in formats.items():
+        parts = QuantArrays(*(found.pop(f"{name}.{role}", None) for role in QuantArrays._fields))  # type: ignore[arg-type]
+        spec = wanted[name]
+        found[name] = jax.device_put(_widen(held, parts, spec.dtype, spec.shape), spec.sharding)
+    return found
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _widen(held: WeightFormat, parts: QuantArrays, dtype: jnp.dtype, shape: tuple[int, ...]) -> Array:
+    return dequantise(held, parts, dtype).reshape(shape)

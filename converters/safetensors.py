@@ -35,18 +35,23 @@ class CheckpointReader:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = pathlib.Path(folder)
+        self._folder = pathlib.Path(folder)
         self._tensors: dict[str, TensorInfo] = {}
         self._files: dict[pathlib.Path, int] = {}
         self._finalizer = weakref.finalize(self, _close_all, self._files)
         try:
-            files, weight_map = find_shards(self.folder)
+            files, weight_map = find_shards(self._folder)
             for file in files:
                 self._add(file, weight_map)
-            check_index(self._tensors, weight_map, self.folder)
+            check_index(self._tensors, weight_map, self._folder)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """As it was given."""
+        return self._folder
 
     def names(self) -> tuple[str, ...]:
         """Every tensor's name, in file order."""

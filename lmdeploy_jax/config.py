@@ -16,6 +16,7 @@ PAGE_SIZE = 64  # tokens a page; the kernels are written for it
 _SHARE = Rule("> 0: a share of the free memory below 1, else bytes", lambda value: 0 < value < inf)
 _Positive = Annotated[int, at_least(1)]
 _Path = str | os.PathLike[str]
+ModelFormat = Literal["hf", "awq", "gptq", "compressed-tensors", "fp8", "smooth_quant", "mxfp4", "modelopt"]
 
 logger = logging.getLogger("lmdeploy_jax")
 
@@ -29,6 +30,8 @@ class JaxEngineConfig(Checked):
     cache_max_entry_count: share of the free memory given to the KV cache if < 1, else an absolute number of
         bytes.
     max_batch_size, max_prefill_token_num, session_len: None lets the engine choose by device and model.
+    model_format: how the checkpoint is quantised, where neither its config.json nor a file beside it says so;
+        "hf": not at all.
     hf_overrides: nested dict merged over the checkpoint's config.json.
     eager_mode: compile each program when it is first needed, not all ahead: quick to start, slow at first.
     decode_steps: decode steps dispatched at once while no request waits. More than 1 spares the host, which
@@ -47,6 +50,7 @@ class JaxEngineConfig(Checked):
     max_prefill_token_num: _Positive | None = None
     decode_steps: _Positive | None = None
     backend: Literal["auto", "pallas", "xla"] = "auto"
+    model_format: ModelFormat | None = None
     revision: str | None = None
     download_dir: _Path | None = None
     hf_overrides: dict[str, Any] | None = None
@@ -123,6 +127,7 @@ _CARRIED = {
         "revision",
         "download_dir",
         "hf_overrides",
+        "model_format",
     )
 }
 _ALL_DEVICES = ("attn_tp_size", "mlp_tp_size", "moe_tp_size", "device_num")
@@ -130,7 +135,6 @@ _HONOURED = (*_ALL_DEVICES, "language_model_only")  # what they ask for is so wh
 _ONE_DEVICE_GROUP = ((None, 1), "only tensor parallelism (tp) is implemented.")
 _ONE_PAGE_SIZE = ((PAGE_SIZE,), f"pages hold {PAGE_SIZE} tokens; leave the field out.")
 _REFUSED = {
-    "model_format": ((None, "hf"), "quantised checkpoints cannot be loaded yet."),
     "quant_policy": ((0, None), "the KV cache cannot be quantised yet; leave the field out."),
     "dp": _ONE_DEVICE_GROUP,
     "ep": _ONE_DEVICE_GROUP,
@@ -164,7 +168,7 @@ class TurbomindEngineConfig(_LmdeployConfig):
     }
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    model_format: str | None = None
+    model_format: ModelFormat | None = None
     tp: int = 1
     dp: int = 1
     cp: int = 1
@@ -267,7 +271,7 @@ class PytorchEngineConfig(_LmdeployConfig):
     enable_eplb: bool = False
     enable_mp_engine: bool = False
     mp_engine_backend: str = "mp"
-    model_format: str | None = None
+    model_format: ModelFormat | None = None
     enable_metrics: bool = True
     hf_overrides: dict[str, Any] | None = None
     language_model_only: bool = False

@@ -23,6 +23,7 @@ COMMON = {
     "revision": "r1",
     "download_dir": "d",
     "hf_overrides": {"a": 1},
+    "model_format": "awq",
 }
 
 
@@ -60,7 +61,7 @@ def test_a_field_without_a_meaning_warns_by_name(kind, name, value, caplog):
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
-        (TurbomindEngineConfig, "model_format", "awq"),
+        (TurbomindEngineConfig, "model_format", "gguf"),
         (TurbomindEngineConfig, "quant_policy", 8),
         (TurbomindEngineConfig, "dp", 2),
         (TurbomindEngineConfig, "cp", 2),

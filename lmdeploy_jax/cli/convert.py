@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from absl import flags as absl_flags
@@ -50,12 +51,14 @@ def run(flags: FlagSet, args: list[str]) -> int:
     orbax.check_apart(Path(out), folder)
     dtype = str(stored_dtype(folder)) if flags["dtype"] == "auto" else flags["dtype"]
     with loading_bar(True) as on_progress:
-        loaded = load_model(folder, dtype=dtype, on_progress=on_progress)
+        loaded = load_model(folder, dtype=dtype, dequantise=False, on_progress=on_progress)
     read = time.perf_counter()
     leaves = dict(zip(loaded.skeleton.specs, loaded.leaves, strict=True))
     size = sum(leaf.nbytes for leaf in loaded.leaves)
     print(f"read {folder}: {len(leaves)} weights, {_gb(size)} in {dtype}, {read - start:.1f} s", flush=True)
-    orbax.save(out, leaves, {"dtype": dtype, "source": model}, folder, force=flags["force"])
+    formats = {name: asdict(held) for name, held in loaded.skeleton.formats.items()}
+    meta = {"dtype": dtype, "source": model, "formats": formats}
+    orbax.save(out, leaves, meta, folder, force=flags["force"])
     print(f"wrote {out}: {_gb(_folder_bytes(Path(out)))} on disk, {time.perf_counter() - read:.1f} s")
     return 0
 

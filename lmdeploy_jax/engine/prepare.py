@@ -41,6 +41,6 @@ def prepare(
     """
     config = config or JaxEngineConfig()
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
-    model_config = read_config(folder, config.hf_overrides)
+    model_config = read_config(folder, config.hf_overrides, config.model_format)
     tokenizer = Tokenizer(folder)
     return PreparedModel(folder, config, model_config, tokenizer, select(tokenizer, folder, template))

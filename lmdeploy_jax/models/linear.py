@@ -52,6 +52,7 @@ class Linear(nnx.Module):
     def __init__(
         self, out: tuple[int, ...], inner: tuple[int, ...], axes: Axes, *, bias: bool, dtype: jnp.dtype
     ) -> None:
+        self.out_axes = len(out)
         self.weight = DenseWeight(jnp.zeros((*out, *inner), dtype), axes=axes)
         self.bias = param(out, dtype, axes[: len(out)]) if bias else None
 

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.quantised import QuantWeight, round_rows
 from lmdeploy_jax.models.tuning import Kind
 from lmdeploy_jax.pallas_kernels.skinny_gemm import (
     StreamTiling,
@@ -78,6 +79,24 @@ class TransposedProduct:
 
 
 @dataclass(frozen=True)
+class RoundedProduct:
+    """XLA's own of 8-bit activations and weights, for weights with a scale a row; each token has one too."""
+
+    out_dtype: DTypeLike | None = None
+
+    def __call__(self, linear: Linear, x: Array) -> Array:
+        weight = linear.weight
+        assert isinstance(weight, QuantWeight)  # as planned
+        assert weight.held.activations is not None
+        arrays = weight.arrays()
+        rows, scales = round_rows(x.reshape(x.shape[0], -1), weight.held.activations)
+        wide = jnp.int32 if rows.dtype == jnp.int8 else jnp.float32
+        flat = _dot(rows, arrays.values.reshape(-1, rows.shape[1]), contracted=(1, 1), out_dtype=wide)
+        flat = flat.astype(jnp.float32) * scales * arrays.scales.astype(jnp.float32).reshape(1, -1)
+        return flat.astype(self.out_dtype or x.dtype).reshape(x.shape[0], *linear.out_shape(x))
+
+
+@dataclass(frozen=True)
 class SkinnyProduct:
     """The hand-written product of a few rows, in f32 parts, or whole.
 
@@ -99,12 +118,13 @@ class SkinnyProduct:
 
 @dataclass(frozen=True)
 class XlaGatedProduct:
-    """`activation(gate) * up` of a weight [2, I, E] -> [T, I], by XLA."""
+    """`activation(gate) * up` of a weight [2, I, E] -> [T, I], of XLA's `product`."""
 
     activation: Activation
+    product: Product = XlaProduct()
 
     def __call__(self, linear: Linear, x: Array) -> Array:
-        both = dense_product(x, linear.weight.dense())
+        both = self.product(linear, x)
         both = both if linear.bias is None else both + linear.bias[...]
         return self.activation(both[:, 0]) * both[:, 1]
 
@@ -187,11 +207,13 @@ def plan(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Product:
     tiling = _tiling(kernels, kind, linear, x)
     if isinstance(tiling, Tiling):
         return SkinnyProduct(tiling, kernels.backend, in_parts=kind == "parts")
-    return plan_dense(kernels, x, out_dtype=jnp.float32 if kind == "whole" else None)
+    return plan_xla(kernels, linear, x, out_dtype=jnp.float32 if kind == "whole" else None)
 
 
-def plan_dense(kernels: Kernels, x: Array, *, out_dtype: DTypeLike | None = None) -> Product:
+def plan_xla(kernels: Kernels, linear: Linear, x: Array, *, out_dtype: DTypeLike | None = None) -> Product:
     """XLA's product with x, for what is read neither in parts nor by a kernel."""
+    if _rounded(linear):
+        return RoundedProduct(out_dtype)
     return TransposedProduct() if _transposed(kernels, x) else XlaProduct(out_dtype)
 
 
@@ -200,7 +222,9 @@ def plan_gated(kernels: Kernels, linear: Linear, x: Array, activation: Activatio
     tiling = None if linear.bias is not None else _tiling(kernels, "gated", linear, x)
     if tiling is not None and not (isinstance(tiling, StreamTiling) and x.shape[0] % 8):
         return SkinnyGatedProduct(activation, tiling, kernels.backend)
-    return TransposedGatedProduct(activation) if _transposed(kernels, x) else XlaGatedProduct(activation)
+    if _transposed(kernels, x) and not _rounded(linear):
+        return TransposedGatedProduct(activation)
+    return XlaGatedProduct(activation, plan_xla(kernels, linear, x))
 
 
 def plan_norm(
@@ -223,6 +247,10 @@ def _tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tiling | 
     weight, inner = linear.weight, prod(x.shape[1:])
     out = prod(linear.out_shape(x)) // (2 if kind.endswith("gated") else 1)
     return kernels.tuning.find(weight.format, kind, (out, inner), x.shape[0])
+
+
+def _rounded(linear: Linear) -> bool:
+    return isinstance(linear.weight, QuantWeight) and linear.weight.rounds_activations
 
 
 def _transposed(kernels: Kernels, x: Array) -> bool:

@@ -8,7 +8,7 @@ from jax import Array
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Axes, Linear
 from lmdeploy_jax.models.norm import RMSNorm
-from lmdeploy_jax.models.products import Activation, plan, plan_dense, plan_norm
+from lmdeploy_jax.models.products import Activation, plan, plan_norm, plan_xla
 
 
 class ColumnParallelLinear(Linear):
@@ -64,6 +64,6 @@ class RowParallelLinear(Linear):
 
     def __call__(self, x: Array) -> Array:
         """x [T, *inner] -> [T, *out], or f32 [S, T, *out], whose sum over S it is."""
-        product = plan(self.kernels, "parts", self, x) if self.in_parts else plan_dense(self.kernels, x)
+        product = plan(self.kernels, "parts", self, x) if self.in_parts else plan_xla(self.kernels, self, x)
         out = self.kernels.collectives.all_reduce(product(self, x), x.dtype)
         return out if self.bias is None else out + self.bias[...]

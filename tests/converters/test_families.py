@@ -113,11 +113,6 @@ def test_sizes_that_are_left_out_are_derived():
             "partial_rotary_factor=0.5",
         ),
         ({"hidden_act": "relu2"}, "hidden_act='relu2' is not supported; supported: one of silu"),
-        (
-            {"quantization_config": {"quant_method": "awq"}},
-            "quantised checkpoints (awq) cannot be loaded yet",
-        ),
-        ({"compression_config": [1]}, "quantised checkpoints (compression_config) cannot be loaded yet"),
         ({"rope_parameters": {"factor": 2.0}}, "factor in rope_parameters needs a rope_type other than"),
         ({"sliding_window": 128}, "sliding_window=128"),
         ({"clip_qkv": True}, "clip_qkv=True"),

@@ -150,9 +150,9 @@ def test_a_folder_without_a_readable_config_is_named(copy):
 
 def test_an_unsupported_config_is_refused_before_the_weights_are_opened(copy):
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
     (copy / "model.safetensors").unlink()
-    with pytest.raises(UnsupportedModelError, match="gptq"):
+    with pytest.raises(UnsupportedModelError, match="quantised with hqq cannot be loaded; give the model"):
         load_model(copy)
 
 

@@ -72,7 +72,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
     mesh = make_mesh(tp=config.tp)
     platform = mesh.devices.flat[0].platform
-    model_config = read_config(folder, config.hf_overrides)
+    model_config = read_config(folder, config.hf_overrides, config.model_format)
     backend = choose_backend(config.backend, mesh.devices.flat[0], model_config)
     begun = time.perf_counter()
     reload = partial(_load, folder, config, mesh, backend, False)
@@ -125,7 +125,8 @@ def _runner(
     state, family = DeviceState(model, spec, slots.max_batch_size), steps_for(devices[0].platform)
     rows = tile_rows(kernels.backend)
     shapes = (state.specs, slots.tables.session_len, rows, buckets, spec)
-    cache = ProgramCache(folder, devices, kernels, model.config, family, *shapes)
+    formats = tuple(model.skeleton.formats.items())  # arrays alike are multiplied otherwise
+    cache = ProgramCache(folder, devices, kernels, model.config, formats, family, *shapes)
     programs = Programs(state, partial(read_or_compile, cache=cache))
     runner = Runner(programs, slots, family(programs, slots, buckets, rows))
     if ahead:
@@ -187,6 +188,7 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
             backend=backend,
             tuning=_tuning(mesh, backend),
             hf_overrides=config.hf_overrides,
+            model_format=config.model_format,
             on_progress=on_progress,
         )
         jax.block_until_ready(loaded.leaves)

@@ -1,0 +1,181 @@
+"""Leaves of weights that stay quantised: values, scales and zeros of the model's rows, read by slice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd, prod
+
+import jax
+import numpy as np
+
+from lmdeploy_jax.converters.formats.reader import QuantReader
+from lmdeploy_jax.converters.formats.scheme import pack_words
+from lmdeploy_jax.converters.formats.tensor import QuantTensor
+from lmdeploy_jax.converters.keytable import Leaf
+from lmdeploy_jax.converters.layouts import Run, Shape
+from lmdeploy_jax.converters.published import EMBEDDING
+from lmdeploy_jax.converters.slicing import Index, Ranges, as_ranges, sizes
+from lmdeploy_jax.models.formats import E8M0, FOUR_BITS, INT4, PER_WORD, WeightFormat, tile_of
+
+log = logging.getLogger("lmdeploy_jax")
+VALUES, SCALES, ZEROS, ROW_SCALES = "values", "scales", "zeros", "row_scales"
+
+
+def format_of(leaf: Leaf, reader: QuantReader, devices: int) -> WeightFormat | None:
+    """How a weight can be held whose columns are dealt out over `devices`; None: in the model's own dtype.
+
+    Parts of one weight may differ in groups, which are cut to what divides all of them: scales repeat. Where
+    parts differ in elements, or the columns of a group lie apart (act-order), there is no such form.
+    """
+    tensors = [reader.tensors.get(name) for name in leaf.names.values()]
+    found = [tensor for tensor in tensors if tensor is not None]
+    schemes = [tensor.scheme for tensor in found]
+    if not found or len(found) < len(tensors) or any(tensor.g_idx is not None for tensor in found):
+        return None
+    if len({scheme.element for scheme in schemes}) > 1:
+        return None
+    columns = found[0].shape[1]
+    element, share = schemes[0].element, columns // devices
+    if element in FOUR_BITS and share % PER_WORD:
+        return None
+    group = gcd(*(min(scheme.group, columns) for scheme in schemes))
+    group = group if group == columns or devices == 1 else gcd(group, share)
+    scales = {scheme.scale.name for scheme in schemes}
+    return WeightFormat(
+        element,
+        group,
+        -(-columns // group),
+        scales.pop() if len(scales) == 1 else "float32",
+        tile_of(share),
+        _zeros_dtype(element) if any(scheme.has_zeros for scheme in schemes) else None,
+        any(scheme.has_row_scales for scheme in schemes),
+        schemes[0].activations if len({scheme.activations for scheme in schemes}) == 1 else None,
+    )
+
+
+def _zeros_dtype(element: str) -> str:
+    """GPTQ's first version can store 16 and 256, one more than fits the elements."""
+    return "uint8" if element == INT4 else "int16"
+
+
+@dataclass(frozen=True)
+class QuantLeaf:
+    """One of a weight's arrays, made of the tensors of the weight's parts as it is read."""
+
+    leaf: Leaf
+    tensors: Mapping[str, QuantTensor]  # part -> tensor
+    held: WeightFormat
+    role: str
+
+    @property
+    def out(self) -> Shape:
+        return self.leaf.shape[: self.leaf.assembly.row_axes]
+
+    @property
+    def shape(self) -> Shape:
+        """See `WeightFormat`."""
+        columns = prod(self.leaf.shape[self.leaf.assembly.row_axes :])
+        if self.role == VALUES:
+            return (*self.out, columns // self.held.per_value)
+        return self.out if self.role == ROW_SCALES else (self.held.groups, *self.out)
+
+    def read(self, index: Index, dtype: np.dtype) -> np.ndarray:
+        """The slice `index` of the array."""
+        ranges = as_ranges(index, self.shape)
+        if self.role == VALUES:
+            return self._rows(ranges[:-1], ranges[-1], dtype)
+        if self.role == ROW_SCALES:
+            return self._rows(ranges, range(1), dtype)[..., 0]
+        return np.ascontiguousarray(np.moveaxis(self._rows(ranges[1:], ranges[0], dtype), -1, 0))
+
+    def _rows(self, rows: Ranges, along: range, dtype: np.dtype) -> np.ndarray:
+        """[*rows, along]; each part's tensor is decoded once, from the first of its rows to the last."""
+        runs = list(self.leaf.cut(rows))
+        out = np.zeros((sum(run.count for run in runs), len(along)), dtype)
+        hulls = _hulls(runs)
+        blocks = {part: self._block(self.tensors[part], hull, along, dtype) for part, hull in hulls.items()}
+        done = 0
+        for run in runs:
+            if run.part is not None:
+                first = run.start - hulls[run.part].start
+                out[done : done + run.count] = blocks[run.part][first : first + run.count]
+            done += run.count
+        return out.reshape(*sizes(rows), len(along))
+
+    def _block(self, tensor: QuantTensor, rows: range, along: range, dtype: np.dtype) -> np.ndarray:
+        """[n, len(along)] of one tensor's rows."""
+        if self.role == VALUES:
+            width = self.held.per_value
+            elements = tensor.elements(rows, range(along.start * width, along.stop * width))
+            return elements if width == 1 else pack_words(elements, self.held.tile)
+        if self.role == ROW_SCALES:
+            scales = tensor.row_scales(rows)
+            return np.ones((len(rows), 1), dtype) if scales is None else scales[:, None]
+        groups = np.arange(along.start, along.stop) * self.held.group // tensor.scheme.group
+        if self.role == ZEROS:
+            zeros = tensor.zeros(rows)
+            absent = 8 if self.held.element == INT4 else 0
+            return np.full((len(rows), len(along)), absent, dtype) if zeros is None else zeros[:, groups]
+        scales = tensor.scales(rows)[:, groups]
+        return scales.view(np.uint8) if self.held.scale == E8M0 else scales
+
+
+def _hulls(runs: Sequence[Run]) -> dict[str, range]:
+    """The rows of each part from the first that is read to the last."""
+    hulls: dict[str, range] = {}
+    for run in runs:
+        if run.part is not None:
+            known = hulls.get(run.part, range(run.start, run.start))
+            hulls[run.part] = range(min(known.start, run.start), max(known.stop, run.start + run.count))
+    return hulls
+
+
+def quant_leaves(name: str, leaf: Leaf, reader: QuantReader, held: WeightFormat) -> dict[str, QuantLeaf]:
+    """The arrays of the weight `name`, by the names of the model's leaves."""
+    tensors = {part: reader.tensors[tensor] for part, tensor in leaf.names.items()}
+    roles = [VALUES, SCALES]
+    roles += [ZEROS] if held.zeros else []
+    roles += [ROW_SCALES] if held.row_scales else []
+    return {f"{name}.{role}": QuantLeaf(leaf, tensors, held, role) for role in roles}
+
+
+def held_leaves(
+    leaves: Mapping[str, Leaf], reader: QuantReader, specs: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, WeightFormat], dict[str, Leaf | QuantLeaf]]:
+    """The formats of the weights that stay quantised, and all leaves with those weights' arrays in place.
+
+    leaves, specs: of the model whose weights are all dense, on its devices.
+    """
+    formats: dict[str, WeightFormat] = {}
+    found: dict[str, Leaf | QuantLeaf] = {}
+    for name, leaf in leaves.items():
+        held = format_of(leaf, reader, _devices(leaf, specs[name])) if name != EMBEDDING else None
+        if held is None:
+            found[name] = leaf
+        else:
+            formats[name] = held
+            found |= quant_leaves(name, leaf, reader, held)
+    _tell_widened([name for name in leaves if name not in formats and _is_quantised(leaves[name], reader)])
+    return formats, found
+
+
+def _is_quantised(leaf: Leaf, reader: QuantReader) -> bool:
+    return not reader.tensors.keys().isdisjoint(leaf.names.values())
+
+
+def _tell_widened(names: Sequence[str]) -> None:
+    if names:
+        log.warning(
+            "%d quantised weights are widened as they are read, as their parts are of several kinds or the "
+            "columns of a group lie apart (desc_act); the first is %s",
+            len(names), names[0],
+        )  # fmt: skip
+
+
+def _devices(leaf: Leaf, spec: jax.ShapeDtypeStruct) -> int:
+    """How many devices the weight's columns are dealt out over."""
+    assert spec.sharding is not None
+    first, share = leaf.assembly.row_axes, spec.sharding.shard_shape(spec.shape)
+    return prod(spec.shape[first:]) // prod(share[first:])

@@ -1,0 +1,79 @@
+"""What quantised weights of every format have in common: elements, scales and zero points in one layout.
+
+A weight W [N, K] is `(element - zero) * scale`; columns in groups share a scale and a zero point. On the
+host a weight is [N, K] of one element a place; `pack_words` makes of 4-bit elements what lies on the devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from lmdeploy_jax.models.formats import E2M1, INT4, PER_WORD
+
+E2M1_VALUES = np.array(
+    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32
+)  # by code: the highest bit is the sign
+SYMMETRIC_ZERO = {INT4: 8}  # of weights without zero points; int8, and floats, are signed
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is held.
+
+    element: INT4, whose elements are 0 to 15, INT8, E4M3, E5M2 or E2M1.
+    group: columns that share a scale; the last group of a weight may have fewer.
+    scale: the dtype of the scales, one a row and group.
+    has_zeros: whether there are zero points, one a scale; without them int4's are 8, and the others' 0.
+    has_row_scales: whether a float32 a row multiplies its scales.
+    activations: what the checkpoint's author meant activations to be rounded to: INT8, E4M3, or None.
+    """
+
+    element: str
+    group: int
+    scale: np.dtype
+    has_zeros: bool = False
+    has_row_scales: bool = False
+    activations: str | None = None
+
+
+def element_values(elements: np.ndarray, element: str) -> np.ndarray:
+    """What elements stand for before zero point and scale, as float32."""
+    return E2M1_VALUES[elements] if element == E2M1 else elements.astype(np.float32)
+
+
+def pack_words(codes: np.ndarray, tile: int) -> np.ndarray:
+    """Codes [n, k] of 4 bits -> uint16 [n, k / 4].
+
+    Within each `tile` of columns, nibble q of word j holds column `q * tile / 4 + j`: a word is as wide as
+    what a kernel multiplies with, so that unpacking is a shift and a mask, and moves nothing between threads.
+    """
+    rows, columns = codes.shape
+    quarters = codes.reshape(rows, columns // tile, PER_WORD, tile // PER_WORD)
+    octets = np.empty((rows, columns // tile, tile // PER_WORD, 2), np.uint8)
+    octets[..., 0] = quarters[:, :, 0] | quarters[:, :, 1] << 4
+    octets[..., 1] = quarters[:, :, 2] | quarters[:, :, 3] << 4
+    return octets.reshape(rows, -1).view("<u2")
+
+
+def unpack_words(words: np.ndarray, tile: int) -> np.ndarray:
+    """The inverse of `pack_words`: uint8 codes [n, k]."""
+    rows, count = words.shape
+    tiles = words.reshape(rows, -1, 1, tile // PER_WORD)
+    shifts = np.arange(0, 16, 4, dtype=np.uint16)[:, None]
+    return (tiles >> shifts & 15).astype(np.uint8).reshape(rows, count * PER_WORD)
+
+
+def nibbles(packed: np.ndarray) -> np.ndarray:
+    """uint8 [..., n] -> codes uint8 [..., 2 n], the low nibble first."""
+    out = np.empty((*packed.shape[:-1], packed.shape[-1], 2), np.uint8)
+    np.bitwise_and(packed, 15, out=out[..., 0])
+    np.right_shift(packed, 4, out=out[..., 1])
+    return out.reshape(*packed.shape[:-1], -1)
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether a tensor of this dtype is a plain weight, or scales that are plain numbers."""
+    return dtype in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)

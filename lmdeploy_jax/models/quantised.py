@@ -1,0 +1,125 @@
+"""A weight that stays quantised on the devices."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from lmdeploy_jax.models.formats import E2M1, E8M0, FOUR_BITS, INT4, INT8, PER_WORD, WeightFormat
+from lmdeploy_jax.models.linear import Axes, DenseWeight, Linear, param
+
+E2M1_VALUES = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)  # by code
+LEAST = 1e-7  # of a row's largest element, so that a row of zeros has a scale
+
+
+class QuantArrays(NamedTuple):
+    """The arrays of a weight; see `WeightFormat` for their shapes."""
+
+    values: Array
+    scales: Array
+    zeros: Array | None = None
+    row_scales: Array | None = None
+
+
+class QuantWeight(nnx.Module):
+    """A `Weight` in several leaves, as its `WeightFormat` has them, in place of a dense one."""
+
+    def __init__(self, dense: DenseWeight, out_axes: int, held: WeightFormat) -> None:
+        axes: Axes = dense.axes
+        out, outer, across = tuple(dense.shape[:out_axes]), axes[:out_axes], axes[out_axes]
+        self.held = held
+        self.inner = tuple(dense.shape[out_axes:])
+        self.dtype = dense.dtype
+        columns = prod(self.inner) // held.per_value
+        self.values = param((*out, columns), jnp.dtype(held.stored), (*outer, across))
+        grouped, named = (held.groups, *out), (across if held.groups > 1 else None, *outer)
+        self.scales = param(grouped, jnp.dtype("uint8" if held.scale == E8M0 else held.scale), named)
+        self.zeros = param(grouped, jnp.dtype(held.zeros), named) if held.zeros else None
+        self.row_scales = param(out, jnp.dtype("float32"), outer) if held.row_scales else None
+
+    @property
+    def format(self) -> str:
+        return self.held.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[*out, *inner] on this device, which may have a share of the first axis of either."""
+        columns = self.values.shape[-1] * self.held.per_value
+        return (*self.values.shape[:-1], columns // prod(self.inner[1:]), *self.inner[1:])
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether a product is one of 8-bit activations and 8-bit weights, scaled afterwards."""
+        return self.held.activations is not None and self.held.groups == 1 and self.zeros is None
+
+    def arrays(self) -> QuantArrays:
+        """The leaves' arrays, on this device."""
+        found = (self.values, self.scales, self.zeros, self.row_scales)
+        return QuantArrays(*(None if leaf is None else leaf[...] for leaf in found))  # type: ignore[arg-type]
+
+    def dense(self) -> Array:
+        """What is multiplied with where no kernel reads the format itself."""
+        return dequantise(self.held, self.arrays(), self.dtype).reshape(self.shape)
+
+
+def hold_quantised(linear: Linear, held: WeightFormat) -> None:
+    """Replaces the weight of a linear layer, built under `nnx.eval_shape`."""
+    assert isinstance(linear.weight, DenseWeight)
+    linear.weight = QuantWeight(linear.weight, linear.out_axes, held)
+
+
+def dequantise(held: WeightFormat, arrays: QuantArrays, dtype: DTypeLike) -> Array:
+    """The weight [*out, K], computed in float32."""
+    values = elements(held, arrays).astype(jnp.float32)
+    columns = values.shape[-1]
+    if arrays.zeros is not None:
+        values -= _by_column(held, arrays.zeros.astype(jnp.float32), columns)
+    elif held.element == INT4:
+        values -= 8
+    return (values * _by_column(held, group_scales(held, arrays), columns)).astype(dtype)
+
+
+def round_rows(x: Array, kind: str) -> tuple[Array, Array]:
+    """x [T, K] -> INT8 or E4M3 of the same shape, and its rows' scales f32 [T, 1]: x is their product."""
+    limit = 127.0 if kind == INT8 else float(jnp.finfo(kind).max)
+    wide = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(wide).max(-1, keepdims=True), LEAST) / limit
+    scaled = jnp.clip(wide / scale, -limit, limit)
+    return (jnp.round(scaled) if kind == INT8 else scaled).astype(kind), scale
+
+
+def elements(held: WeightFormat, arrays: QuantArrays) -> Array:
+    """[*out, K], 4-bit integers as uint8, E2M1 as its values in float32."""
+    if held.element not in FOUR_BITS:
+        return arrays.values
+    codes = unpack_words(arrays.values, held.tile)
+    return jnp.array(E2M1_VALUES, jnp.float32)[codes] if held.element == E2M1 else codes
+
+
+def group_scales(held: WeightFormat, arrays: QuantArrays) -> Array:
+    """f32 [G, *out], row scales included."""
+    scales = arrays.scales
+    if held.scale == E8M0:  # the byte is the exponent of a float32
+        scales = lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
+    scales = scales.astype(jnp.float32)
+    return scales if arrays.row_scales is None else scales * arrays.row_scales
+
+
+def _by_column(held: WeightFormat, grouped: Array, columns: int) -> Array:
+    """[G, *out] -> [*out, K], or [*out, 1] where all columns share one."""
+    moved = jnp.moveaxis(grouped, 0, -1)
+    if moved.shape[-1] == 1:
+        return moved
+    return jnp.repeat(moved, held.group, axis=-1)[..., :columns]  # the last group may be short
+
+
+def unpack_words(words: Array, tile: int) -> Array:
+    """uint16 [..., K / 4] -> uint8 [..., K]: in each tile, nibble q of word j is column q * tile / 4 + j."""
+    tiles = words.reshape(*words.shape[:-1], -1, 1, tile // PER_WORD)
+    shifts = jnp.arange(0, 16, 4, dtype=jnp.uint16)[:, None]
+    return (tiles >> shifts & 15).astype(jnp.uint8).reshape(*words.shape[:-1], -1)

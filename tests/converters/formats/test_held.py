@@ -1,0 +1,242 @@
+"""Weights that stay quantised on the devices: they stand for what the file stands for, at its size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmdeploy_jax.converters import orbax
+from lmdeploy_jax.converters.formats.leaves import QuantLeaf, format_of, quant_leaves
+from lmdeploy_jax.converters.formats.reader import QuantReader
+from lmdeploy_jax.converters.keytable import Leaf, Rule, bind
+from lmdeploy_jax.converters.layouts import Rows
+from lmdeploy_jax.converters.load import LoadedModel, load_model
+from lmdeploy_jax.converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters.slicing import Index
+from lmdeploy_jax.models.formats import WeightFormat
+from lmdeploy_jax.models.quantised import QuantArrays, dequantise
+from tests.converters.formats.packers import CASES, Case, as_torch, quantise_folder, tell
+from tests.converters.formats.test_formats import NAME, read_module
+from tests.models.paged import PagedRunner, named_leaves
+from tests.oracle import save_checkpoint
+
+WEIGHTS = ("attention.qkv", "attention.o", "mlp.gate_up", "mlp.down")
+IDS = list(range(3, 40))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+def both(plain: Path, scratch: Path, case: Case) -> tuple[LoadedModel, LoadedModel]:
+    """A quantised checkpoint, held quantised and widened."""
+    quantise_folder(plain, scratch / "quantised", scratch / "dense", case)
+    return load_model(scratch / "quantised", dequantise=False), load_model(scratch / "quantised")
+
+
+def arrays_of(model: LoadedModel, name: str) -> QuantArrays:
+    leaves = named_leaves(model)
+    roles = (leaves.get(f"{name}.{role}") for role in QuantArrays._fields)
+    return QuantArrays(*roles)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_every_linear_layer_is_held_as_it_was_stored(kind: str, llama: Path, tmp_path: Path) -> None:
+    held, widened = both(llama, tmp_path, CASES[kind])
+    names = {f"layers.{layer}.{weight}.weight" for layer in (0, 1) for weight in WEIGHTS}
+    assert set(held.skeleton.formats) == (set() if kind == "gptq_act_order" else names)
+    for name, leaf in named_leaves(widened).items():
+        if name in held.skeleton.formats:
+            ours = dequantise(held.skeleton.formats[name], arrays_of(held, name), jnp.float32)
+            np.testing.assert_allclose(
+                ours.reshape(leaf.shape), leaf, rtol=0, atol=1e-6 * float(jnp.abs(leaf).max())
+            )
+        else:
+            np.testing.assert_array_equal(named_leaves(held)[name], leaf)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [("awq", "qwen2"), ("ct_w8", "phi3"), ("modelopt_blocks", "gemma2"), ("ct_mxfp4", "internlm2")],
+)
+def test_logits_are_those_of_the_widened_weights(kind: str, family: str, tmp_path: Path) -> None:
+    held, widened = both(save_checkpoint(family, tmp_path / "plain"), tmp_path, CASES[kind])
+    (ours,), (theirs,) = (PagedRunner(model).ragged([(0, 0, IDS, len(IDS))]) for model in (held, widened))
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+
+
+# --- One module, read as devices would ---------------------------------------------------------------------
+
+RULES = (Rule(NAME.replace(".", r"\.") + r"\.weight", "w", "", Rows()), Rule(r"model\.norm\.weight", None))
+
+
+def open_leaf(folder: Path, case: Case, weight: np.ndarray) -> tuple[Leaf, QuantReader]:
+    (folder / "config.json").write_text("{}")
+    tell(folder, case)
+    reader = read_module(folder, case.pack(weight)[0])
+    return bind(RULES, reader, {"w": weight.shape})["w"], reader
+
+
+def read_share(
+    leaves: dict[str, QuantLeaf], held: WeightFormat, rows: range, share: int, of: int
+) -> np.ndarray:
+    """What a device has that holds `rows`, and one part in `of` of the columns, dequantised."""
+
+    def piece(role: str) -> jnp.ndarray | None:
+        if (leaf := leaves.get(f"w.{role}")) is None:
+            return None
+        cut = slice(rows.start, rows.stop)
+        length = leaf.shape[-1 if role == "values" else 0]
+        along = slice(share * length // of, (share + 1) * length // of) if length > 1 else slice(0, 1)
+        index = {"values": (cut, along), "row_scales": (cut,)}.get(role, (along, cut))
+        return jnp.asarray(leaf.read(index, dtype_of(held, role)))
+
+    return np.asarray(dequantise(held, QuantArrays(*map(piece, QuantArrays._fields)), jnp.float32))
+
+
+def dtype_of(held: WeightFormat, role: str) -> np.dtype:
+    scale = "uint8" if held.scale == "float8_e8m0fnu" else held.scale
+    named = {"values": held.stored, "scales": scale, "zeros": held.zeros, "row_scales": "float32"}
+    return jnp.dtype(named[role])
+
+
+@pytest.mark.parametrize("of", [2, 4])
+@pytest.mark.parametrize("kind", sorted(CASES.keys() - {"gptq_act_order"}))
+def test_devices_have_their_shares_also_of_cut_groups(kind: str, of: int, tmp_path: Path) -> None:
+    """96 columns: a quarter of them is less than a group of 32, which then is one of 8."""
+    weight = np.random.default_rng(0).normal(size=(64, 96)).astype(np.float32)
+    leaf, reader = open_leaf(tmp_path, CASES[kind], weight)
+    held = format_of(leaf, reader, of)
+    assert held is not None
+    leaves, whole = quant_leaves("w", leaf, reader, held), reader.read(f"{NAME}.weight")
+    for share in range(of):
+        columns = slice(share * 96 // of, (share + 1) * 96 // of)
+        ours = read_share(leaves, held, range(8, 40), share, of)
+        np.testing.assert_allclose(ours, whole[8:40, columns], rtol=1e-6)
+
+
+AS_PUBLISHED = {
+    kind: case
+    for kind, case in CASES.items()
+    if kind not in ("gptq_act_order", "ct_fp8_block", "fp8_block_ue8m0")
+}  # those two have smaller blocks than anybody publishes
+
+
+@pytest.mark.parametrize("kind", AS_PUBLISHED)
+def test_memory_is_that_of_the_file(kind: str, tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).normal(size=(256, 1024)).astype(np.float32)
+    leaf, reader = open_leaf(tmp_path, CASES[kind], weight)
+    held = format_of(leaf, reader, 1)
+    assert held is not None
+    leaves = quant_leaves("w", leaf, reader, held)
+    ours = sum(
+        np.prod(part.shape) * dtype_of(held, name.split(".")[1]).itemsize for name, part in leaves.items()
+    )
+    parts = reader.tensors[f"{NAME}.weight"].parts
+    assert ours <= 1.05 * sum(parts.info(role).nbytes for role in parts.names)
+
+
+def test_parts_of_several_kinds_are_widened(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of q, k and v was left plain: they are one weight here, which then is plain too."""
+    quantise_folder(llama, tmp_path / "quantised", tmp_path / "dense", CASES["awq"])
+    file, name = tmp_path / "quantised" / "model.safetensors", "model.layers.1.self_attn.v_proj"
+    kept = {n: tensor for n, tensor in load_file(file).items() if not n.startswith(f"{name}.")}
+    save_file(kept | {f"{name}.weight": torch.ones(32, 64)}, file)
+    model = load_model(tmp_path / "quantised", dequantise=False)
+    assert "layers.1.attention.qkv.weight" in named_leaves(model)
+    assert "1 quantised weights are widened" in caplog.text
+    assert "layers.1.attention.qkv.weight" in caplog.text
+    assert "layers.0.attention.qkv.weight" in model.skeleton.formats
+
+
+def test_groups_of_parts_that_differ_are_cut(llama: Path, tmp_path: Path) -> None:
+    """gate in groups of 16, up in groups of 32: both in groups of 16, the scales of up twice."""
+    quantise_folder(llama, tmp_path / "quantised", tmp_path / "dense", CASES["ct_w4"])
+    quantise_folder(llama, tmp_path / "other", tmp_path / "other_dense", CASES["ct_w4_asym"])
+    file, name = tmp_path / "quantised" / "model.safetensors", "model.layers.0.mlp.gate_proj."
+    other = {
+        n: tensor for n, tensor in load_file(tmp_path / "other" / "model.safetensors").items() if name in n
+    }
+    save_file(load_file(file) | other, file)
+    group = CASES["ct_w4_asym"].config["config_groups"]["group_0"] | {"targets": [name[:-1]]}
+    config = CASES["ct_w4"].config
+    mixed = config | {"config_groups": config["config_groups"] | {"group_1": group}}
+    tell(tmp_path / "quantised", Case(mixed, CASES["ct_w4"].pack))
+    model, weight = load_model(tmp_path / "quantised", dequantise=False), "layers.0.mlp.gate_up.weight"
+    held = model.skeleton.formats[weight]
+    assert (held.group, held.groups, held.zeros) == (16, 4, "uint8")
+    theirs = named_leaves(load_model(tmp_path / "quantised"))[weight]
+    np.testing.assert_allclose(dequantise(held, arrays_of(model, weight), jnp.float32), theirs, rtol=1e-6)
+
+
+# --- Conversion --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", ["awq", "ct_w8", "ct_int8", "fp8_block", "smooth_e5m2", "ct_nvfp4", "ct_mxfp8"]
+)
+def test_converted_checkpoints_hold_what_was_held(kind: str, llama: Path, tmp_path: Path) -> None:
+    held, dense = both(llama, tmp_path, CASES[kind])
+    formats = {name: asdict(form) for name, form in held.skeleton.formats.items()}
+    out = orbax.save(tmp_path / "out", named_leaves(held), {"formats": formats}, tmp_path / "quantised")
+    again = load_model(out, dequantise=False)
+    assert again.skeleton.formats == held.skeleton.formats
+    assert list(again.skeleton.specs) == list(held.skeleton.specs)
+    for name, leaf in named_leaves(held).items():
+        assert named_leaves(again)[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(named_leaves(again)[name], leaf, err_msg=name)
+    for name, leaf in named_leaves(load_model(out)).items():  # widened, as by default on a CPU
+        theirs = named_leaves(dense)[name]
+        np.testing.assert_allclose(
+            leaf, theirs, rtol=0, atol=1e-6 * float(jnp.abs(theirs).max()), err_msg=name
+        )
+
+
+@pytest.mark.parametrize("kind", sorted(AS_PUBLISHED))
+def test_a_device_s_share_is_all_that_is_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the rows and half of the columns: a quarter of the packed weight."""
+    weight = np.random.default_rng(0).normal(size=(256, 1024)).astype(np.float32)
+    leaf, reader = open_leaf(tmp_path, CASES[kind], weight)
+    held = format_of(leaf, reader, 2)
+    assert held is not None
+    values = quant_leaves("w", leaf, reader, held)["w.values"]
+    parts = reader.tensors[f"{NAME}.weight"].parts
+    largest = max(parts.info(role).nbytes for role in parts.names)
+    read, counts = CheckpointReader.read, []
+
+    def counted(self: CheckpointReader, name: str, index: Index = ()) -> np.ndarray:
+        counts.append(read(self, name, index).nbytes)
+        return read(self, name, index)
+
+    monkeypatch.setattr(CheckpointReader, "read", counted)
+    half = values.shape[1] // 2
+    values.read((slice(64, 192), slice(half, 2 * half)), dtype_of(held, "values"))
+    assert sum(counts) == largest // 4
+
+
+def test_an_output_head_may_be_quantised(llama: Path, tmp_path: Path) -> None:
+    case = CASES["ct_int8"]
+    quantise_folder(llama, tmp_path / "quantised", tmp_path / "dense", case)
+    file = tmp_path / "quantised" / "model.safetensors"
+    tensors = load_file(file)
+    packed, stands_for = case.pack(tensors.pop("lm_head.weight").numpy())
+    save_file(tensors | {f"lm_head.{role}": as_torch(array) for role, array in packed.items()}, file)
+    model = load_model(tmp_path / "quantised", dequantise=False)
+    ours = dequantise(
+        model.skeleton.formats["lm_head.weight"], arrays_of(model, "lm_head.weight"), jnp.float32
+    )
+    np.testing.assert_allclose(ours, stands_for, rtol=1e-6)
+    assert len(model.skeleton.head_places) == 2
+    (logits,) = PagedRunner(model).ragged([(0, 0, IDS, len(IDS))])
+    assert np.isfinite(logits).all()

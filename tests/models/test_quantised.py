@@ -1,0 +1,110 @@
+"""Quantised weights in products: 8-bit activations as the formula has them, the rest as dense weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmdeploy_jax.models import products
+from lmdeploy_jax.models.formats import E4M3, INT4, INT8, WeightFormat
+from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.products import plan, plan_gated, plan_norm
+from lmdeploy_jax.models.quantised import hold_quantised, round_rows
+
+KERNELS = Kernels()
+LIMITS = {INT8: 127.0, E4M3: 448.0}
+
+
+def quantised(held: WeightFormat, out: tuple[int, ...], inner: tuple[int, ...]) -> Linear:
+    linear = Linear(out, inner, (None,) * len(out + inner), bias=False, dtype=jnp.dtype("float32"))
+    hold_quantised(linear, held)
+    rng: Any = np.random.default_rng(0)
+    values: Any = linear.weight.values
+    if held.stored == "uint16":
+        drawn = rng.integers(0, 2**16, values.shape)
+    else:
+        drawn = np.clip(rng.normal(size=values.shape) * LIMITS[held.element] / 3, -127, 127)
+    values[...] = jnp.asarray(drawn).astype(held.stored)
+    linear.weight.scales[...] = jnp.asarray(rng.uniform(0.01, 0.1, linear.weight.scales.shape), jnp.float32)
+    return linear
+
+
+def rounded(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """The formula, in float64: a row's largest element becomes the largest that there is."""
+    scale = np.abs(x).max(-1, keepdims=True) / LIMITS[kind]
+    q = (
+        np.round(x / scale)
+        if kind == INT8
+        else (x / scale).astype(np.float32).astype(jnp.dtype(E4M3)).astype(float)
+    )
+    return q, scale
+
+
+@pytest.mark.parametrize("kind", [INT8, E4M3])
+def test_activations_are_rounded_a_row(kind: str) -> None:
+    x = np.random.default_rng(0).normal(size=(5, 96)).astype(np.float32)
+    x[2], x[3] = 0, x[3] * 1e4
+    q, scale = round_rows(jnp.asarray(x), kind)
+    assert (q.dtype, q.shape, scale.shape) == (jnp.dtype(kind), (5, 96), (5, 1))
+    theirs, _ = rounded(np.delete(x, 2, 0), kind)
+    np.testing.assert_array_equal(np.delete(np.asarray(q, np.float32), 2, 0), theirs)
+    error = np.abs(np.asarray(q, np.float32) * np.asarray(scale) - x).max(-1)
+    assert (error <= np.abs(x).max(-1) * (0.5 / 127 if kind == INT8 else 2**-4)).all()
+
+
+@pytest.mark.parametrize("kind", [INT8, E4M3])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_products_of_eight_bits(kind: str, tokens: int) -> None:
+    held = WeightFormat(kind, 64, 1, "float32", activations=kind)
+    linear = quantised(held, (3, 32), (2, 32))
+    x = np.random.default_rng(1).normal(size=(tokens, 2, 32)).astype(np.float32)
+    planned = plan(KERNELS, "parts", linear, jnp.asarray(x))
+    assert planned == products.RoundedProduct()
+    q, scale = rounded(x.reshape(tokens, -1).astype(float), kind)
+    weight: Any = linear.weight
+    want = (
+        q
+        @ np.asarray(weight.values[...], float).reshape(96, 64).T
+        * scale
+        * np.asarray(weight.scales[...]).reshape(96)
+    )
+    ours = np.asarray(planned(linear, jnp.asarray(x)))
+    assert ours.shape == (tokens, 3, 32)
+    assert np.abs(ours.reshape(tokens, 96) - want).max() < 2e-6 * np.abs(want).max()
+    dense = np.asarray(products.dense_product(jnp.asarray(x), linear.weight.dense())).reshape(tokens, 96)
+    distance = np.linalg.norm(ours.reshape(tokens, 96) - dense) / np.linalg.norm(dense)
+    assert 1e-4 < distance < (0.02 if kind == INT8 else 0.05)  # from activations that are not rounded
+
+
+def test_gated_and_normed_products_of_eight_bits() -> None:
+    linear = quantised(WeightFormat(INT8, 64, 1, "float32", activations=INT8), (2, 48), (64,))
+    x = jax.random.normal(jax.random.key(0), (5, 64))
+    planned = plan_gated(KERNELS, linear, x, jax.nn.silu)
+    both = products.RoundedProduct()(linear, x)
+    np.testing.assert_allclose(planned(linear, x), jax.nn.silu(both[:, 0]) * both[:, 1], rtol=1e-6)
+    fused = plan_norm(KERNELS, linear, x, normed=True, activation=jax.nn.silu)
+    assert isinstance(fused, products.SeparateNorm)
+    assert plan(KERNELS, "whole", linear, x)(linear, x).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [
+        (WeightFormat(INT4, 32, 2, "float32", tile=64), "w4a16_g32"),
+        (WeightFormat(INT8, 64, 1, "float32"), "w8a16_int8"),
+        (WeightFormat(E4M3, 32, 2, "float32", activations=E4M3), "w8a8_float8_e4m3fn_g32"),
+    ],
+)
+def test_other_weights_are_multiplied_as_dense_ones(held: WeightFormat, name: str) -> None:
+    linear = quantised(held, (96,), (64,))
+    assert linear.weight.format == name
+    x = jax.random.normal(jax.random.key(0), (1, 64))
+    planned = plan(KERNELS, "parts", linear, x)
+    assert planned == products.XlaProduct()
+    want = products.dense_product(x, linear.weight.dense())
+    np.testing.assert_allclose(planned(linear, x), want, rtol=1e-6)

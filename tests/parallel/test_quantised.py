@@ -1,0 +1,31 @@
+"""Quantised weights on several devices, which have their shares of words and scales: the same logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("kind", "most"), [("awq", 1e-5), ("ct_int8", 0.05)])
+def test_logits_on_several_devices(kind: str, most: float) -> None:
+    """Groups of 16 columns, of which a device of four has 24; KV heads that are repeated. INT8 activations
+    are rounded a device, so that they differ a little from those of one.
+    """
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.parallel.quantised_program", kind]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["tp"] for line in lines] == ([1, 2, 4] if kind == "awq" else [1, 2])
+    for line in lines:
+        assert line["error"] < most
+        assert line["held"] == 8
+        cut = kind == "awq" and line["tp"] == 4
+        assert line["converted"] is True or (cut and "16 columns, which tp would cut" in line["converted"])
