@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 
 from lmdeploy_jax.cache.layout import CacheGroup, CacheLayout
+from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import TAGS, EngineBase
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup
 from lmdeploy_jax.engine.forks import Home
 from lmdeploy_jax.engine.request import Request, StepOutput, TokenLogprobs
 from lmdeploy_jax.errors import EngineError
+from lmdeploy_jax.prompt import EncodedPrompt
 
 Script = Callable[[Request, int], Iterable[int]]  # (request, which sequence) -> its tokens
 STEP = 0.001  # seconds
@@ -56,6 +58,7 @@ class FakeEngine(EngineBase):
         self.gate.set()
         self._inbox: deque[Callable[[], None]] = deque()
         self._live: dict[tuple[int, int], _Run] = {}
+        self._pages: set[int] = set()  # hashes of the prompts' full pages
         self._wake = threading.Condition()
         self._closed = False
         self._failure: str | None = None
@@ -122,8 +125,21 @@ class FakeEngine(EngineBase):
             self._wake.notify()
 
     def _add(self, request: Request) -> None:
+        cached = self._cached_tokens(request.prompt)
+        cached = 0 if request.params.reports_prompt else cached
         for i in range(request.params.n):
-            self._live[request.request_id, i] = _Run(request, i, iter(self.script(request, i)))
+            self._live[request.request_id, i] = _Run(request, i, iter(self.script(request, i)), cached)
+
+    def _cached_tokens(self, prompt: EncodedPrompt) -> int:
+        """Tokens of the full pages that begin it and have been seen before; at least its last is computed."""
+        key, cached = hash(prompt.salt), 0
+        for start in range(0, len(prompt) - PAGE_SIZE + 1, PAGE_SIZE):
+            stop = start + PAGE_SIZE
+            key = hash((key, tuple(prompt.ids[start:stop]), prompt.content(start, stop)))
+            if key in self._pages and stop < len(prompt):
+                cached = stop
+            self._pages.add(key)
+        return cached
 
     def _abort(self, request_id: int, index: int | None) -> None:
         for key in [k for k in self._live if k[0] == request_id and index in (None, k[1])]:
@@ -158,12 +174,13 @@ class FakeEngine(EngineBase):
 
 
 class _Run:
-    def __init__(self, request: Request, index: int, tokens: Iterable[int]) -> None:
+    def __init__(self, request: Request, index: int, tokens: Iterable[int], cached: int) -> None:
         self.request, self.index, self.tokens, self.count = request, index, iter(tokens), 0
+        self.cached = cached
 
     def step(self) -> StepOutput:
         params = self.request.params
-        out = StepOutput(self.request.request_id, self.index)
+        out = StepOutput(self.request.request_id, self.index, cached_tokens=self.cached)
         try:
             token = next(self.tokens)
         except Exception as error:

@@ -7,10 +7,12 @@ from functools import partial
 import pytest
 
 from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.process.remote import RemoteEngine
 from lmdeploy_jax.errors import ContextLengthError, EngineError, RequestError
+from lmdeploy_jax.prompt import EncodedPrompt, Span
 from tests.engine.harness import Collector, config, generate, submit
 from tests.fake_engine import FakeEngine
 from tests.patience import wait_until
@@ -95,6 +97,38 @@ def test_what_is_aborted_ends_and_the_rest_goes_on(any_engine):
 def test_what_cannot_be_served_is_refused_at_once(any_engine, prompt, params, error):
     with pytest.raises(error):
         submit(any_engine, prompt, Collector(), **params)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_prompts_share_cached_pages_under_the_same_salt(any_engine, n):
+    def cached(salt):
+        (results,) = generate(any_engine, [EncodedPrompt(ids, salt=salt)], n=n, max_new_tokens=2)
+        return {result.last.cached_tokens for result in results}
+
+    ids = [10 + n] * (2 * PAGE_SIZE + 5)
+    for salt in (b"", b"tenant 1", b"tenant 2"):
+        assert cached(salt) == {0}
+        assert cached(salt) == {2 * PAGE_SIZE}
+
+
+def test_pages_before_a_span_are_shared_whatever_it_holds(any_engine):
+    def cached(content, start=PAGE_SIZE + 20):
+        prompt = EncodedPrompt(ids, (Span(start, PAGE_SIZE, content),))
+        return generate(any_engine, [prompt], max_new_tokens=2)[0][0].last.cached_tokens
+
+    ids = [20] * (4 * PAGE_SIZE + 1)
+    assert cached(b"a cat") == 0
+    assert cached(b"a cat") == 4 * PAGE_SIZE
+    assert cached(b"a dog") == PAGE_SIZE
+    assert cached(b"a cat", start=0) == 0
+    plain = generate(any_engine, [ids], max_new_tokens=2)[0][0]
+    assert plain.last.cached_tokens == PAGE_SIZE
+
+
+def test_a_prompt_whose_positions_are_reported_is_computed_whole(any_engine):
+    for _ in range(2):
+        (result,) = generate(any_engine, [[30] * 2 * PAGE_SIZE], max_new_tokens=1, prompt_logprobs=0)[0]
+        assert result.last.cached_tokens == 0
 
 
 def test_a_listener_that_fails_ends_nobody(any_engine):
