@@ -1,23 +1,24 @@
-"""What a call of the pipeline is given: checked, and brought to one list."""
+"""What a call of the pipeline is given: checked, and brought to one list of requests."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.errors import ConfigError, RequestError
 from lmdeploy_jax.messages import GenerationConfig
-from lmdeploy_jax.session import Session
+from lmdeploy_jax.session import Session, Turn
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.io.frontend import PromptOptions
     from lmdeploy_jax.text.prompts import Prompt
 
 Configs = GenerationConfig | Sequence[GenerationConfig] | None
+Sessions = Session | Sequence[Session] | None
 _TEMPLATE_WORDS = (
     "enable_thinking",
     "reasoning_effort",
@@ -25,6 +26,79 @@ _TEMPLATE_WORDS = (
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 logger = logging.getLogger("lmdeploy_jax")
 KEYWORDS = ("input_ids", "tools", "chat_template_kwargs", *_TEMPLATE_WORDS)
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt of a call. What cannot be served stands as its error, which becomes its answer."""
+
+    prompt: Prompt | RequestError
+    config: GenerationConfig
+    session: Session | None = None
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A call's arguments. single: one prompt was meant, so that one response is due."""
+
+    requests: list[PromptRequest]
+    options: PromptOptions
+    single: bool
+
+
+def parse(
+    prompts: Any,
+    gen_config: Configs,
+    sessions: Sessions,
+    kwargs: Mapping[str, Any],
+    *,
+    do_preprocess: bool = True,
+    adapter_name: str | None = None,
+    **switches: object,
+) -> Arguments:
+    """The arguments of a call for any number of prompts, see `Pipeline.infer`.
+
+    Raises ValueError for a form that is no prompt and for lists of different lengths, TypeError for an
+    unknown keyword and for what is no config, session or switch, `RequestError` for a keyword that cannot be
+    honoured.
+    """
+    check_switches(do_preprocess=do_preprocess, **switches)
+    _check_sampling(gen_config)
+    options = _prompt_options(do_preprocess, adapter_name, kwargs)
+    given, single = _given_prompts(prompts, kwargs)
+    configs = _aligned_configs(gen_config, len(given))
+    owners = _aligned_sessions(sessions, len(given))
+    requests = [PromptRequest(*each) for each in zip(given, configs, owners, strict=True)]
+    return Arguments(requests, options, single)
+
+
+def parse_single(
+    prompt: Any, gen_config: GenerationConfig | None, kwargs: Mapping[str, Any], **others: Any
+) -> Arguments:
+    """The arguments of a call for one prompt. Raises as `parse` does, ValueError for several prompts."""
+    _check_config(gen_config)
+    call = parse(prompt, gen_config, None, kwargs, **others)
+    if not call.single:
+        raise ValueError("async_stream takes one prompt; start one for each of several.")
+    return call
+
+
+def parse_turn(
+    prompt: Turn,
+    session: Session,
+    gen_config: GenerationConfig | None,
+    kwargs: Mapping[str, Any],
+    **others: Any,
+) -> Arguments:
+    """The arguments of a conversation's next turn, whose prompt is the conversation so far.
+
+    Raises as `parse` does, ValueError for what is no turn, `RequestError` for a config with several answers.
+    """
+    _check_turn(prompt, session, gen_config)
+    config = gen_config or session.gen_config or GenerationConfig()
+    if config.n != 1:
+        raise RequestError(f"n={config.n}: a conversation goes on from one answer; use infer.")
+    return parse(session.messages(prompt), config, session, kwargs, **others)
 
 
 def refuse(name: str, value: object, reason: str) -> None:
@@ -48,8 +122,9 @@ def refuse_unknown_fields(unknown: Mapping[str, Any]) -> None:
         raise TypeError(f"pipeline() got an unexpected keyword argument {name!r}{hint}")
 
 
-def prompt_options(do_preprocess: bool, adapter_name: str | None, kwargs: Mapping[str, Any]) -> PromptOptions:
-    """Raises TypeError for an unknown keyword, `RequestError` for one that cannot be honoured."""
+def _prompt_options(
+    do_preprocess: bool, adapter_name: str | None, kwargs: Mapping[str, Any]
+) -> PromptOptions:
     from lmdeploy_jax.engine.io.frontend import PromptOptions
     from lmdeploy_jax.text.template_arguments import checked_variables
 
@@ -76,31 +151,19 @@ def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
             raise TypeError(f"unexpected keyword argument {name!r}{hint}. Known are {', '.join(KEYWORDS)}.")
 
 
-def given_prompts(prompts: Any, kwargs: Mapping[str, Any]) -> tuple[list[Prompt | RequestError], bool]:
-    """The prompts as a list, and whether a single one was meant. A bad prompt stands as its error.
-
-    Raises ValueError for a form that is no prompt at all, and unless exactly one of prompts and input_ids
+def _given_prompts(prompts: Any, kwargs: Mapping[str, Any]) -> tuple[list[Prompt | RequestError], bool]:
+    """Raises ValueError for a form that is no prompt at all, and unless exactly one of prompts and input_ids
     is given.
     """
+    from lmdeploy_jax.text.prompts import normalise_prompts
+
     input_ids = kwargs.get("input_ids")
     if (prompts is None) == (input_ids is None):
         raise ValueError("You must specify exactly one of messages or input_ids.")
-    if prompts is not None:
-        return _normalised(prompts)
-    lists, single = id_lists(input_ids)
-    return _normalised(lists[0] if single else lists)
-
-
-def _normalised(prompts: Any) -> tuple[list[Prompt | RequestError], bool]:
-    from lmdeploy_jax.text.prompts import normalise_prompts
-
-    try:
-        items, single = normalise_prompts(prompts)
-        return list(items), single
-    except RequestError as error:
-        if isinstance(prompts, list) and not isinstance(prompts[0], Mapping):
-            return [_normalised(prompt)[0][0] for prompt in prompts], False
-        return [error], True
+    if prompts is None:
+        lists, single = id_lists(input_ids)
+        prompts = lists[0] if single else lists
+    return normalise_prompts(prompts)
 
 
 def id_lists(input_ids: Any) -> tuple[list[list[int]], bool]:
@@ -118,7 +181,7 @@ def _are_ids(row: list[Any]) -> bool:
     return all(hasattr(i, "__index__") for i in row)
 
 
-def warn_of_greedy(gen_config: Configs) -> None:
+def _check_sampling(gen_config: Configs) -> None:
     """Once for each set of fields: LMDeploy decodes greedily unless `do_sample`, whatever else is set."""
     given = [gen_config] if isinstance(gen_config, GenerationConfig) else gen_config or ()
     for config in given:
@@ -138,25 +201,25 @@ def _warn_of_greedy(names: tuple[str, ...]) -> None:
         )
 
 
-def check_turn(prompt: object, session: object, gen_config: object) -> None:
+def _check_turn(prompt: object, session: object, gen_config: object) -> None:
     """Raises ValueError for what is no turn of a conversation, TypeError for what is no session or config."""
-    check_config(gen_config)
+    _check_config(gen_config)
     messages = prompt if isinstance(prompt, list | tuple) and prompt else [prompt]
     if not isinstance(prompt, str) and not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(
             f"Unsupported prompt: {prompt!r:.200}. A turn is a text, a message, or a list of messages."
         )
-    if session is not None and not isinstance(session, Session):
+    if not isinstance(session, Session):
         raise TypeError(f"session must be a Session, as chat() or session() gave it, not {session!r:.200}.")
 
 
-def check_config(gen_config: object) -> None:
+def _check_config(gen_config: object) -> None:
     """Raises TypeError unless it is one config, or None."""
     if gen_config is not None and not isinstance(gen_config, GenerationConfig):
         raise TypeError(f"gen_config must be a GenerationConfig, not {gen_config!r:.200}.")
 
 
-def aligned_configs(gen_config: Configs, count: int) -> list[GenerationConfig]:
+def _aligned_configs(gen_config: Configs, count: int) -> list[GenerationConfig]:
     """One config for each prompt. Raises ValueError for a list of another length, TypeError for others."""
     if gen_config is None or isinstance(gen_config, GenerationConfig):
         return [gen_config or GenerationConfig()] * count
@@ -169,7 +232,7 @@ def aligned_configs(gen_config: Configs, count: int) -> list[GenerationConfig]:
     return list(gen_config)
 
 
-def aligned_sessions(sessions: Session | Sequence[Session] | None, count: int) -> list[Session | None]:
+def _aligned_sessions(sessions: Sessions, count: int) -> list[Session | None]:
     """One session, or None, for each prompt. Raises ValueError for another number, TypeError for others."""
     if sessions is None:
         return [None] * count

@@ -5,21 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+from lmdeploy_jax.arguments import PromptRequest
 from lmdeploy_jax.engine.io.answer import error_response
 from lmdeploy_jax.engine.io.frontend import Frontend, PromptOptions
 from lmdeploy_jax.errors import RequestError
-from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.messages import Response
 from lmdeploy_jax.stream import tell_failure
-from lmdeploy_jax.text.prompts import Prompt
 
 
 async def pieces(
-    frontend: Frontend,
-    prompt: Prompt | RequestError,
-    config: GenerationConfig,
-    options: PromptOptions,
-    *,
-    stream: bool = True,
+    frontend: Frontend, request: PromptRequest, options: PromptOptions, *, stream: bool = True
 ) -> AsyncIterator[Response]:
     """The pieces of a prompt's answers. Leaving early, by cancellation too, aborts the request."""
     inbox: asyncio.Queue[Response] = asyncio.Queue()
@@ -32,16 +27,16 @@ async def pieces(
             loop.call_soon_threadsafe(inbox.put_nowait, piece)
 
     try:
-        if isinstance(prompt, RequestError):
-            raise prompt
-        encoded = await asyncio.to_thread(frontend.encode, prompt, options)
-        request_id = frontend.submit(encoded, config, post, stream=stream)
+        if isinstance(request.prompt, RequestError):
+            raise request.prompt
+        encoded = await asyncio.to_thread(frontend.encode, request.prompt, options)
+        request_id = frontend.submit(encoded, request.config, post, stream=stream)
     except RequestError as error:
         answer = error_response(error, 0)
         tell_failure(answer, error)
         yield answer
         return
-    left = config.n
+    left = request.config.n
     try:
         while left:
             piece = await inbox.get()

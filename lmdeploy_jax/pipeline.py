@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lmdeploy_jax.arguments import (
     Configs,
-    check_config,
+    Sessions,
     check_switches,
-    check_turn,
-    given_prompts,
     id_lists,
-    prompt_options,
+    parse,
+    parse_single,
+    parse_turn,
     refuse,
     refuse_unknown_fields,
-    warn_of_greedy,
 )
 from lmdeploy_jax.config import EngineConfig, engine_config
 from lmdeploy_jax.errors import EngineError, RequestError
@@ -149,17 +148,21 @@ class Pipeline:
         ValueError for a form that is no prompt and for lists of different lengths, TypeError for an unknown
         argument. An exception, Ctrl-C too, aborts what has been submitted.
         """
-        check_switches(do_preprocess=do_preprocess, use_tqdm=use_tqdm)
-        warn_of_greedy(gen_config)
-        options = prompt_options(do_preprocess, adapter_name, kwargs)
-        items, single = given_prompts(prompts, kwargs)
-        stream = start(self._frontend, items, gen_config, None, options, stream=False)
-        answers: list[list[Response]] = [[] for _ in items]
-        with stream:
+        call = parse(
+            prompts,
+            gen_config,
+            None,
+            kwargs,
+            do_preprocess=do_preprocess,
+            adapter_name=adapter_name,
+            use_tqdm=use_tqdm,
+        )
+        answers: list[list[Response]] = [[] for _ in call.requests]
+        with start(self._frontend, call, stream=False) as stream:
             for answer in with_bar(stream) if use_tqdm else stream:
                 answers[answer.index].append(answer)
         responses = [_with_choices(answer) for answer in answers]
-        return responses[0] if single else responses
+        return responses[0] if call.single else responses
 
     def __call__(
         self, prompts: Any = None, gen_config: Configs = None, **kwargs: Any
@@ -170,7 +173,7 @@ class Pipeline:
     def stream_infer(
         self,
         prompts: Any = None,
-        sessions: Session | Sequence[Session] | None = None,
+        sessions: Sessions = None,
         gen_config: Configs = None,
         do_preprocess: bool = True,
         adapter_name: str | None = None,
@@ -184,11 +187,16 @@ class Pipeline:
         aborted.
         stream_response: False gives one piece, the complete answer, for each.
         """
-        check_switches(do_preprocess=do_preprocess, stream_response=stream_response)
-        warn_of_greedy(gen_config)
-        options = prompt_options(do_preprocess, adapter_name, kwargs)
-        items, _ = given_prompts(prompts, kwargs)
-        return start(self._frontend, items, gen_config, sessions, options, stream=stream_response)
+        call = parse(
+            prompts,
+            gen_config,
+            sessions,
+            kwargs,
+            do_preprocess=do_preprocess,
+            adapter_name=adapter_name,
+            stream_response=stream_response,
+        )
+        return start(self._frontend, call, stream=stream_response)
 
     async def async_stream(
         self,
@@ -206,15 +214,15 @@ class Pipeline:
         """
         from lmdeploy_jax.async_stream import pieces
 
-        check_switches(do_preprocess=do_preprocess, stream_response=stream_response)
-        warn_of_greedy(gen_config)
-        options = prompt_options(do_preprocess, adapter_name, kwargs)
-        items, single = given_prompts(prompt, kwargs)
-        if not single:
-            raise ValueError("async_stream takes one prompt; start one for each of several.")
-        check_config(gen_config)
-        config = gen_config or GenerationConfig()
-        async for piece in pieces(self._frontend, items[0], config, options, stream=stream_response):
+        call = parse_single(
+            prompt,
+            gen_config,
+            kwargs,
+            do_preprocess=do_preprocess,
+            adapter_name=adapter_name,
+            stream_response=stream_response,
+        )
+        async for piece in pieces(self._frontend, call.requests[0], call.options, stream=stream_response):
             yield piece
 
     def chat(
@@ -235,16 +243,11 @@ class Pipeline:
         history. Raises `RequestConflictError` if the session is still answering, ValueError for what is no
         turn, TypeError for what is no session or config.
         """
-        check_turn(prompt, session, gen_config)
-        check_switches(stream_response=stream_response)
-        warn_of_greedy(gen_config)
-        session = session or self.session()
-        config = gen_config or session.gen_config or GenerationConfig()
-        if config.n != 1:
-            raise RequestError(f"n={config.n}: a conversation goes on from one answer; use infer.")
-        options = prompt_options(True, adapter_name, kwargs)
-        items, _ = given_prompts(session.messages(prompt), kwargs)
-        stream = start(self._frontend, items, config, session, options, stream=stream_response)
+        session = self.session() if session is None else session
+        call = parse_turn(
+            prompt, session, gen_config, kwargs, adapter_name=adapter_name, stream_response=stream_response
+        )
+        stream = start(self._frontend, call, stream=stream_response)
         session.prompt, session.response = prompt, None
         pieces = turn(session, prompt, stream)
         if stream_response:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import queue
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lmdeploy_jax.arguments import Configs, aligned_configs, aligned_sessions
 from lmdeploy_jax.errors import EngineError, RequestConflictError, RequestError
 from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.session import Session, Turn
 
 if TYPE_CHECKING:
+    from lmdeploy_jax.arguments import Arguments, PromptRequest
     from lmdeploy_jax.engine.io.frontend import Frontend, PromptOptions
     from lmdeploy_jax.prompt import EncodedPrompt
-    from lmdeploy_jax.text.prompts import Prompt
 
 failures = logging.getLogger("lmdeploy_jax.failures")  # of its own, for who tells of them otherwise
 
@@ -129,22 +128,12 @@ def _aborter(stream: weakref.ref[ResponseStream], index: int) -> Callable[[], No
     return abort
 
 
-def start(
-    frontend: Frontend,
-    items: Sequence[Prompt | RequestError],
-    gen_config: Configs,
-    sessions: Session | Sequence[Session] | None,
-    options: PromptOptions,
-    *,
-    stream: bool,
-) -> ResponseStream:
+def start(frontend: Frontend, call: Arguments, *, stream: bool) -> ResponseStream:
     """Submit each prompt as soon as it is encoded; one that cannot be served becomes an answer."""
-    configs = aligned_configs(gen_config, len(items))
-    owners = aligned_sessions(sessions, len(items))
     running = ResponseStream(frontend, stream=stream)
     try:
-        for i, item in enumerate(items):
-            _submit(running, frontend, i, item, configs[i], owners[i], options)
+        for index, request in enumerate(call.requests):
+            _submit(running, frontend, index, request, call.options)
     except BaseException:
         running.close()
         raise
@@ -152,20 +141,14 @@ def start(
 
 
 def _submit(
-    running: ResponseStream,
-    frontend: Frontend,
-    index: int,
-    item: Prompt | RequestError,
-    config: GenerationConfig,
-    owner: Session | None,
-    options: PromptOptions,
+    running: ResponseStream, frontend: Frontend, index: int, request: PromptRequest, options: PromptOptions
 ) -> None:
     from lmdeploy_jax.engine.io.answer import error_response
 
     try:
-        if isinstance(item, RequestError):
-            raise item
-        running.submit(index, frontend.encode(item, options), config, owner)
+        if isinstance(request.prompt, RequestError):
+            raise request.prompt
+        running.submit(index, frontend.encode(request.prompt, options), request.config, request.session)
     except (EngineError, RequestConflictError):
         raise
     except Exception as error:

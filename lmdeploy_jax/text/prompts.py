@@ -19,20 +19,27 @@ class Prompt:
     token_ids: tuple[int, ...] | None = None
 
 
-def normalise_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
+def normalise_prompts(prompts: Any) -> tuple[list[Prompt | RequestError], bool]:
     """Prompts as a list, and whether a single one was meant (then a single response is due).
 
     Forms: a text; a message; a list of messages (one conversation); a list of token ids (one prompt); a list
-    of any of texts, conversations and lists of token ids (a batch).
-    Raises `ValueError` for any other form and `RequestError` for images and malformed messages.
+    of any of texts, conversations and lists of token ids (a batch). One with images or malformed messages
+    stands as its error in the list: the others are good. Raises `ValueError` for any other form.
     """
     if isinstance(prompts, list) and not prompts:
         return [], False
     if _is_single(prompts):
-        return [_prompt(prompts, prompts)], True
+        return [_prompt_or_error(prompts, prompts)], True
     if not isinstance(prompts, list):
         raise _unsupported(prompts)
-    return [_prompt(item, prompts) for item in prompts], False
+    return [_prompt_or_error(item, prompts) for item in prompts], False
+
+
+def _prompt_or_error(value: Any, prompts: Any) -> Prompt | RequestError:
+    try:
+        return _prompt(value, prompts)
+    except RequestError as error:
+        return error
 
 
 def _is_single(value: Any) -> bool:
