@@ -82,20 +82,20 @@ def test_what_is_aborted_ends_and_the_rest_goes_on(any_engine):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "params", "error"),
+    ("prompt", "params", "error", "name"),
     [
-        ([], {}, RequestError),
-        ([5] * 100_000, {}, ContextLengthError),
-        ([5, 10**6], {}, RequestError),
-        ([-1], {}, RequestError),
-        (PROMPT, {"n": 10**4}, RequestError),
-        (PROMPT, {"stop_token_ids": frozenset({10**6})}, RequestError),
-        (PROMPT, {"logit_bias": ((-1, 1.0),)}, RequestError),
-        (PROMPT, {"ngram_size": 2000, "ngram_threshold": 2}, RequestError),
+        ([], {}, RequestError, "no tokens"),
+        ([5] * 100_000, {}, ContextLengthError, r"Input length \(100000\)"),
+        ([5, 10**6], {}, RequestError, "The prompt"),
+        ([-1], {}, RequestError, "The prompt"),
+        (PROMPT, {"n": 10**4}, RequestError, "n=10000"),
+        (PROMPT, {"stop_token_ids": frozenset({10**6})}, RequestError, "stop_token_ids"),
+        (PROMPT, {"logit_bias": ((-1, 1.0),)}, RequestError, "logit_bias"),
+        (PROMPT, {"ngram_size": 2000, "ngram_threshold": 2}, RequestError, "2000"),
     ],
 )
-def test_what_cannot_be_served_is_refused_at_once(any_engine, prompt, params, error):
-    with pytest.raises(error):
+def test_what_cannot_be_served_is_refused_at_once(any_engine, prompt, params, error, name):
+    with pytest.raises(error, match=name):
         submit(any_engine, prompt, Collector(), **params)
 
 
