@@ -122,7 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     streams = args.streams
     engine = RemoteEngine("tiny-chat", engine_config(streams), progress=False)
-    with closing(Frontend.over(engine)) as frontend, serving(frontend) as live:
+    with closing(Frontend.from_engine(engine)) as frontend, serving(frontend) as live:
         port = int(live.url.rsplit(":", 1)[1])
         with process(offline, streams) as pipe, process(over_http, port, streams) as http:
             pairs = [(turn(http), turn(pipe)) for _ in range(args.rounds)]

@@ -38,7 +38,7 @@ def main() -> None:
     config = JaxEngineConfig(max_batch_size=args.streams)
     engine = RemoteEngine("tiny-chat", config, progress=False)
     with (
-        Pipeline.over(Frontend.over(engine)) as pipe,
+        Pipeline.from_frontend(Frontend.from_engine(engine)) as pipe,
         serving(pipe.frontend) as live,
         multiprocessing.get_context("spawn").Pool(1) as pool,
     ):

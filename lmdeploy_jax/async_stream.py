@@ -10,7 +10,7 @@ from lmdeploy_jax.engine.io.answer import error_response
 from lmdeploy_jax.engine.io.frontend import Frontend, PromptOptions
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.messages import Response
-from lmdeploy_jax.stream import tell_failure
+from lmdeploy_jax.stream import log_failure
 
 
 async def pieces(
@@ -33,7 +33,7 @@ async def pieces(
         request_id = frontend.submit(encoded, request.config, post, stream=stream)
     except RequestError as error:
         answer = error_response(error, 0)
-        tell_failure(answer, error)
+        log_failure(answer, error)
         yield answer
         return
     left = request.config.n
@@ -42,7 +42,7 @@ async def pieces(
             piece = await inbox.get()
             left -= piece.finish_reason is not None
             if piece.finish_reason == "error":
-                tell_failure(piece)
+                log_failure(piece)
             yield piece
     finally:
         reading = False

@@ -27,7 +27,7 @@ from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.prompt import EncodedPrompt
 from lmdeploy_jax.session import Session, Turn
-from lmdeploy_jax.stream import ResponseStream, start, turn, with_bar
+from lmdeploy_jax.stream import ResponseStream, start, turn_pieces, with_progress_bar
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.io.frontend import Frontend
@@ -107,7 +107,7 @@ class Pipeline:
         self._frontend = open_frontend(model, max_log_len, progress=progress)
 
     @classmethod
-    def over(cls, frontend: Frontend) -> Pipeline:
+    def from_frontend(cls, frontend: Frontend) -> Pipeline:
         """A pipeline over an engine that is already open. Closing the pipeline closes the engine."""
         self = cls.__new__(cls)
         self._frontend = frontend
@@ -159,7 +159,7 @@ class Pipeline:
         )
         answers: list[list[Response]] = [[] for _ in call.requests]
         with start(self._frontend, call, stream=False) as stream:
-            for answer in with_bar(stream) if use_tqdm else stream:
+            for answer in with_progress_bar(stream) if use_tqdm else stream:
                 answers[answer.index].append(answer)
         responses = [_with_choices(answer) for answer in answers]
         return responses[0] if call.single else responses
@@ -249,7 +249,7 @@ class Pipeline:
         )
         stream = start(self._frontend, call, stream=stream_response)
         session.prompt, session.response = prompt, None
-        pieces = turn(session, prompt, stream)
+        pieces = turn_pieces(session, prompt, stream)
         if stream_response:
             return pieces
         for _ in pieces:
@@ -304,7 +304,7 @@ def open_frontend(model: PreparedModel, max_log_len: int | None = None, *, progr
     from lmdeploy_jax.engine.core.engine import Engine  # brings JAX
     from lmdeploy_jax.engine.io.frontend import Frontend
 
-    return Frontend.over(Engine(model.folder, model.config, progress=progress), model, max_log_len)
+    return Frontend.from_engine(Engine(model.folder, model.config, progress=progress), model, max_log_len)
 
 
 def _with_choices(answers: list[Response]) -> Response:

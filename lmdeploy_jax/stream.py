@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 failures = logging.getLogger("lmdeploy_jax.failures")  # of its own, for who tells of them otherwise
 
 
-def tell_failure(answer: Response, error: BaseException | None = None) -> None:
+def log_failure(answer: Response, error: BaseException | None = None) -> None:
     """One line in the log: an answer that failed has no text, and who prints its text sees nothing.
 
     error: what became the answer; told with its place in the code where it is none that a prompt can cause.
@@ -62,7 +62,7 @@ class ResponseStream:
 
     def add(self, piece: Response, error: BaseException) -> None:
         """Put in the whole answer to a prompt that could not be submitted because of `error`."""
-        tell_failure(piece, error)
+        log_failure(piece, error)
         self._left[piece.index] = 1
         self._pieces.put(piece)
 
@@ -104,7 +104,7 @@ class ResponseStream:
     def _count(self, piece: Response) -> None:
         if piece.finish_reason is not None:
             if piece.finish_reason == "error" and piece.index in self._requests:
-                tell_failure(piece)
+                log_failure(piece)
             self._left[piece.index] -= 1
             if not self._left[piece.index]:
                 self._forget(piece.index)
@@ -155,7 +155,7 @@ def _submit(
         running.add(error_response(error, index), error)
 
 
-def turn(session: Session, prompt: Turn, stream: ResponseStream) -> Iterator[Response]:
+def turn_pieces(session: Session, prompt: Turn, stream: ResponseStream) -> Iterator[Response]:
     """A turn's pieces; the session learns the answer when they end, or stop being read."""
     answer: Response | None = None
     try:
@@ -169,7 +169,7 @@ def turn(session: Session, prompt: Turn, stream: ResponseStream) -> Iterator[Res
         session.response = answer
 
 
-def with_bar(stream: ResponseStream) -> Iterator[Response]:
+def with_progress_bar(stream: ResponseStream) -> Iterator[Response]:
     """The same pieces, with a progress bar that counts answers, in a notebook too."""
     from tqdm import tqdm  # not tqdm.auto, which asks a notebook without ipywidgets to install them
 

@@ -16,7 +16,7 @@ from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import TAGS, EngineBase
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup
-from lmdeploy_jax.engine.forks import Home
+from lmdeploy_jax.engine.forks import OwnerProcess
 from lmdeploy_jax.engine.request import Request, StepOutput, TokenLogprobs
 from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.prompt import EncodedPrompt
@@ -40,7 +40,7 @@ class FakeEngine(EngineBase):
         vocab_size: int = 2560,
         max_batch_size: int = 64,
     ) -> None:
-        self.home = Home()
+        self.owner = OwnerProcess()
         self.facts = EngineFacts(
             folder=folder,
             config=JaxEngineConfig(),
@@ -98,7 +98,7 @@ class FakeEngine(EngineBase):
         return EngineStats(running=len(self._live))
 
     def close(self) -> None:
-        if self.home.left:
+        if not self.owner.is_current:
             return
         self.gate.set()
         with self._wake:

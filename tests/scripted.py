@@ -41,7 +41,7 @@ def opener() -> Iterator[Opener]:
 
     def open_pipe(script: Script, **sizes: int) -> tuple[Pipeline, FakeEngine]:
         engine = FakeEngine(TINY_CHAT, script, **sizes)
-        pipes.append(Pipeline.over(Frontend(engine, TOKENIZER, select(TOKENIZER, TINY_CHAT))))
+        pipes.append(Pipeline.from_frontend(Frontend(engine, TOKENIZER, select(TOKENIZER, TINY_CHAT))))
         return pipes[-1], engine
 
     yield open_pipe

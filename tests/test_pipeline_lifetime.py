@@ -74,7 +74,7 @@ def test_an_engine_beside_another_on_a_gpu_is_told_of(small, monkeypatch, caplog
 
 def test_a_stream_outlives_the_pipeline_that_began_it():
     engine = FakeEngine(TINY_CHAT, echo)
-    pipe = Pipeline.over(Frontend(engine, TOKENIZER, select(TOKENIZER, TINY_CHAT)))
+    pipe = Pipeline.from_frontend(Frontend(engine, TOKENIZER, select(TOKENIZER, TINY_CHAT)))
     stream = pipe.stream_infer("still here", **RAW)
     del pipe
     assert "".join(piece.text for piece in stream) == "still here #0"

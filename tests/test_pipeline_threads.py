@@ -114,7 +114,7 @@ def test_a_progress_bar_changes_nothing(opened, capsys):
 
 def test_prompts_are_logged_shortened(caplog):
     engine = FakeEngine(TINY_CHAT, echo)
-    pipe = Pipeline.over(Frontend(engine, TOKENIZER, select(TOKENIZER, TINY_CHAT), max_log_len=4))
+    pipe = Pipeline.from_frontend(Frontend(engine, TOKENIZER, select(TOKENIZER, TINY_CHAT), max_log_len=4))
     with pipe, caplog.at_level("REQUEST", "lmdeploy_jax"):
         pipe.infer("abcdefgh", **RAW)
     (record,) = [r for r in caplog.records if r.levelno == 15]

@@ -80,7 +80,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
     set_level(flags["log_level"])
     model = prepare(args[0] if args else DEFAULT_MODEL, config, flags["chat_template"])
     gen_config = generation_config(flags, model.folder)
-    with Pipeline.over(open_frontend(model)) as pipe:
+    with Pipeline.from_frontend(open_frontend(model)) as pipe:
         return _converse(flags, Conversation(pipe, gen_config, flags["system"], flags["enable_thinking"]))
 
 

@@ -59,7 +59,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
     config = engine_config(flags)
     set_level(flags["log_level"])
 
-    from lmdeploy_jax.engine import collector
+    from lmdeploy_jax.engine import garbage_collection
     from lmdeploy_jax.engine.prepare import prepare
     from lmdeploy_jax.server.http.sockets import bind
     from lmdeploy_jax.server.run import Server, check
@@ -71,7 +71,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
     signal.signal(signal.SIGTERM, _exit)
     with closing(_frontend(prepared, flags)) as frontend:
         service = Service(frontend, options, model)
-        collector.settle()
+        garbage_collection.freeze()
         Server(service, lambda url: print(f"Serving {service.models[0]} at {url}", flush=True)).run(sockets)
     return 0
 
@@ -96,7 +96,7 @@ def _frontend(model: PreparedModel, flags: FlagSet) -> Frontend:
     from lmdeploy_jax.engine.process.remote import RemoteEngine
 
     engine = RemoteEngine(model.folder, model.config)
-    return Frontend.over(engine, model, flags["max_log_len"])
+    return Frontend.from_engine(engine, model, flags["max_log_len"])
 
 
 def _exit(number: int, _: FrameType | None) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup, check_request
-from lmdeploy_jax.engine.forks import Home
+from lmdeploy_jax.engine.forks import OwnerProcess
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import EngineError
 
@@ -25,7 +25,7 @@ class EngineBase(ABC):
     """Token ids in, token ids out. Every method may be called from any thread."""
 
     facts: EngineFacts
-    home: Home
+    owner: OwnerProcess
     in_process = True  # runs in this process, and needs its grammars compiled
     on_step: Callable[[int], None] | None = None  # told the tokens of each step that is dispatched
 
@@ -78,7 +78,7 @@ class EngineBase(ABC):
         raise TypeError("An engine cannot be handed to another process; open one there.")
 
     def _check(self, request: Request) -> None:
-        self.home.check()
+        self.owner.check()
         if self.sleeping:
             raise EngineError(ASLEEP)
         check_request(request, self.facts)

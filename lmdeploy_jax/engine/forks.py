@@ -29,20 +29,20 @@ def claim_jax() -> None:
         )
 
 
-class Home:
+class OwnerProcess:
     """The process that an engine was opened in."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
 
     @property
-    def left(self) -> bool:
-        """Whether this is another process, forked from it."""
-        return os.getpid() != self._process
+    def is_current(self) -> bool:
+        """Whether this is that process, and not a fork of it."""
+        return os.getpid() == self._process
 
     def check(self) -> None:
-        """Raises EngineError in another process."""
-        if self.left:
+        """Raises EngineError in a fork."""
+        if not self.is_current:
             raise EngineError(
                 f"This engine was opened in process {self._process}, not in this one, a fork of it. {_REMEDY}"
             )

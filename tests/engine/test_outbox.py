@@ -11,7 +11,7 @@ import pytest
 
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup
-from lmdeploy_jax.engine.process.wire import News, unpacked
+from lmdeploy_jax.engine.process.wire import Update, unpacked
 from lmdeploy_jax.engine.process.worker import Outbox
 from lmdeploy_jax.engine.request import StepOutput
 
@@ -23,7 +23,7 @@ class Sent(list):
         self.append(pickle.loads(message))
 
 
-def told(*, on_cpu: bool, running: int) -> list[News]:
+def told(*, on_cpu: bool, running: int) -> list[Update]:
     """The messages about two answers that get a token every PAUSE seconds."""
     startup = Startup("scripted", 0, 0.0, 0.0)
     facts = EngineFacts(Path(), JaxEngineConfig(), SimpleNamespace(vocab_size=9), 64, 64, 7, startup, on_cpu)

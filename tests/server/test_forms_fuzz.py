@@ -56,7 +56,7 @@ def apart(tmp_path_factory):
         eager_mode=True,
         compile_cache_dir=str(tmp_path_factory.mktemp("xla")),
     )
-    frontend = Frontend.over(RemoteEngine(TINY_CHAT, config, progress=False))
+    frontend = Frontend.from_engine(RemoteEngine(TINY_CHAT, config, progress=False))
     with serving(frontend) as live:
         yield live
     frontend.close()

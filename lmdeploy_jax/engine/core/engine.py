@@ -15,13 +15,13 @@ from lmdeploy_jax.cache.pages import DUMP_PAGE
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import ASLEEP, TAGS, EngineBase
 from lmdeploy_jax.engine.core.compile import CompileCounter
-from lmdeploy_jax.engine.core.rest import Rest
 from lmdeploy_jax.engine.core.results import accept, output_of, read_tokens
 from lmdeploy_jax.engine.core.scheduler import DrainFirst, Step
 from lmdeploy_jax.engine.core.setup import set_up
+from lmdeploy_jax.engine.core.sleep import SleepMode
 from lmdeploy_jax.engine.core.steps import Drawn
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats
-from lmdeploy_jax.engine.forks import Home, claim_jax
+from lmdeploy_jax.engine.forks import OwnerProcess, claim_jax
 from lmdeploy_jax.engine.request import Request, Sequence, StepOutput
 from lmdeploy_jax.errors import EngineError, LogitsError
 from lmdeploy_jax.messages import FinishReason
@@ -43,7 +43,7 @@ class Engine(EngineBase):
         self, model: str | Path, config: JaxEngineConfig | None = None, *, progress: bool = True
     ) -> None:
         claim_jax()
-        self.home = Home()
+        self.owner = OwnerProcess()
         config = config or JaxEngineConfig()
         _tell_of_others()
         self._compilations = CompileCounter()
@@ -62,7 +62,7 @@ class Engine(EngineBase):
         self.memory = parts.memory
         self.scheduler = parts.scheduler
         self._runner = parts.runner
-        self._rest = Rest(parts.runner, parts.scheduler, parts.reload)
+        self._sleep_mode = SleepMode(parts.runner, parts.scheduler, parts.reload)
         self._sequences: dict[int, list[Sequence]] = {}  # live sequences of each request
         self._flight: deque[Drawn] = deque()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -81,21 +81,21 @@ class Engine(EngineBase):
         self._post(lambda: self._add(request))
 
     def abort(self, request_id: int, index: int | None = None) -> None:
-        if not self._closed and not self.home.left:
+        if not self._closed and self.owner.is_current:
             self._post(lambda: self._abort(request_id, index))
 
     def sleep(self, level: int = 1) -> None:
         self._call(lambda: self._sleep(level))
 
     def wake(self, tags: Iterable[str] = TAGS) -> None:
-        self._call(lambda: self._rest.wake(tags))
+        self._call(lambda: self._sleep_mode.wake(tags))
 
     @property
     def sleeping(self) -> bool:
-        return bool(self._rest.missing)
+        return bool(self._sleep_mode.released)
 
     def close(self) -> None:
-        if self.home.left:
+        if not self.owner.is_current:
             return
         atexit.unregister(self.close)
         with self._wake:
@@ -123,7 +123,7 @@ class Engine(EngineBase):
         )
 
     def _post(self, command: Callable[[], None]) -> None:
-        self.home.check()
+        self.owner.check()
         with self._wake:
             if self._closed:
                 cause = f": {self._failure!r}" if self._failure else ""
@@ -247,7 +247,7 @@ class Engine(EngineBase):
         for request_id in list(self._sequences):
             self._abort(request_id, None)
         self._drain()
-        self._rest.sleep(level)
+        self._sleep_mode.sleep(level)
 
     def _add(self, request: Request) -> None:
         if self.sleeping:  # since it was submitted

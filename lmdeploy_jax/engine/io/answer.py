@@ -47,14 +47,14 @@ class Answer:
         """The piece that `out` adds. Sets `done` with the last one."""
         hidden_stop = out.stop_token is not None and not self._includes(out.stop_token)
         ids = out.token_ids[:-1] if out.stop_token is not None else out.token_ids
-        text, kept, match = self._take(ids)
+        text, count, match = self._take(ids)
         if match is None and out.finish_reason is not None:
-            rest, match = self._rest(out.stop_token)
-            text += rest
-            kept = len(out.token_ids) - hidden_stop
-            self._generated += kept - len(ids)
+            held, match = self._flush(out.stop_token)
+            text += held
+            count = len(out.token_ids) - hidden_stop
+            self._generated += count - len(ids)
         self.done = match is not None or out.finish_reason is not None
-        return self._piece(out, text, kept, match)
+        return self._piece(out, text, count, match)
 
     def failed(self, error: BaseException) -> Response:
         self.done = True
@@ -71,12 +71,12 @@ class Answer:
             self._generated += len(ids)
             return self._text.feed(ids), len(ids), None
         text = ""
-        for kept, token in enumerate(ids, 1):
+        for count, token in enumerate(ids, 1):
             self._generated += 1
             shown, match = self._match(self._text.feed([token]))
             text += shown
             if match is not None:
-                return text, kept, match
+                return text, count, match
         return text, len(ids), None
 
     def _match(self, text: str) -> tuple[str, str | None]:
@@ -85,7 +85,7 @@ class Answer:
             return text, None
         return self._matcher.feed(text)
 
-    def _rest(self, stop_token: int | None) -> tuple[str, str | None]:
+    def _flush(self, stop_token: int | None) -> tuple[str, str | None]:
         """What was held back, and the stop token's own text where it is asked for."""
         include = stop_token is not None and self._includes(stop_token)
         text = self._text.feed([stop_token]) if include and stop_token is not None else ""
@@ -105,9 +105,10 @@ class Answer:
     def _unseen(self, token: int) -> bool:
         return self._config.skip_special_tokens and self._tokenizer.is_special(token)
 
-    def _piece(self, out: StepOutput, text: str, kept: int, match: str | None) -> Response:
-        cut = len(out.token_ids) - kept
-        ids = out.token_ids[:kept]
+    def _piece(self, out: StepOutput, text: str, count: int, match: str | None) -> Response:
+        """`count`: how many of the output's tokens belong to the answer."""
+        cut = len(out.token_ids) - count
+        ids = out.token_ids[:count]
         error_code, error_message = described(out.error) if out.error is not None else (None, None)
         return Response(
             text=text,

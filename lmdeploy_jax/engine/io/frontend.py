@@ -70,18 +70,18 @@ class Frontend:
             session_len=engine.session_len,
             vocab_size=engine.vocab_size,
             encode=partial(tokenizer.encode, add_bos=False, add_special_tokens=False),
-            eos_ids=_known(tokenizer.eos_token_ids, engine.vocab_size),
+            eos_ids=_within_vocabulary(tokenizer.eos_token_ids, engine.vocab_size),
             template_stops=tuple(template.stop_words),
             is_special=tokenizer.is_special,
         )
         self._max_log_len = max_log_len
-        self._unread: set[str] = set()  # variables that have been told of
+        self._unread: set[str] = set()  # variables that have been warned of
         # Nothing of what these threads hold leads back here: else this would never be the last reference.
         self._outputs = OutputProcessor(tokenizer, partial(_abort, engine))
         self._finalizer = weakref.finalize(self, _close, engine, self._outputs)
 
     @classmethod
-    def over(
+    def from_engine(
         cls,
         engine: EngineBase,
         model: PreparedModel | None = None,
@@ -118,7 +118,7 @@ class Frontend:
             return self.encode_text(text, to_count=to_count)
         if prompt.text is not None:
             messages = [{"role": "user", "content": prompt.text}]
-        self._tell_unread(options.template_kwargs)
+        self._warn_of_unread(options.template_kwargs)
         text = self.template.render(messages, tools=options.tools, **options.template_kwargs)
         # A checkpoint's own template writes every special token itself, as transformers has it.
         complete = isinstance(self.template, HfChatTemplate)
@@ -143,7 +143,7 @@ class Frontend:
             )
         return self.tokenizer.encode(text, add_bos=add_bos, add_special_tokens=add_special_tokens)
 
-    def _tell_unread(self, variables: dict[str, Any]) -> None:
+    def _warn_of_unread(self, variables: dict[str, Any]) -> None:
         """Who sends a variable that the template never reads should know it."""
         unread = {name[:_LONGEST_NAME] for name in {*variables} - self.template.reads.union(SWITCHES)}
         new = unread - self._unread
@@ -216,7 +216,7 @@ def _close(engine: EngineBase, outputs: OutputProcessor) -> None:
     outputs.close()
 
 
-def _known(eos_ids: tuple[int, ...], vocab_size: int) -> frozenset[int]:
+def _within_vocabulary(eos_ids: tuple[int, ...], vocab_size: int) -> frozenset[int]:
     """The ids that the model can give at all."""
     known = frozenset(within(eos_ids, vocab_size))
     if strangers := [i for i in eos_ids if i not in known]:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from lmdeploy_jax.engine.io.answer import Answer, OutputOptions
-from lmdeploy_jax.engine.joined import Joined
+from lmdeploy_jax.engine.merged_output import MergedOutput
 from lmdeploy_jax.engine.request import StepOutput
 from lmdeploy_jax.messages import Response
 from lmdeploy_jax.text.tokenizer import Tokenizer
@@ -56,10 +56,10 @@ class OutputProcessor:
     def _run(self) -> None:
         going = True
         while going:
-            outs: defaultdict[tuple[_Listener, int], Joined] = defaultdict(Joined)
+            outs: defaultdict[tuple[_Listener, int], MergedOutput] = defaultdict(MergedOutput)
             going = self._take(outs)
-            for (listener, _), joined in outs.items():
-                listener.process(joined.whole())
+            for (listener, _), merged in outs.items():
+                listener.process(merged.result())
             for flush in {listener.flush for listener, _ in outs}:
                 self._flush(flush)
 
@@ -70,7 +70,7 @@ class OutputProcessor:
         except Exception:
             logger.exception("a reader of answers failed")
 
-    def _take(self, outs: defaultdict[tuple[_Listener, int], Joined]) -> bool:
+    def _take(self, outs: defaultdict[tuple[_Listener, int], MergedOutput]) -> bool:
         """Everything that waits, by sequence; sleeps if nothing does. False once closed."""
         item = self._inbox.get()
         while item is not None:
@@ -100,20 +100,20 @@ class _Listener:
         self._answers = [
             Answer(processor.tokenizer, prompt, options, choice) for choice in range(options.config.n)
         ]
-        self._whole = not options.stream
+        self._final_only = not options.stream
         # Where nobody reads along, tokens become text once, at the end.
-        self._collect = self._whole and not options.stops.strings
-        self._waiting = [Joined() for _ in self._answers]
-        self._told: list[Response | None] = [None for _ in self._answers]
+        self._merge_all = self._final_only and not options.stops.strings
+        self._waiting = [MergedOutput() for _ in self._answers]
+        self._responses: list[Response | None] = [None for _ in self._answers]
 
     def receive(self, out: StepOutput) -> None:
         """Called on the engine's thread."""
-        if self._collect:
+        if self._merge_all:
             waiting = self._waiting[out.index]
             waiting.add(out)
             if out.finish_reason is None:
                 return
-            out = waiting.whole()
+            out = waiting.result()
         self._processor.put(self, out)
 
     def process(self, out: StepOutput) -> None:
@@ -130,9 +130,9 @@ class _Listener:
         self._tell(out, piece)
 
     def _tell(self, out: StepOutput, piece: Response) -> None:
-        if self._whole:
-            told = self._told[out.index]
-            piece = self._told[out.index] = piece if told is None else told.extend(piece)
+        if self._final_only:
+            before = self._responses[out.index]
+            piece = self._responses[out.index] = piece if before is None else before.extend(piece)
             if piece.finish_reason is None:
                 return
         try:

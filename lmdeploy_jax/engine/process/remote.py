@@ -27,26 +27,26 @@ from typing import Any
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import TAGS, EngineBase
 from lmdeploy_jax.engine.facts import EngineStats
-from lmdeploy_jax.engine.forks import Home
+from lmdeploy_jax.engine.forks import OwnerProcess
 from lmdeploy_jax.engine.process.wire import (
     Abort,
-    Asked,
     Call,
     Failed,
-    News,
     Ready,
     Reply,
+    RequestBody,
     Submit,
+    Update,
     dumps,
     receive,
     unpacked,
 )
-from lmdeploy_jax.engine.process.worker import DEAF, open_engine, run
+from lmdeploy_jax.engine.process.worker import IGNORED_SIGNALS, open_engine, run
 from lmdeploy_jax.engine.request import Request, StepOutput
 from lmdeploy_jax.errors import EngineError, RequestError
 from lmdeploy_jax.logs import logger
 
-_PATIENCE = 20.0  # seconds for the engine's last step, before its process is killed
+_EXIT_TIMEOUT = 20.0  # seconds for the engine's last step, before its process is killed
 _CLOSED = "it has been closed"
 
 
@@ -67,16 +67,16 @@ class RemoteEngine(EngineBase):
         progress: bool = True,
         build: Any = open_engine,
     ) -> None:
-        self.home = Home()
+        self.owner = OwnerProcess()
         opened = partial(build, model, config or JaxEngineConfig(), progress)
         self._process, self._connection = _start(opened)
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, _Running] = {}
         self._calls: dict[int, Future[None]] = {}
         self._numbers = itertools.count()
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # nothing is entered in _live and _calls once nobody will look there
         self._closed = False
-        self._death: str | None = None  # how the process ended
+        self._exit: str | None = None  # how the process ended
         ready = self._first_message()
         self.facts, self._state = ready.facts, ready.state
         self._reader = self._thread(self._read, "reader")
@@ -110,11 +110,11 @@ class RemoteEngine(EngineBase):
         message = _message(request)
         with self._lock:
             self._check_open()
-            self._live[request.request_id] = _Live(request, set(range(request.params.n)))
+            self._live[request.request_id] = _Running(request, set(range(request.params.n)))
         self._outgoing.put(message)
 
     def abort(self, request_id: int, index: int | None = None) -> None:
-        if self.home.left:
+        if not self.owner.is_current:
             return
         self._outgoing.put(dumps(Abort(request_id, index)))
 
@@ -130,7 +130,7 @@ class RemoteEngine(EngineBase):
 
     @property
     def failure(self) -> str | None:
-        return self._death or (_CLOSED if self._closed else self._state.failure)
+        return self._exit or (_CLOSED if self._closed else self._state.failure)
 
     @property
     def stats(self) -> EngineStats:
@@ -138,13 +138,13 @@ class RemoteEngine(EngineBase):
         return self._state.stats
 
     def close(self) -> None:
-        if self.home.left:
+        if not self.owner.is_current:
             return
         atexit.unregister(self.close)
         with self._lock:
             self._closed = True
         self._outgoing.put(None)
-        self._reader.join(_PATIENCE)
+        self._reader.join(_EXIT_TIMEOUT)
         if self._reader.is_alive():
             logger.warning("the engine does not end: its process is killed")
             self._process.kill()
@@ -160,7 +160,7 @@ class RemoteEngine(EngineBase):
 
     def _call(self, method: str, *args: Any) -> None:
         """Have the engine do something and wait for it; raises what it raises."""
-        self.home.check()
+        self.owner.check()
         done: Future[None] = Future()
         number = next(self._numbers)
         with self._lock:
@@ -189,14 +189,14 @@ class RemoteEngine(EngineBase):
             self._process.kill()
             self._end(self._reaped())
 
-    def _take(self, news: News) -> None:
-        self._state = news.state
-        for sent in news.outputs:
+    def _take(self, update: Update) -> None:
+        self._state = update.state
+        for sent in update.outputs:
             self._deliver(unpacked(sent))
-        for reply in news.replies:
+        for reply in update.replies:
             self._answer(reply)
         if self.on_step is not None:
-            for tokens in news.steps:
+            for tokens in update.steps:
                 self.on_step(tokens)
 
     def _deliver(self, out: StepOutput) -> None:
@@ -219,7 +219,7 @@ class RemoteEngine(EngineBase):
         """Tell everyone who waits; nothing may hang on a process that has ended."""
         with self._lock:
             if not self._closed:
-                self._death = cause
+                self._exit = cause
                 logger.error("%s", cause)
             live, self._live = self._live, {}
             calls, self._calls = self._calls, {}
@@ -227,7 +227,7 @@ class RemoteEngine(EngineBase):
         for request_id, waiting in live.items():
             for index in waiting.open:
                 out = StepOutput(request_id, index, finish_reason="abort")
-                if self._death is not None:
+                if self._exit is not None:
                     out.finish_reason, out.error = "error", error
                 waiting.request.tell(out)
         for done in calls.values():
@@ -235,7 +235,7 @@ class RemoteEngine(EngineBase):
 
     def _reaped(self) -> str:
         """How the process has ended, which it is given a while for."""
-        self._process.join(_PATIENCE)
+        self._process.join(_EXIT_TIMEOUT)
         if self._process.exitcode is None:
             self._process.kill()
             self._process.join()
@@ -245,7 +245,7 @@ class RemoteEngine(EngineBase):
 
 
 @dataclass
-class _Live:
+class _Running:
     """A request that runs, and which of its sequences have not ended."""
 
     request: Request
@@ -258,7 +258,8 @@ def _start(build: Any) -> tuple[BaseProcess, Connection]:
     here, there = spawn.Pipe()
     process = spawn.Process(target=run, args=(there, build, logger.level), name="lmdeploy_jax engine")
     resource_tracker.ensure_running()  # `start` would do it, and take the signals' mask away
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF)  # inherited: no moment in which it is not deaf
+    # The mask is inherited, so that there is no moment in which the signals would end the new process.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
         process.start()
     finally:
@@ -273,7 +274,7 @@ def _message(request: Request) -> bytes:
     sent = params if grammar is None else params.with_grammar(None)
     source = None if grammar is None else (grammar.source.text, grammar.source.size)
     try:
-        asked = Asked(request.prompt, sent, request.streams, request.arrival, source)
-        return dumps(Submit(request.request_id, params.n, dumps(asked)))
+        body = RequestBody(request.prompt, sent, request.streams, request.arrival, source)
+        return dumps(Submit(request.request_id, params.n, dumps(body)))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise RequestError(f"The request cannot be sent to the engine's process: {error}") from error

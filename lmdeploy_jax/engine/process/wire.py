@@ -17,14 +17,14 @@ from lmdeploy_jax.prompt import EncodedPrompt
 
 
 class Submit(NamedTuple):
-    """A request. `body` is a pickled `Asked`: one that cannot be read there costs its own request only."""
+    """A request. `body` is a pickled `RequestBody`, so that one that cannot be read there costs no other."""
 
     request_id: int
     n: int
     body: bytes
 
 
-class Asked(NamedTuple):
+class RequestBody(NamedTuple):
     """What a request asks. `params.grammar` stays behind: `grammar` is its `Source`, to be compiled again."""
 
     prompt: EncodedPrompt
@@ -80,7 +80,7 @@ class Reply(NamedTuple):
     error: BaseException | None
 
 
-class News(NamedTuple):
+class Update(NamedTuple):
     """Everything that has come up since the last message, in its order. steps: the tokens of each step."""
 
     state: State

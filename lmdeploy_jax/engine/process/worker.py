@@ -21,20 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from lmdeploy_jax.config import JaxEngineConfig
-from lmdeploy_jax.engine import collector
+from lmdeploy_jax.engine import garbage_collection
 from lmdeploy_jax.engine.base import EngineBase
-from lmdeploy_jax.engine.joined import Joined
+from lmdeploy_jax.engine.merged_output import MergedOutput
 from lmdeploy_jax.engine.process.compiling import CompilingRequests
 from lmdeploy_jax.engine.process.wire import (
     Abort,
-    Asked,
     Call,
     Failed,
-    News,
     Ready,
     Reply,
+    RequestBody,
     State,
     Submit,
+    Update,
     dumps,
     packed,
     portable,
@@ -45,11 +45,12 @@ from lmdeploy_jax.errors import EngineError, LmdeployError
 from lmdeploy_jax.logs import logger, set_level
 
 Build = Callable[[], EngineBase]
-DEAF = (signal.SIGINT, signal.SIGTERM)  # the parent answers them for both: running answers are finished first
-_GLANCE = 0.25  # seconds after which the state is looked at where nothing has happened
+# The parent answers these for both, and lets running answers finish first.
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_POLL_SECONDS = 0.25  # seconds after which the state is looked at where nothing has happened
 # Least seconds between two messages where the engine is on a CPU, for each running sequence and at most: what
 # the server does for a message, stream by stream, takes cores away from it.
-_PACE_ON_CPU, _SLOWEST = 0.001, 0.04
+_INTERVAL_ON_CPU, _LONGEST_INTERVAL = 0.001, 0.04
 
 
 def open_engine(model: str | Path, config: JaxEngineConfig, progress: bool) -> EngineBase:
@@ -61,7 +62,7 @@ def open_engine(model: str | Path, config: JaxEngineConfig, progress: bool) -> E
 
 def run(connection: Connection, build: Build, level: int) -> None:
     """The process's main function: starts the engine and serves until the parent closes it, or is gone."""
-    for number in DEAF:
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     set_level(level)
@@ -70,7 +71,7 @@ def run(connection: Connection, build: Build, level: int) -> None:
     except BaseException as error:
         connection.send_bytes(dumps(Failed(_explained(error))))
         return
-    collector.settle()
+    garbage_collection.freeze()
     Worker(engine, connection).serve()
 
 
@@ -118,8 +119,8 @@ class Worker:
 
     def _submit(self, message: Submit) -> None:
         try:
-            asked: Asked = pickle.loads(message.body)
-            prompt, params, streams, arrival, grammar = asked
+            body: RequestBody = pickle.loads(message.body)
+            prompt, params, streams, arrival, grammar = body
             request = Request(prompt, params, self._outbox.put, streams, message.request_id, arrival)
             if grammar is not None:
                 self._compiling.submit(request, grammar)
@@ -130,10 +131,10 @@ class Worker:
                 out = StepOutput(message.request_id, i, finish_reason="error", error=portable(error))
                 self._outbox.put(out)
 
-    def _abort(self, asked: Abort) -> None:
-        if not self._compiling.abort(asked.request_id, asked.sequence):
+    def _abort(self, message: Abort) -> None:
+        if not self._compiling.abort(message.request_id, message.sequence):
             with suppress(EngineError):  # it has ended with the engine
-                self._engine.abort(asked.request_id, asked.sequence)
+                self._engine.abort(message.request_id, message.sequence)
 
     def _error_of(self, call: Call) -> BaseException | None:
         try:
@@ -150,14 +151,14 @@ class Outbox:
         self._engine = engine
         self._connection = connection
         self._waiting: queue.SimpleQueue[StepOutput | Reply | None] = queue.SimpleQueue()
-        self._steps: deque[int] = deque()  # wakes nobody: outputs follow, or the next glance takes them along
+        self._steps: deque[int] = deque()  # wakes nobody: outputs follow, or the next poll takes them along
         engine.on_step = self._steps.append
         self.put = self._waiting.put
-        self._told = self._state
-        self._pace = _PACE_ON_CPU if engine.facts.on_cpu else 0.0
+        self._sent_state = self._state
+        self._interval = _INTERVAL_ON_CPU if engine.facts.on_cpu else 0.0
         self._due = 0.0  # on the monotonic clock: when the next message may go
         self._open = True
-        connection.send_bytes(dumps(Ready(engine.facts, self._told)))
+        connection.send_bytes(dumps(Ready(engine.facts, self._sent_state)))
         self._thread = threading.Thread(target=self._run, name="lmdeploy_jax sender", daemon=True)
         self._thread.start()
 
@@ -173,22 +174,22 @@ class Outbox:
     def _run(self) -> None:
         try:
             while self._open:
-                news = self._collected()
-                if news.outputs or news.replies or news.steps or news.state != self._told:
-                    self._connection.send_bytes(dumps(news))
-                    self._told = news.state
+                update = self._collected()
+                if update.outputs or update.replies or update.steps or update.state != self._sent_state:
+                    self._connection.send_bytes(dumps(update))
+                    self._sent_state = update.state
         except OSError:
             pass  # the parent has gone
         except Exception:
             logger.exception("the engine's process ends, since it can tell nothing more")
             os._exit(1)
 
-    def _collected(self) -> News:
+    def _collected(self) -> Update:
         """Everything that waits, the outputs of a sequence as one; after a while, nothing."""
-        outputs: defaultdict[tuple[int, int], Joined] = defaultdict(Joined)
+        outputs: defaultdict[tuple[int, int], MergedOutput] = defaultdict(MergedOutput)
         replies = []
         with suppress(queue.Empty):
-            item = self._waiting.get(timeout=_GLANCE)
+            item = self._waiting.get(timeout=_POLL_SECONDS)
             time.sleep(max(self._due - time.monotonic(), 0.0))
             while item is not None:
                 if isinstance(item, Reply):
@@ -198,6 +199,6 @@ class Outbox:
                 item = self._waiting.get_nowait()
             self._open = False
         state = self._state
-        self._due = time.monotonic() + min(self._pace * state.stats.running, _SLOWEST)
+        self._due = time.monotonic() + min(self._interval * state.stats.running, _LONGEST_INTERVAL)
         steps = [self._steps.popleft() for _ in range(len(self._steps))]
-        return News(state, [packed(out.whole()) for out in outputs.values()], replies, steps)
+        return Update(state, [packed(out.result()) for out in outputs.values()], replies, steps)

@@ -1,4 +1,4 @@
-"""Outputs of one sequence that wait for the same reader, taken together."""
+"""What one sequence has been given while its reader was busy, merged."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from lmdeploy_jax.engine.request import StepOutput
 
 
-class Joined:
+class MergedOutput:
     """Several outputs of one sequence, in order, as one.
 
-    They are taken in one by one: thousands that wait would be walked by Python's garbage collector.
+    They are merged as they come: Python's garbage collector would walk thousands of them that wait.
     """
 
     __slots__ = ("_out", "_rows")
@@ -22,6 +22,7 @@ class Joined:
         self._rows: tuple[list[Any], list[Any]] | None = None  # of logits and hidden states, where asked for
 
     def add(self, out: StepOutput) -> None:
+        """Append one."""
         if out.logits is not None or out.hidden is not None:
             self._add_rows(out)
         first, self._out = self._out, out
@@ -38,7 +39,8 @@ class Joined:
         for rows, new in zip(self._rows, (out.logits, out.hidden), strict=True):
             rows.extend([] if new is None else [new])
 
-    def whole(self) -> StepOutput:
+    def result(self) -> StepOutput:
+        """All that has been added, of which there must be something."""
         assert self._out is not None
         if self._rows is not None:
             logits, hidden = self._rows

@@ -10,7 +10,7 @@ import gc
 THRESHOLDS = (10_000, 20, 10)
 
 
-def settle() -> None:
+def freeze() -> None:
     """What is there now stays, and need not be walked again."""
     gc.collect()
     gc.freeze()
