@@ -256,7 +256,7 @@ def test_a_process_that_is_killed_fails_what_runs(scripted):
 
 
 def test_a_process_that_hangs_is_killed_at_the_end(scripted, monkeypatch):
-    monkeypatch.setattr("lmdeploy_jax.engine.process.remote._PATIENCE", 0.5)
+    monkeypatch.setattr("lmdeploy_jax.engine.process.remote._EXIT_TIMEOUT", 0.5)
     collector = Collector()
     submit(scripted, [5], collector, max_new_tokens=10**6)
     os.kill(scripted._process.pid, signal.SIGSTOP)

@@ -39,8 +39,9 @@ class SleepMode:
             self._runner.release_caches()
             self._scheduler.cache = self._scheduler.cache.emptied()
         if WEIGHTS not in self.released:
-            self._shardings = [leaf.sharding for leaf in self._runner.state.leaves]
-            self._host_weights = [np.array(leaf) for leaf in self._runner.state.leaves] if level == 1 else None
+            leaves = self._runner.state.leaves
+            self._shardings = [leaf.sharding for leaf in leaves]
+            self._host_weights = [np.array(leaf) for leaf in leaves] if level == 1 else None
             self._runner.state.release_leaves()
         if level == 2:
             self._host_weights = None

@@ -274,7 +274,8 @@ def _message(request: Request) -> bytes:
     sent = params if grammar is None else params.with_grammar(None)
     source = None if grammar is None else (grammar.source.text, grammar.source.size)
     try:
-        body = RequestBody(request.prompt, sent, request.streams, request.arrival, source)
+        prompt = (request.prompt.ids, request.prompt.spans, request.prompt.salt)
+        body = RequestBody(prompt, sent, request.streams, request.arrival, source)
         return dumps(Submit(request.request_id, params.n, dumps(body)))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise RequestError(f"The request cannot be sent to the engine's process: {error}") from error

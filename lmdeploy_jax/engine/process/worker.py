@@ -43,6 +43,7 @@ from lmdeploy_jax.engine.process.wire import (
 from lmdeploy_jax.engine.request import Request, StepOutput
 from lmdeploy_jax.errors import EngineError, LmdeployError
 from lmdeploy_jax.logs import logger, set_level
+from lmdeploy_jax.prompt import EncodedPrompt
 
 Build = Callable[[], EngineBase]
 # The parent answers these for both, and lets running answers finish first.
@@ -121,7 +122,8 @@ class Worker:
         try:
             body: RequestBody = pickle.loads(message.body)
             prompt, params, streams, arrival, grammar = body
-            request = Request(prompt, params, self._outbox.put, streams, message.request_id, arrival)
+            encoded = EncodedPrompt(*prompt)
+            request = Request(encoded, params, self._outbox.put, streams, message.request_id, arrival)
             if grammar is not None:
                 self._compiling.submit(request, grammar)
             else:
