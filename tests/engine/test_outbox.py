@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lmdeploy_jax.cache.layout import CacheGroup, CacheLayout
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup
 from lmdeploy_jax.engine.process.wire import Update, unpacked
@@ -26,7 +27,8 @@ class Sent(list):
 def told(*, on_cpu: bool, running: int) -> list[Update]:
     """The messages about two answers that get a token every PAUSE seconds."""
     startup = Startup("scripted", 0, 0.0, 0.0)
-    facts = EngineFacts(Path(), JaxEngineConfig(), SimpleNamespace(vocab_size=9), 64, 64, 7, startup, on_cpu)
+    model, layout = SimpleNamespace(vocab_size=9), CacheLayout((CacheGroup(),), (), ())
+    facts = EngineFacts(Path(), JaxEngineConfig(), model, 64, 64, 7, layout, startup, on_cpu)
     engine = SimpleNamespace(
         facts=facts, stats=EngineStats(running=running), sleeping=False, failure=None, on_step=None
     )
