@@ -9,15 +9,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from lmdeploy_jax.pallas_kernels.options import MASKED, AttentionOptions
+from lmdeploy_jax.pallas_kernels.shapes import Row, Softmax
 
+Index = Int32[Array, ""]
 LOG2E = math.log2(math.e)  # logits are kept in base 2: the hardware's exponential is exp2
 
-State = tuple[jax.Array, jax.Array, jax.Array]  # running maximum [N], denominator [N], output [N, D]
 
-
-def load_page(ref: jax.Ref, page: jax.Array, head: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+def load_page(ref: jax.Ref, page: Index, head: Index, valid: Index | None = None) -> Float[Array, "P D"]:
     """One head's page of a cache [pages, KH, P, D] -> [P, D padded to a power of two].
 
     Padding columns, and rows from `valid` on, come out as zeros: what an unused slot holds never counts.
@@ -34,7 +35,7 @@ def load_page(ref: jax.Ref, page: jax.Array, head: jax.Array, valid: jax.Array |
     return plt.load(ref.at[page, head, row, column], mask=mask, other=0)
 
 
-def initial_state(rows: int, head_dim: int) -> State:
+def initial_state(rows: int, head_dim: int) -> Softmax:
     """The state of a softmax over no keys."""
     return (
         jnp.full((rows,), MASKED, jnp.float32),
@@ -44,14 +45,14 @@ def initial_state(rows: int, head_dim: int) -> State:
 
 
 def attend_page(
-    state: State,
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    visible: jax.Array | None,
+    state: Softmax,
+    q: Float[Array, "N D"],
+    keys: Float[Array, "P D"],
+    values: Float[Array, "P D"],
+    visible: Bool[Array, "#N P"] | None,
     options: AttentionOptions,
-) -> State:
-    """Adds a page of keys and values [P, D] to the softmax of q [N, D]; `visible` [N, P], None: all.
+) -> Softmax:
+    """Adds a page of keys and values to the softmax of q; `visible`: which keys a row sees, None: all.
 
     A row must see a key sooner or later: the weights it gathers until then decay to 0 at the first one.
     """
@@ -70,8 +71,8 @@ def attend_page(
     return new_maximum, denominator * decay + jnp.sum(weights, axis=1), new_out
 
 
-def add_sink(state: State, sink: jax.Array) -> State:
-    """Adds a key with logit `sink` [N] and a value of zero."""
+def add_sink(state: Softmax, sink: Row) -> Softmax:
+    """Adds a key with logit `sink` and a value of zero."""
     maximum, denominator, out = state
     sink = sink * LOG2E
     new_maximum = jnp.maximum(maximum, sink)
@@ -79,12 +80,12 @@ def add_sink(state: State, sink: jax.Array) -> State:
     return new_maximum, denominator * decay + jnp.exp2(sink - new_maximum), out * decay[:, None]
 
 
-def normalised(state: State) -> jax.Array:
-    """The softmax's output [N, D]; zeros for a row that saw nothing."""
+def normalised(state: Softmax) -> Float32[Array, "N D"]:
+    """The softmax's output; zeros for a row that saw nothing."""
     _, denominator, out = state
     return out / jnp.maximum(denominator, 1e-30)[:, None]
 
 
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def dot(a: Float[Array, "M K"], b: Float[Array, "K N"]) -> Float32[Array, "M N"]:
     """a @ b, accumulated in f32; float32 inputs are not rounded to TF32."""
     return plt.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
 
 from lmdeploy_jax.pallas_kernels.options import MASKED, AttentionOptions
+from lmdeploy_jax.pallas_kernels.shapes import Pages
 
 HIGHEST = lax.Precision.HIGHEST
 FEW_ROWS = range(2, 17)  # query rows for which keys are turned into columns first
@@ -20,20 +22,19 @@ State = tuple[jax.Array, jax.Array, jax.Array]  # running maximum, denominator [
 
 
 def attend_paged(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    tables: jax.Array,
-    positions: jax.Array,
-    sinks: jax.Array | None,
+    q: Float[Array, "B KH N D"],
+    k_pages: Pages,
+    v_pages: Pages,
+    tables: Int32[Array, "B M"],
+    positions: Int32[Array, "B N"],
+    sinks: Float32[Array, "KH N"] | None,
     options: AttentionOptions,
     *,
     group: int,
-) -> jax.Array:
+) -> Float32[Array, "B KH N D"]:
     """Attention of B independent blocks of N query rows for each KV head.
 
-    q [B, KH, N, D]; tables int32 [B, M], each block's pages; positions int32 [B, N], where -1 sees nothing
-    and comes out as zeros; sinks f32 [KH, N] or None. Returns f32 [B, KH, N, D].
+    `tables` has each block's pages; a row at position -1 sees nothing and comes out as zeros.
     Blocks run `group` at a time, each group for as many steps as its longest block needs; groups after the
     last live block cost nothing.
     """

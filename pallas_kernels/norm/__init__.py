@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import jax
+from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.norm import xla
 from lmdeploy_jax.pallas_kernels.norm.xla import rms_norm
@@ -12,8 +12,14 @@ __all__ = ["add_rms_norm", "rms_norm"]
 
 
 def add_rms_norm(
-    x: jax.Array, delta: jax.Array, weight: jax.Array, *, eps: float, offset: float = 0.0, backend: str
-) -> tuple[jax.Array, jax.Array]:
+    x: Float[Array, "T E"],
+    delta: Float[Array, "*S T E"],
+    weight: Float[Array, " E"],
+    *,
+    eps: float,
+    offset: float = 0.0,
+    backend: str,
+) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
     """Adds `delta` to the residual stream x, rounded once: -> the new x [T, E] and its RMSNorm [T, E].
 
     x [T, E]; delta [T, E], or [S, T, E] in f32: parts whose sum is meant (a matrix product cut along its

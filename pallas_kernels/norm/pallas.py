@@ -9,14 +9,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 
 
 def add_rms_norm(
-    x: jax.Array, parts: jax.Array, weight: jax.Array, *, eps: float, offset: float, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
-    """See `lmdeploy_jax.pallas_kernels.norm`; parts [S, T, E]."""
+    x: Float[Array, "T E"],
+    parts: Float[Array, "S T E"],
+    weight: Float[Array, " E"],
+    *,
+    eps: float,
+    offset: float,
+    interpret: bool,
+) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
+    """See `lmdeploy_jax.pallas_kernels.norm`."""
     rows, size = x.shape
     num_warps = min(max(pl.next_power_of_2(size) // 512, 1), 16)
     how = Launch("add_rms_norm", (rows,), num_warps, num_stages=1, aliases={0: 0})
@@ -50,12 +57,14 @@ def _kernel(
     plt.store(normed_ref.at[row, column], weigh(normed, weight, offset, x_ref.dtype), mask=mask)
 
 
-def inverse_rms(wide: jax.Array, size: int, eps: float) -> jax.Array:
-    """1 / RMS of the last axis of wide f32 [..., N], which is padded with zeros beyond `size` columns."""
+def inverse_rms(wide: Float32[Array, "*rows N"], size: int, eps: float) -> Float32[Array, "*rows 1"]:
+    """1 / RMS of the last axis, which is padded with zeros beyond `size` columns."""
     return lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) * (1.0 / size) + eps)
 
 
-def weigh(normed: jax.Array, weight: jax.Array, offset: float, dtype: jnp.dtype) -> jax.Array:
+def weigh(
+    normed: Float32[Array, "*rows N"], weight: Float[Array, "*any N"], offset: float, dtype: jnp.dtype
+) -> Float[Array, "*rows N"]:
     """Multiplies by the weight, rounding where `rms_norm` of the XLA path does."""
     if offset:
         return (normed * (weight.astype(jnp.float32) + offset)).astype(dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, offset: float = 0.0) -> jax.Array:
+def rms_norm(
+    x: Float[Array, "*rows E"], weight: Float[Array, " E"], *, eps: float, offset: float = 0.0
+) -> Float[Array, "*rows E"]:
     """Normalises the last axis in float32; with an `offset`, the weight is applied in float32 too (Gemma)."""
     wide = x.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
@@ -17,8 +19,13 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, offset: float = 0.0
 
 
 def add_rms_norm(
-    x: jax.Array, delta: jax.Array, weight: jax.Array, *, eps: float, offset: float
-) -> tuple[jax.Array, jax.Array]:
+    x: Float[Array, "T E"],
+    delta: Float[Array, "*S T E"],
+    weight: Float[Array, " E"],
+    *,
+    eps: float,
+    offset: float,
+) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
     """See `lmdeploy_jax.pallas_kernels.norm`."""
     delta = jnp.sum(delta, axis=0) if delta.ndim == 3 else delta
     x = (x.astype(jnp.float32) + delta.astype(jnp.float32)).astype(x.dtype)

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions, check_sinks
 from lmdeploy_jax.pallas_kernels.paged_attention import xla
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, as_parts
+from lmdeploy_jax.pallas_kernels.shapes import QKV, Pages, Sinks, Slots
 
 
 def paged_attention(
-    qkv: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    slots: jax.Array,
-    page_table: jax.Array,
-    kv_lens: jax.Array,
-    split_counters: jax.Array,
+    qkv: QKV,
+    k_pages: Pages,
+    v_pages: Pages,
+    slots: Slots,
+    page_table: Int32[Array, "T M"],
+    kv_lens: Int32[Array, " T"],
+    split_counters: Int32[Array, "T KH"],
     work: HeadWork,
     *,
     options: AttentionOptions,
-    sinks: jax.Array | None = None,
+    sinks: Sinks | None = None,
     eps: float = 1e-6,
     offset: float = 0.0,
     dtype: DTypeLike,
     backend: str,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages, Int32[Array, "T KH"]]:
     """`rope_kv_write`, whose arguments qkv, the cache, slots, work, eps, offset and dtype are, and attention.
 
     Each of T sequences attends with its new token to what the cache has of it, the new token included, whose

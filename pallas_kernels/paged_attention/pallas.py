@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.blocks import (
-    State,
     add_sink,
     attend_page,
     initial_state,
@@ -33,6 +34,7 @@ from lmdeploy_jax.pallas_kernels.heads import HeadRefs, HeadTile
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.options import MASKED, AttentionOptions
 from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
+from lmdeploy_jax.pallas_kernels.shapes import Pages, Sinks, Slots, Softmax
 
 MIN_ROWS = 16  # rows of the smallest tensor-core product
 MAX_SPLITS = 32
@@ -49,15 +51,15 @@ class Tuning:
 
 
 def paged_attention(
-    parts: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    slots: jax.Array,
-    page_table: jax.Array,
-    kv_lens: jax.Array,
-    split_counters: jax.Array,
+    parts: Float[Array, "S T KH R D"],
+    k_pages: Pages,
+    v_pages: Pages,
+    slots: Slots,
+    page_table: Int32[Array, "T M"],
+    kv_lens: Int32[Array, " T"],
+    split_counters: Int32[Array, "T KH"],
     work: HeadWork,
-    sinks: jax.Array | None,
+    sinks: Sinks | None,
     options: AttentionOptions,
     *,
     eps: float,
@@ -65,8 +67,8 @@ def paged_attention(
     dtype: DTypeLike,
     tuning: Tuning | None = None,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """See `lmdeploy_jax.pallas_kernels.paged_attention`; parts [S, T, KH, G + 2, D]."""
+) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages, Int32[Array, "T KH"]]:
+    """See `lmdeploy_jax.pallas_kernels.paged_attention`."""
     _, tokens, kv_heads, rows, head_dim = parts.shape
     tuning = tuning or _tuning(tokens * kv_heads, head_dim, k_pages.dtype)
     splits = split_count(tokens * kv_heads, page_table.shape[1], tuning.programs)
@@ -114,7 +116,7 @@ def _kernel(
     table_ref: jax.Ref,
     lens_ref: jax.Ref,
     sinks_ref: jax.Ref | None,
-    *refs: jax.Ref,
+    *refs: Any,
     options: AttentionOptions,
     eps: float,
     offset: float,
@@ -133,7 +135,7 @@ def _kernel(
     rows = _HeadRows(q_ref)
     state = _attend(q_ref, k_ref, v_ref, table_ref, pages, rows, options)
 
-    def finish(state: State) -> None:
+    def finish(state: Softmax) -> None:
         if sinks_ref is not None:
             at = sinks_ref.at[kv_head * new.group + rows.number]
             state = add_sink(state, plt.load(at, mask=rows.valid, other=0.0))
@@ -156,10 +158,10 @@ def _kernel(
     pl.when((split < pages.splits) & (pages.splits > 1))(hand_in)
 
 
-def _merged(part_ref: jax.Ref, lse_ref: jax.Ref, splits: jax.Array, rows: _HeadRows) -> State:
+def _merged(part_ref: jax.Ref, lse_ref: jax.Ref, splits: jax.Array, rows: _HeadRows) -> Softmax:
     """The softmax over what all splits saw: each is like one key, its output the value."""
 
-    def step(split: jax.Array, state: State) -> State:
+    def step(split: jax.Array, state: Softmax) -> Softmax:
         maximum, denominator, out = state
         lse = plt.load(lse_ref.at[split, *rows.place, rows.number], mask=rows.valid, other=MASKED)
         part = plt.load(part_ref.at[rows.at(split)], mask=rows.mask, other=0.0)
@@ -218,13 +220,13 @@ def _attend(
     pages: _Share,
     rows: _HeadRows,
     options: AttentionOptions,
-) -> State:
+) -> Softmax:
     """The online softmax of this program's heads over its pages."""
     kv_head, sequence = pl.program_id(0), pl.program_id(2)
     page_size = k_ref.shape[2]
     q = plt.load(q_ref.at[rows.at()], mask=rows.mask, other=0).astype(k_ref.dtype)
 
-    def step(index: jax.Array, state: State) -> State:
+    def step(index: jax.Array, state: Softmax) -> Softmax:
         page = table_ref[sequence, index]
         keys = load_page(k_ref, page, kv_head)
         values = load_page(v_ref, page, kv_head, pages.length - index * page_size)

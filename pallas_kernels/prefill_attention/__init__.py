@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions, check_cache, check_heads
 from lmdeploy_jax.pallas_kernels.prefill_attention import xla
 from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import TILE_ROWS, build_tiles, max_tiles, tile_rows
 from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.shapes import Pages, Sinks, Tiles
 
 __all__ = ["build_tiles", "max_tiles", "prefill_attention", "tile_rows", "why_not_mosaic"]
 
@@ -24,17 +25,17 @@ def why_not_mosaic(dtype: DTypeLike, cache_dtype: DTypeLike, head_dim: int) -> s
 
 
 def prefill_attention(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    tiles: jax.Array,
+    q: Float[Array, "T H D"],
+    k_pages: Pages,
+    v_pages: Pages,
+    page_table: Int32[Array, "S M"],
+    tiles: Tiles,
     *,
     options: AttentionOptions,
-    sinks: jax.Array | None = None,
+    sinks: Sinks | None = None,
     backend: str,
     tile_rows: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "T H D"]:
     """Causal attention of packed query rows over pages that already hold their keys and values.
 
     q [T, H, D]; k_pages, v_pages [pages, KH, PAGE_SIZE, D]; page_table int32 [S, M], padded with 0; tiles

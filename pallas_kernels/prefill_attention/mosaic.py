@@ -21,9 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import SHORT
+from lmdeploy_jax.pallas_kernels.shapes import Pages, Tiles
 
 GROUPS = 2  # of 128 threads that compute
 ROWS = 64  # queries of each
@@ -42,14 +44,14 @@ class Tuning:
 
 
 def prefill_attention(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    tiles: jax.Array,
+    q: Float[Array, "T H D"],
+    k_pages: Pages,
+    v_pages: Pages,
+    page_table: Int32[Array, "S M"],
+    tiles: Tiles,
     options: AttentionOptions,
     tuning: Tuning = Tuning(),
-) -> jax.Array:
+) -> Float[Array, "T H D"]:
     """q with the outputs of all tiles that are not short in their rows; those come first in `tiles`."""
     # XLA would make a call with slices of one array a graph of its own, recorded anew at every run.
     page_table, tiles = jnp.maximum(page_table, 0), jnp.maximum(tiles, 0)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.blocks import (
-    State,
     add_sink,
     attend_page,
     initial_state,
@@ -27,6 +27,7 @@ from lmdeploy_jax.pallas_kernels.blocks import (
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import SHORT, TILE_ROWS
+from lmdeploy_jax.pallas_kernels.shapes import Pages, Sinks, Softmax, Tiles
 
 SMALL_BLOCK = 16  # rows of the block that serves short tiles
 
@@ -41,18 +42,18 @@ class Tuning:
 
 
 def prefill_attention(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    tiles: jax.Array,
-    sinks: jax.Array | None,
+    q: Float[Array, "T H D"],
+    k_pages: Pages,
+    v_pages: Pages,
+    page_table: Int32[Array, "S M"],
+    tiles: Tiles,
+    sinks: Sinks | None,
     options: AttentionOptions,
     *,
     tuning: Tuning | None = None,
     only_short: bool = False,
     interpret: bool,
-) -> jax.Array:
+) -> Float[Array, "T H D"]:
     """See `lmdeploy_jax.pallas_kernels.prefill_attention`; the rows of long tiles may be left alone."""
     kv_heads = k_pages.shape[1]
     group = q.shape[1] // kv_heads
@@ -149,12 +150,12 @@ def _attend_pages(
     positions: jax.Array,
     part: _Block,
     options: AttentionOptions,
-) -> State:
+) -> Softmax:
     page_size = k_ref.shape[2]
     oldest = part.position + part.first
     newest = part.position + jnp.minimum(part.first + part.size // part.group, part.count) - 1
 
-    def step(index: jax.Array, state: State, *, masked: bool) -> State:
+    def step(index: jax.Array, state: Softmax, *, masked: bool) -> Softmax:
         page = table_ref[part.table_row, index]
         keys = load_page(k_ref, page, part.kv_head)
         if not masked:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
+from lmdeploy_jax.pallas_kernels.shapes import Pages, Sinks, Tiles
 from lmdeploy_jax.pallas_kernels.streaming import attend_paged
 
 GROUP = 8  # tiles a loop
 
 
 def prefill_attention(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    tiles: jax.Array,
-    sinks: jax.Array | None,
+    q: Float[Array, "T H D"],
+    k_pages: Pages,
+    v_pages: Pages,
+    page_table: Int32[Array, "S M"],
+    tiles: Tiles,
+    sinks: Sinks | None,
     options: AttentionOptions,
     rows: int,
-) -> jax.Array:
+) -> Float[Array, "T H D"]:
     """See `lmdeploy_jax.pallas_kernels.prefill_attention`; `rows` is the most that one tile holds."""
     tokens, heads, head_dim = q.shape
     kv_heads = k_pages.shape[1]

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import jax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.options import check_cache
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.rope_kv_write import xla
 from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
+from lmdeploy_jax.pallas_kernels.shapes import QKV, Pages, Slots
 
 __all__ = ["HeadWork", "as_parts", "rope_kv_write"]
 
 
 def rope_kv_write(
-    qkv: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    slots: jax.Array,
+    qkv: QKV,
+    k_pages: Pages,
+    v_pages: Pages,
+    slots: Slots,
     work: HeadWork,
     *,
     eps: float = 1e-6,
     offset: float = 0.0,
     dtype: DTypeLike,
     backend: str,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages]:
     """-> q [T, KH, G, D] in `dtype`, ready for attention, and the cache with T new tokens in it.
 
     qkv [T, KH, G + 2, D]: for each KV head its G query heads, k and v; or [S, T, KH, G + 2, D] in f32: parts
@@ -47,8 +48,8 @@ def rope_kv_write(
 
 
 def as_parts(
-    qkv: jax.Array, k_pages: jax.Array, v_pages: jax.Array, slots: jax.Array, work: HeadWork
-) -> jax.Array:
+    qkv: QKV, k_pages: Pages, v_pages: Pages, slots: Slots, work: HeadWork
+) -> Float[Array, "S T KH R D"]:
     """qkv as [S, T, KH, G + 2, D]. Raises ValueError for shapes that do not fit."""
     check_cache(k_pages, v_pages)
     parts = qkv if qkv.ndim == 5 else qkv[None]

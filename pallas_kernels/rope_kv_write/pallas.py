@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.heads import HeadRefs, HeadTile
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
+from lmdeploy_jax.pallas_kernels.shapes import Pages, Slots
 
 MAX_WARPS = 8
 
 
 def rope_kv_write(
-    parts: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    slots: jax.Array,
+    parts: Float[Array, "S T KH R D"],
+    k_pages: Pages,
+    v_pages: Pages,
+    slots: Slots,
     work: HeadWork,
     *,
     eps: float,
     offset: float,
     dtype: DTypeLike,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `lmdeploy_jax.pallas_kernels.rope_kv_write`; parts [S, T, KH, G + 2, D]."""
+) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages]:
+    """See `lmdeploy_jax.pallas_kernels.rope_kv_write`."""
     _, tokens, kv_heads, rows, head_dim = parts.shape
     size = pl.next_power_of_2(rows - 1) * pl.next_power_of_2(head_dim)
     num_warps = min(max(size // 256, 1), MAX_WARPS)  # eight elements a thread
@@ -44,7 +47,7 @@ def rope_kv_write(
 
 
 def _kernel(
-    _k_in: jax.Ref, _v_in: jax.Ref, slots_ref: jax.Ref, *refs: jax.Ref, eps: float, offset: float
+    _k_in: jax.Ref, _v_in: jax.Ref, slots_ref: jax.Ref, *refs: Any, eps: float, offset: float
 ) -> None:
     *work, k_out, v_out, q_out = refs
     token, kv_head = pl.program_id(0), pl.program_id(1)

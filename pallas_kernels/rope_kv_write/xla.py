@@ -6,25 +6,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.norm.xla import rms_norm
 from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
+from lmdeploy_jax.pallas_kernels.shapes import Pages, Slots
 
-Pages = tuple[jax.Array, jax.Array]
+Cache = tuple[Pages, Pages]
 
 
 def rope_kv_write(
-    parts: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    slots: jax.Array,
+    parts: Float[Array, "S T KH R D"],
+    k_pages: Pages,
+    v_pages: Pages,
+    slots: Slots,
     work: HeadWork,
     *,
     eps: float,
     offset: float,
     dtype: DTypeLike,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `lmdeploy_jax.pallas_kernels.rope_kv_write`; parts [S, T, KH, G + 2, D]."""
+) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages]:
+    """See `lmdeploy_jax.pallas_kernels.rope_kv_write`."""
     qkv = (parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0)).astype(dtype)
     if work.bias is not None:
         qkv = qkv + work.bias
@@ -49,7 +51,7 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
-def _write(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
+def _write(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Cache:
     """k, v [T, KH, D] into their slots; what has a negative one goes to page 0."""
     k, v, slots = k.astype(k_pages.dtype), v.astype(v_pages.dtype), jnp.maximum(slots, 0)
     # On CPUs, XLA's scatter is the faster where it is in place: it widens a cache of 16-bit floats.
@@ -57,18 +59,18 @@ def _write(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, s
     return lax.platform_dependent(k_pages, v_pages, k, v, slots, cpu=on_cpu, default=_scatter)
 
 
-def _scatter(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:
+def _scatter(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Cache:
     page, offset = jnp.divmod(slots, k_pages.shape[2])
     return k_pages.at[page, :, offset].set(k), v_pages.at[page, :, offset].set(v)
 
 
 def _write_in_loop(
     k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
-) -> Pages:
+) -> Cache:
     """A loop of windowed updates: in place for every dtype."""
     page_size = k_pages.shape[2]
 
-    def write(token: jax.Array, pages: Pages) -> Pages:
+    def write(token: jax.Array, pages: Cache) -> Cache:
         at = (slots[token] // page_size, 0, slots[token] % page_size, 0)
         return _update(pages[0], k, token, at), _update(pages[1], v, token, at)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.skinny_gemm import xla
@@ -16,8 +17,13 @@ __all__ = ["MAX_TOKENS", "StreamTiling", "Tiling", "gated_skinny_gemm", "norm_sk
 
 
 def skinny_gemm(
-    x: jax.Array, weight: jax.Array, tiling: Tiling, *, out_dtype: DTypeLike, backend: str
-) -> jax.Array:
+    x: Float[Array, "T K"],
+    weight: Float[Array, "N K"],
+    tiling: Tiling,
+    *,
+    out_dtype: DTypeLike,
+    backend: str,
+) -> Float[Array, "{tiling.splits} T N"]:
     """x [T, K] @ weight [N, K]^T in parts: -> [splits, T, N] in `out_dtype`, whose sum over parts it is.
 
     T is at most MAX_TOKENS. Accumulates in f32. Raises ValueError for shapes that do not fit.
@@ -32,13 +38,13 @@ def skinny_gemm(
 
 
 def gated_skinny_gemm(
-    x: jax.Array,
-    weight: jax.Array,
+    x: Float[Array, "T K"],
+    weight: Float[Array, "2 N K"],
     tiling: Tiling | StreamTiling,
     *,
     activation: Callable[[jax.Array], jax.Array],
     backend: str,
-) -> jax.Array:
+) -> Float[Array, "T N"]:
     """activation(x @ weight[0]^T) * (x @ weight[1]^T): x [T, K], weight [2, N, K] -> [T, N] in x's dtype.
 
     T is at most MAX_TOKENS, and `tiling.splits` is 1. A StreamTiling asks for Hopper and 16 bits, and for
@@ -62,10 +68,10 @@ def gated_skinny_gemm(
 
 
 def norm_skinny_gemm(
-    x: jax.Array,
-    delta: jax.Array,
-    norm: jax.Array,
-    weight: jax.Array,
+    x: Float[Array, "1 K"],
+    delta: Float[Array, "*S 1 K"],
+    norm: Float[Array, " K"],
+    weight: Float[Array, "*halves N K"],
     tiling: Tiling,
     *,
     activation: Callable[[jax.Array], jax.Array] | None = None,
@@ -73,7 +79,7 @@ def norm_skinny_gemm(
     offset: float = 0.0,
     out_dtype: DTypeLike,
     backend: str,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "1 K"], Float[Array, "1 N"]]:
     """`add_rms_norm` of one row, whose arguments x, delta, norm, eps and offset are, and a product with it.
 
     -> the new x [1, K], and [1, N] in `out_dtype`: that of the normed x with weight [N, K] or, with an

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import StreamTiling
 
@@ -26,8 +27,11 @@ MIN_ROWS = 64  # of a tensor-core product; those beyond x are garbage and never 
 
 
 def gated_skinny_gemm(
-    x: jax.Array, weight: jax.Array, tiling: StreamTiling, activation: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+    x: Float[Array, "T K"],
+    weight: Float[Array, "2 N K"],
+    tiling: StreamTiling,
+    activation: Callable[[jax.Array], jax.Array],
+) -> Float[Array, "T N"]:
     """See `lmdeploy_jax.pallas_kernels.skinny_gemm`; T is a multiple of 8."""
     rows = -(-x.shape[0] // MIN_ROWS) * MIN_ROWS
     stages, width = tiling.num_stages, tiling.block_out // COMPUTE

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.launch import launch
@@ -26,10 +27,10 @@ Row = tuple[jax.Array, ...]  # blocks [1, block_in] of the residual stream, the 
 
 
 def norm_skinny_gemm(
-    x: jax.Array,
-    parts: jax.Array,
-    norm: jax.Array,
-    weight: jax.Array,
+    x: Float[Array, "1 K"],
+    parts: Float[Array, "S 1 K"],
+    norm: Float[Array, " K"],
+    weight: Float[Array, "halves N K"],
     tiling: Tiling,
     activation: Callable[[jax.Array], jax.Array] | None,
     *,
@@ -37,8 +38,8 @@ def norm_skinny_gemm(
     offset: float,
     out_dtype: DTypeLike,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`; parts [S, 1, K], weight [1 or 2, N, K]."""
+) -> tuple[Float[Array, "1 K"], Float[Array, "1 N"]]:
+    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`; one or two halves."""
     outputs = weight.shape[1]
     how = launch_of("norm_skinny_gemm", outputs, tiling)
     # Not in x's place: programs that come late have to find it as it was.

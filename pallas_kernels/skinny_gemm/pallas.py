@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
@@ -24,8 +25,13 @@ MIN_ROWS = 16  # of the smallest tensor-core product
 
 
 def skinny_gemm(
-    x: jax.Array, weight: jax.Array, tiling: Tiling, out_dtype: DTypeLike, *, interpret: bool
-) -> jax.Array:
+    x: Float[Array, "T K"],
+    weight: Float[Array, "N K"],
+    tiling: Tiling,
+    out_dtype: DTypeLike,
+    *,
+    interpret: bool,
+) -> Float[Array, "{tiling.splits} T N"]:
     """See `lmdeploy_jax.pallas_kernels.skinny_gemm`."""
     (tokens, _), outputs = x.shape, weight.shape[0]
     how = launch_of("skinny_gemm", outputs, tiling)
@@ -34,13 +40,13 @@ def skinny_gemm(
 
 
 def gated_skinny_gemm(
-    x: jax.Array,
-    weight: jax.Array,
+    x: Float[Array, "T K"],
+    weight: Float[Array, "2 N K"],
     tiling: Tiling,
     activation: Callable[[jax.Array], jax.Array],
     *,
     interpret: bool,
-) -> jax.Array:
+) -> Float[Array, "T N"]:
     """See `lmdeploy_jax.pallas_kernels.skinny_gemm`."""
     (tokens, _), outputs = x.shape, weight.shape[1]
     how = launch_of("gated_skinny_gemm", outputs, tiling)

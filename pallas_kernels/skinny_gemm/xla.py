@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.norm.xla import add_rms_norm
 
 
-def skinny_gemm(x: jax.Array, weight: jax.Array, splits: int, out_dtype: DTypeLike) -> jax.Array:
+def skinny_gemm(
+    x: Float[Array, "T K"], weight: Float[Array, "N K"], splits: int, out_dtype: DTypeLike
+) -> Float[Array, "{splits} T N"]:
     """See `lmdeploy_jax.pallas_kernels.skinny_gemm`."""
     parts = lax.dot_general(
         x.reshape(x.shape[0], splits, -1),
@@ -25,25 +28,25 @@ def skinny_gemm(x: jax.Array, weight: jax.Array, splits: int, out_dtype: DTypeLi
 
 
 def gated_skinny_gemm(
-    x: jax.Array, weight: jax.Array, activation: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+    x: Float[Array, "T K"], weight: Float[Array, "2 N K"], activation: Callable[[jax.Array], jax.Array]
+) -> Float[Array, "T N"]:
     """See `lmdeploy_jax.pallas_kernels.skinny_gemm`."""
     inner = jnp.einsum("tk,gnk->gtn", x, weight, precision=_precision(x))
     return activation(inner[0]) * inner[1]
 
 
 def norm_skinny_gemm(
-    x: jax.Array,
-    parts: jax.Array,
-    norm: jax.Array,
-    weight: jax.Array,
+    x: Float[Array, "1 K"],
+    parts: Float[Array, "S 1 K"],
+    norm: Float[Array, " K"],
+    weight: Float[Array, "halves N K"],
     activation: Callable[[jax.Array], jax.Array] | None,
     *,
     eps: float,
     offset: float,
     out_dtype: DTypeLike,
-) -> tuple[jax.Array, jax.Array]:
-    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`; parts [S, 1, K], weight [1 or 2, N, K]."""
+) -> tuple[Float[Array, "1 K"], Float[Array, "1 N"]]:
+    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`; one or two halves."""
     added, normed = add_rms_norm(x, parts, norm, eps=eps, offset=offset)
     if activation is None:
         return added, skinny_gemm(normed, weight[0], 1, out_dtype)[0]

@@ -144,6 +144,7 @@ def test_xla_on_cpu_never_copies_the_cache(dtype: str) -> None:
     assert memory.temp_size_in_bytes < 300 * 2 * 64 * 64
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_shape_that_does_not_fit_is_refused() -> None:
     cache, table, lens = jnp.zeros((2, 2, 64, 16)), jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
     zeros, qkv = jnp.zeros((1, 2), int), jnp.zeros((1, 2, 3, 16))

@@ -133,6 +133,7 @@ def test_xla_on_cpu_writes_in_place(dtype: str) -> None:
     assert memory.alias_size_in_bytes == 2 * np.prod(cache.shape) * cache.dtype.itemsize
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_shape_that_does_not_fit_is_refused() -> None:
     cache, slots, qkv = jnp.zeros((2, 2, 64, 16)), jnp.zeros(3, jnp.int32), jnp.zeros((3, 2, 4, 16))
 

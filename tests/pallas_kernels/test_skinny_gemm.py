@@ -112,6 +112,7 @@ def test_with_the_norm_before_it(backend, outputs, inner, parts, offset, tiling,
     assert error(got, want) < 1.2 * error(separate, want) + TOLERANCE["float32"]
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_what_does_not_fit_is_refused():
     x, weight, tiling = jnp.zeros((2, 96)), jnp.zeros((8, 96)), Tiling(64, 64, 1, 4, 2)
     with pytest.raises(ValueError, match="96 elements cannot be cut"):

@@ -1,0 +1,28 @@
+"""The arrays that several ops share, by shape and dtype; tests check these annotations at every call.
+
+T tokens (packed rows), KH KV heads, H = KH * G query heads, D elements a head, P tokens a page. An axis has
+one size in all arguments and results of a call; `*S` is any number of axes, none too.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Float32, Int32
+
+Pages = Float[Array, "pages KH P D"]
+"""K or V of a paged cache."""
+
+QKV = Float[Array, "*S T KH R D"]
+"""The qkv product, or parts that sum to it. Of each KV head R = G + 2 rows: its query heads, k and v."""
+
+Slots = Int32[Array, " T"]
+"""Where a token's K and V lie in the cache: `page * PAGE_SIZE + offset`."""
+
+Tiles = Int32[Array, "W 4"]
+"""The work list of prefill attention, see `build_tiles`."""
+
+Sinks = Float32[Array, " H"]
+"""A logit of each query head that joins its softmax's denominator (gpt-oss)."""
+
+Row = Float32[Array, " N"]
+Softmax = tuple[Row, Row, Float32[Array, "N D"]]
+"""A running softmax: maximum and denominator of each row, and output."""
