@@ -8,7 +8,7 @@ from typing import TypeVar
 from beartype import beartype
 from jaxtyping import install_import_hook
 
-MODULES = ["lmdeploy_jax.pallas_kernels"]
+MODULES = ["lmdeploy_jax.pallas_kernels", "lmdeploy_jax.models"]
 F = TypeVar("F", bound=Callable[..., object])
 
 

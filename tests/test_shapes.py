@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError
 
-from lmdeploy_jax import pallas_kernels
+from lmdeploy_jax import models, pallas_kernels
 from lmdeploy_jax.pallas_kernels.norm.xla import rms_norm
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.streaming import attend_paged
@@ -31,22 +31,29 @@ def modules(package: ModuleType) -> Iterator[ModuleType]:
         yield importlib.import_module(info.name)
 
 
-def functions(package: ModuleType) -> Iterator[Callable[..., object]]:
-    """Public functions of a package's modules, each where it is defined."""
-    for module in modules(package):
-        if module.__name__ not in WITHOUT_SHAPES:
-            for name, member in vars(module).items():
-                if inspect.isfunction(member) and member.__module__ == module.__name__ and name[0] != "_":
+def functions(module: ModuleType) -> Iterator[Callable[..., object]]:
+    """Public functions that a module defines, and public methods of its public classes."""
+    for owner in (module, *vars(module).values()):
+        if owner is module or (inspect.isclass(owner) and owner.__module__ == module.__name__):
+            for name, member in vars(owner).items():
+                if inspect.isfunction(member) and member.__module__ == module.__name__ and is_public(name):
                     yield member
 
 
-def test_public_functions_say_the_shapes_of_their_arrays() -> None:
+def is_public(name: str) -> bool:
+    return name == "__call__" or not name.startswith("_")
+
+
+@pytest.mark.parametrize("package", [pallas_kernels, models], ids=lambda package: package.__name__)
+def test_public_functions_say_the_shapes_of_their_arrays(package: ModuleType) -> None:
     bare = set()
-    for function in functions(pallas_kernels):
-        get_type_hints(function)  # a name that is not there would leave its argument unchecked
-        for name, annotation in function.__annotations__.items():
-            if "jax.Array" in re.sub(r"Callable\[.*\]", "", annotation):
-                bare.add(f"{function.__module__}.{function.__qualname__}: {name}")
+    for module in modules(package):
+        for function in functions(module) if module.__name__ not in WITHOUT_SHAPES else ():
+            get_type_hints(function)  # a name that is not there would leave its argument unchecked
+            for name, annotation in function.__annotations__.items():
+                rest = re.sub(r'Callable\[.*\]|\b[A-Z]\w+\[Array, "[^"]*"\]', "", annotation)
+                if re.search(r"\bArray\b", rest):
+                    bare.add(f"{module.__name__}.{function.__qualname__}: {name}")
     assert bare == set()
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 
 from lmdeploy_jax.models.batch import AttentionMetadata
 from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig
@@ -62,14 +63,14 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
-        delta: Array | None,
+        x: Float[Array, "T E"],
+        delta: Float[Array, "*S T E"] | None,
         norm: RMSNorm | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
         rope: Rotation | None,
-    ) -> tuple[Array, Array, LayerCache]:
-        """`Kernels.add_norm` of the first three, and attention -> x, [T, E] (or parts of it), cache.
+    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
+        """`Kernels.add_norm` of the first three, and attention -> x, what is added to it next, cache.
 
         `rope` is None in a layer without RoPE.
         """

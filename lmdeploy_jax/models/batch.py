@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 from jax import Array
+from jaxtyping import Float, Int32
 
 
 @jax.tree_util.register_dataclass
@@ -18,10 +19,10 @@ class AttentionMetadata:
     steps have no `tiles`; ragged steps (prompt chunks, or chunks mixed with single decode tokens) have them.
     """
 
-    slots: Array  # i32 [T], where the token's K and V go: page * page_size + offset
-    page_table: Array  # i32 [S, M], pages of each sequence in order; unused entries 0
-    kv_lens: Array  # i32 [S], tokens in the cache including this step's; 0 in padding rows
-    tiles: Array | None = None  # i32 [W, 4], see lmdeploy_jax.pallas_kernels.prefill_attention
+    slots: Int32[Array, "T"]  # where the token's K and V go: page * page_size + offset
+    page_table: Int32[Array, "S M"]  # pages of each sequence in order; unused entries 0
+    kv_lens: Int32[Array, "S"]  # tokens in the cache including this step's; 0 in padding rows
+    tiles: Int32[Array, "W 4"] | None = None  # see lmdeploy_jax.pallas_kernels.prefill_attention
 
 
 @jax.tree_util.register_dataclass
@@ -32,10 +33,10 @@ class Batch:
     Decode steps carry one token a sequence (`T == S`). Padding tokens write to page 0 and have position 0.
     """
 
-    tokens: Array  # i32 [T]
-    rope_positions: Array  # i32 [T], what RoPE turns by: the 0-based position in the token's own sequence
-    rope_lens: Array  # i32 [T], sequence length that dynamic NTK and longrope are scaled for
+    tokens: Int32[Array, "T"]
+    rope_positions: Int32[Array, "T"]  # what RoPE turns by: the 0-based position in the token's own sequence
+    rope_lens: Int32[Array, "T"]  # sequence length that dynamic NTK and longrope are scaled for
     attention: tuple[AttentionMetadata, ...]  # by cache group
-    sequence_slots: Array  # i32 [S], where state kept for a whole sequence lies; padding has the last slot
-    embeddings: Array | None = None  # [F, E], of what is no text, as it enters the first layer
-    embedding_index: Array | None = None  # i32 [T], which of `embeddings` a token has; -1: its own
+    sequence_slots: Int32[Array, "S"]  # where state kept for a whole sequence lies; padding has the last slot
+    embeddings: Float[Array, "F E"] | None = None  # of what is no text, as it enters the first layer
+    embedding_index: Int32[Array, "T"] | None = None  # which of `embeddings` a token has; -1: its own

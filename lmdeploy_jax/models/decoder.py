@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Float32
 
 from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.models.attention import Attention
@@ -44,13 +45,13 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
-        delta: Array | None,
+        x: Float[Array, "T E"],
+        delta: Float[Array, "*S T E"] | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
         rope: Rotation | None,
-    ) -> tuple[Array, Array, LayerCache]:
-        """The residual stream x [T, E] and what the layer before adds to it -> the same, and the cache."""
+    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
+        """The residual stream x and what the layer before adds to it -> the same, and the cache."""
         x, out, cache = self.attention(x, delta, self.attention_norm, cache, metadata, rope)
         x, out = self.mlp(x, self._scaled(self.attention_post_norm, out), self.mlp_norm)
         return x, self._scaled(self.mlp_post_norm, out), cache
@@ -83,8 +84,8 @@ class Decoder(nnx.Module):
             else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, kernels=kernels)
         )
 
-    def __call__(self, cache: KVCache, batch: Batch) -> tuple[Array, KVCache]:
-        """One forward pass -> hidden states [T, E] after the final norm, the cache with the new tokens."""
+    def __call__(self, cache: KVCache, batch: Batch) -> tuple[Float[Array, "T E"], KVCache]:
+        """One forward pass -> hidden states after the final norm, the cache with the new tokens."""
         x = self.embedding.lookup(batch.tokens)
         if self.config.embedding_multiplier != 1.0:
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
@@ -97,12 +98,12 @@ class Decoder(nnx.Module):
             cache = cache.with_layer(i, tuple(pages))
         return self.kernels.add_norm(x, delta, self.norm)[1], cache
 
-    def logits(self, hidden: Array) -> Array:
-        """hidden [R, E] -> f32 [R, V]."""
+    def logits(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R V"]:
+        """V is the vocabulary's size, without what pads it."""
         return finish_logits(self.config, self.head_product(hidden))
 
-    def head_product(self, hidden: Array) -> Array:
-        """hidden [R, E] -> f32 [R, rows of the head's table], those on this device."""
+    def head_product(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R rows"]:
+        """The product with the rows of the head's table that are on this device."""
         head = self.embedding if self.lm_head is None else self.lm_head
         return head.attend(hidden)
 
@@ -123,8 +124,8 @@ def _merged(x: Array, batch: Batch) -> Array:
     return jnp.where(index[:, None] < 0, x, batch.embeddings[index].astype(x.dtype))
 
 
-def finish_logits(config: DecoderConfig, product: Array) -> Array:
-    """The head's product with the whole table, f32 [R, V padded] -> logits f32 [R, V]."""
+def finish_logits(config: DecoderConfig, product: Float32[Array, "R rows"]) -> Float32[Array, "R V"]:
+    """The logits, of the head's product with all rows of its table, padding included."""
     return soft_cap(product[:, : config.vocab_size] * config.logit_multiplier, config.logit_soft_cap)
 
 

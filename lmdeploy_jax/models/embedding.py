@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32, Int32
 
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
@@ -18,10 +19,10 @@ class Embedding(Linear):
         super().__init__((rows,), (hidden_size,), ("vocab", "embed"), bias=False, dtype=dtype)
         self.kernels = kernels
 
-    def lookup(self, tokens: Array) -> Array:
-        """tokens i32 [T] -> [T, E]."""
+    def lookup(self, tokens: Int32[Array, "T"]) -> Float[Array, "T E"]:
+        """The tokens' rows, from whichever device holds them."""
         return self.kernels.collectives.take_rows(self.weight.dense(), tokens)
 
-    def attend(self, hidden: Array) -> Array:
-        """hidden [R, E] -> f32 [R, V], padding included, this device's rows: the table as an output head."""
+    def attend(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R rows"]:
+        """The table as an output head: the product with this device's rows, padding included."""
         return plan(self.kernels, "whole", self, hidden)(self, hidden)

@@ -12,6 +12,7 @@ import jax
 from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from lmdeploy_jax.models.batch import AttentionMetadata
 from lmdeploy_jax.models.config import AttentionConfig
@@ -59,8 +60,10 @@ class Kernels:
         """What goes between the devices."""
         return collectives(self.mesh)
 
-    def add_norm(self, x: Array, delta: Array | None, norm: RMSNorm | None) -> tuple[Array, Array]:
-        """The residual stream x [T, E] with what is added to it, whole or in parts -> x, and x normalised."""
+    def add_norm(
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: RMSNorm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
+        """The residual stream x with what is added to it, whole or in parts -> x, and x normalised."""
         if delta is None:
             return x, x if norm is None else norm(x)
         if norm is None:
@@ -71,7 +74,7 @@ class Kernels:
 
     def attend(
         self,
-        qkv: Array,
+        qkv: Float[Array, "*S T KH R D"],
         work: HeadWork,
         cache: LayerCache,
         metadata: AttentionMetadata,
@@ -80,8 +83,8 @@ class Kernels:
         eps: float,
         offset: float,
         dtype: DTypeLike,
-    ) -> tuple[Array, LayerCache]:
-        """qkv [(S,) T, KH, G + 2, D] into the cache and through attention -> [T, KH, G, D] of `dtype`, cache.
+    ) -> tuple[Float[Array, "T KH R-2 D"], LayerCache]:
+        """qkv, R = G + 2 rows a KV head, into the cache and through attention -> outputs of `dtype`, cache.
 
         eps and offset are those of the norms of q and k.
         """

@@ -7,6 +7,7 @@ from typing import Protocol
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 
 Axes = tuple[str | None, ...]
 
@@ -27,7 +28,7 @@ class Weight(Protocol):
     def shape(self) -> tuple[int, ...]:
         """[*out, *inner], whatever is packed in the leaves."""
 
-    def dense(self) -> Array:
+    def dense(self) -> Float[Array, "..."]:
         """All of it in the dtype of the activations: what XLA's products read."""
 
 
@@ -40,7 +41,7 @@ class DenseWeight(nnx.Param):
         bits = 8 * self.dtype.itemsize
         return f"w{bits}a{bits}"
 
-    def dense(self) -> Array:
+    def dense(self) -> Float[Array, "..."]:
         return self[...]
 
 
@@ -56,11 +57,11 @@ class Linear(nnx.Module):
         self.weight = DenseWeight(jnp.zeros((*out, *inner), dtype), axes=axes)
         self.bias = param(out, dtype, axes[: len(out)]) if bias else None
 
-    def out_shape(self, x: Array) -> tuple[int, ...]:
-        """[*out] of a product with x [T, *inner], on this device."""
+    def out_shape(self, x: Float[Array, "T *inner"]) -> tuple[int, ...]:
+        """[*out] of a product with x, on this device."""
         return self.weight.shape[: len(self.weight.shape) - x.ndim + 1]
 
 
-def soft_cap(x: Array, cap: float | None) -> Array:
+def soft_cap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
     """Bounds x smoothly to (-cap, cap); None leaves it alone."""
     return x if cap is None else cap * jnp.tanh(x / cap)

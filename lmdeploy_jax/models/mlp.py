@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 
 from lmdeploy_jax.models.config import MlpConfig
 from lmdeploy_jax.models.kernels import Kernels
@@ -28,7 +29,9 @@ class GatedMLP(nnx.Module):
         )
         self.down = RowParallelLinear((hidden,), (inner,), ("embed", "mlp"), added_up=added_plainly, **rest)
 
-    def __call__(self, x: Array, delta: Array | None, norm: RMSNorm | None) -> tuple[Array, Array]:
-        """`Kernels.add_norm` of the arguments, and the MLP -> x, [T, E] (or parts of it)."""
+    def __call__(
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: RMSNorm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
+        """`Kernels.add_norm` of the arguments, and the MLP -> x, what is added to it next."""
         x, inner = self.gate_up(x, delta, norm)
         return x, self.down(inner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 
 from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.pallas_kernels.norm import rms_norm
@@ -20,5 +21,5 @@ class RMSNorm(nnx.Module):
         self.offset = offset
         self.weight = param((size,), dtype, (axis,))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
         return rms_norm(x, self.weight[...], eps=self.eps, offset=self.offset)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
@@ -45,7 +46,7 @@ TRANSPOSED_ROWS = range(2, 65)  # of a product that a CPU does faster with the w
 class Product(Protocol):
     """One way of doing a product."""
 
-    def __call__(self, linear: Linear, x: Array) -> Array:
+    def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
         """-> [T, *out]; or, where the reader adds up parts, f32 [S, T, *out]."""
 
 
@@ -53,8 +54,12 @@ class NormProduct(Protocol):
     """One way of doing a product with the residual addition and the norm before it."""
 
     def __call__(
-        self, linear: Linear, x: Array, delta: Array | None, norm: RMSNorm | None
-    ) -> tuple[Array, Array]:
+        self,
+        linear: Linear,
+        x: Float[Array, "T E"],
+        delta: Float[Array, "*S T E"] | None,
+        norm: RMSNorm | None,
+    ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         """`Kernels.add_norm` of x, delta and norm -> x [T, E], and the product with what is normalised."""
 
 
@@ -64,7 +69,7 @@ class XlaProduct:
 
     out_dtype: DTypeLike | None = None
 
-    def __call__(self, linear: Linear, x: Array) -> Array:
+    def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
         return dense_product(x, linear.weight.dense(), out_dtype=self.out_dtype)
 
 
@@ -72,7 +77,7 @@ class XlaProduct:
 class TransposedProduct:
     """XLA's own, for CPUs: see `transposed_product`."""
 
-    def __call__(self, linear: Linear, x: Array) -> Array:
+    def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
         columns = x.reshape(x.shape[0], -1).T
         flat = transposed_product(columns, linear.weight.dense().reshape(-1, columns.shape[0])).T
         return flat.reshape(x.shape[0], *linear.out_shape(x))
@@ -84,7 +89,7 @@ class RoundedProduct:
 
     out_dtype: DTypeLike | None = None
 
-    def __call__(self, linear: Linear, x: Array) -> Array:
+    def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
         weight = linear.weight
         assert isinstance(weight, QuantWeight)  # as planned
         assert weight.held.activations is not None
@@ -108,7 +113,7 @@ class SkinnyProduct:
     backend: str
     in_parts: bool = True
 
-    def __call__(self, linear: Linear, x: Array) -> Array:
+    def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
         rows = x.reshape(x.shape[0], -1)
         weight = linear.weight.dense().reshape(-1, rows.shape[1])
         parts = skinny_gemm(rows, weight, self.tiling, out_dtype=jnp.float32, backend=self.backend)
@@ -123,7 +128,7 @@ class XlaGatedProduct:
     activation: Activation
     product: Product = XlaProduct()
 
-    def __call__(self, linear: Linear, x: Array) -> Array:
+    def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
         both = self.product(linear, x)
         both = both if linear.bias is None else both + linear.bias[...]
         return self.activation(both[:, 0]) * both[:, 1]
@@ -135,7 +140,7 @@ class TransposedGatedProduct:
 
     activation: Activation
 
-    def __call__(self, linear: Linear, x: Array) -> Array:
+    def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
         both = transposed_product(x.T, linear.weight.dense().reshape(-1, x.shape[1]))  # [2 I, T]
         both = both if linear.bias is None else both + linear.bias[...].reshape(-1, 1)
         gate, up = jnp.split(both, 2)
@@ -150,7 +155,7 @@ class SkinnyGatedProduct:
     tiling: Tiling | StreamTiling
     backend: str
 
-    def __call__(self, linear: Linear, x: Array) -> Array:
+    def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
         weight, tiling = linear.weight.dense(), self.tiling
         return gated_skinny_gemm(x, weight, tiling, activation=self.activation, backend=self.backend)
 
@@ -163,8 +168,12 @@ class SeparateNorm:
     kernels: Kernels
 
     def __call__(
-        self, linear: Linear, x: Array, delta: Array | None, norm: RMSNorm | None
-    ) -> tuple[Array, Array]:
+        self,
+        linear: Linear,
+        x: Float[Array, "T E"],
+        delta: Float[Array, "*S T E"] | None,
+        norm: RMSNorm | None,
+    ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         x, normed = self.kernels.add_norm(x, delta, norm)
         return x, self.product(linear, normed)
 
@@ -178,8 +187,12 @@ class FusedNorm:
     activation: Activation | None = None
 
     def __call__(
-        self, linear: Linear, x: Array, delta: Array | None, norm: RMSNorm | None
-    ) -> tuple[Array, Array]:
+        self,
+        linear: Linear,
+        x: Float[Array, "T E"],
+        delta: Float[Array, "*S T E"] | None,
+        norm: RMSNorm | None,
+    ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         assert delta is not None  # as planned
         assert norm is not None
         gated = self.activation is not None
@@ -202,7 +215,7 @@ class FusedNorm:
 # -- the plan ------------------------------------------------------------------------------------------
 
 
-def plan(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Product:
+def plan(kernels: Kernels, kind: Kind, linear: Linear, x: Float[Array, "T *inner"]) -> Product:
     """The product with x, in parts or whole as `kind` says."""
     tiling = _tiling(kernels, kind, linear, x)
     if isinstance(tiling, Tiling):
@@ -210,14 +223,16 @@ def plan(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Product:
     return plan_xla(kernels, linear, x, out_dtype=jnp.float32 if kind == "whole" else None)
 
 
-def plan_xla(kernels: Kernels, linear: Linear, x: Array, *, out_dtype: DTypeLike | None = None) -> Product:
+def plan_xla(
+    kernels: Kernels, linear: Linear, x: Float[Array, "T *inner"], *, out_dtype: DTypeLike | None = None
+) -> Product:
     """XLA's product with x, for what is read neither in parts nor by a kernel."""
     if _rounded(linear):
         return RoundedProduct(out_dtype)
     return TransposedProduct() if _transposed(kernels, x) else XlaProduct(out_dtype)
 
 
-def plan_gated(kernels: Kernels, linear: Linear, x: Array, activation: Activation) -> Product:
+def plan_gated(kernels: Kernels, linear: Linear, x: Float[Array, "T E"], activation: Activation) -> Product:
     """`activation(gate) * up` of a weight [2, I, E]."""
     tiling = None if linear.bias is not None else _tiling(kernels, "gated", linear, x)
     if tiling is not None and not (isinstance(tiling, StreamTiling) and x.shape[0] % 8):
@@ -228,7 +243,12 @@ def plan_gated(kernels: Kernels, linear: Linear, x: Array, activation: Activatio
 
 
 def plan_norm(
-    kernels: Kernels, linear: Linear, x: Array, *, normed: bool, activation: Activation | None = None
+    kernels: Kernels,
+    linear: Linear,
+    x: Float[Array, "T E"],
+    *,
+    normed: bool,
+    activation: Activation | None = None,
 ) -> NormProduct:
     """A product in parts, or a gated one, after a norm. `normed`: whether there are a delta and a norm."""
     kind: Kind = "norm_parts" if activation is None else "norm_gated"
@@ -260,8 +280,10 @@ def _transposed(kernels: Kernels, x: Array) -> bool:
 # -- XLA's products ------------------------------------------------------------------------------------
 
 
-def dense_product(x: Array, weight: Array, *, out_dtype: DTypeLike | None = None) -> Array:
-    """x [T, *in], weight [*out, *in] -> [T, *out], in x's dtype or `out_dtype`.
+def dense_product(
+    x: Float[Array, "T *inner"], weight: Float[Array, "..."], *, out_dtype: DTypeLike | None = None
+) -> Float[Array, "T *out"]:
+    """x [T, *inner], weight [*out, *inner] -> [T, *out], in x's dtype or `out_dtype`.
 
     As one product of matrices: on CPUs, XLA copies a weight of more axes before it multiplies. float32 stays
     float32 on GPUs, whose default would be TF32.
@@ -271,8 +293,8 @@ def dense_product(x: Array, weight: Array, *, out_dtype: DTypeLike | None = None
     return _dot(rows, columns, contracted=(1, 1), out_dtype=out_dtype).reshape(tokens, *out_shape)
 
 
-def transposed_product(x: Array, weight: Array) -> Array:
-    """x [K, T], weight [N, K] -> [N, T].
+def transposed_product(x: Float[Array, "K T"], weight: Float[Array, "N K"]) -> Float[Array, "N T"]:
+    """weight @ x, the weight on the left.
 
     XLA's CPU products first copy their right side into another order, so it had better be the small one. The
     barriers keep XLA from exchanging the sides again.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Axes, Linear
@@ -32,8 +33,10 @@ class ColumnParallelLinear(Linear):
         self.kernels = kernels
         self.activation = activation
 
-    def __call__(self, x: Array, delta: Array | None, norm: RMSNorm | None) -> tuple[Array, Array]:
-        """`Kernels.add_norm` of the arguments -> x [T, E], and the product: gated [T, I], or [T, *out], or
+    def __call__(
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: RMSNorm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
+        """`Kernels.add_norm` of the arguments -> x, and the product: gated [T, I], or [T, *out], or
         f32 [S, T, *out], whose sum over S it is.
         """
         normed = delta is not None and norm is not None
@@ -62,8 +65,8 @@ class RowParallelLinear(Linear):
         self.kernels = kernels
         self.in_parts = added_up and not bias
 
-    def __call__(self, x: Array) -> Array:
-        """x [T, *inner] -> [T, *out], or f32 [S, T, *out], whose sum over S it is."""
+    def __call__(self, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
+        """-> [T, *out], or f32 [S, T, *out], whose sum over S it is."""
         product = plan(self.kernels, "parts", self, x) if self.in_parts else plan_xla(self.kernels, self, x)
         out = self.kernels.collectives.all_reduce(product(self, x), x.dtype)
         return out if self.bias is None else out + self.bias[...]

@@ -11,19 +11,20 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float32, Int32
 
 from lmdeploy_jax.models.config import RopeConfig
 
 
 class Rotation(NamedTuple):
-    """cos and sin of each token's angles, f32 [T, rope.dim / 2]."""
+    """cos and sin of each token's angles; R = rope.dim / 2."""
 
-    cos: Array
-    sin: Array
+    cos: Float32[Array, "T R"]
+    sin: Float32[Array, "T R"]
 
 
-def rotation(rope: RopeConfig, positions: Array, lengths: Array) -> Rotation:
-    """Angles of tokens at `positions` i32 [T] in sequences of `lengths` i32 [T] (see `Batch.rope_lens`)."""
+def rotation(rope: RopeConfig, positions: Int32[Array, "T"], lengths: Int32[Array, "T"]) -> Rotation:
+    """Angles of tokens at `positions` in sequences of `lengths` (see `Batch.rope_lens`)."""
     frequencies = _frequencies_by_length(rope, lengths) if rope.depends_on_length else _frequencies(rope)
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     cos, sin = lax.platform_dependent(angles, cpu=_turn_once, default=_turn)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Float32
 
 from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.models.batch import Batch
@@ -34,7 +35,7 @@ class ShardedDecoder:
     config: DecoderConfig
     dtype: jnp.dtype
 
-    def __call__(self, cache: KVCache, batch: Batch) -> tuple[Array, KVCache]:
+    def __call__(self, cache: KVCache, batch: Batch) -> tuple[Float[Array, "T E"], KVCache]:
         """See `Decoder.__call__`. Every device gets the whole batch, and has all of the hidden states."""
         cuts = _cache_specs(cache)
 
@@ -43,7 +44,7 @@ class ShardedDecoder:
 
         return self._map(forward, (cuts, REPLICATED), (REPLICATED, cuts))(self.leaves, cache, batch)
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R V"]:
         """See `Decoder.logits`. They stay cut by vocabulary: XLA finds the best token of each part, and lets
         only those travel.
         """
