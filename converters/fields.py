@@ -75,8 +75,8 @@ class Fields:
         """An integer from `least` to `most`; `default` where it is absent or null."""
         value = self._present(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-            raise self.damaged(name, value, wanted)
+            expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise self.damaged(name, value, expected)
         if value > most:
             raise self.damaged(name, value, f"at most {most}")
         return value
@@ -137,9 +137,9 @@ class Fields:
         """The fields of a nested object; none where it is absent or null."""
         return Fields(self.table(name), f"{self.where}: {name}")
 
-    def damaged(self, name: str, value: Any, wanted: str) -> CheckpointError:
+    def damaged(self, name: str, value: Any, expected: str) -> CheckpointError:
         """The error that says which field has a value that means nothing."""
-        return CheckpointError(f"{self.where}: {name} is {shown(value)}; it must be {wanted}")
+        return CheckpointError(f"{self.where}: {name} is {shown(value)}; it must be {expected}")
 
     def unsupported(self, name: str, value: Any, supported: str) -> UnsupportedModelError:
         """The error that says which field has a value that this project does not implement."""

@@ -99,14 +99,14 @@ class Leaf:
             self.reader.read_into(name, (rows, slice(run.start, run.stop)), flat[:, done : done + len(run)])
             done += len(run)
 
-    def check_dtypes(self, wanted: np.dtype) -> None:
-        """Raises CheckpointError where a tensor cannot be read as `wanted`: only floats are converted."""
+    def check_dtypes(self, dtype: np.dtype) -> None:
+        """Raises CheckpointError where a tensor cannot be read as `dtype`: only floats are converted."""
         for name in self.names.values():
             stored = self.reader.info(name).dtype
-            if stored != wanted and not {stored, wanted} <= FLOATS:
+            if stored != dtype and not {stored, dtype} <= FLOATS:
                 file = self.reader.info(name).file
                 raise CheckpointError(
-                    f"{file}: tensor {name}: stored as {stored}, which cannot be read as {wanted}; "
+                    f"{file}: tensor {name}: stored as {stored}, which cannot be read as {dtype}; "
                     "give a checkpoint in 16 or 32 bits"
                 )
 

@@ -24,25 +24,25 @@ GROUPED = (".scales", ".zeros")  # of quantised weights: their first axis counts
 Specs = Mapping[str, jax.ShapeDtypeStruct]
 
 
-def load_converted(folder: str | os.PathLike[str], saved: Specs, wanted: Specs) -> dict[str, Array]:
-    """The weights of a converted checkpoint, of shapes `saved` in it, as `wanted` asks for them.
+def load_converted(folder: str | os.PathLike[str], saved: Specs, specs: Specs) -> dict[str, Array]:
+    """The weights of a converted checkpoint, of shapes `saved` in it, as `specs` asks for them.
 
     Raises CheckpointError as `orbax.load` does.
     """
-    arrays = orbax.load(folder, {name: _read_as(saved[name], spec) for name, spec in wanted.items()})
-    for name, spec in wanted.items():
+    arrays = orbax.load(folder, {name: _read_as(saved[name], spec) for name, spec in specs.items()})
+    for name, spec in specs.items():
         if saved[name].shape != spec.shape:
             rearrange = jax.jit(_rearrangement(name, spec.shape), out_shardings=spec.sharding)
             arrays[name] = rearrange(arrays[name])
     return arrays
 
 
-def _read_as(saved: jax.ShapeDtypeStruct, wanted: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if saved.shape == wanted.shape:
-        return wanted
-    assert isinstance(wanted.sharding, NamedSharding)  # shapes differ by tp alone, so there is a mesh
-    whole = NamedSharding(wanted.sharding.mesh, PartitionSpec())
-    return jax.ShapeDtypeStruct(saved.shape, wanted.dtype, sharding=whole)
+def _read_as(saved: jax.ShapeDtypeStruct, spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if saved.shape == spec.shape:
+        return spec
+    assert isinstance(spec.sharding, NamedSharding)  # shapes differ by tp alone, so there is a mesh
+    replicated = NamedSharding(spec.sharding.mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(saved.shape, spec.dtype, sharding=replicated)
 
 
 def _rearrangement(name: str, shape: tuple[int, ...]) -> Callable[[Array], Array]:

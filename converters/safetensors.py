@@ -19,7 +19,7 @@ import numpy as np
 
 from lmdeploy_jax.converters.headers import DOWNLOAD_AGAIN, TensorInfo, read_header
 from lmdeploy_jax.converters.shards import check_index, find_shards
-from lmdeploy_jax.converters.slicing import Index, Ranges, aligned_empty, as_ranges, is_whole, sizes
+from lmdeploy_jax.converters.slicing import Index, Ranges, aligned_empty, as_ranges, covers, sizes
 from lmdeploy_jax.errors import CheckpointError
 
 PIECE_BYTES = 8 << 20  # largest temporary buffer of one read
@@ -133,7 +133,7 @@ def _fill(
     row_bytes = math.prod(shape[1:]) * info.dtype.itemsize
     start = offset + rows.start * row_bytes
     run_bytes = len(rest[-1]) * info.dtype.itemsize if rest else 0
-    if is_whole(rest, shape[1:]) or (run_bytes < MIN_RUN_BYTES and row_bytes <= PIECE_BYTES):
+    if covers(rest, shape[1:]) or (run_bytes < MIN_RUN_BYTES and row_bytes <= PIECE_BYTES):
         cut = (slice(None), *(slice(r.start, r.stop) for r in rest))
         _read_rows(fd, info, start, shape[1:], out, cut)
         return

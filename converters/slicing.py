@@ -30,7 +30,7 @@ def sizes(ranges: Ranges) -> tuple[int, ...]:
     return tuple(len(r) for r in ranges)
 
 
-def is_whole(ranges: Ranges, shape: tuple[int, ...]) -> bool:
+def covers(ranges: Ranges, shape: tuple[int, ...]) -> bool:
     """Whether `ranges` covers every element of `shape`."""
     return sizes(ranges) == tuple(shape)
 
@@ -40,7 +40,7 @@ def runs(ranges: Ranges, shape: tuple[int, ...]) -> Iterator[range]:
     if not shape:
         yield range(1)
         return
-    if is_whole(ranges[1:], shape[1:]):
+    if covers(ranges[1:], shape[1:]):
         stride = math.prod(shape[1:])
         yield range(ranges[0].start * stride, ranges[0].stop * stride)
         return

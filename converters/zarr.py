@@ -15,7 +15,7 @@ import numpy as np
 
 from lmdeploy_jax.converters.headers import TensorInfo
 from lmdeploy_jax.converters.safetensors import fill
-from lmdeploy_jax.converters.slicing import Index, aligned_empty, as_ranges, is_whole, sizes
+from lmdeploy_jax.converters.slicing import Index, aligned_empty, as_ranges, covers, sizes
 from lmdeploy_jax.errors import CheckpointError
 
 
@@ -35,7 +35,7 @@ def find_array(folder: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) ->
 def read_array(info: TensorInfo, index: Index, dtype: np.dtype) -> np.ndarray:
     """A slice of the array as `dtype`: a map of the file where that is all of it as it is, else a copy."""
     ranges = as_ranges(index, info.shape)
-    if dtype == info.dtype and is_whole(ranges, info.shape):
+    if dtype == info.dtype and covers(ranges, info.shape):
         return np.memmap(info.file, dtype, mode="r", shape=info.shape)
     out = aligned_empty(sizes(ranges), dtype)
     with info.file.open("rb", buffering=0) as file:

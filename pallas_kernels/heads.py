@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Bool, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.norm.pallas import inverse_rms, weigh
 
@@ -61,7 +62,7 @@ class HeadTile:
         """Which elements are those of query heads."""
         return (self.row < self.group) & (self.column < self.head_dim)
 
-    def rotated(self) -> jax.Array:
+    def rotated(self) -> Float[Array, "rows D"]:
         """q in the query heads' rows and k in the token's, with bias, norm and rotation."""
         plain = self._queries_and_key(self.column)
         scale = inverse_rms(plain.astype(jnp.float32), self.head_dim, self.eps)
@@ -73,18 +74,18 @@ class HeadTile:
         partners = self._norm(scale, self._queries_and_key(partner), partner)
         return self._rotate(heads, partners, cos_ref, sin_ref)
 
-    def values(self) -> jax.Array:
+    def values(self) -> Float[Array, "rows D"]:
         """v in the token's row, with its bias."""
         return self._read(self.row + 1, self.column, self.row == self.group)
 
     def write(
         self,
-        rotated: jax.Array,
-        values: jax.Array,
+        rotated: Float[Array, "rows D"],
+        values: Float[Array, "rows D"],
         k_pages: jax.Ref,
         v_pages: jax.Ref,
-        slot: jax.Array,
-        enabled: jax.Array | bool = True,
+        slot: Int32[Array, ""],
+        enabled: Bool[Array, ""] | bool = True,
     ) -> None:
         """k and v into a slot of the cache [pages, KH, P, D], unless it is negative or not `enabled`."""
         page_size = k_pages.shape[2]
@@ -98,9 +99,9 @@ class HeadTile:
     def _queries_and_key(self, column: jax.Array) -> jax.Array:
         return self._read(self.row, column, self.row <= self.group)
 
-    def _read(self, row: jax.Array, column: jax.Array, inside: jax.Array) -> jax.Array:
+    def _read(self, row: jax.Array, column: jax.Array, row_mask: jax.Array) -> jax.Array:
         """Rows of the qkv product with their bias."""
-        mask = inside & (self.column < self.head_dim)
+        mask = row_mask & (self.column < self.head_dim)
         parts = [
             plt.load(self.refs.parts.at[part, self.token, self.kv_head, row, column], mask=mask, other=0)
             for part in range(self.refs.parts.shape[0])
@@ -125,9 +126,9 @@ class HeadTile:
         first = column < half
         # As wide as the heads: the compiler would bring those into the layout of a single row.
         angle = jnp.broadcast_to(jnp.where(first, column, column - half), heads.shape)
-        turns = (column < 2 * half) & (self.row <= self.group)
-        cos = plt.load(cos_ref.at[self.token, angle], mask=turns, other=1.0)
-        sin = plt.load(sin_ref.at[self.token, angle], mask=turns, other=0.0)
+        rotates = (column < 2 * half) & (self.row <= self.group)
+        cos = plt.load(cos_ref.at[self.token, angle], mask=rotates, other=1.0)
+        sin = plt.load(sin_ref.at[self.token, angle], mask=rotates, other=0.0)
         sin = jnp.where(first, -sin, sin)
         return (heads.astype(jnp.float32) * cos + partners.astype(jnp.float32) * sin).astype(heads.dtype)
 

@@ -38,13 +38,13 @@ def launch(
     present = [x for x in inputs if x is not None]
     for array in present:
         _check_offsets(array)
-    whole = pl.BlockSpec()
+    whole_array = pl.BlockSpec()
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=how.grid,
-        in_specs=[None if x is None else whole for x in inputs],
-        out_specs=jax.tree.map(lambda _: whole, out_shape),
+        in_specs=[None if x is None else whole_array for x in inputs],
+        out_specs=jax.tree.map(lambda _: whole_array, out_shape),
         input_output_aliases=dict(how.aliases),
         compiler_params=plt.CompilerParams(num_warps=how.num_warps, num_stages=how.num_stages),
         interpret=interpret,

@@ -14,15 +14,15 @@ Pages = Float[Array, "pages KH P D"]
 QKV = Float[Array, "*S T KH R D"]
 """The qkv product, or parts that sum to it. Of each KV head R = G + 2 rows: its query heads, k and v."""
 
-Slots = Int32[Array, " T"]
+Slots = Int32[Array, "T"]
 """Where a token's K and V lie in the cache: `page * PAGE_SIZE + offset`."""
 
 Tiles = Int32[Array, "W 4"]
 """The work list of prefill attention, see `build_tiles`."""
 
-Sinks = Float32[Array, " H"]
+Sinks = Float32[Array, "H"]
 """A logit of each query head that joins its softmax's denominator (gpt-oss)."""
 
-Row = Float32[Array, " N"]
+Row = Float32[Array, "N"]
 Softmax = tuple[Row, Row, Float32[Array, "N D"]]
 """A running softmax: maximum and denominator of each row, and output."""

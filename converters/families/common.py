@@ -55,9 +55,9 @@ def decoder_config(
     block = MlpConfig(**{"width": fields.size("intermediate_size"), **_activation(fields, mlp), **mlp})
 
     def made(window: int | None, rotates: bool) -> LayerConfig:
-        turned = rope if window is None or local_rope is None else local_rope
+        layer_rope = rope if window is None or local_rope is None else local_rope
         options = AttentionOptions(head_dim**-0.5 if scale is None else scale, window, soft_cap)
-        mixer = AttentionConfig(options=options, rope=turned if rotates else None, **heads)
+        mixer = AttentionConfig(options=options, rope=layer_rope if rotates else None, **heads)
         return LayerConfig(mixer, block, **layer)
 
     kinds = zip(windows or (None,) * layers, rope_layers or (True,) * layers, strict=True)

@@ -45,8 +45,8 @@ def read_rope(
     base = outer.positive("rope_theta", fields.positive("rope_theta", theta))
     share = outer.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     if share != 1.0 and not (partial and 0 < share < 1):
-        wanted = "a share of each head up to 1.0" if partial else "1.0 for this architecture"
-        raise fields.unsupported("partial_rotary_factor", share, wanted)
+        expected = "a share of each head up to 1.0" if partial else "1.0 for this architecture"
+        raise fields.unsupported("partial_rotary_factor", share, expected)
     return rope_from(fields, given, int(head_dim * share), base, aliases=aliases, original=original)
 
 
@@ -107,8 +107,8 @@ def _settings(fields: Fields, values: Fields, kind: str, dim: int, original: int
 def _llama3(values: Fields) -> dict[str, Any]:
     made = {name: values.positive(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
     if made["low_freq_factor"] >= made["high_freq_factor"]:
-        wanted = f"below high_freq_factor={made['high_freq_factor']}"
-        raise values.damaged("low_freq_factor", made["low_freq_factor"], wanted)
+        expected = f"below high_freq_factor={made['high_freq_factor']}"
+        raise values.damaged("low_freq_factor", made["low_freq_factor"], expected)
     return made
 
 

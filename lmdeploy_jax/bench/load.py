@@ -59,16 +59,16 @@ class Answer:
     tokens: int = 0
     error: str | None = None
 
-    def read(self, wanted: int) -> None:
-        """Take the events in; an answer of other than `wanted` tokens is an error."""
+    def read(self, expected: int) -> None:
+        """Take the events in; an answer of other than `expected` tokens is an error."""
         rest = b""
         for when, data in self.arrived:
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 self._take(line, when)
         self.arrived.clear()
-        if self.error is None and self.tokens != wanted:
-            self.error = f"ended with {self.tokens} of {wanted} tokens"
+        if self.error is None and self.tokens != expected:
+            self.error = f"ended with {self.tokens} of {expected} tokens"
 
     def _take(self, line: bytes, when: float) -> None:
         if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):

@@ -58,7 +58,7 @@ NORM_BLOCKS = (  # of products that norm as well, whose sums are whole: more pro
 )
 DELTA_PARTS = 4  # in which the product before leaves its sum, about
 STREAMED = (64, 128)  # outputs of a tile
-Way = Tiling | StreamTiling | None  # None: XLA's own
+Candidate = Tiling | StreamTiling | None  # None: XLA's own
 
 
 @dataclass(frozen=True)
@@ -117,39 +117,45 @@ def products(config: DecoderConfig, tp: int = 1) -> dict[str, Shape]:
 
 
 def tune(shape: Shape, known: Tuning) -> list[Measurement]:
-    """The fastest way for each number of tokens, in bfloat16. Raises ConfigError where there is no GPU.
+    """The fastest candidate for each number of tokens, in bfloat16. Raises ConfigError where there is no GPU.
 
     `known` says how a product that follows its norm would be done by itself.
     """
     found = []
-    for tokens, ways in measure(shape, known).items():
-        timed = {way: seconds for way, seconds in ways.items() if seconds is not None}
-        best = min(timed, key=lambda way: timed[way])
-        us, xla_us = (round(1e6 * timed[way], 2) for way in (best, None))
+    for tokens, candidates in measure(shape, known).items():
+        timed = {candidate: seconds for candidate, seconds in candidates.items() if seconds is not None}
+        best = min(timed, key=lambda candidate: timed[candidate])
+        us, xla_us = (round(1e6 * timed[candidate], 2) for candidate in (best, None))
         found.append(Measurement(FORMAT, shape.kind, shape.out, shape.inner, tokens, best, us, xla_us))
     return found
 
 
-def measure(shape: Shape, known: Tuning) -> dict[int, dict[Way, float | None]]:
-    """Seconds of each way for each number of tokens; None for what does not compile."""
+def measure(shape: Shape, known: Tuning) -> dict[int, dict[Candidate, float | None]]:
+    """Seconds of each candidate for each number of tokens; None for what does not compile."""
     require_gpu()
     size = 2 * shape.out * shape.inner * (2 if shape.product == "gated" else 1)
     keys = jax.random.split(jax.random.key(0), max(2, -(-BEYOND_CACHE // size)))
     weights = [jax.random.normal(key, shape.weight, jnp.bfloat16) for key in keys]
     each = (1,) if shape.normed else TOKENS
-    ways = [(tokens, way) for tokens in each for way in [None, *tilings(shape, tokens)]]
-    apart = known.find(FORMAT, shape.product, (shape.out, shape.inner), 1)
+    candidates = [(tokens, candidate) for tokens in each for candidate in [None, *tilings(shape, tokens)]]
+    unfused = known.find(FORMAT, shape.product, (shape.out, shape.inner), 1)
     cases = []
-    for tokens, way in ways:
+    for tokens, candidate in candidates:
         x = jax.random.normal(keys[0], (tokens, shape.inner), jnp.bfloat16)
         cases.append(
-            _norm_case(shape, way, apart, x, weights) if shape.normed else _case(shape, way, x, weights)
+            _norm_case(shape, candidate, unfused, x, weights)
+            if shape.normed
+            else _case(shape, candidate, x, weights)
         )
-    measured: dict[int, dict[Way, float | None]] = {tokens: {} for tokens in each}
-    for (tokens, way), seconds in zip(ways, device_seconds(cases), strict=True):
+    measured: dict[int, dict[Candidate, float | None]] = {tokens: {} for tokens in each}
+    for (tokens, candidate), seconds in zip(candidates, device_seconds(cases), strict=True):
         if seconds is not None:
-            seconds += _beside_norm(shape, way, apart) if shape.normed else _beside(shape, way, tokens)
-        measured[tokens][way] = seconds
+            seconds += (
+                _extra_norm_seconds(shape, candidate, unfused)
+                if shape.normed
+                else _extra_seconds(shape, candidate, tokens)
+            )
+        measured[tokens][candidate] = seconds
     return measured
 
 
@@ -174,46 +180,53 @@ def _is_hopper() -> bool:
     return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 
-def _case(shape: Shape, way: Way, x: jax.Array, weights: list[jax.Array]) -> Case:
-    return Case(_function(shape, way), [(x, weight) for weight in weights])
+def _case(shape: Shape, candidate: Candidate, x: jax.Array, weights: list[jax.Array]) -> Case:
+    return Case(_function(shape, candidate), [(x, weight) for weight in weights])
 
 
-def _norm_case(shape: Shape, way: Way, apart: Way, x: jax.Array, weights: list[jax.Array]) -> Case:
-    """`apart` is the way of the product where `way` is None: a norm and a product."""
+def _norm_case(
+    shape: Shape, candidate: Candidate, unfused: Candidate, x: jax.Array, weights: list[jax.Array]
+) -> Case:
+    """Without a tiling the norm is a kernel of its own, and `unfused` is how the product after it is done."""
     delta = jax.random.normal(jax.random.key(1), (DELTA_PARTS, *x.shape), jnp.float32)
     norm = jax.random.normal(jax.random.key(2), x.shape[1:], jnp.bfloat16)
     arguments = [(delta, norm, weight) for weight in weights]
-    if way is None:
-        multiply = _function(shape, apart)
+    if candidate is None:
+        multiply = _function(shape, unfused)
 
         def separate(x: jax.Array, delta: jax.Array, norm: jax.Array, weight: jax.Array) -> Any:
             x, normed = add_rms_norm(x, delta, norm, eps=EPS, backend="pallas")
             return x, multiply(normed, weight)
 
         return Case(separate, arguments, [x.copy()])  # written in place, as in a decode step
-    assert isinstance(way, Tiling)
+    assert isinstance(candidate, Tiling)
     gated = shape.product == "gated"
     dtype, activation = (x.dtype, jax.nn.silu) if gated else (jnp.float32, None)
     return Case(
         partial(
-            norm_skinny_gemm, tiling=way, activation=activation, eps=EPS, out_dtype=dtype, backend="pallas"
+            norm_skinny_gemm,
+            tiling=candidate,
+            activation=activation,
+            eps=EPS,
+            out_dtype=dtype,
+            backend="pallas",
         ),
         [(x, *rest) for rest in arguments],
     )
 
 
-def _function(shape: Shape, way: Way) -> Callable[..., jax.Array]:
+def _function(shape: Shape, candidate: Candidate) -> Callable[..., jax.Array]:
     if shape.product == "gated":
-        return _gated(way)
-    if isinstance(way, Tiling):
-        return lambda x, weight: skinny_gemm(x, weight, way, out_dtype=jnp.float32, backend="pallas")
+        return _gated(candidate)
+    if isinstance(candidate, Tiling):
+        return lambda x, weight: skinny_gemm(x, weight, candidate, out_dtype=jnp.float32, backend="pallas")
     dtype = jnp.float32 if shape.product == "whole" else None
     return lambda x, weight: dense_product(x, weight, out_dtype=dtype)
 
 
-def _gated(way: Way) -> Callable[..., jax.Array]:
-    if way is not None:
-        return lambda x, w: gated_skinny_gemm(x, w, way, activation=jax.nn.silu, backend="pallas")
+def _gated(candidate: Candidate) -> Callable[..., jax.Array]:
+    if candidate is not None:
+        return lambda x, w: gated_skinny_gemm(x, w, candidate, activation=jax.nn.silu, backend="pallas")
 
     def gated(x: jax.Array, weight: jax.Array) -> jax.Array:
         both = dense_product(x, weight)
@@ -222,21 +235,25 @@ def _gated(way: Way) -> Callable[..., jax.Array]:
     return gated
 
 
-def _beside(shape: Shape, way: Way, tokens: int) -> float:
-    """Seconds that a way costs elsewhere: parts to be read by the next kernel or by the sum over devices, one
-    launch more, its kind.
+def _extra_seconds(shape: Shape, candidate: Candidate, tokens: int) -> float:
+    """Seconds that a candidate costs beside its own kernel: its parts are read by the next kernel or summed
+    over devices, its activation is a launch of its own, or Mosaic is called in a CUDA graph.
     """
-    if shape.product == "parts" and isinstance(way, Tiling):
-        more = tokens * shape.out * (4 * way.splits - 2) / PART_RATE  # bytes than those of a whole product
+    if shape.product == "parts" and isinstance(candidate, Tiling):
+        more = tokens * shape.out * (4 * candidate.splits - 2) / PART_RATE  # bytes than those of one sum
         if not shape.summed:
             return more
-        size = 4 * way.splits * tokens * shape.out
+        size = 4 * candidate.splits * tokens * shape.out
         return size / LINK_RATE if size <= ONE_SHOT_BYTES else more + SUM_LAUNCH
-    if isinstance(way, StreamTiling):
+    if isinstance(candidate, StreamTiling):
         return MOSAIC
-    return LAUNCH if way is None and shape.product == "gated" else 0.0
+    return LAUNCH if candidate is None and shape.product == "gated" else 0.0
 
 
-def _beside_norm(shape: Shape, way: Way, apart: Way) -> float:
+def _extra_norm_seconds(shape: Shape, candidate: Candidate, unfused: Candidate) -> float:
     """The same of a product after its norm, which alone is one launch more."""
-    return _beside(shape, apart, 1) + LAUNCH if way is None else _beside(shape, way, 1)
+    return (
+        _extra_seconds(shape, unfused, 1) + LAUNCH
+        if candidate is None
+        else _extra_seconds(shape, candidate, 1)
+    )

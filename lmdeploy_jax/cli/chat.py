@@ -113,7 +113,7 @@ class Conversation:
 
     def answer(self, text: str) -> None:
         """Stream the answer to standard output. Raises `RequestError` where there is none."""
-        with _told_by_the_command():
+        with _without_log_of_failures():
             last = self._print(text)
         print(flush=True)
         if last is not None and last.finish_reason == "error":
@@ -143,7 +143,7 @@ class Conversation:
 
 
 @contextlib.contextmanager
-def _told_by_the_command() -> Iterator[None]:
+def _without_log_of_failures() -> Iterator[None]:
     """Failed answers are raised and printed, and need not stand in the log too."""
     failures.disabled = True
     try:

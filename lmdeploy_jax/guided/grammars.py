@@ -24,7 +24,7 @@ from lmdeploy_jax.guided.vocabulary import Vocabulary, tables
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lmdeploy_jax")
-KEPT_SOURCES, KEPT_GRAMMARS = 32 * 2**20, 256 * 2**20  # bytes
+SOURCE_CACHE_BYTES, GRAMMAR_CACHE_BYTES = 32 * 2**20, 256 * 2**20
 LEXERS = 2 * THREADS if THREADS > 1 else 1  # of a grammar
 # Bytes: what a small grammar takes, where the process that tried it had room already; and what a lexer learns
 # with each token of an answer, 2 to 24 KB as measured.
@@ -102,9 +102,9 @@ class Grammars:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._trials = Trials(lambda: self._vocabulary)
-        self._under_way: dict[str, Future[Source]] = {}
-        self._sources: LruCache[Source] = LruCache(KEPT_SOURCES, lambda source: 2 * len(source.text))
-        self._grammars: LruCache[Grammar] = LruCache(KEPT_GRAMMARS, lambda grammar: grammar.size)
+        self._pending: dict[str, Future[Source]] = {}
+        self._sources: LruCache[Source] = LruCache(SOURCE_CACHE_BYTES, lambda source: 2 * len(source.text))
+        self._grammars: LruCache[Grammar] = LruCache(GRAMMAR_CACHE_BYTES, lambda grammar: grammar.size)
 
     def compile(self, response_format: Mapping[str, Any] | None, *, here: bool = True) -> Grammar | None:
         """The grammar of a response format; None where any text will do. Compiles on the caller's thread.
@@ -141,22 +141,22 @@ class Grammars:
     def _tried_once(self, text: str, response_format: Mapping[str, Any]) -> Source:
         """Requests that come with the same grammar wait for one trial."""
         with self._lock:
-            source, waiting = self._sources.get(text), self._under_way.get(text)
+            source, waiting = self._sources.get(text), self._pending.get(text)
             if source is None and waiting is None:
-                mine = self._under_way[text] = Future()
+                future = self._pending[text] = Future()
         if source is not None:
             return source
         if waiting is not None:
             return waiting.result()
         try:
-            mine.set_result(self._tried(text, response_format))
+            future.set_result(self._tried(text, response_format))
         except BaseException as error:
-            mine.set_exception(error)
+            future.set_exception(error)
         with self._lock:
-            del self._under_way[text]
-            if mine.exception() is None:
-                self._sources.put(text, mine.result())
-        return mine.result()
+            del self._pending[text]
+            if future.exception() is None:
+                self._sources.put(text, future.result())
+        return future.result()
 
     def _tried(self, text: str, response_format: Mapping[str, Any]) -> Source:
         verdict = self._trials.of(text)

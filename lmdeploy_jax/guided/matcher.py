@@ -11,7 +11,7 @@ from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from lmdeploy_jax.errors import RequestError
-from lmdeploy_jax.guided.panics import panics_are_errors, told
+from lmdeploy_jax.guided.panics import as_request_error, panics_are_errors
 
 # Few: cheap masks take longer in many threads than in one, and only dear ones take less.
 THREADS = min(4, max(1, (os.cpu_count() or 1) // 4))
@@ -62,7 +62,7 @@ class Matcher:
         try:
             fill_next_token_bitmask(self._matcher, mask, row)
         except BaseException as error:  # whatever it is, it is this sequence's alone
-            self._fault = told(error)
+            self._fault = as_request_error(error)
 
     def _add_stops(self, row: np.ndarray) -> None:
         word, bit = self._end

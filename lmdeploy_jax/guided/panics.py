@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from lmdeploy_jax.errors import RequestError
 
 
-def told(error: BaseException) -> BaseException:
+def as_request_error(error: BaseException) -> BaseException:
     """A panic as an error of the request whose grammar caused it; anything else as it is."""
     if type(error).__name__ != "PanicException":  # the type is pyo3's, and nowhere to be imported from
         return error
@@ -21,6 +21,6 @@ def panics_are_errors() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if told(error) is error:
+        if as_request_error(error) is error:
             raise
-        raise told(error) from error
+        raise as_request_error(error) from error

@@ -39,8 +39,8 @@ def after_reasoning(
     grammars = [first, {**own[0], "name": "answer"}, *own[1:]]
     assert response_format is not None
     name = described(response_format)
-    whole = Written(json.dumps({"grammars": grammars}), name, {name: text})
-    return {"type": "grammar", "grammar": whole}
+    combined = Written(json.dumps({"grammars": grammars}), name, {name: text})
+    return {"type": "grammar", "grammar": combined}
 
 
 def thinking(

@@ -172,10 +172,10 @@ def _check_part(grammar: dict[str, Any], name: str) -> None:
         check_rules(grammar["lark_grammar"], f"{name}.lark_grammar")
 
 
-def _field(response_format: Format, name: str, kind: type, wanted: str) -> Any:
+def _field(response_format: Format, name: str, kind: type, expected: str) -> Any:
     value = response_format.get(name)
     if not isinstance(value, kind):
-        raise RequestError(f"response_format.{name}={value!r} is invalid: it must be {wanted}.")
+        raise RequestError(f"response_format.{name}={value!r} is invalid: it must be {expected}.")
     return value
 
 

@@ -114,7 +114,7 @@ class _Count:
 
 def _check_shape(part: Mapping[str, Any], place: str) -> None:
     """The keywords that this project reads itself, or that llguidance's errors do not name."""
-    for key, kind, wanted in (
+    for key, kind, expected in (
         *((key, dict, "an object") for key in _MAPPINGS),
         *((key, list, "a list") for key in ("enum", "required", "anyOf", "oneOf", "allOf", "prefixItems")),
         ("pattern", str, "a regular expression"),
@@ -122,7 +122,7 @@ def _check_shape(part: Mapping[str, Any], place: str) -> None:
         ("maxLength", int | float, "a number"),
     ):
         if key in part and not isinstance(part[key], kind):
-            raise RequestError(f"{place}.{key}={part[key]!r} is invalid: it must be {wanted}.")
+            raise RequestError(f"{place}.{key}={part[key]!r} is invalid: it must be {expected}.")
     for key in part.get("required", ()):
         if not isinstance(key, str):
             raise RequestError(f"{place}.required names {key!r}, which is no text.")

@@ -62,19 +62,19 @@ def tool_grammar(
     more = f"({style.between} {call})*" if parallel else ""
     start = f"{begin} {style.begin} {call} {more} {style.end}"
     parts = {f"{f.place}.parameters": f"start: {f.json()}" for f in functions}
-    whole = Written(writer.grammar(start), "tools", parts)
-    return {"type": "grammar", "grammar": whole}
+    grammar = Written(writer.grammar(start), "tools", parts)
+    return {"type": "grammar", "grammar": grammar}
 
 
 def _functions(tools: Iterable[Mapping[str, Any]], name: str | None) -> list[Function]:
     functions = [_function(tool, f"tools[{i}].function") for i, tool in enumerate(tools)]
     check("number of tools", len(functions), TOOLS, "tools")
-    wanted = [function for function in functions if name in (None, function.name)]
-    if not wanted:
+    chosen = [function for function in functions if name in (None, function.name)]
+    if not chosen:
         names = ", ".join(function.name for function in functions) or "none at all"
         asked = "a call is required" if name is None else f"tool {name!r} must be called"
         raise RequestError(f"tool_choice: {asked}, but the tools are: {names}.")
-    return wanted
+    return chosen
 
 
 def _function(tool: Mapping[str, Any], place: str) -> Function:

@@ -46,11 +46,11 @@ class Trials:
         if not self._free.acquire(timeout=_PATIENCE):
             raise EngineError("Too many grammars wait to be compiled. Try again later.")
         try:
-            return self._ask(self._taken() or _Process(self._message), text)
+            return self._ask(self._idle_process() or _Process(self._message), text)
         finally:
             self._free.release()
 
-    def _taken(self) -> _Process | None:
+    def _idle_process(self) -> _Process | None:
         """One that waits for work, unless somebody has ended it meanwhile."""
         with self._lock:
             while self._idle:

@@ -90,16 +90,17 @@ def top_k_of_blocks(scores: Array, k: int) -> tuple[Array, Array]:
     return values, block * width + index % width
 
 
-def _draw_from_vocabulary(scores: Array, keys: Array, batch: SamplingBatch, wanted: Array) -> Array:
-    wanted_only = SamplingBatch(
+def _draw_from_vocabulary(scores: Array, keys: Array, batch: SamplingBatch, missing: Array) -> Array:
+    """Rows that are not missing are not filtered, and their draws are not used."""
+    missing_only = SamplingBatch(
         **{
             **vars(batch),
-            "top_k": jnp.where(wanted, batch.top_k, 0),
-            "top_p": jnp.where(wanted, batch.top_p, 1.0),
+            "top_k": jnp.where(missing, batch.top_k, 0),
+            "top_p": jnp.where(missing, batch.top_p, 1.0),
         }
     )
     ids = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape)
-    return _gumbel_argmax(scores, exact_threshold(scores, wanted_only), keys, ids)
+    return _gumbel_argmax(scores, exact_threshold(scores, missing_only), keys, ids)
 
 
 def _gumbel_argmax(scores: Array, threshold: Array, keys: Array, ids: Array) -> Array:

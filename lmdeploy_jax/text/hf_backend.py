@@ -88,17 +88,17 @@ def _add_missing(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -
     What it knows gets the flags of the files beside it, and is special if either says so or it has a name.
     """
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    wanted: dict[str, tokenizers.AddedToken] = {}  # added at once: each time, the library sets up its search
+    added: dict[str, tokenizers.AddedToken] = {}  # added at once: each time, the library sets up its search
     for token in settings.added.values():
         there = known.get(token.content)
-        wanted[token.content] = _native(token, token.special or (there is not None and there.special))
+        added[token.content] = _native(token, token.special or (there is not None and there.special))
     for named in filter(None, settings.named.values()):
-        there = wanted.get(named.content) or known.get(named.content)
-        wanted[named.content] = _native(there or named, True)
+        there = added.get(named.content) or known.get(named.content)
+        added[named.content] = _native(there or named, True)
     for extra in settings.extra:
         if extra.content not in known:
-            wanted.setdefault(extra.content, _native(extra, True))
-    tokenizer.add_tokens([t for t in wanted.values() if not _same(t, known.get(t.content))])
+            added.setdefault(extra.content, _native(extra, True))
+    tokenizer.add_tokens([t for t in added.values() if not _same(t, known.get(t.content))])
     for token_id, token in settings.added.items():
         _check_id(tokenizer, token.content, token_id)
 

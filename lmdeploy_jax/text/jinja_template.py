@@ -162,8 +162,8 @@ def _cut(text: str, final: dict[str, Any]) -> str:
             f"The chat template does not print the content of the last message, by {final['role']!r}, so "
             "that it cannot be continued. End the conversation with a user's message."
         )
-    kept = text[:place]
-    return kept if text.startswith(_CUT_HERE, place) else kept.rstrip()
+    before = text[:place]
+    return before if text.startswith(_CUT_HERE, place) else before.rstrip()
 
 
 def _free_variables(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,11 @@ Step = dict[str, Any]
 
 def with_prefix_space(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """The tokenizer, putting a space before its text, or not, as the config says."""
-    wanted = config.get("add_prefix_space")
-    if not isinstance(wanted, bool) or config.get("tokenizer_class") in _GENERIC:
+    add_space = config.get("add_prefix_space")
+    if not isinstance(add_space, bool) or config.get("tokenizer_class") in _GENERIC:
         return tokenizer
     parts = {name: _state(getattr(tokenizer, name)) for name in _PARTS}
-    changed = {name: _rewritten(part, lambda step: _step(step, wanted)) for name, part in parts.items()}
+    changed = {name: _rewritten(part, lambda step: _step(step, add_space)) for name, part in parts.items()}
     if changed == parts:
         return tokenizer
     return tokenizers.Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | changed))
@@ -41,15 +41,15 @@ def _rewritten(part: Step | None, rewrite: Callable[[Step], Step | None]) -> Ste
     return part | {key: [new for step in part[key] if (new := rewrite(step)) is not None]}
 
 
-def _step(step: Step, wanted: bool) -> Step | None:
+def _step(step: Step, add_space: bool) -> Step | None:
     """A step of a part; None where it is to go."""
     match step["type"]:
-        case "ByteLevel" if "use_regex" in step and step.get("add_prefix_space") is not wanted:
-            return step | {"add_prefix_space": wanted}
-        case "Metaspace" if not wanted:
+        case "ByteLevel" if "use_regex" in step and step.get("add_prefix_space") is not add_space:
+            return step | {"add_prefix_space": add_space}
+        case "Metaspace" if not add_space:
             return step | {"prepend_scheme": "never"}
-        case "Prepend" if not wanted:
+        case "Prepend" if not add_space:
             return None
-        case "Strip" if not wanted and step.get("content") == " ":
+        case "Strip" if not add_space and step.get("content") == " ":
             return None
     return step

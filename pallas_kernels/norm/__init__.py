@@ -14,7 +14,7 @@ __all__ = ["add_rms_norm", "rms_norm"]
 def add_rms_norm(
     x: Float[Array, "T E"],
     delta: Float[Array, "*S T E"],
-    weight: Float[Array, " E"],
+    weight: Float[Array, "E"],
     *,
     eps: float,
     offset: float = 0.0,

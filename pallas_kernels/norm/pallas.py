@@ -17,7 +17,7 @@ from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 def add_rms_norm(
     x: Float[Array, "T E"],
     parts: Float[Array, "S T E"],
-    weight: Float[Array, " E"],
+    weight: Float[Array, "E"],
     *,
     eps: float,
     offset: float,

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 def rms_norm(
-    x: Float[Array, "*rows E"], weight: Float[Array, " E"], *, eps: float, offset: float = 0.0
+    x: Float[Array, "*rows E"], weight: Float[Array, "E"], *, eps: float, offset: float = 0.0
 ) -> Float[Array, "*rows E"]:
     """Normalises the last axis in float32; with an `offset`, the weight is applied in float32 too (Gemma)."""
     wide = x.astype(jnp.float32)
@@ -21,7 +21,7 @@ def rms_norm(
 def add_rms_norm(
     x: Float[Array, "T E"],
     delta: Float[Array, "*S T E"],
-    weight: Float[Array, " E"],
+    weight: Float[Array, "E"],
     *,
     eps: float,
     offset: float,

@@ -20,7 +20,7 @@ def paged_attention(
     v_pages: Pages,
     slots: Slots,
     page_table: Int32[Array, "T M"],
-    kv_lens: Int32[Array, " T"],
+    kv_lens: Int32[Array, "T"],
     split_counters: Int32[Array, "T KH"],
     work: HeadWork,
     *,

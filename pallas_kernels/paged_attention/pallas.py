@@ -56,7 +56,7 @@ def paged_attention(
     v_pages: Pages,
     slots: Slots,
     page_table: Int32[Array, "T M"],
-    kv_lens: Int32[Array, " T"],
+    kv_lens: Int32[Array, "T"],
     split_counters: Int32[Array, "T KH"],
     work: HeadWork,
     sinks: Sinks | None,
@@ -124,7 +124,7 @@ def _kernel(
 ) -> None:
     *work, counters_ref, k_ref, v_ref, o_ref, q_ref, part_ref, lse_ref = refs
     kv_head, split, sequence = (pl.program_id(axis) for axis in range(3))
-    pages = _share(lens_ref[sequence], k_ref.shape[2], options)
+    pages = _split_pages(lens_ref[sequence], k_ref.shape[2], options)
     sync = (lambda: None) if interpret else plt.debug_barrier  # between all threads of a program
     new = HeadTile(HeadRefs(*work), sequence, kv_head, q_ref.dtype, eps, offset)
     # All loads first. The splits of a sequence write the same queries.
@@ -141,7 +141,7 @@ def _kernel(
             state = add_sink(state, plt.load(at, mask=rows.valid, other=0.0))
         plt.store(o_ref.at[rows.at()], normalised(state).astype(o_ref.dtype), mask=rows.mask)
 
-    def hand_in() -> None:
+    def store_partial() -> None:
         maximum, denominator, _ = state
         lse = maximum + jnp.log2(jnp.maximum(denominator, 1e-30))
         plt.store(part_ref.at[rows.at(split)], normalised(state), mask=rows.mask)
@@ -155,7 +155,7 @@ def _kernel(
             finish(_merged(part_ref, lse_ref, pages.splits, rows))
 
     pl.when((split == 0) & (pages.splits == 1))(lambda: finish(state))
-    pl.when((split < pages.splits) & (pages.splits > 1))(hand_in)
+    pl.when((split < pages.splits) & (pages.splits > 1))(store_partial)
 
 
 def _merged(part_ref: jax.Ref, lse_ref: jax.Ref, splits: jax.Array, rows: _HeadRows) -> Softmax:
@@ -189,7 +189,7 @@ class _HeadRows:
 
 
 @dataclass(frozen=True)
-class _Share:
+class _SplitPages:
     """This program's pages of its sequence, `begin` to `end` - 1; positions it may see; splits that have any.
 
     A sequence that sees nothing has one split, whose output is zero.
@@ -202,14 +202,14 @@ class _Share:
     splits: jax.Array
 
 
-def _share(length: jax.Array, page_size: int, options: AttentionOptions) -> _Share:
+def _split_pages(length: jax.Array, page_size: int, options: AttentionOptions) -> _SplitPages:
     oldest = jnp.int32(0) if options.window is None else jnp.maximum(length - options.window, 0)
     first = lax.div(oldest, jnp.int32(page_size))
     end = lax.div(length + page_size - 1, page_size)
     each = jnp.maximum(lax.div(end - first + pl.num_programs(1) - 1, pl.num_programs(1)), 1)
     begin = first + pl.program_id(1) * each
     splits = jnp.maximum(lax.div(end - first + each - 1, each), 1)
-    return _Share(begin, jnp.minimum(begin + each, end), oldest, length, splits)
+    return _SplitPages(begin, jnp.minimum(begin + each, end), oldest, length, splits)
 
 
 def _attend(
@@ -217,7 +217,7 @@ def _attend(
     k_ref: jax.Ref,
     v_ref: jax.Ref,
     table_ref: jax.Ref,
-    pages: _Share,
+    pages: _SplitPages,
     rows: _HeadRows,
     options: AttentionOptions,
 ) -> Softmax:

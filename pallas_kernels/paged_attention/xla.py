@@ -21,7 +21,7 @@ def paged_attention(
     v_pages: Pages,
     slots: Slots,
     page_table: Int32[Array, "T M"],
-    kv_lens: Int32[Array, " T"],
+    kv_lens: Int32[Array, "T"],
     work: HeadWork,
     sinks: Sinks | None,
     options: AttentionOptions,

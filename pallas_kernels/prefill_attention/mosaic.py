@@ -40,7 +40,7 @@ class Tuning:
 
     num_stages: int = 2
     programs: int = 132
-    turns: bool = True
+    ping_pong: bool = True
 
 
 def prefill_attention(
@@ -175,21 +175,21 @@ def _kernel(
     @pl.when(group < GROUPS)
     def _compute() -> None:
         plgpu.set_max_registers(232, action="increase")
-        wait_for_turn = _turns(turn, tuning.turns)
+        wait_for_turn = _ping_pong(turn, tuning.ping_pong)
         ring = _Ring(q_smem.at[group], k_smem, v_smem, k_full, v_full, k_empty, v_empty, tuning.num_stages)
 
         def compute(item: _Item, done: jax.Array) -> jax.Array:
             first, blocks = group * ROWS, item.blocks(GROUPS * ROWS, keys)
             mine = jnp.where(item.count > first, item.blocks(first + ROWS, keys), 0)
-            whole = lax.min(lax.div(item.position + first + 1, keys), mine)
+            unmasked = lax.min(lax.div(item.position + first + 1, keys), mine)
             queries = pl.ds(item.start + first, ROWS)
             _load(rows_ref.at[queries, item.head], plain_smem.at[group], q_smem.at[group], q_full.at[group])
             pl.when(group == 1)(wait_for_turn)
             step = functools.partial(
                 _attend, ring, wait_for_turn, scale * math.log2(math.e), done, item.position + first
             )
-            state = lax.fori_loop(0, whole, functools.partial(step, masked=False), _initial(ring.q_smem))
-            state = lax.fori_loop(whole, mine, functools.partial(step, masked=True), state)
+            state = lax.fori_loop(0, unmasked, functools.partial(step, masked=False), _initial(ring.q_smem))
+            state = lax.fori_loop(unmasked, mine, functools.partial(step, masked=True), state)
             lax.fori_loop(mine, blocks, lambda block, _: ring.skip(done + block, wait_for_turn), None)
             pl.when(group == 0)(wait_for_turn)
             _store(state, plain_smem.at[group], rows_ref, item, first)
@@ -199,14 +199,14 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _turns(turn: Any, wanted: bool) -> Callable[[], None]:
+def _ping_pong(turn: Any, enabled: bool) -> Callable[[], None]:
     """What a warpgroup calls when the tensor cores pass from one to the other."""
 
     def wait() -> None:
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
-    return wait if wanted else lambda: None
+    return wait if enabled else lambda: None
 
 
 def _load(ref: Any, plain: Any, swizzled: Any, full: Any) -> None:

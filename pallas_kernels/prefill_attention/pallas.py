@@ -167,12 +167,12 @@ def _attend_pages(
         return attend_page(state, q, keys, values, visible, options)
 
     masked, unmasked = (functools.partial(step, masked=flag) for flag in (True, False))
-    begin, whole_begin, whole_end, end = _page_ranges(oldest, newest, page_size, options.window)
+    begin, unmasked_begin, unmasked_end, end = _page_ranges(oldest, newest, page_size, options.window)
     state = initial_state(*q.shape)
     if options.window is not None:
-        state = lax.fori_loop(begin, whole_begin, masked, state)
-    state = lax.fori_loop(whole_begin, whole_end, unmasked, state)
-    return lax.fori_loop(whole_end, end, masked, state)
+        state = lax.fori_loop(begin, unmasked_begin, masked, state)
+    state = lax.fori_loop(unmasked_begin, unmasked_end, unmasked, state)
+    return lax.fori_loop(unmasked_end, end, masked, state)
 
 
 def _page_ranges(
@@ -181,10 +181,10 @@ def _page_ranges(
     """Pages that queries `oldest` to `newest` see: (first, first whole, past the whole, past all)."""
     zero = jnp.int32(0)
     end = lax.div(newest, page_size) + 1
-    whole_end = lax.div(oldest + 1, page_size)
+    unmasked_end = lax.div(oldest + 1, page_size)
     if window is None:
-        return zero, zero, whole_end, end
+        return zero, zero, unmasked_end, end
     begin = lax.div(jnp.maximum(oldest - window + 1, zero), page_size)
-    whole_begin = lax.div(jnp.maximum(newest - window + 1, zero) + page_size - 1, page_size)
-    whole_end = jnp.maximum(whole_end, begin)
-    return begin, jnp.minimum(whole_begin, whole_end), whole_end, end
+    unmasked_begin = lax.div(jnp.maximum(newest - window + 1, zero) + page_size - 1, page_size)
+    unmasked_end = jnp.maximum(unmasked_end, begin)
+    return begin, jnp.minimum(unmasked_begin, unmasked_end), unmasked_end, end

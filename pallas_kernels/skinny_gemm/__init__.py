@@ -70,7 +70,7 @@ def gated_skinny_gemm(
 def norm_skinny_gemm(
     x: Float[Array, "1 K"],
     delta: Float[Array, "*S 1 K"],
-    norm: Float[Array, " K"],
+    norm: Float[Array, "K"],
     weight: Float[Array, "*halves N K"],
     tiling: Tiling,
     *,

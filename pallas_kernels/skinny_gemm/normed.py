@@ -29,7 +29,7 @@ Row = tuple[jax.Array, ...]  # blocks [1, block_in] of the residual stream, the 
 def norm_skinny_gemm(
     x: Float[Array, "1 K"],
     parts: Float[Array, "S 1 K"],
-    norm: Float[Array, " K"],
+    norm: Float[Array, "K"],
     weight: Float[Array, "halves N K"],
     tiling: Tiling,
     activation: Callable[[jax.Array], jax.Array] | None,

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int32
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
@@ -111,7 +111,7 @@ class WeightTile:
         rows = max(MIN_ROWS, pl.next_power_of_2(self.tokens))
         self.token = jnp.arange(rows, dtype=jnp.int32)
         self.out = pl.program_id(0) * tiling.block_out + jnp.arange(tiling.block_out, dtype=jnp.int32)
-        self.whole = outputs % tiling.block_out == 0
+        self.in_bounds = outputs % tiling.block_out == 0
         self.mask = (self.out < outputs)[:, None] & (self.token < self.tokens)[None, :]
 
     @property
@@ -119,11 +119,11 @@ class WeightTile:
         """In [T, N]."""
         return self.token[None, :], self.out[:, None]
 
-    def zeros(self) -> jax.Array:
+    def zeros(self) -> Float32[Array, "out rows"]:
         return jnp.zeros(self.mask.shape, jnp.float32)
 
-    def x(self, ref: jax.Ref, inner: jax.Array) -> jax.Array:
-        """x's elements from `inner` on, [rows, block_in]."""
+    def x(self, ref: jax.Ref, inner: Int32[Array, ""]) -> Float[Array, "rows {self.block_in}"]:
+        """x's elements from `inner` on."""
         column = inner + jnp.arange(self.block_in, dtype=jnp.int32)
         at = ref.at[self.token[:, None], column[None, :]]
         if self.tokens == self.token.size:
@@ -131,11 +131,11 @@ class WeightTile:
         inside = jnp.broadcast_to((self.token < self.tokens)[:, None], (self.token.size, self.block_in))
         return plt.load(at, mask=inside, other=0)
 
-    def read(self, ref: jax.Ref, inner: jax.Array, *half: int) -> jax.Array:
-        """The weight's elements from `inner` on, [block_out, block_in]."""
+    def read(self, ref: jax.Ref, inner: Int32[Array, ""], *half: int) -> Float[Array, "out {self.block_in}"]:
+        """The weight's elements from `inner` on."""
         column = inner + jnp.arange(self.block_in, dtype=jnp.int32)
         at = ref.at[(*half, self.out[:, None], column[None, :])]
-        if self.whole:
+        if self.in_bounds:
             return plt.load(at)
         inside = jnp.broadcast_to((self.out < self.outputs)[:, None], (self.out.size, self.block_in))
         return plt.load(at, mask=inside, other=0)

@@ -38,7 +38,7 @@ def gated_skinny_gemm(
 def norm_skinny_gemm(
     x: Float[Array, "1 K"],
     parts: Float[Array, "S 1 K"],
-    norm: Float[Array, " K"],
+    norm: Float[Array, "K"],
     weight: Float[Array, "halves N K"],
     activation: Callable[[jax.Array], jax.Array] | None,
     *,

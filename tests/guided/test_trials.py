@@ -153,7 +153,7 @@ def test_the_least_recently_used_is_forgotten_by_bytes():
 
 
 def test_large_grammars_are_not_kept_for_ever(monkeypatch):
-    monkeypatch.setattr("lmdeploy_jax.guided.grammars.KEPT_GRAMMARS", 2**20)
+    monkeypatch.setattr("lmdeploy_jax.guided.grammars.GRAMMAR_CACHE_BYTES", 2**20)
     grammars = Grammars(TOKENIZER, 2570)
     made = [grammars.compile({"type": "choice", "choice": [text]}) for text in "abcdefgh"]
     assert not grammars.has(made[0].source.text)

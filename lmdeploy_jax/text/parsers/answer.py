@@ -253,7 +253,7 @@ class _InBlock:
         parser, block = self._parser, self._block
         rest = "".join(block.raw)
         call = block.call
-        if self._violated and call is not None and not (parser.cut_off or call.is_whole):
+        if self._violated and call is not None and not (parser.cut_off or call.is_complete):
             parser.malformed = True
             parser.events.append(ToolCallBroken(call.index, block.text_of_call, self._kind is ReasoningDelta))
             parser.mode = _Text(parser, self._kind)

@@ -55,9 +55,9 @@ class Block:
         self.pending = None
         return char
 
-    def take_while(self, wanted: Callable[[str], object]) -> Reading[str]:
+    def take_while(self, predicate: Callable[[str], object]) -> Reading[str]:
         taken: list[str] = []
-        while (char := (yield from self.peek())) and wanted(char):
+        while (char := (yield from self.peek())) and predicate(char):
             taken.append((yield from self.take()))
         return "".join(taken)
 
@@ -132,7 +132,7 @@ class Call:
             self._send(keep)
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the arguments are one JSON value."""
         scanner = JsonScanner()
         return all(map(scanner.push, "".join(self._sent))) and scanner.complete
