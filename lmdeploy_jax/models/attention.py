@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -75,8 +73,8 @@ class Attention(nnx.Module):
         `rope` is None in a layer without RoPE.
         """
         x, qkv = self.qkv(x, delta, norm)  # [(S,) T, KH, G + 2, D]
-        attend = partial(self.kernels.attend, eps=self.norm_eps, offset=self.norm_offset, dtype=x.dtype)
-        out, cache = attend(qkv, self._work(rope), cache, metadata, self.config)
+        work = self._work(rope)
+        out, cache = self.kernels.attend(qkv, work, cache, metadata, self.config, dtype=x.dtype)
         return x, self.o(out), cache
 
     def _work(self, rope: Rotation | None) -> HeadWork:
@@ -87,4 +85,6 @@ class Attention(nnx.Module):
             k_norm=None if self.k_norm is None else self.k_norm.weight[...],
             cos=cos,
             sin=sin,
+            eps=self.norm_eps,
+            offset=self.norm_offset,
         )

@@ -80,23 +80,18 @@ class Kernels:
         metadata: AttentionMetadata,
         mixer: AttentionConfig,
         *,
-        eps: float,
-        offset: float,
         dtype: DTypeLike,
     ) -> tuple[Float[Array, "T KH R-2 D"], LayerCache]:
-        """qkv, R = G + 2 rows a KV head, into the cache and through attention -> outputs of `dtype`, cache.
-
-        eps and offset are those of the norms of q and k.
-        """
+        """qkv (R = G + 2) into the cache and through attention -> outputs of `dtype`, and the cache."""
         options, backend = mixer.options, self.attention_backend(mixer)
-        head_work: dict[str, Any] = {"eps": eps, "offset": offset, "dtype": dtype, "backend": backend}
+        how: dict[str, Any] = {"dtype": dtype, "backend": backend}
         k_pages, v_pages, split_counters = cache
         if metadata.tiles is None:
             rows = (metadata.slots, metadata.page_table, metadata.kv_lens, split_counters)
             args = (qkv, k_pages, v_pages, *rows, work)
-            out, *cached = paged_attention(*args, options=options, **head_work)
+            out, *cached = paged_attention(*args, options=options, **how)
             return out, tuple(cached)
-        q, k_pages, v_pages = rope_kv_write(qkv, k_pages, v_pages, metadata.slots, work, **head_work)
+        q, k_pages, v_pages = rope_kv_write(qkv, k_pages, v_pages, metadata.slots, work, **how)
         queries = q.reshape(q.shape[0], -1, q.shape[-1])
         if backend == "pallas":
             backend = self._prefill_backend(q, k_pages, options)

@@ -26,12 +26,10 @@ def paged_attention(
     *,
     options: AttentionOptions,
     sinks: Sinks | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
     dtype: DTypeLike,
     backend: str,
 ) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages, Int32[Array, "T KH"]]:
-    """`rope_kv_write`, whose arguments qkv, the cache, slots, work, eps, offset and dtype are, and attention.
+    """`rope_kv_write`, whose arguments qkv, the cache, slots, work and dtype are, and attention.
 
     Each of T sequences attends with its new token to what the cache has of it, the new token included, whose
     slot is the last one of those that kv_lens counts. page_table int32 [T, M], padded with 0; kv_lens int32
@@ -50,10 +48,11 @@ def paged_attention(
     if split_counters.shape != (tokens, kv_heads):
         raise ValueError(f"split_counters has shape {split_counters.shape}; it must be {(tokens, kv_heads)}")
     arrays = (parts, k_pages, v_pages, slots, page_table, kv_lens)
-    rest: dict[str, Any] = {"eps": eps, "offset": offset, "dtype": dtype}
     if backend == "xla":
-        return *xla.paged_attention(*arrays, work, sinks, options, **rest), split_counters
+        return *xla.paged_attention(*arrays, work, sinks, options, dtype=dtype), split_counters
     from lmdeploy_jax.pallas_kernels.paged_attention import pallas  # a CPU does without the import's time
 
     interpret = backend == "pallas_interpret"
-    return pallas.paged_attention(*arrays, split_counters, work, sinks, options, **rest, interpret=interpret)
+    return pallas.paged_attention(
+        *arrays, split_counters, work, sinks, options, dtype=dtype, interpret=interpret
+    )

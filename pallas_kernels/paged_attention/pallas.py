@@ -62,8 +62,6 @@ def paged_attention(
     sinks: Sinks | None,
     options: AttentionOptions,
     *,
-    eps: float,
-    offset: float,
     dtype: DTypeLike,
     tuning: Tuning | None = None,
     interpret: bool,
@@ -86,7 +84,9 @@ def paged_attention(
         jax.ShapeDtypeStruct((splits, *heads, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((splits, *heads), jnp.float32),
     ]
-    kernel = functools.partial(_kernel, options=options, eps=eps, offset=offset, interpret=interpret)
+    kernel = functools.partial(
+        _kernel, options=options, eps=work.eps, offset=work.offset, interpret=interpret
+    )
     arrays = (split_counters, k_pages, v_pages, slots, page_table, kv_lens, sinks, parts, *work.arrays())
     split_counters, new_k, new_v, attended, *_ = launch(kernel, how, out, *arrays, interpret=interpret)
     return attended, new_k, new_v, split_counters

@@ -26,13 +26,11 @@ def paged_attention(
     sinks: Sinks | None,
     options: AttentionOptions,
     *,
-    eps: float,
-    offset: float,
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages]:
     """See `lmdeploy_jax.pallas_kernels.paged_attention`."""
     args = (parts, k_pages, v_pages, slots, work)
-    q, k_pages, v_pages = xla.rope_kv_write(*args, eps=eps, offset=offset, dtype=dtype)
+    q, k_pages, v_pages = xla.rope_kv_write(*args, dtype=dtype)
     positions = jnp.broadcast_to((kv_lens - 1)[:, None], (q.shape[0], q.shape[2]))
     sinks = None if sinks is None else sinks.reshape(q.shape[1:3])
     out = attend_paged(q, k_pages, v_pages, page_table, positions, sinks, options, group=GROUP)

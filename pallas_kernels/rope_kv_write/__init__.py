@@ -21,8 +21,6 @@ def rope_kv_write(
     slots: Slots,
     work: HeadWork,
     *,
-    eps: float = 1e-6,
-    offset: float = 0.0,
     dtype: DTypeLike,
     backend: str,
 ) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages]:
@@ -31,20 +29,17 @@ def rope_kv_write(
     qkv [T, KH, G + 2, D]: for each KV head its G query heads, k and v; or [S, T, KH, G + 2, D] in f32: parts
     whose sum is meant. k_pages, v_pages [pages, KH, PAGE_SIZE, D]; K and V are cast to the cache's dtype.
     slots int32 [T] are the flat indices `page * PAGE_SIZE + offset`; rows that pad the batch carry slots of
-    page 0, which may repeat, or negative ones, for which nothing outside page 0 is written. `eps` and
-    `offset` belong to the norms.
+    page 0, which may repeat, or negative ones, for which nothing outside page 0 is written.
     In place where the caller donates the cache. Raises ValueError for shapes that do not fit.
     """
     check_backend(backend)
     parts = as_parts(qkv, k_pages, v_pages, slots, work)
     args = (parts, k_pages, v_pages, slots, work)
     if backend == "xla":
-        return xla.rope_kv_write(*args, eps=eps, offset=offset, dtype=dtype)
+        return xla.rope_kv_write(*args, dtype=dtype)
     from lmdeploy_jax.pallas_kernels.rope_kv_write import pallas  # a CPU does without the import's time
 
-    return pallas.rope_kv_write(
-        *args, eps=eps, offset=offset, dtype=dtype, interpret=backend == "pallas_interpret"
-    )
+    return pallas.rope_kv_write(*args, dtype=dtype, interpret=backend == "pallas_interpret")
 
 
 def as_parts(

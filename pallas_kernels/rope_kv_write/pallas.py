@@ -26,8 +26,6 @@ def rope_kv_write(
     slots: Slots,
     work: HeadWork,
     *,
-    eps: float,
-    offset: float,
     dtype: DTypeLike,
     interpret: bool,
 ) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages]:
@@ -40,7 +38,7 @@ def rope_kv_write(
         *(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_pages, v_pages)),
         jax.ShapeDtypeStruct((tokens, kv_heads, rows - 2, head_dim), dtype),
     ]
-    kernel = functools.partial(_kernel, eps=eps, offset=offset)
+    kernel = functools.partial(_kernel, eps=work.eps, offset=work.offset)
     arrays = (k_pages, v_pages, slots, parts, *work.arrays())
     new_k, new_v, q = launch(kernel, how, out, *arrays, interpret=interpret)
     return q, new_k, new_v

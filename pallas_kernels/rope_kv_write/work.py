@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 
@@ -14,7 +14,8 @@ class HeadWork:
 
     bias [KH, G + 2, D] is added to all three; q_norm and k_norm [D] are weights of an RMSNorm over each head
     of q and k; cos and sin, f32 [T, R / 2], then rotate the first R elements of each head of q and k, the
-    first half of them paired with the second (Su et al., 2021, as GPT-NeoX lays it out).
+    first half of them paired with the second (Su et al., 2021, as GPT-NeoX lays it out). `eps` and `offset`
+    are those of the norms, see `rms_norm`.
     """
 
     bias: jax.Array | None = None
@@ -22,7 +23,9 @@ class HeadWork:
     k_norm: jax.Array | None = None
     cos: jax.Array | None = None
     sin: jax.Array | None = None
+    eps: float = field(default=1e-6, metadata={"static": True})
+    offset: float = field(default=0.0, metadata={"static": True})
 
     def arrays(self) -> tuple[jax.Array | None, ...]:
-        """In the order of the fields, as kernels take them."""
+        """The arrays in the order of the fields, as kernels take them."""
         return self.bias, self.q_norm, self.k_norm, self.cos, self.sin

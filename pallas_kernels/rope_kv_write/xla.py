@@ -22,8 +22,6 @@ def rope_kv_write(
     slots: Slots,
     work: HeadWork,
     *,
-    eps: float,
-    offset: float,
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages]:
     """See `lmdeploy_jax.pallas_kernels.rope_kv_write`."""
@@ -32,9 +30,9 @@ def rope_kv_write(
         qkv = qkv + work.bias
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
     if work.q_norm is not None:
-        q = rms_norm(q, work.q_norm, eps=eps, offset=offset)
+        q = rms_norm(q, work.q_norm, eps=work.eps, offset=work.offset)
     if work.k_norm is not None:
-        k = rms_norm(k, work.k_norm, eps=eps, offset=offset)
+        k = rms_norm(k, work.k_norm, eps=work.eps, offset=work.offset)
     if work.cos is not None and work.sin is not None:
         q, k = (_rotate(x, work.cos, work.sin) for x in (q, k))
     return q, *_write(k_pages, v_pages, k, v, slots)

@@ -114,13 +114,12 @@ def test_decode_does_what_the_separate_operations_do(case: Fused, backend: str) 
     angles = rng.uniform(0, 6, (tokens, (case.rotary or 0) // 2)).astype(np.float32)
     norms = [jnp.asarray(1 + 0.3 * batch.draw(case.head_dim), case.dtype) if case.norm else None] * 2
     bias = jnp.asarray(batch.draw(*qkv.shape[2:]), case.dtype) if case.bias else None
-    work = HeadWork(bias, *norms, jnp.cos(angles), jnp.sin(angles))
+    work = HeadWork(bias, *norms, jnp.cos(angles), jnp.sin(angles), 1e-5, case.offset)
     slots = batch.newest_slots()
     caches = batch.device(*(batch.without(pages, slots) for pages in (batch.k_pages, batch.v_pages)))
     arrays = (jnp.asarray(qkv), *caches, slots, batch.table, batch.lengths, np.zeros((tokens, 2), np.int32))
     sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
-    options = {"eps": 1e-5, "offset": case.offset, "dtype": case.dtype, "sinks": sinks}
-    options |= {"options": AttentionOptions(**case.options)}
+    options = {"options": AttentionOptions(**case.options), "dtype": case.dtype, "sinks": sinks}
     got, want = (
         jax.jit(lambda *arrays, b=b: paged_attention(*arrays, work, **options, backend=b)[:3])(*arrays)
         for b in (backend, "xla")

@@ -53,9 +53,7 @@ def test_equals_numpy_and_writes_nothing_else(case: Case, backend: str) -> None:
         pytest.skip("needs an NVIDIA GPU")
     inputs = Inputs(case)
     op = jax.jit(
-        lambda *arrays: rope_kv_write(
-            *arrays, eps=EPS, offset=case.offset, dtype=case.dtype, backend=backend
-        ),
+        lambda *arrays: rope_kv_write(*arrays, dtype=case.dtype, backend=backend),
         donate_argnums=(1, 2),
     )
     caches = [jnp.asarray(cache) for cache in inputs.caches]
@@ -89,7 +87,7 @@ class Inputs:
         q_norm, k_norm = norms if case.norm else (None, None)
         bias = self._draw(*rows).astype(case.dtype) if case.bias else None
         turn = (np.cos(angles), np.sin(angles)) if case.rotary else (None, None)
-        self.work = jax.tree.map(jnp.asarray, HeadWork(bias, q_norm, k_norm, *turn))
+        self.work = jax.tree.map(jnp.asarray, HeadWork(bias, q_norm, k_norm, *turn, EPS, case.offset))
 
     def _draw(self, *shape: int) -> np.ndarray:
         return self.rng.standard_normal(shape).astype(jnp.dtype(self.case.dtype)).astype(np.float32)
