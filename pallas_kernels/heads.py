@@ -89,7 +89,8 @@ class HeadTile:
     ) -> None:
         """k and v into a slot of the cache [pages, KH, P, D], unless it is negative or not `enabled`."""
         page_size = k_pages.shape[2]
-        # The token's row alone is stored; others have places of their own, which interpret mode rewrites.
+        # Only the token's row is stored. The others get slots of their own, since interpret mode writes
+        # masked elements back.
         place = lax.rem(slot + page_size + self.row - self.group, page_size)
         mask = (self.row == self.group) & (self.column < self.head_dim) & (slot >= 0) & enabled
         for pages, heads in ((k_pages, rotated), (v_pages, values)):

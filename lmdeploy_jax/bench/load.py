@@ -160,7 +160,7 @@ async def _ids_below(target: Target) -> int:
             if answer.error is None or not answer.error.startswith("400"):
                 return bound
             bound //= 2
-    return HIGHEST_ID  # it is not the id that is refused: the work itself will tell
+    return HIGHEST_ID  # something else is refused: the requests of the work will tell what
 
 
 async def _run(target: Target, jobs: Sequence[Job], arrivals: Arrivals) -> tuple[float, list[Answer]]:

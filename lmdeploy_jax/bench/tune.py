@@ -33,8 +33,8 @@ PART_RATE = 3e12  # bytes a second at which the next kernel reads parts, about
 EPS = 1e-5
 LINK_RATE = 3e11  # bytes a second between two GPUs, about
 SUM_LAUNCH = 2e-6  # seconds of a kernel that adds parts up before devices sum them, outside of a CUDA graph
-LAUNCH = 5e-7  # seconds that one kernel less is worth
-MOSAIC = 1e-6  # what such a call costs in a CUDA graph beyond its kernel; about, by whole decode steps
+LAUNCH = 5e-7  # seconds that one kernel launch less saves
+MOSAIC = 1e-6  # seconds that a call costs in a CUDA graph beyond its kernel, from whole decode steps
 BLOCKS = (  # outputs and inner elements of a tile, warps, stages
     (32, 128, 4, 4),
     (64, 64, 4, 4),
@@ -44,7 +44,7 @@ BLOCKS = (  # outputs and inner elements of a tile, warps, stages
     (128, 64, 8, 4),
 )
 SPLITS = (1, 2, 4, 7, 8)
-NORM_BLOCKS = (  # of products that norm as well, whose sums are whole: more programs, or deeper
+NORM_BLOCKS = (  # also for products with a norm, which are not split: more programs, or more stages
     *BLOCKS,
     (16, 128, 4, 6),
     (16, 256, 4, 5),
@@ -56,7 +56,7 @@ NORM_BLOCKS = (  # of products that norm as well, whose sums are whole: more pro
     (64, 256, 4, 3),
     (128, 128, 8, 3),
 )
-DELTA_PARTS = 4  # in which the product before leaves its sum, about
+DELTA_PARTS = 4  # parts in which the product before leaves its result, typically
 STREAMED = (64, 128)  # outputs of a tile
 Candidate = Tiling | StreamTiling | None  # None: XLA's own
 

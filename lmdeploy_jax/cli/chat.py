@@ -62,7 +62,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
             f"chat takes one model, but was given {' '.join(args)!r}. A text goes after --prompt."
         )
     config = engine_config(flags)
-    generation_config(flags)  # wrong values are told before the model is loaded
+    generation_config(flags)  # raises for wrong values before the model is loaded
 
     if flags["url"] is not None:
         from lmdeploy_jax.cli.remote_chat import RemoteConversation
@@ -199,10 +199,10 @@ def _read_message() -> str | None:
 
 
 def _command(word: str) -> str | None:
-    """What a line alone asks for: `QUIT`, `FORGET`, "" where it was told already; None for a message."""
+    """What a line by itself asks for: `QUIT` or `FORGET`, "" where help was printed; None: a message."""
     if word in COMMANDS:
         return COMMANDS[word]
-    if re.fullmatch(r"/[a-z?]+", word):  # a path has more in it
+    if re.fullmatch(r"/[a-z?]+", word):  # one word; what has more slashes may be a path
         print(
             f"[{'' if word in ('/help', '/?') else f'{word} is no command. '}{HELP_WORDS}]", file=sys.stderr
         )

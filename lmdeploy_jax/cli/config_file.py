@@ -23,7 +23,7 @@ def apply(values: absl_flags.FlagValues, path: str) -> None:
         if name not in values or name == NAME:
             raise ConfigError(f"{path}: {key!r} is no flag of this command; --help lists them.")
         if value is None:
-            continue  # as if it were not there
+            continue  # `key:` without a value counts as not given
         try:
             _set(values[name], value)
         except (absl_flags.Error, ValueError, TypeError) as error:

@@ -37,7 +37,9 @@ def run(flags: FlagSet, args: list[str]) -> int:
     import jax
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns of what this checkpoint does without
+    absl_logging.set_verbosity(
+        absl_logging.ERROR
+    )  # Orbax warns of optional files that this checkpoint leaves out
     jax.config.update("jax_platforms", "cpu")  # the weights only pass through: no GPU need hold them
 
     from lmdeploy_jax.converters import orbax

@@ -25,9 +25,9 @@ from lmdeploy_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lmdeploy_jax")
 SOURCE_CACHE_BYTES, GRAMMAR_CACHE_BYTES = 32 * 2**20, 256 * 2**20
-LEXERS = 2 * THREADS if THREADS > 1 else 1  # of a grammar
-# Bytes: what a small grammar takes, where the process that tried it had room already; and what a lexer learns
-# with each token of an answer, 2 to 24 KB as measured.
+LEXERS = 2 * THREADS if THREADS > 1 else 1  # most lexers of one grammar
+# Bytes that are counted for a grammar whose trial needed no more memory than its process had already, and for
+# what a lexer caches with each token of an answer (2 to 24 KB measured).
 _LEAST, _PER_TOKEN = 256 * 1024, 8 * 1024
 _NOT_ENFORCEABLE = ("Unimplemented keys", "Unknown format", "oneOf constraints are not supported")
 _REMEDY = (
@@ -129,11 +129,11 @@ class Grammars:
             self._grammars.put(source.text, grammar)
         grammar.compile(vocabulary)
         with self._lock:
-            self._grammars.put(source.text, grammar)  # now that it is as large as it is
+            self._grammars.put(source.text, grammar)  # again: the cache counts its size anew
         return grammar
 
     def has(self, text: str) -> bool:
-        """Whether `compiled` has nothing to do."""
+        """Whether `compiled` would give a cached grammar that has all of its lexers."""
         with self._lock:
             grammar = self._grammars.get(text)
         return grammar is not None and grammar.complete

@@ -15,7 +15,7 @@ DEFINITIONS = 1000  # of a schema, and places that its references name
 PROPERTIES = 5000  # of a schema, all of its objects together
 OPTIONAL = 1000  # properties of one object that may be left out
 CHOICES = 20_000  # enum, anyOf and oneOf of a schema together; texts of a choice
-MULTIPLE_OF = 20_000  # without zeros at its end: 0.25 counts as 25
+MULTIPLE_OF = 20_000  # its digits without point and trailing zeros: 0.25 counts as 25
 RULES = 1000  # of a Lark or GBNF grammar
 TOOLS = 512
 

@@ -13,7 +13,7 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.guided.panics import as_request_error, panics_are_errors
 
-# Few: cheap masks take longer in many threads than in one, and only dear ones take less.
+# Few threads: masks that are quick to compute take longer in many threads than in one; only slow ones gain.
 THREADS = min(4, max(1, (os.cpu_count() or 1) // 4))
 _FEW = 4  # masks that one thread computes sooner than several can be woken
 
@@ -87,7 +87,7 @@ def _filled_together(mask: np.ndarray, matchers: Sequence[tuple[int, Matcher]]) 
     try:
         fill_next_token_bitmask_par(_executor(), [(m._matcher, row) for row, m in matchers], mask)
     except BaseException:
-        return False  # one of them failed; which of them shows one by one
+        return False  # one of them failed; filling them one by one shows which
     return True
 
 

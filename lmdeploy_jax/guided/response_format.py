@@ -13,7 +13,7 @@ from lmdeploy_jax.guided.lark import literal
 from lmdeploy_jax.guided.limits import CHOICES, RULES, check, check_regex, check_rules, check_source
 from lmdeploy_jax.guided.schemas import schema_json
 
-# Between JSON tokens: a space, or a new line with its indentation. More is a model that has lost its way.
+# Between JSON tokens: a space, or a new line with its indentation. A model that writes more may never end.
 WHITESPACE = r" |\n[ \t]{0,32}"
 BEST_EFFORT = {"lenient": True, "coerce_one_of": True}
 
@@ -136,7 +136,7 @@ def _choice(response_format: Format) -> str:
 def _grammar(response_format: Format) -> str:
     text = _field(response_format, "grammar", str, "a text: a Lark or GBNF grammar")
     if isinstance(text, Written):
-        return str(text)  # which goes to other processes, without the parts
+        return str(text)  # pickled as plain text: other processes need no parts
     check_source(text, "response_format.grammar")
     if text.lstrip().startswith("{"):
         return _grammar_list(text)

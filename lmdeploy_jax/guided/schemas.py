@@ -140,7 +140,7 @@ def _multiple(part: Mapping[str, Any]) -> int:
     """The number that is counted up to: 0.25 is 25, and 3000 is 3, since zeros at the end cost nothing."""
     value = part.get("multipleOf", 1)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return 0  # is refused as no number when it is compiled
+        return 0  # no number: compiling it will refuse it
     digits = Decimal(repr(value)).normalize().as_tuple().digits
     return int("".join(map(str, digits[:20])))
 

@@ -18,7 +18,7 @@ from lmdeploy_jax.guided.tagged import Function, glm4_call, qwen3coder_call
 from lmdeploy_jax.text.parsers import ReasoningFormat, ToolFormat, json_formats, xml_formats
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
-_NAME = re.compile(r"[^\s<>{}\[\]\"'`;,｜]+")  # what every parser takes for a name
+_NAME = re.compile(r"[^\s<>{}\[\]\"'`;,｜]+")  # a name that every tool parser can read
 
 
 def tool_grammar(

@@ -26,12 +26,12 @@ from lmdeploy_jax.guided.vocabulary import Vocabulary, tables
 from lmdeploy_jax.logs import shortened
 
 CPU_SECONDS = 3.0  # for one grammar, however busy the machine is
-WALL_SECONDS = 60.0  # after which something hangs
+WALL_SECONDS = 60.0  # after which a trial counts as hung
 MEMORY = 512 * 2**20  # bytes, for one grammar
-_STACK = 4 * 2**20  # half of what a thread has that compiles in earnest: what passes here passes there
+_STACK = 4 * 2**20  # half the stack of a thread that compiles for answers: what passes here passes there
 _WALKS, _STEPS = 3, 20  # beginnings of answers, and their tokens
 _LONGEST = 1000  # characters of a fault: some repeat the grammar
-_NICE = 10  # answers go first
+_NICE = 10  # a lower priority than that of the processes that make answers
 # As many optional properties as `limits` allows are as many alternatives, twice; a large multipleOf within a
 # range takes several times the default's fuel. The rest are the defaults.
 _DEAD_END, _NO_TEXT = "NoExtension", "no text fits it"

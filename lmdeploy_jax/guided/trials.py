@@ -18,7 +18,7 @@ from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.guided.trial import CPU_SECONDS, MEMORY, WALL_SECONDS, Verdict
 from lmdeploy_jax.guided.vocabulary import Vocabulary
 
-PROCESSES = 3  # so that a dear grammar or two hold nobody up
+PROCESSES = 3  # so that one or two grammars that are slow to try hold nobody up
 _PATIENCE = 30.0  # seconds for one of them to become free
 _LARGE = 64 * 2**20  # bytes: a process that needed more gives them back by ending
 _START = "import sys; sys.path[:] = {!r}; from lmdeploy_jax.guided.trial import main; main({}, {})"
@@ -93,7 +93,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # a panic's trace is no line for the log
-                start_new_session=True,  # Ctrl-C is for the terminal's own
+                start_new_session=True,  # so that Ctrl-C in the terminal does not reach it
             )
             self._connection = Connection(here.detach())
         try:
@@ -119,7 +119,7 @@ class _Process:
             return Verdict(*json.loads(self._receive()))
         except (OSError, EOFError):
             return _cause_of_death(self.end())
-        except BaseException:  # Ctrl-C: what it answers next would be taken for another's
+        except BaseException:  # interrupted: its late answer would be taken for that of the next grammar
             self.end()
             raise
 

@@ -15,7 +15,7 @@ from lmdeploy_jax.guided.panics import panics_are_errors
 if TYPE_CHECKING:
     from lmdeploy_jax.text.tokenizer import Tokenizer
 
-_PREFIX = "\x02"  # no token holds it with text behind it, so that it keeps the encoder's own space away
+_PREFIX = "\x02"  # put before a text, so that the encoder adds no space: no token holds both
 _LONGEST = 1000  # bytes of a token: llguidance's tree of tokens is at most 1,023 bytes deep
 # Characters of a long text that a grammar forces, spelled as the model would: after every token llguidance
 # asks again for all that is left.

@@ -122,7 +122,7 @@ def _argmax(values: Array) -> tuple[Array, Array]:
         values = lax.optimization_barrier(values.T)
         index, best = jnp.arange(len(values), dtype=jnp.int32)[:, None], values.max(0)
         index = jnp.where(values == best, index, len(values) - 1)
-        # A maximum over NaN is anything on a CPU, so the second reduction looks for them.
+        # XLA's maximum over NaN is undefined on a CPU, so the second reduction looks for NaN.
         return jnp.where(jnp.isnan(values), -1, index).min(0), best
 
     def direct(values: Array) -> tuple[Array, Array]:

@@ -123,5 +123,7 @@ def _built(stops: tuple[str, ...]) -> _Automaton:
     return automaton
 
 
-_LONG = 256  # characters, of 250 to 300 bytes each: what lists of more hold, up to 2 MB, is kept for a few
+# An automaton takes 250 to 300 bytes a character of its stop strings. Those of long lists, up to 2 MB each,
+# have a smaller cache.
+_LONG = 256
 _short, _long = lru_cache(maxsize=64)(_built), lru_cache(maxsize=8)(_built)

@@ -16,10 +16,11 @@ from lmdeploy_jax.text.settings import SAVE_FAST, TokenizerSettings, read_eos_id
 
 logger = logging.getLogger("lmdeploy_jax")
 
-_ROOMY = 6  # characters a token that a text may well have: above, it is looked through before it is tokenised
-_UNREAD = 1 << 20  # characters above which every text is looked through, since a token takes up to 400 bytes
+# Texts with more characters for each allowed token than ordinary text has, and texts of more than _UNREAD
+# characters, are counted roughly before they are encoded, since that takes up to 400 bytes a token.
+_ROOMY, _UNREAD = 6, 1 << 20
 _SLICE = 1 << 16  # characters
-_BY_CUTS = 2048  # tokens that cuts within words may add where there are few
+_BY_CUTS = 2048  # tokens by which cuts within words may raise the rough count
 
 
 class Backend(Protocol):

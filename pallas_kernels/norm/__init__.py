@@ -33,7 +33,7 @@ def add_rms_norm(
         )
     if backend == "xla":
         return xla.add_rms_norm(x, delta, weight, eps=eps, offset=offset)
-    from lmdeploy_jax.pallas_kernels.norm import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.norm import pallas  # CPUs never need it
 
     parts = delta if delta.ndim == 3 else delta[None]
     return pallas.add_rms_norm(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -50,7 +48,7 @@ def paged_attention(
     arrays = (parts, k_pages, v_pages, slots, page_table, kv_lens)
     if backend == "xla":
         return *xla.paged_attention(*arrays, work, sinks, options, dtype=dtype), split_counters
-    from lmdeploy_jax.pallas_kernels.paged_attention import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.paged_attention import pallas  # CPUs never need it
 
     interpret = backend == "pallas_interpret"
     return pallas.paged_attention(

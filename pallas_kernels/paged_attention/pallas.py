@@ -45,7 +45,7 @@ FEW_TILES = 32
 class Tuning:
     """How the work is cut and run: programs to aim at, Triton's warps and pipeline stages."""
 
-    programs: int  # from which on a sequence is not split; merging costs more than an idle core
+    programs: int  # where the tiles alone are more, nothing is split: merging costs more than idle cores
     num_warps: int
     num_stages: int
 
@@ -151,7 +151,7 @@ def _kernel(
 
         @pl.when(before == pages.splits - 1)
         def _merge() -> None:
-            counters_ref[sequence, kv_head] = jnp.int32(0)  # as the next layer expects it
+            counters_ref[sequence, kv_head] = jnp.int32(0)  # zero again, as the next layer expects
             finish(_merged(part_ref, lse_ref, pages.splits, rows))
 
     pl.when((split == 0) & (pages.splits == 1))(lambda: finish(state))

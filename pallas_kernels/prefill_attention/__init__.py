@@ -53,7 +53,7 @@ def prefill_attention(
     if backend == "xla":
         rows = tile_rows or TILE_ROWS["xla"]
         return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options, rows)
-    from lmdeploy_jax.pallas_kernels.prefill_attention import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.prefill_attention import pallas  # CPUs never need it
 
     arrays = (q, k_pages, v_pages, page_table, tiles)
     if backend != "mosaic":

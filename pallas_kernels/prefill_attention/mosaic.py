@@ -27,9 +27,9 @@ from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import SHORT
 from lmdeploy_jax.pallas_kernels.shapes import Pages, Tiles
 
-GROUPS = 2  # of 128 threads that compute
-ROWS = 64  # queries of each
-PAGES = 2  # of a block of keys
+GROUPS = 2  # warpgroups (128 threads each) that compute
+ROWS = 64  # queries a warpgroup
+PAGES = 2  # a block of keys
 LOWEST = -1e30
 SWIZZLE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 

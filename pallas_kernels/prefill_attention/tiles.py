@@ -9,7 +9,7 @@ import numpy as np
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 
 TILE_ROWS = {"xla": 8, "pallas": 128, "pallas_interpret": 128, "mosaic": 128}
-SHORT = 4  # queries of a tile that is done beside many of its kind
+SHORT = 4  # most queries of a short tile; kernels have a smaller block for those
 
 
 def tile_rows(backend: str) -> int:

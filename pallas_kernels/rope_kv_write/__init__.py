@@ -37,7 +37,7 @@ def rope_kv_write(
     args = (parts, k_pages, v_pages, slots, work)
     if backend == "xla":
         return xla.rope_kv_write(*args, dtype=dtype)
-    from lmdeploy_jax.pallas_kernels.rope_kv_write import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.rope_kv_write import pallas  # CPUs never need it
 
     return pallas.rope_kv_write(*args, dtype=dtype, interpret=backend == "pallas_interpret")
 

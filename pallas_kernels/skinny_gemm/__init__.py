@@ -32,7 +32,7 @@ def skinny_gemm(
     _check(x, weight.shape, tiling)
     if backend == "xla":
         return xla.skinny_gemm(x, weight, tiling.splits, out_dtype)
-    from lmdeploy_jax.pallas_kernels.skinny_gemm import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.skinny_gemm import pallas  # CPUs never need it
 
     return pallas.skinny_gemm(x, weight, tiling, out_dtype, interpret=backend == "pallas_interpret")
 
@@ -62,7 +62,7 @@ def gated_skinny_gemm(
         return mosaic.gated_skinny_gemm(x, weight, tiling, activation)
     if tiling.splits != 1:
         raise ValueError(f"splits is {tiling.splits}; a gated product has whole sums only: it must be 1")
-    from lmdeploy_jax.pallas_kernels.skinny_gemm import pallas  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.skinny_gemm import pallas  # CPUs never need it
 
     return pallas.gated_skinny_gemm(x, weight, tiling, activation, interpret=backend == "pallas_interpret")
 
@@ -103,7 +103,7 @@ def norm_skinny_gemm(
     rest: dict[str, Any] = {"eps": eps, "offset": offset, "out_dtype": out_dtype}
     if backend == "xla":
         return xla.norm_skinny_gemm(x, parts, norm, halves, activation, **rest)
-    from lmdeploy_jax.pallas_kernels.skinny_gemm import normed  # a CPU does without the import's time
+    from lmdeploy_jax.pallas_kernels.skinny_gemm import normed  # CPUs never need it
 
     interpret = backend == "pallas_interpret"
     return normed.norm_skinny_gemm(x, parts, norm, halves, tiling, activation, **rest, interpret=interpret)

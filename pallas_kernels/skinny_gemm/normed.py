@@ -42,7 +42,7 @@ def norm_skinny_gemm(
     """See `lmdeploy_jax.pallas_kernels.skinny_gemm`; one or two halves."""
     outputs = weight.shape[1]
     how = launch_of("norm_skinny_gemm", outputs, tiling)
-    # Not in x's place: programs that come late have to find it as it was.
+    # Not aliased to x: programs that start late still read x as it was.
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((1, outputs), out_dtype)]
     kernel = functools.partial(_kernel, tiling=tiling, activation=activation, eps=eps, offset=offset)
     added, product = launch(kernel, how, out, x, parts, norm, weight, interpret=interpret)

@@ -48,7 +48,7 @@ class AnswerParser:
         self.events: list[Event] = []
         self.indices = count()
         self.malformed = False
-        self.cut_off = False  # whether the answer's end is none of the model's
+        self.cut_off = False  # whether a limit, and not the model, ended the answer
         self._has_form = has_form
         self.mode: _Mode = _Edge(self, ReasoningDelta if starts_in_reasoning else ContentDelta, first=True)
         self._finished = False
@@ -86,7 +86,7 @@ class AnswerParser:
             text = self.mode.read(text)
 
     def _drain(self) -> list[Event]:
-        events, self.events[:] = self.events[:], []  # the list is a block's too
+        events, self.events[:] = self.events[:], []  # in place: blocks hold the same list
         return merge(events) if len(events) > 1 else events
 
 

@@ -110,7 +110,7 @@ class Call:
     """One call being read. It is announced as soon as its name is whole and its arguments have begun."""
 
     def __init__(self, block: Block, name: str | None = None) -> None:
-        if block.call is not None:  # it is whole: the grammar has read on
+        if block.call is not None:  # that call is complete, since the grammar has read on
             block.said.clear()
         self.index = -1  # until it is announced
         self._block = block
