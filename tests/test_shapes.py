@@ -34,7 +34,8 @@ def modules(package: ModuleType) -> Iterator[ModuleType]:
 def functions(module: ModuleType) -> Iterator[Callable[..., object]]:
     """Public functions that a module defines, and public methods of its public classes."""
     for owner in (module, *vars(module).values()):
-        if owner is module or (inspect.isclass(owner) and owner.__module__ == module.__name__):
+        own = inspect.isclass(owner) and owner.__module__ == module.__name__ and is_public(owner.__name__)
+        if owner is module or own:
             for name, member in vars(owner).items():
                 if inspect.isfunction(member) and member.__module__ == module.__name__ and is_public(name):
                     yield member
@@ -51,7 +52,7 @@ def test_public_functions_say_the_shapes_of_their_arrays(package: ModuleType) ->
         for function in functions(module) if module.__name__ not in WITHOUT_SHAPES else ():
             get_type_hints(function)  # a name that is not there would leave its argument unchecked
             for name, annotation in function.__annotations__.items():
-                rest = re.sub(r'Callable\[.*\]|\b[A-Z]\w+\[Array, "[^"]*"\]', "", annotation)
+                rest = re.sub(r"Callable\[.*\]|\b[A-Z]\w+\[Array, '[^']*'\]", "", annotation)
                 if re.search(r"\bArray\b", rest):
                     bare.add(f"{module.__name__}.{function.__qualname__}: {name}")
     assert bare == set()

@@ -7,12 +7,13 @@ from typing import Protocol
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 Axes = tuple[str | None, ...]
 
 
-def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes) -> nnx.Param:
+def param(shape: tuple[int, ...], dtype: DTypeLike, axes: Axes) -> nnx.Param:
     """A parameter with the logical name of each of its axes, which `parallel.rules` maps to the mesh."""
     return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import jax
+from jaxtyping import Array, Float, Float32
 
 
 @jax.tree_util.register_dataclass
@@ -12,20 +13,20 @@ import jax
 class HeadWork:
     """What is done to q, k and v on their way; None: not in this model.
 
-    bias [KH, G + 2, D] is added to all three; q_norm and k_norm [D] are weights of an RMSNorm over each head
-    of q and k; cos and sin, f32 [T, R / 2], then rotate the first R elements of each head of q and k, the
+    bias is added to all three; q_norm and k_norm are weights of an RMSNorm over each head
+    of q and k; cos and sin then rotate the first R elements of each head of q and k, the
     first half of them paired with the second (Su et al., 2021, as GPT-NeoX lays it out). `eps` and `offset`
     are those of the norms, see `rms_norm`.
     """
 
-    bias: jax.Array | None = None
-    q_norm: jax.Array | None = None
-    k_norm: jax.Array | None = None
-    cos: jax.Array | None = None
-    sin: jax.Array | None = None
+    bias: Float[Array, "KH G+2 D"] | None = None
+    q_norm: Float[Array, "D"] | None = None
+    k_norm: Float[Array, "D"] | None = None
+    cos: Float32[Array, "T R/2"] | None = None
+    sin: Float32[Array, "T R/2"] | None = None
     eps: float = field(default=1e-6, metadata={"static": True})
     offset: float = field(default=0.0, metadata={"static": True})
 
-    def arrays(self) -> tuple[jax.Array | None, ...]:
+    def arrays(self) -> tuple[Float[Array, "..."] | None, ...]:
         """The arrays in the order of the fields, as kernels take them."""
         return self.bias, self.q_norm, self.k_norm, self.cos, self.sin

@@ -96,8 +96,11 @@ def _gated_kernel(
 
 
 def gated(
-    gate: jax.Array, up: jax.Array, activation: Callable[[jax.Array], jax.Array], dtype: jnp.dtype
-) -> jax.Array:
+    gate: Float32[Array, "out rows"],
+    up: Float32[Array, "out rows"],
+    activation: Callable[[jax.Array], jax.Array],
+    dtype: jnp.dtype,
+) -> Float[Array, "out rows"]:
     """activation(gate) * up, rounded where the separate operations round."""
     gate, up = (half.astype(dtype).astype(jnp.float32) for half in (gate, up))
     return (activation(gate).astype(dtype).astype(jnp.float32) * up).astype(dtype)
