@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Shaped
 
 from lmdeploy_jax.models.formats import E2M1, E8M0, FOUR_BITS, INT4, INT8, PER_WORD, WeightFormat
 from lmdeploy_jax.models.linear import Axes, DenseWeight, Linear, param
@@ -62,7 +63,7 @@ class QuantWeight(nnx.Module):
         found = (self.values, self.scales, self.zeros, self.row_scales)
         return QuantArrays(*(None if leaf is None else leaf[...] for leaf in found))  # type: ignore[arg-type]
 
-    def dense(self) -> Array:
+    def dense(self) -> Float[Array, "..."]:
         """What is multiplied with where no kernel reads the format itself."""
         return dequantise(self.held, self.arrays(), self.dtype).reshape(self.shape)
 
@@ -73,8 +74,8 @@ def hold_quantised(linear: Linear, held: WeightFormat) -> None:
     linear.weight = QuantWeight(linear.weight, linear.out_axes, held)
 
 
-def dequantise(held: WeightFormat, arrays: QuantArrays, dtype: DTypeLike) -> Array:
-    """The weight [*out, K], computed in float32."""
+def dequantise(held: WeightFormat, arrays: QuantArrays, dtype: DTypeLike) -> Float[Array, "*out K"]:
+    """The weight, computed in float32."""
     values = elements(held, arrays).astype(jnp.float32)
     columns = values.shape[-1]
     if arrays.zeros is not None:
@@ -84,8 +85,8 @@ def dequantise(held: WeightFormat, arrays: QuantArrays, dtype: DTypeLike) -> Arr
     return (values * _by_column(held, group_scales(held, arrays), columns)).astype(dtype)
 
 
-def round_rows(x: Array, kind: str) -> tuple[Array, Array]:
-    """x [T, K] -> INT8 or E4M3 of the same shape, and its rows' scales f32 [T, 1]: x is their product."""
+def round_rows(x: Float[Array, "T K"], kind: str) -> tuple[Shaped[Array, "T K"], Float32[Array, "T 1"]]:
+    """x as INT8 or E4M3, and its rows' scales: x is their product."""
     limit = 127.0 if kind == INT8 else float(jnp.finfo(kind).max)
     wide = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(wide).max(-1, keepdims=True), LEAST) / limit
@@ -93,16 +94,16 @@ def round_rows(x: Array, kind: str) -> tuple[Array, Array]:
     return (jnp.round(scaled) if kind == INT8 else scaled).astype(kind), scale
 
 
-def elements(held: WeightFormat, arrays: QuantArrays) -> Array:
-    """[*out, K], 4-bit integers as uint8, E2M1 as its values in float32."""
+def elements(held: WeightFormat, arrays: QuantArrays) -> Shaped[Array, "*out K"]:
+    """4-bit integers as uint8, E2M1 as its values in float32."""
     if held.element not in FOUR_BITS:
         return arrays.values
     codes = unpack_words(arrays.values, held.tile)
     return jnp.array(E2M1_VALUES, jnp.float32)[codes] if held.element == E2M1 else codes
 
 
-def group_scales(held: WeightFormat, arrays: QuantArrays) -> Array:
-    """f32 [G, *out], row scales included."""
+def group_scales(held: WeightFormat, arrays: QuantArrays) -> Float32[Array, "G *out"]:
+    """Row scales included."""
     scales = arrays.scales
     if held.scale == E8M0:  # the byte is the exponent of a float32
         scales = lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
@@ -118,7 +119,7 @@ def _by_column(held: WeightFormat, grouped: Array, columns: int) -> Array:
     return jnp.repeat(moved, held.group, axis=-1)[..., :columns]  # the last group may be short
 
 
-def unpack_words(words: Array, tile: int) -> Array:
+def unpack_words(words: Shaped[Array, "*out words"], tile: int) -> Shaped[Array, "*out K"]:
     """uint16 [..., K / 4] -> uint8 [..., K]: in each tile, nibble q of word j is column q * tile / 4 + j."""
     tiles = words.reshape(*words.shape[:-1], -1, 1, tile // PER_WORD)
     shifts = jnp.arange(0, 16, 4, dtype=jnp.uint16)[:, None]
