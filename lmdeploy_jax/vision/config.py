@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from lmdeploy_jax.vision.interpolate import Interpolation
@@ -169,3 +170,8 @@ class VisionModelConfig:
     tower: TowerConfig
     projector: tuple[Step, ...]
     deepstack: tuple[Step, ...] = ()
+
+    @property
+    def learned(self) -> int:
+        """Learned rows that the projector puts after those of the patches."""
+        return sum(prod(step.shape[:-1]) for step in self.projector if isinstance(step, LearnedRows))

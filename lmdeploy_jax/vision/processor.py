@@ -21,6 +21,14 @@ DETAILS = {"auto": None, "low": 6, "medium": 12, "high": 24}
 
 
 @dataclass(frozen=True)
+class View:
+    """One view as a tower takes it: levels [patches, C * frames * P * P], and rows and columns of patches."""
+
+    patches: np.ndarray
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class ProcessedImage:
     """One picture as a tower takes it.
 
@@ -32,6 +40,11 @@ class ProcessedImage:
     plan: ImagePlan
     patches: np.ndarray
     grid: tuple[int, int]
+
+    @property
+    def views(self) -> list[View]:
+        """Its views, in order."""
+        return [View(patches, self.grid) for patches in self.patches]
 
 
 @dataclass(frozen=True)

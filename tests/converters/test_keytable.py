@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lmdeploy_jax.converters.keytable import Leaf, Rule, bind
-from lmdeploy_jax.converters.layouts import GroupedQKV, Layout, Rows, Stack
+from lmdeploy_jax.converters.layouts import GroupedQKV, Layout, PermutedHeads, Rows, Stack
 from lmdeploy_jax.converters.safetensors import CheckpointReader
 from lmdeploy_jax.errors import CheckpointError
 
@@ -144,6 +144,27 @@ def test_experts_stack_along_two_axes(tmp_path: Path) -> None:
     rule = Rule(r"experts\.(\d+)\.(gate|up)", "experts", r"\1.\2", layout)
     leaf = bind([rule], open_folder(tmp_path, content), {"experts": experts.shape})["experts"]
     assert_equal_by_slices(leaf, experts)
+
+
+def test_heads_stack_with_their_elements(tmp_path: Path) -> None:
+    parts = np.arange(3 * 4 * 6 * 5, dtype=np.float32).reshape(3, 4, 6, 5)
+    content = {name: parts[i].reshape(24, 5) for i, name in enumerate("qkv")}
+    rule = Rule("([qkv])", "qkv", r"\1", Stack(("q", "k", "v"), rows=2))
+    leaf = bind([rule], open_folder(tmp_path, content), {"qkv": parts.shape})["qkv"]
+    assert_equal_by_slices(leaf, parts)
+
+
+@pytest.mark.parametrize("columns", [(5,), ()])
+def test_heads_of_q_and_k_in_another_order(tmp_path: Path, columns: tuple[int, ...]) -> None:
+    stored = np.arange(3 * 2 * 4 * np.prod(columns, dtype=int), dtype=np.float32).reshape(3, 2, 4, *columns)
+    order = (2, 0, 3, 1)
+    expected = stored.copy()
+    expected[:2] = stored[:2][:, :, list(order)]
+    rule = Rule("w", "qkv", layout=PermutedHeads(order))
+    reader = open_folder(tmp_path, {"w": stored.reshape(24, *columns)})
+    assert_equal_by_slices(bind([rule], reader, {"qkv": stored.shape})["qkv"], expected)
+    with pytest.raises(ValueError, match="4 elements does not fit"):
+        PermutedHeads(order).assemble((3, 2, 5))
 
 
 def test_a_slice_reads_only_its_own_sources(leaves: dict[str, Leaf], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,9 @@ def test_damaged_values(cases: int, files: list[Files], tmp_path: Path) -> None:
         for _ in range(rng.choice((1, 1, 2))):
             name = rng.choice(list(changed))
             if found := places(changed[name]):
-                put(changed[name], rng.choice(found), rng.choice(VALUES))
+                value = rng.choice(VALUES)  # copied where another could be put in it: into itself, for one
+                fresh = copy.deepcopy(value) if type(value) in (list, dict) else value
+                put(changed[name], rng.choice(found), fresh)
         for name in ("config.json", *(name for name, _ in PROCESSOR_FILES)):
             (tmp_path / name).unlink(missing_ok=True)
             if name in changed:

@@ -1,4 +1,4 @@
-"""Several images in one run give the rows of each alone; what does not fit is refused."""
+"""Views in one run give the tokens of each alone; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ IMAGES = (picture(20, 33), picture(40, 21, seed=1), picture(9, 9, seed=2))
 @pytest.mark.parametrize("name", ["internvl_hf", "qwen2_5_vl", "qwen3_vl", "llava_next"])
 def test_together_as_alone(name: str, tmp_path: Path) -> None:
     model = load_vision(save_checkpoint(name, tmp_path))
-    done = [model.config.processor(image) for image in IMAGES]
-    sizes = [size_of(model.config, image.plan) for image in done]
-    counts = [len(model.family.rows(model.config, image.plan)) for image in done]
-    size = -(-sum(sizes) // 16) * 16
-    run = compiled(model)
-    rows = [run(pack(model.config, model.family.rows, [each], size, sum(counts))) for each in done]
-    alone = np.concatenate([each[:, :count] for each, count in zip(rows, counts, strict=True)], axis=1)
-    together = run(pack(model.config, model.family.rows, done, size, sum(counts)))
+    config = model.config
+    views = [view for image in IMAGES for view in config.processor(image).views]
+    sizes = [size_of(config, view.grid) for view in views]
+    counts = [len(view.patches) // config.processor.merge**2 for view in views]
+    size, run = -(-sum(sizes) // 16) * 16, compiled(model)
+    results = [run(pack(config, [view], size, sum(counts))) for view in views]
+    parts = [result[:, :count] for result, count in zip(results, counts, strict=True)]
+    alone = np.concatenate([*parts, results[0][:, sum(counts) :]], axis=1)
+    together = run(pack(config, views, size, sum(counts)))
     np.testing.assert_allclose(together, alone, atol=1e-5 * np.abs(alone).max())
     with pytest.raises(ValueError, match="do not fit"):
-        pack(model.config, model.family.rows, done, sum(sizes) - 1, sum(counts))
+        pack(config, views, sum(sizes) - 1, sum(counts))
     with pytest.raises(ValueError, match="do not fit"):
-        pack(model.config, model.family.rows, done, size, sum(counts) - 1)
+        pack(config, views, size, sum(counts) - 1)
 
 
 def test_windows_of_the_released_size() -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from lmdeploy_jax.converters.vision import LoadedVisionModel, load_vision
 from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
+from lmdeploy_jax.parallel.mesh import make_mesh
 from lmdeploy_jax.vision.inputs import VisionInputs
-from lmdeploy_jax.vision.packing import pack, size_of
+from lmdeploy_jax.vision.packing import pack, result_index, size_of
 from tests.vision.oracle import CONFIGS, hf_features, save_checkpoint
 from tests.vision.pictures import picture
 
@@ -32,14 +34,18 @@ def compiled(model: LoadedVisionModel) -> Callable[[VisionInputs], np.ndarray]:
 
 def features(model: LoadedVisionModel, images: Sequence[Image.Image]) -> np.ndarray:
     """The rows [1 + k, rows, D] of all images, from one run with room to spare."""
-    done = [model.config.processor(image) for image in images]
-    plans = [image.plan for image in done]
-    rows = sum(len(model.family.rows(model.config, plan)) for plan in plans)
-    size = sum(size_of(model.config, plan) for plan in plans)
-    unit = model.config.tower.window or 16
-    size = size + 1 if model.config.tower.grid is not None else -(-(size + 1) // unit) * unit
-    inputs = pack(model.config, model.family.rows, done, size, rows + 3)
-    return compiled(model)(inputs)[:, :rows]
+    config = model.config
+    done = [config.processor(image) for image in images]
+    views = [view for image in done for view in image.views]
+    unit = config.tower.window or (16 if config.tower.grid is None else 1)
+    size = -(-(sum(size_of(config, view.grid) for view in views) + 1) // unit) * unit
+    counts = [image.patches.shape[0] * image.patches.shape[1] // config.processor.merge**2 for image in done]
+    output = sum(counts) + 3
+    result = compiled(model)(pack(config, views, size, output))
+    firsts = np.cumsum([0, *counts])
+    own = [model.family.rows(config, image.plan) for image in done]
+    index = [result_index(rows, first, output) for rows, first in zip(own, firsts, strict=False)]
+    return result[:, np.concatenate(index)]
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -93,3 +99,23 @@ def test_a_text_model_takes_no_images(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     with pytest.raises(UnsupportedModelError, match=r"'LlamaForCausalLM'.* take no images here"):
         load_vision(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["internvl_hf", "qwen2_5_vl", "qwen3_vl", "llava_next", "gemma3", "glm4v"])
+def test_sixteen_bits(name: str, tmp_path: Path) -> None:
+    """Nothing in between is widened by mistake: the rows are of the weights' dtype, and near the wide
+    ones.
+    """
+    folder, images = save_checkpoint(name, tmp_path), [picture(60, 85)]
+    wide, narrow = (
+        features(load_vision(folder), images),
+        features(load_vision(folder, dtype="bfloat16"), images),
+    )
+    assert narrow.dtype == jax.numpy.bfloat16
+    assert np.abs(narrow.astype(np.float32) - wide).max() < 0.1 * np.abs(wide).max()
+
+
+def test_every_device_of_a_mesh_holds_all(tmp_path: Path) -> None:
+    mesh = make_mesh(1)
+    model = load_vision(save_checkpoint("llava", tmp_path), mesh=mesh)
+    assert {leaf.sharding for leaf in model.leaves} == {NamedSharding(mesh, PartitionSpec())}

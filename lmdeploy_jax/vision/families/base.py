@@ -11,7 +11,6 @@ from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.converters.keytable import Rule
 from lmdeploy_jax.converters.layouts import Layout, Rows, Stack
 from lmdeploy_jax.vision.config import Activation, TowerConfig, VisionModelConfig
-from lmdeploy_jax.vision.packing import ImageRows
 from lmdeploy_jax.vision.pixels import RESAMPLE, Resample
 from lmdeploy_jax.vision.placeholders import Placeholder
 from lmdeploy_jax.vision.resize import ImagePlan
@@ -28,8 +27,12 @@ FUSED_QKV = Rows(3)
 MOST_LAYERS, MOST_HEADS, MOST_SIDE = 1000, 1024, 4096
 
 
+ImageRows = Callable[[VisionModelConfig, ImagePlan], np.ndarray]
+"""Which rows stand for an image, int32: tokens of its views by number; learned rows are -1, -2 and so on."""
+
+
 def rows_in_order(config: VisionModelConfig, plan: ImagePlan) -> np.ndarray:
-    """The merged patches of an image's views one after the other."""
+    """The tokens of an image's views one after the other."""
     rows, columns = config.processor.tokens(plan)
     return np.arange(plan.views * rows * columns, dtype=np.int32)
 
