@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests.oracle import Tensors, scramble
+from tests.vision.pillow import processed
 
 ORACLE = "oracle"  # subfolder with the checkpoint that transformers runs, where the tested one is not its own
 TEXT: Mapping[str, Any] = {
@@ -309,7 +310,7 @@ def hf_model(name: str, folder: Path) -> Any:
 def hf_features(name: str, folder: Path, images: Sequence[Image.Image]) -> np.ndarray:
     """The rows f32 [1 + k, rows, D] of all images one after the other, and those of k DeepStack layers."""
     model = hf_model(name, folder)
-    inputs = hf_processor(name)(list(images), return_tensors="pt")
+    inputs = processed(hf_processor(name), list(images), "pt")
     found = model.get_image_features(**_features_inputs(inputs))
     layers = [found.pooler_output, *getattr(found, "deepstack_features", ())]
     return np.stack([torch.cat([part.flatten(0, -2) for part in layer]).numpy() for layer in layers])

@@ -14,6 +14,7 @@ from lmdeploy_jax.vision.families import VISION_FAMILIES
 from lmdeploy_jax.vision.placeholders import expand_placeholders, image_spans
 from tests.vision.oracle import CONFIGS, hf_processor, save_checkpoint
 from tests.vision.pictures import picture
+from tests.vision.pillow import processed
 
 SIZES = ((60, 85), (31, 40), (90, 30))
 ATTRIBUTES: dict[str, dict[str, Any]] = {
@@ -54,7 +55,7 @@ def test_expansions_equal_transformers(name: str, checkpoints: Path) -> None:
     for attribute, value in ATTRIBUTES[name].items():
         setattr(theirs, attribute, value)
     for size in SIZES:
-        inputs = theirs.image_processor(picture(*size), return_tensors="np")
+        inputs = processed(theirs.image_processor, picture(*size), "np")
         plan = config.processor.plan(*size)
         expanded = family.placeholder.expand(config.processor, plan)
         assert expanded == theirs.replace_image_token(inputs, 0)
