@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import psutil
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -43,6 +44,7 @@ from lmdeploy_jax.parallel.rules import sharding
 log = logging.getLogger("lmdeploy_jax")
 Progress = Callable[[int, int], None]
 Merge = Callable[[tuple[jax.Array, ...]], Decoder]
+SHARE_OF_MEMORY = 0.8  # of what is free, which widened weights may take
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -130,7 +132,7 @@ def load_model(
     `tuning` is what was measured on the device. `config` replaces what `config.json` says;
     `model_format`, that of the checkpoint (see `formats.recognise`), is needed where no file tells it;
     `dequantise`: whether quantised weights are widened to the model's dtype as they are read; None: on a CPU,
-    whose products are fastest so.
+    whose products are fastest so, where memory allows.
     `on_progress(bytes done, bytes in all)` may be called from any thread. Converted checkpoints (see `orbax`)
     are read too.
     Everything is checked before anything is allocated. Raises CheckpointError and ConfigError.
@@ -143,20 +145,11 @@ def load_model(
     if quantisation is not None and stored == jnp.float16:
         # Files in float16 were made for kernels that read nothing else; the models overflow in it.
         stored = jnp.dtype("bfloat16")
-    platform = _platform(mesh)
-    wanted = pick_dtype(dtype, stored, platform)
-    loader = _Loader(
-        folder,
-        wanted,
-        Kernels(backend, mesh, tuning),
-        platform == "cpu" if dequantise is None else dequantise,
-        on_progress,
-    )
-    return (
-        loader.converted(config)
-        if orbax.is_converted(folder)
-        else loader.tensors(family, config, quantisation)
-    )
+    wanted = pick_dtype(dtype, stored, _platform(mesh))
+    loader = _Loader(folder, wanted, Kernels(backend, mesh, tuning), dequantise, on_progress)
+    if orbax.is_converted(folder):
+        return loader.converted(config)
+    return loader.tensors(family, config, quantisation)
 
 
 @dataclass(frozen=True)
@@ -166,7 +159,7 @@ class _Loader:
     folder: str | os.PathLike[str]
     dtype: jnp.dtype
     kernels: Kernels
-    dequantise: bool
+    dequantise: bool | None
     on_progress: Progress | None
 
     def tensors(
@@ -191,7 +184,7 @@ class _Loader:
 
     def _quantised(self, leaves: Mapping[str, Leaf], dense: Skeleton, reader: QuantReader) -> LoadedModel:
         """`dense` is the model whose weights are all widened."""
-        if self.dequantise:
+        if self._widens(dense):
             log.info("%d quantised weights become %s as they are read", len(reader.tensors), self.dtype)
             return self._finish(dense, load_leaves(leaves, dense.specs, self.on_progress))
         formats, found = held_leaves(leaves, reader, dense.specs)
@@ -204,20 +197,40 @@ class _Loader:
         if any(name.startswith(HEAD) for name in manifest["leaves"]):  # `settle_head` may have kept it
             config = replace(config, tie_embeddings=False)
         formats = orbax.read_formats(self.folder)
-        skeleton = build_skeleton(config, self.dtype, self.kernels, formats)
+        dense = build_skeleton(config, self.dtype, self.kernels)
+        orbax.check_formats(self.folder, formats, dense.specs)
+        skeleton = build_skeleton(config, self.dtype, self.kernels, formats) if formats else dense
         check_cuts(self.folder, formats, skeleton.specs)
         saved = build_skeleton(config, jnp.dtype("float32"), Kernels(), formats).specs
         arrays = load_converted(self.folder, saved, skeleton.specs)
         if self.on_progress is not None:
             total = sum(array.nbytes for array in arrays.values())
             self.on_progress(total, total)
-        if self.dequantise and formats:
-            dense = build_skeleton(config, self.dtype, self.kernels)
+        if formats and self._widens(dense):
             return self._finish(dense, widened(arrays, formats, dense.specs))
         return self._finish(skeleton, arrays)
 
+    def _widens(self, dense: Skeleton) -> bool:
+        """Whether quantised weights become those of `dense`: by default on a CPU that has memory for them."""
+        if self.dequantise is not None or _platform(self.kernels.mesh) != "cpu":
+            return bool(self.dequantise)
+        needed = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in dense.specs.values())
+        free = available_memory()
+        if needed > SHARE_OF_MEMORY * free:
+            log.warning(
+                "weights stay quantised, which is slow on a CPU: as %s they would take %.3g GB, "
+                "and %.3g GB are free",
+                self.dtype, needed / 1e9, free / 1e9,
+            )  # fmt: skip
+        return needed <= SHARE_OF_MEMORY * free
+
     def _finish(self, skeleton: Skeleton, arrays: Mapping[str, jax.Array]) -> LoadedModel:
         return LoadedModel(skeleton, tuple(arrays[name] for name in skeleton.specs), self.dtype)
+
+
+def available_memory() -> int:
+    """Bytes of the machine's memory that can be had."""
+    return psutil.virtual_memory().available
 
 
 def build_skeleton(

@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -97,12 +97,23 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_formats(folder: str | os.PathLike[str]) -> dict[str, WeightFormat]:
     """How the weights are held that were quantised when they were saved, by name. Raises CheckpointError."""
-    described = read_manifest(folder)["meta"].get("formats", {})
+    meta = read_manifest(folder).get("meta")
+    described = meta.get("formats", {}) if isinstance(meta, Mapping) else {}
     try:
         return {name: WeightFormat(**fields) for name, fields in described.items()}
     except (AttributeError, TypeError) as error:
         path = pathlib.Path(folder) / MANIFEST
         raise CheckpointError(f"{path}: damaged formats ({error}); {CONVERT_AGAIN}") from error
+
+
+def check_formats(
+    folder: str | os.PathLike[str], formats: Mapping[str, WeightFormat], weights: Container[str]
+) -> None:
+    """Raises CheckpointError for a format that means nothing, or is that of none of the model's `weights`."""
+    for name, held in formats.items():
+        if name not in weights or not held.is_sound:
+            path = pathlib.Path(folder) / MANIFEST
+            raise CheckpointError(f"{path}: damaged format of {name}: {held}; {CONVERT_AGAIN}")
 
 
 def load(

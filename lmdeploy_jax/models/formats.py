@@ -8,6 +8,7 @@ from math import gcd
 INT4, INT8 = "int4", "int8"
 E4M3, E5M2, E2M1 = "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"
 E8M0 = "float8_e8m0fnu"
+SCALES = ("float16", "bfloat16", "float32", "float64", E8M0, E4M3)
 FOUR_BITS = (INT4, E2M1)
 TILE = 128  # columns whose 4-bit elements share words
 PER_WORD = 4  # 4-bit elements in a uint16
@@ -40,6 +41,19 @@ class WeightFormat:
         kind = "" if self.element == INT4 else f"_{self.element}"
         group = "" if self.groups == 1 else f"_g{self.group}"
         return f"w{bits}a{8 if self.activations else 16}{kind}{group}"
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every field, perhaps read from a file, has a value that means something."""
+        sizes = (self.group, self.groups, self.tile)
+        return (
+            all(type(size) is int and size > 0 for size in sizes)
+            and self.element in (INT4, INT8, E4M3, E5M2, E2M1)
+            and self.scale in SCALES
+            and self.zeros in (None, "uint8", "int16")
+            and self.activations in (None, INT8, E4M3, E5M2)
+            and isinstance(self.row_scales, bool)
+        )
 
     @property
     def stored(self) -> str:

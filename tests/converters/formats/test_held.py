@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lmdeploy_jax.converters.layouts import Rows
 from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.converters.safetensors import CheckpointReader
 from lmdeploy_jax.converters.slicing import Index
+from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.formats import WeightFormat
 from lmdeploy_jax.models.quantised import QuantArrays, dequantise
 from tests.converters.formats.packers import CASES, Case, as_torch, quantise_folder, tell
@@ -240,3 +242,43 @@ def test_an_output_head_may_be_quantised(llama: Path, tmp_path: Path) -> None:
     assert len(model.skeleton.head_places) == 2
     (logits,) = PagedRunner(model).ragged([(0, 0, IDS, len(IDS))])
     assert np.isfinite(logits).all()
+
+
+def test_weights_stay_quantised_where_a_cpu_has_no_memory_for_them(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantise_folder(llama, tmp_path / "quantised", tmp_path / "dense", CASES["awq"])
+    assert not load_model(tmp_path / "quantised").skeleton.formats
+    monkeypatch.setattr("lmdeploy_jax.converters.load.available_memory", lambda: 100_000)
+    assert len(load_model(tmp_path / "quantised").skeleton.formats) == 8
+    assert "weights stay quantised" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda formats: formats["layers.0.mlp.down.weight"].update(group="x"),
+            "damaged format of layers.0.mlp",
+        ),
+        (
+            lambda formats: formats["layers.0.mlp.down.weight"].update(element="int5"),
+            "damaged format of layers.0",
+        ),
+        (lambda formats: formats["layers.0.mlp.down.weight"].update(more=1), "damaged formats"),
+        (
+            lambda formats: formats.update({"x.weight": formats["layers.0.mlp.down.weight"]}),
+            "damaged format of x",
+        ),
+        (lambda formats: formats.update({"x.weight": [1]}), "damaged formats"),
+    ],
+)
+def test_damaged_formats_of_a_converted_checkpoint_are_named(
+    change: Callable[[dict], None], message: str, llama: Path, tmp_path: Path
+) -> None:
+    held, _ = both(llama, tmp_path, CASES["awq"])
+    formats = {name: asdict(form) for name, form in held.skeleton.formats.items()}
+    change(formats)
+    out = orbax.save(tmp_path / "out", named_leaves(held), {"formats": formats}, tmp_path / "quantised")
+    with pytest.raises(CheckpointError, match=message):
+        load_model(out)
