@@ -27,7 +27,7 @@ from lmdeploy_jax.converters.formats.reader import QuantReader, without_zero_bia
 from lmdeploy_jax.converters.formats.scheme import is_float
 from lmdeploy_jax.converters.keytable import Leaf, bind
 from lmdeploy_jax.converters.published import HEAD, names_read, settle_head
-from lmdeploy_jax.converters.regroup import check_cuts, load_converted, widened
+from lmdeploy_jax.converters.regroup import cuts_of, load_converted, widened
 from lmdeploy_jax.converters.safetensors import CheckpointReader
 from lmdeploy_jax.errors import CheckpointError, ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
@@ -199,15 +199,16 @@ class _Loader:
         formats = orbax.read_formats(self.folder)
         dense = build_skeleton(config, self.dtype, self.kernels)
         orbax.check_formats(self.folder, formats, dense.specs)
-        skeleton = build_skeleton(config, self.dtype, self.kernels, formats) if formats else dense
-        check_cuts(self.folder, formats, skeleton.specs)
         saved = build_skeleton(config, jnp.dtype("float32"), Kernels(), formats).specs
-        arrays = load_converted(self.folder, saved, skeleton.specs)
+        cuts = cuts_of(formats, saved, dense.specs)
+        held = {name: cut.held for name, cut in cuts.items()}
+        skeleton = build_skeleton(config, self.dtype, self.kernels, held) if held else dense
+        arrays = load_converted(self.folder, saved, skeleton.specs, cuts)
         if self.on_progress is not None:
             total = sum(array.nbytes for array in arrays.values())
             self.on_progress(total, total)
-        if formats and self._widens(dense):
-            return self._finish(dense, widened(arrays, formats, dense.specs))
+        if held and self._widens(dense):
+            return self._finish(dense, widened(arrays, held, dense.specs))
         return self._finish(skeleton, arrays)
 
     def _widens(self, dense: Skeleton) -> bool:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,37 +19,83 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmdeploy_jax.converters import orbax
-from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.formats import WeightFormat
-from lmdeploy_jax.models.quantised import QuantArrays, dequantise
+from lmdeploy_jax.models.quantised import QuantArrays, dequantise, pack_words, unpack_words
 
-GROUPED = (".scales", ".zeros")  # of quantised weights: their first axis counts groups of columns
+GROUPED = ("scales", "zeros")  # of quantised weights: their first axis counts groups of columns
 Specs = Mapping[str, jax.ShapeDtypeStruct]
+Formats = Mapping[str, WeightFormat]
+Rearrange = Callable[[Array], Array]
 
 
-def load_converted(folder: str | os.PathLike[str], saved: Specs, specs: Specs) -> dict[str, Array]:
+class Cut(NamedTuple):
+    """A quantised weight as it was saved, and as devices hold it."""
+
+    saved: WeightFormat
+    held: WeightFormat
+
+
+def load_converted(
+    folder: str | os.PathLike[str],
+    saved: Specs,
+    specs: Specs,
+    cuts: Mapping[str, Cut] = MappingProxyType({}),
+) -> dict[str, Array]:
     """The weights of a converted checkpoint, of shapes `saved` in it, as `specs` asks for them.
 
+    `cuts`: of quantised weights, how they were saved and how devices hold them.
     Raises CheckpointError as `orbax.load` does.
     """
-    arrays = orbax.load(folder, {name: _read_as(saved[name], spec) for name, spec in specs.items()})
-    for name, spec in specs.items():
-        if saved[name].shape != spec.shape:
-            rearrange = jax.jit(_rearrangement(name, spec.shape), out_shardings=spec.sharding)
-            arrays[name] = rearrange(arrays[name])
+    changes = {name: _changes(name, saved[name], spec, cuts) for name, spec in specs.items()}
+    read = {name: _replicated(saved[name], spec) if changes[name] else spec for name, spec in specs.items()}
+    arrays = orbax.load(folder, read)
+    for name, steps in changes.items():
+        for step in steps:
+            arrays[name] = jax.jit(step)(arrays[name])
+        if steps:
+            arrays[name] = jax.device_put(arrays[name], specs[name].sharding)
     return arrays
 
 
-def _read_as(saved: jax.ShapeDtypeStruct, spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if saved.shape == spec.shape:
-        return spec
-    assert isinstance(spec.sharding, NamedSharding)  # shapes differ by tp alone, so there is a mesh
+def _replicated(saved: jax.ShapeDtypeStruct, spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    assert isinstance(spec.sharding, NamedSharding)  # arrays differ by tp alone, so there is a mesh
     replicated = NamedSharding(spec.sharding.mesh, PartitionSpec())
     return jax.ShapeDtypeStruct(saved.shape, spec.dtype, sharding=replicated)
 
 
+def cuts_of(formats: Formats, saved: Specs, dense: Specs) -> dict[str, Cut]:
+    """Each quantised weight's cut. `saved`: the arrays in the file; `dense`: the weights on the devices."""
+    cuts = {}
+    for name, held in formats.items():
+        values = saved[f"{name}.values"].shape
+        columns, spec = values[-1] * held.per_value, dense[name]
+        assert spec.sharding is not None
+        share = prod(spec.sharding.shard_shape(spec.shape)[len(values) - 1 :])
+        cuts[name] = Cut(held, held.cut(columns, columns // share))
+    return cuts
+
+
+def _changes(
+    name: str, saved: jax.ShapeDtypeStruct, spec: jax.ShapeDtypeStruct, cuts: Mapping[str, Cut]
+) -> list[Rearrange]:
+    """What is done to an array, one after the other."""
+    weight, _, role = name.rpartition(".")
+    steps: list[Rearrange] = []
+    shape = saved.shape
+    if weight in cuts:
+        old, new = cuts[weight]
+        if role == "values" and old.per_value > 1 and old.tile != new.tile:
+            steps.append(lambda x: pack_words(unpack_words(x, old.tile), new.tile))
+        if role in GROUPED and old.groups != new.groups:
+            steps.append(lambda x: jnp.repeat(x, old.group // new.group, axis=0)[: new.groups])
+            shape = (new.groups, *shape[1:])
+    if shape != spec.shape:
+        steps.append(_rearrangement(name, spec.shape))
+    return steps
+
+
 def _rearrangement(name: str, shape: tuple[int, ...]) -> Callable[[Array], Array]:
-    if name.endswith(GROUPED):
+    if name.rpartition(".")[2] in GROUPED:
         return jax.vmap(_rearrangement(name.rpartition(".")[0], shape[1:]))
     if ".attention.qkv." in name:
         return lambda x: repeat_kv_heads(x, shape[0])
@@ -61,21 +110,6 @@ def repeat_kv_heads(qkv: Array, kv_heads: int) -> Array:
     copies = kv_heads // count
     queries = qkv[:, :-2].reshape(kv_heads, (width - 2) // copies, *rest)
     return jnp.concatenate([queries, jnp.repeat(qkv[:, -2:], copies, axis=0)], axis=1)
-
-
-def check_cuts(folder: str | os.PathLike[str], formats: Mapping[str, WeightFormat], wanted: Specs) -> None:
-    """Raises CheckpointError where devices would share words or groups of columns, as they were packed."""
-    for name, held in formats.items():
-        spec = wanted[f"{name}.values"]
-        assert spec.sharding is not None
-        share = spec.sharding.shard_shape(spec.shape)[-1]
-        unit = held.tile // held.per_value if held.per_value > 1 else 1
-        whole = share == spec.shape[-1]
-        if not whole and (share % unit or (held.groups > 1 and share * held.per_value % held.group)):
-            raise CheckpointError(
-                f"{folder}: {name} was converted in groups of {held.group} columns, which tp would cut: a "
-                f"device has {share * held.per_value}; load the original checkpoint, or with another tp"
-            )
 
 
 def widened(

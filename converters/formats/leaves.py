@@ -17,7 +17,7 @@ from lmdeploy_jax.converters.keytable import Leaf
 from lmdeploy_jax.converters.layouts import Run, Shape
 from lmdeploy_jax.converters.published import EMBEDDING
 from lmdeploy_jax.converters.slicing import Index, Ranges, as_ranges, sizes
-from lmdeploy_jax.models.formats import E8M0, FOUR_BITS, INT4, PER_WORD, WeightFormat, tile_of
+from lmdeploy_jax.models.formats import E8M0, FOUR_BITS, INT4, PER_WORD, WeightFormat
 
 log = logging.getLogger("lmdeploy_jax")
 VALUES, SCALES, ZEROS, ROW_SCALES = "values", "scales", "zeros", "row_scales"
@@ -36,23 +36,21 @@ def format_of(leaf: Leaf, reader: QuantReader, devices: int) -> WeightFormat | N
         return None
     if len({scheme.element for scheme in schemes}) > 1:
         return None
-    columns = found[0].shape[1]
-    element, share = schemes[0].element, columns // devices
-    if element in FOUR_BITS and share % PER_WORD:
+    columns, element = found[0].shape[1], schemes[0].element
+    if element in FOUR_BITS and columns // devices % PER_WORD:
         return None
     group = gcd(*(min(scheme.group, columns) for scheme in schemes))
-    group = group if group == columns or devices == 1 else gcd(group, share)
     scales = {scheme.scale.name for scheme in schemes}
-    return WeightFormat(
+    held = WeightFormat(
         element,
         group,
         -(-columns // group),
         scales.pop() if len(scales) == 1 else "float32",
-        tile_of(share),
-        _zeros_dtype(element) if any(scheme.has_zeros for scheme in schemes) else None,
-        any(scheme.has_row_scales for scheme in schemes),
-        schemes[0].activations if len({scheme.activations for scheme in schemes}) == 1 else None,
+        zeros=_zeros_dtype(element) if any(scheme.has_zeros for scheme in schemes) else None,
+        row_scales=any(scheme.has_row_scales for scheme in schemes),
+        activations=schemes[0].activations if len({scheme.activations for scheme in schemes}) == 1 else None,
     )
+    return held.cut(columns, devices)
 
 
 def _zeros_dtype(element: str) -> str:

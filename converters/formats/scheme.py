@@ -52,10 +52,10 @@ def pack_words(codes: np.ndarray, tile: int) -> np.ndarray:
     """
     rows, columns = codes.shape
     quarters = codes.reshape(rows, columns // tile, PER_WORD, tile // PER_WORD)
-    octets = np.empty((rows, columns // tile, tile // PER_WORD, 2), np.uint8)
-    octets[..., 0] = quarters[:, :, 0] | quarters[:, :, 1] << 4
-    octets[..., 1] = quarters[:, :, 2] | quarters[:, :, 3] << 4
-    return octets.reshape(rows, -1).view("<u2")
+    low = quarters[:, :, 0] | quarters[:, :, 1] << 4  # in the order that the codes have in memory
+    high = quarters[:, :, 2] | quarters[:, :, 3] << 4
+    words = low | high.astype(np.uint16) << 8
+    return np.ascontiguousarray(words.reshape(rows, columns // PER_WORD))
 
 
 def unpack_words(words: np.ndarray, tile: int) -> np.ndarray:

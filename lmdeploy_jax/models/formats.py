@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 INT4, INT8 = "int4", "int8"
@@ -54,6 +54,12 @@ class WeightFormat:
             and self.activations in (None, INT8, E4M3, E5M2)
             and isinstance(self.row_scales, bool)
         )
+
+    def cut(self, columns: int, devices: int) -> WeightFormat:
+        """The same where `columns` are dealt out over devices, which then share neither words nor groups."""
+        share = columns // devices
+        group = self.group if self.groups == 1 or devices == 1 else gcd(self.group, share)
+        return replace(self, group=group, groups=-(-columns // group), tile=tile_of(share))
 
     @property
     def stored(self) -> str:

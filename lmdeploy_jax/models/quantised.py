@@ -119,6 +119,14 @@ def _by_column(held: WeightFormat, grouped: Array, columns: int) -> Array:
     return jnp.repeat(moved, held.group, axis=-1)[..., :columns]  # the last group may be short
 
 
+def pack_words(codes: Shaped[Array, "*out K"], tile: int) -> Shaped[Array, "*out words"]:
+    """The inverse of `unpack_words`."""
+    quarters = codes.reshape(*codes.shape[:-1], -1, PER_WORD, tile // PER_WORD).astype(jnp.uint16)
+    shifts = jnp.arange(0, 16, 4, dtype=jnp.uint16)[:, None]
+    words = (quarters << shifts).sum(-2, dtype=jnp.uint16)
+    return words.reshape(*codes.shape[:-1], -1)
+
+
 def unpack_words(words: Shaped[Array, "*out words"], tile: int) -> Shaped[Array, "*out K"]:
     """uint16 [..., K / 4] -> uint8 [..., K]: in each tile, nibble q of word j is column q * tile / 4 + j."""
     tiles = words.reshape(*words.shape[:-1], -1, 1, tile // PER_WORD)
