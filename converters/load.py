@@ -200,7 +200,7 @@ class _Loader:
         dense = build_skeleton(config, self.dtype, self.kernels)
         orbax.check_formats(self.folder, formats, dense.specs)
         saved = build_skeleton(config, jnp.dtype("float32"), Kernels(), formats).specs
-        cuts = cuts_of(formats, saved, dense.specs)
+        cuts = cuts_of(self.folder, formats, saved, dense.specs)
         held = {name: cut.held for name, cut in cuts.items()}
         skeleton = build_skeleton(config, self.dtype, self.kernels, held) if held else dense
         arrays = load_converted(self.folder, saved, skeleton.specs, cuts)

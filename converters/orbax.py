@@ -36,7 +36,7 @@ MANIFEST = "lmdeploy_jax.json"
 WEIGHTS = "weights"
 COPIED = ("*.json", "*.model", "*.jinja", "*.txt")
 NOT_COPIED = ("*.safetensors.index.json", MANIFEST)
-SAVED_DTYPES = ("float32", "float16", "bfloat16", "float64", "uint16", "int16", "int8", "uint8",
+SAVED_DTYPES = ("float32", "float16", "bfloat16", "float64", "uint16", "int16", "int32", "int8", "uint8",
                 "float8_e4m3fn", "float8_e5m2")  # fmt: skip
 CONVERT_AGAIN = "convert the original checkpoint again"
 

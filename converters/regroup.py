@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmdeploy_jax.converters import orbax
+from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.formats import WeightFormat
 from lmdeploy_jax.models.quantised import QuantArrays, dequantise, pack_words, unpack_words
 
@@ -63,14 +64,22 @@ def _replicated(saved: jax.ShapeDtypeStruct, spec: jax.ShapeDtypeStruct) -> jax.
     return jax.ShapeDtypeStruct(saved.shape, spec.dtype, sharding=replicated)
 
 
-def cuts_of(formats: Formats, saved: Specs, dense: Specs) -> dict[str, Cut]:
-    """Each quantised weight's cut. `saved`: the arrays in the file; `dense`: the weights on the devices."""
+def cuts_of(folder: str | os.PathLike[str], formats: Formats, saved: Specs, dense: Specs) -> dict[str, Cut]:
+    """Each quantised weight's cut. `saved`: the arrays in the file; `dense`: the weights on the devices.
+
+    Raises CheckpointError for a weight that devices cannot share.
+    """
     cuts = {}
     for name, held in formats.items():
         values = saved[f"{name}.values"].shape
         columns, spec = values[-1] * held.per_value, dense[name]
         assert spec.sharding is not None
         share = prod(spec.sharding.shard_shape(spec.shape)[len(values) - 1 :])
+        if held.columns and columns > share:
+            raise CheckpointError(
+                f"{folder}: {name} was converted with the columns of its groups apart (desc_act), which tp "
+                "cannot cut; load the original checkpoint"
+            )
         cuts[name] = Cut(held, held.cut(columns, columns // share))
     return cuts
 

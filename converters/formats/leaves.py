@@ -10,6 +10,7 @@ from math import gcd, prod
 import jax
 import numpy as np
 
+from lmdeploy_jax.converters.formats.parts import as_slice
 from lmdeploy_jax.converters.formats.reader import QuantReader
 from lmdeploy_jax.converters.formats.scheme import pack_words
 from lmdeploy_jax.converters.formats.tensor import QuantTensor
@@ -20,21 +21,21 @@ from lmdeploy_jax.converters.slicing import Index, Ranges, as_ranges, sizes
 from lmdeploy_jax.models.formats import E8M0, FOUR_BITS, INT4, PER_WORD, WeightFormat
 
 log = logging.getLogger("lmdeploy_jax")
-VALUES, SCALES, ZEROS, ROW_SCALES = "values", "scales", "zeros", "row_scales"
+VALUES, SCALES, ZEROS, ROW_SCALES, COLUMNS = "values", "scales", "zeros", "row_scales", "columns"
 
 
 def format_of(leaf: Leaf, reader: QuantReader, devices: int) -> WeightFormat | None:
     """How a weight can be held whose columns are dealt out over `devices`; None: in the model's own dtype.
 
     Parts of one weight may differ in groups, which are cut to what divides all of them: scales repeat. Where
-    parts differ in elements, or the columns of a group lie apart (act-order), there is no such form.
+    parts differ in elements, or in the columns of a group, there is no such form.
     """
     tensors = [reader.tensors.get(name) for name in leaf.names.values()]
     found = [tensor for tensor in tensors if tensor is not None]
     schemes = [tensor.scheme for tensor in found]
-    if not found or len(found) < len(tensors) or any(tensor.g_idx is not None for tensor in found):
+    if not found or len(found) < len(tensors) or len({scheme.element for scheme in schemes}) > 1:
         return None
-    if len({scheme.element for scheme in schemes}) > 1:
+    if not _groups_alike(found, devices):
         return None
     columns, element = found[0].shape[1], schemes[0].element
     if element in FOUR_BITS and columns // devices % PER_WORD:
@@ -48,9 +49,19 @@ def format_of(leaf: Leaf, reader: QuantReader, devices: int) -> WeightFormat | N
         scales.pop() if len(scales) == 1 else "float32",
         zeros=_zeros_dtype(element) if any(scheme.has_zeros for scheme in schemes) else None,
         row_scales=any(scheme.has_row_scales for scheme in schemes),
+        columns=found[0].g_idx is not None,
         activations=schemes[0].activations if len({scheme.activations for scheme in schemes}) == 1 else None,
     )
     return held.cut(columns, devices)
+
+
+def _groups_alike(tensors: Sequence[QuantTensor], devices: int) -> bool:
+    """Whether the columns of a group lie side by side, or can be laid so in all tensors at once."""
+    g_idx = tensors[0].g_idx
+    if g_idx is None:
+        return all(tensor.g_idx is None for tensor in tensors)
+    alike = all(tensor.g_idx is not None and np.array_equal(tensor.g_idx, g_idx) for tensor in tensors)
+    return alike and devices == 1 and (np.bincount(g_idx) == tensors[0].scheme.group).all()
 
 
 def _zeros_dtype(element: str) -> str:
@@ -75,6 +86,8 @@ class QuantLeaf:
     def shape(self) -> Shape:
         """See `WeightFormat`."""
         columns = prod(self.leaf.shape[self.leaf.assembly.row_axes :])
+        if self.role == COLUMNS:
+            return (columns,)
         if self.role == VALUES:
             return (*self.out, columns // self.held.per_value)
         return self.out if self.role == ROW_SCALES else (self.held.groups, *self.out)
@@ -82,6 +95,8 @@ class QuantLeaf:
     def read(self, index: Index, dtype: np.dtype) -> np.ndarray:
         """The slice `index` of the array."""
         ranges = as_ranges(index, self.shape)
+        if self.role == COLUMNS:
+            return _order(next(iter(self.tensors.values())))[ranges[0].start : ranges[0].stop].astype(dtype)
         if self.role == VALUES:
             return self._rows(ranges[:-1], ranges[-1], dtype)
         if self.role == ROW_SCALES:
@@ -106,7 +121,11 @@ class QuantLeaf:
         """[n, len(along)] of one tensor's rows."""
         if self.role == VALUES:
             width = self.held.per_value
-            elements = tensor.elements(rows, range(along.start * width, along.stop * width))
+            columns = range(along.start * width, along.stop * width)
+            if tensor.g_idx is None:
+                elements = tensor.elements(rows, columns)
+            else:
+                elements = tensor.elements(rows, range(tensor.shape[1]))[:, _order(tensor)[as_slice(columns)]]
             return elements if width == 1 else pack_words(elements, self.held.tile)
         if self.role == ROW_SCALES:
             scales = tensor.row_scales(rows)
@@ -118,6 +137,12 @@ class QuantLeaf:
             return np.full((len(rows), len(along)), absent, dtype) if zeros is None else zeros[:, groups]
         scales = tensor.scales(rows)[:, groups]
         return scales.view(np.uint8) if self.held.scale == E8M0 else scales
+
+
+def _order(tensor: QuantTensor) -> np.ndarray:
+    """The columns, group by group."""
+    assert tensor.g_idx is not None
+    return np.argsort(tensor.g_idx, kind="stable")
 
 
 def _hulls(runs: Sequence[Run]) -> dict[str, range]:
@@ -136,6 +161,7 @@ def quant_leaves(name: str, leaf: Leaf, reader: QuantReader, held: WeightFormat)
     roles = [VALUES, SCALES]
     roles += [ZEROS] if held.zeros else []
     roles += [ROW_SCALES] if held.row_scales else []
+    roles += [COLUMNS] if held.columns else []
     return {f"{name}.{role}": QuantLeaf(leaf, tensors, held, role) for role in roles}
 
 
@@ -166,8 +192,8 @@ def _is_quantised(leaf: Leaf, reader: QuantReader) -> bool:
 def _tell_widened(names: Sequence[str]) -> None:
     if names:
         log.warning(
-            "%d quantised weights are widened as they are read, as their parts are of several kinds or the "
-            "columns of a group lie apart (desc_act); the first is %s",
+            "%d quantised weights are widened as they are read, as their parts are of several kinds, or "
+            "several devices would share groups whose columns lie apart (desc_act); the first is %s",
             len(names), names[0],
         )  # fmt: skip
 

@@ -22,6 +22,8 @@ class WeightFormat:
     scales: [G, *out], one a row and `group` of columns; of e8m0 the exponent's byte.
     zeros: integers [G, *out]; without them int4's are 8, the others' 0.
     row_scales: f32 [*out].
+    columns: i32 [K]: which column of the weight each column of `values` is, where those of a group lay apart
+        (act-order); then no device may have a share of them.
     activations: what the weight's author meant activations to be rounded to, INT8 or E4M3; None: nothing.
     """
 
@@ -32,6 +34,7 @@ class WeightFormat:
     tile: int = TILE
     zeros: str | None = None
     row_scales: bool = False
+    columns: bool = False
     activations: str | None = None
 
     @property
@@ -53,6 +56,7 @@ class WeightFormat:
             and self.zeros in (None, "uint8", "int16")
             and self.activations in (None, INT8, E4M3, E5M2)
             and isinstance(self.row_scales, bool)
+            and isinstance(self.columns, bool)
         )
 
     def cut(self, columns: int, devices: int) -> WeightFormat:

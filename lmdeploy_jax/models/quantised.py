@@ -25,6 +25,7 @@ class QuantArrays(NamedTuple):
     scales: Array
     zeros: Array | None = None
     row_scales: Array | None = None
+    columns: Array | None = None
 
 
 class QuantWeight(nnx.Module):
@@ -42,6 +43,9 @@ class QuantWeight(nnx.Module):
         self.scales = param(grouped, jnp.dtype("uint8" if held.scale == E8M0 else held.scale), named)
         self.zeros = param(grouped, jnp.dtype(held.zeros), named) if held.zeros else None
         self.row_scales = param(out, jnp.dtype("float32"), outer) if held.row_scales else None
+        self.columns = (
+            param((columns * held.per_value,), jnp.dtype("int32"), (None,)) if held.columns else None
+        )
 
     @property
     def format(self) -> str:
@@ -60,7 +64,7 @@ class QuantWeight(nnx.Module):
 
     def arrays(self) -> QuantArrays:
         """The leaves' arrays, on this device."""
-        found = (self.values, self.scales, self.zeros, self.row_scales)
+        found = (self.values, self.scales, self.zeros, self.row_scales, self.columns)
         return QuantArrays(*(None if leaf is None else leaf[...] for leaf in found))  # type: ignore[arg-type]
 
     def dense(self) -> Float[Array, "..."]:
@@ -82,7 +86,8 @@ def dequantise(held: WeightFormat, arrays: QuantArrays, dtype: DTypeLike) -> Flo
         values -= _by_column(held, arrays.zeros.astype(jnp.float32), columns)
     elif held.element == INT4:
         values -= 8
-    return (values * _by_column(held, group_scales(held, arrays), columns)).astype(dtype)
+    values = (values * _by_column(held, group_scales(held, arrays), columns)).astype(dtype)
+    return values if arrays.columns is None else values[..., jnp.argsort(arrays.columns)]
 
 
 def round_rows(x: Float[Array, "T K"], kind: str) -> tuple[Shaped[Array, "T K"], Float32[Array, "T 1"]]:

@@ -102,12 +102,12 @@ def awq(weight: np.ndarray, group: int, *, sym: bool = False) -> tuple[Tensors, 
 
 
 def gptq(
-    weight: np.ndarray, bits: int, group: int, *, sym: bool, version: int = 1, act_order: bool = False
+    weight: np.ndarray, bits: int, group: int, *, sym: bool, version: int = 1, act_order: int = 0
 ) -> tuple[Tensors, np.ndarray]:
     columns = weight.shape[1]
     groups = np.arange(columns) // group
     if act_order:
-        groups = np.random.default_rng(columns).permutation(groups)
+        groups = np.random.default_rng(act_order).permutation(groups)
     made = round_integers(weight, bits, group, sym=sym, groups=groups)
     # Version 1 stores zero points less 1; a writer's zero point of 0 becomes all ones.
     stored = (made.zero - (version == 1)) % 2**bits
@@ -246,7 +246,7 @@ CASES: Mapping[str, Case] = {
         GPTQ | {"bits": 8, "group_size": 32, "sym": False}, partial(gptq, bits=8, group=32, sym=False)
     ),
     "gptq_act_order": Case(
-        GPTQ | {"group_size": 16, "desc_act": True}, partial(gptq, bits=4, group=16, sym=True, act_order=True)
+        GPTQ | {"group_size": 16, "desc_act": True}, partial(gptq, bits=4, group=16, sym=True, act_order=1)
     ),
     "ct_w4": Case(
         ct_config("pack-quantized", _integers(4, strategy="group", group_size=32)),
