@@ -23,5 +23,7 @@ def test_tiny_chat_in_fp8_still_adds() -> None:
 
 
 def test_a_format_that_there_is_not_is_refused_before_a_model_is_looked_for() -> None:
-    with pytest.raises(ConfigError, match="model_format='gguf' must be None or one of hf, awq, gptq"):
+    with pytest.raises(
+        ConfigError, match="model_format='gguf' is invalid: it must be None or one of hf, awq, gptq"
+    ):
         JaxEngineConfig(model_format="gguf")  # type: ignore[arg-type]
