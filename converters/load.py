@@ -145,8 +145,8 @@ def load_model(
     if quantisation is not None and stored == jnp.float16:
         # Files in float16 were made for kernels that read nothing else; the models overflow in it.
         stored = jnp.dtype("bfloat16")
-    wanted = pick_dtype(dtype, stored, _platform(mesh))
-    loader = _Loader(folder, wanted, Kernels(backend, mesh, tuning), dequantise, on_progress)
+    chosen = pick_dtype(dtype, stored, _platform(mesh))
+    loader = _Loader(folder, chosen, Kernels(backend, mesh, tuning), dequantise, on_progress)
     if orbax.is_converted(folder):
         return loader.converted(config)
     return loader.tensors(family, config, quantisation)

@@ -122,13 +122,13 @@ def repeat_kv_heads(qkv: Array, kv_heads: int) -> Array:
 
 
 def widened(
-    arrays: Mapping[str, Array], formats: Mapping[str, WeightFormat], wanted: Specs
+    arrays: Mapping[str, Array], formats: Mapping[str, WeightFormat], specs: Specs
 ) -> dict[str, Array]:
-    """The weights with the quantised ones among them in the dtypes of `wanted`, one after the other."""
+    """The weights with the quantised ones among them in the dtypes of `specs`, one after the other."""
     found = dict(arrays)
     for name, held in formats.items():
         parts = QuantArrays(*(found.pop(f"{name}.{role}", None) for role in QuantArrays._fields))  # type: ignore[arg-type]
-        spec = wanted[name]
+        spec = specs[name]
         found[name] = jax.device_put(_widen(held, parts, spec.dtype, spec.shape), spec.sharding)
     return found
 

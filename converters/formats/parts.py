@@ -53,8 +53,8 @@ class Parts:
         right = info.dtype in dtypes if dtypes else is_float(info.dtype)
         if not right or len(info.shape) not in allowed or 0 in info.shape:
             kinds = " or ".join(np.dtype(kind).name for kind in dtypes) or "floats"
-            wanted = f"{' or '.join(map(str, allowed))} axes of {kinds}"
-            raise self.damaged(role, f"is {info.dtype} {list(info.shape)}; it must have {wanted}")
+            expected = f"{' or '.join(map(str, allowed))} axes of {kinds}"
+            raise self.damaged(role, f"is {info.dtype} {list(info.shape)}; it must have {expected}")
         return info.shape
 
     def want(self, role: str, shape: Sequence[int], why: str) -> None:

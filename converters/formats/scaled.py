@@ -97,5 +97,5 @@ def _shared(parts: Parts, role: str, rows: int, columns: int, block: Block | Non
     raise _misfit(parts, role, f"{rows} rows ask for one scale, {rows}, or {rows} by the number of groups")
 
 
-def _misfit(parts: Parts, role: str, wanted: str) -> CheckpointError:
-    return parts.damaged(role, f"has shape {list(parts.info(role).shape)}; {wanted}")
+def _misfit(parts: Parts, role: str, expected: str) -> CheckpointError:
+    return parts.damaged(role, f"has shape {list(parts.info(role).shape)}; {expected}")

@@ -59,9 +59,9 @@ class Settings:
             raise self.damaged(name, value, "an object")
         return value
 
-    def damaged(self, name: str, value: Any, wanted: str) -> CheckpointError:
+    def damaged(self, name: str, value: Any, expected: str) -> CheckpointError:
         """The error that says which field has a value that means nothing."""
-        return CheckpointError(f"{self.where}: {name} is {shown(value)}; it must be {wanted}")
+        return CheckpointError(f"{self.where}: {name} is {shown(value)}; it must be {expected}")
 
 
 def find_settings(
