@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,6 +107,23 @@ class ImageProcessor:
         plan = self.plan(image.height, image.width)
         patches = np.stack([self.patchify(view) for view in self.rule.views(image)])
         return ProcessedImage(plan, patches, self.grid(plan))
+
+    def video(self, frames: Sequence[Image.Image]) -> ProcessedImage:
+        """Frames of one size, in order: a view for each `frames` of them, the last one repeated to fill it
+        up.
+
+        The rule's bounds are a frame's. Raises RequestError for no frames, and for frames of several sizes.
+        """
+        pictures = [pixels.to_rgb(frame) for frame in frames]
+        if len({picture.size for picture in pictures}) != 1:
+            raise RequestError(f"a video of {len(pictures)} frames must have one or more, all of one size")
+        plan = self.plan(pictures[0].height, pictures[0].width)
+        stack = np.stack([self.rule.views(picture)[0] for picture in pictures])
+        missing = -len(stack) % self.frames
+        groups = np.concatenate([stack, np.repeat(stack[-1:], missing, axis=0)])
+        groups = groups.reshape(-1, self.frames, *groups.shape[1:])
+        patches = np.stack([self.patchify(group) for group in groups])
+        return ProcessedImage(replace(plan, views=len(patches)), patches, self.grid(plan))
 
     def patchify(self, view: np.ndarray) -> np.ndarray:
         """A view [H, W, C], or frames of one [T, H, W, C] -> [patches, C * T * P * P], block by block."""

@@ -10,16 +10,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from lmdeploy_jax.converters.vision import LoadedVisionModel, load_vision
-from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
+from lmdeploy_jax.converters.vision import LoadedVisionModel, load_vision, read_vision
+from lmdeploy_jax.errors import CheckpointError, RequestError, UnsupportedModelError
 from lmdeploy_jax.parallel.mesh import make_mesh
 from lmdeploy_jax.vision.inputs import VisionInputs
 from lmdeploy_jax.vision.packing import pack, result_index, size_of
-from tests.vision.oracle import CONFIGS, hf_features, save_checkpoint
+from lmdeploy_jax.vision.pixels import normalize
+from lmdeploy_jax.vision.processor import ProcessedImage
+from tests.vision.oracle import CONFIGS, hf_features, hf_model, save_checkpoint
 from tests.vision.pictures import picture
 
 TOLERANCE = 1e-4
@@ -34,8 +37,11 @@ def compiled(model: LoadedVisionModel) -> Callable[[VisionInputs], np.ndarray]:
 
 def features(model: LoadedVisionModel, images: Sequence[Image.Image]) -> np.ndarray:
     """The rows [1 + k, rows, D] of all images, from one run with room to spare."""
+    return rows_of(model, [model.config.processor(image) for image in images])
+
+
+def rows_of(model: LoadedVisionModel, done: Sequence[ProcessedImage]) -> np.ndarray:
     config = model.config
-    done = [config.processor(image) for image in images]
     views = [view for image in done for view in image.views]
     unit = config.tower.window or (16 if config.tower.grid is None else 1)
     size = -(-(sum(size_of(config, view.grid) for view in views) + 1) // unit) * unit
@@ -119,3 +125,27 @@ def test_every_device_of_a_mesh_holds_all(tmp_path: Path) -> None:
     mesh = make_mesh(1)
     model = load_vision(save_checkpoint("llava", tmp_path), mesh=mesh)
     assert {leaf.sharding for leaf in model.leaves} == {NamedSharding(mesh, PartitionSpec())}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_videos(name: str, tmp_path: Path) -> None:
+    """Pairs of frames, each a view; five frames are three pairs, the last frame being repeated."""
+    folder = save_checkpoint(name, tmp_path)
+    model = load_vision(folder)
+    processor = model.config.processor
+    done = processor.video([picture(20, 33, seed=seed) for seed in range(5)])
+    assert done.plan.views == len(done.patches) == 3
+    shape = (*done.patches.shape[:2], 3, -1)
+    values = normalize(done.patches.reshape(shape).swapaxes(2, 3), processor.mean, processor.std)
+    values = torch.tensor(values.swapaxes(2, 3).reshape(-1, done.patches.shape[2]))
+    theirs = hf_model(name, folder).get_video_features(values, torch.tensor([[3, *done.grid]]))
+    rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in theirs.pooler_output])
+    assert_close(rows_of(model, [done])[0], rows.numpy())
+
+
+def test_frames_of_several_sizes_are_no_video(tmp_path: Path) -> None:
+    _, config = read_vision(save_checkpoint("qwen2_vl", tmp_path))
+    for frames in ([], [picture(20, 33), picture(33, 20)]):
+        with pytest.raises(RequestError, match="all of one size"):
+            config.processor.video(frames)
