@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +27,11 @@ from tests.vision.oracle import CONFIGS, hf_features, hf_model, save_checkpoint
 from tests.vision.pictures import picture
 
 TOLERANCE = 1e-4
+
+
+def in_full(*names: str) -> list[Any]:
+    """Families that are like others in what a test is about, and left to the long runs."""
+    return [pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
 def compiled(model: LoadedVisionModel) -> Callable[[VisionInputs], np.ndarray]:
@@ -107,7 +113,9 @@ def test_a_text_model_takes_no_images(tmp_path: Path) -> None:
         load_vision(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["internvl_hf", "qwen2_5_vl", "qwen3_vl", "llava_next", "gemma3", "glm4v"])
+@pytest.mark.parametrize(
+    "name", ["internvl_hf", "qwen3_vl", *in_full("qwen2_5_vl", "llava_next", "gemma3", "glm4v")]
+)
 def test_sixteen_bits(name: str, tmp_path: Path) -> None:
     """Nothing in between is widened by mistake: the rows are of the weights' dtype, and near the wide
     ones.
@@ -128,7 +136,7 @@ def test_every_device_of_a_mesh_holds_all(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "glm4v", *in_full("qwen2_vl", "qwen3_vl")])
 def test_videos(name: str, tmp_path: Path) -> None:
     """Pairs of frames, each a view; five frames are three pairs, the last frame being repeated."""
     folder = save_checkpoint(name, tmp_path)
