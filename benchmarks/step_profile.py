@@ -96,6 +96,7 @@ def report(events: list[Event], step: float, rows: int) -> None:
     groups: dict[str, list[float]] = defaultdict(list)
     for event in events:
         groups[event["name"]].append(event["dur"])
+    """Prints them; with several GPUs, sums over all of them and the time in which any was busy."""
     ran, span = busy(events)
     steps = span / step
     print(f"{1e3 * step:.3f} ms a step, GPU busy {ran / span:.1%}, {len(events) / steps:.0f} kernels a step")
@@ -113,6 +114,8 @@ def main() -> None:
     parser.add_argument("--decode_steps", type=int, default=1)
     parser.add_argument("--prefill", action="store_true")
     parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--max_batch_size", type=int, default=None)
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
         raise SystemExit("step_profile reads the trace of an NVIDIA GPU, and JAX sees none here")
@@ -120,7 +123,12 @@ def main() -> None:
     if folder in shapes.names():
         folder = checkpoint.make(folder, Path(args.checkpoint_dir))
     config = JaxEngineConfig(
-        session_len=2048, enable_prefix_caching=False, decode_steps=args.decode_steps, eager_mode=True
+        session_len=2048,
+        enable_prefix_caching=False,
+        decode_steps=args.decode_steps,
+        eager_mode=True,
+        tp=args.tp,
+        max_batch_size=args.max_batch_size,
     )
     engine = Engine(folder, config, progress=False)
     trace = trace_prefill if args.prefill else trace_decode

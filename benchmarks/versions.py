@@ -70,7 +70,10 @@ def measure(
         if start - begun + longest > args.seconds:
             break
         for name in list(versions)[:: -1 if i % 2 else 1]:
-            add(figures[name], run(versions[name], args, scratch, args.workloads))
+            lines = run(versions[name], args, scratch, args.workloads)
+            add(figures[name], lines)
+            told = (f"{line['workload']} {line['out_tok_s']} tok/s" for line in lines)
+            print(f"{name}: start {lines[0]['start_s']} s, {', '.join(told)}", flush=True)
         longest = max(longest, time.monotonic() - start)
         print(f"round {i + 1}: {longest:.0f} s", flush=True)
 
