@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("kind", "most"), [("awq", 1e-5), ("ct_int8", 0.05)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("awq", 1e-5), pytest.param("ct_int8", 0.05, marks=pytest.mark.full)]
+)
 def test_logits_on_several_devices(kind: str, most: float) -> None:
     """Groups of 16 columns, of which a device of four has 24; KV heads that are repeated. INT8 activations
     are rounded a device, so that they differ a little from those of one.

@@ -49,7 +49,12 @@ def arrays_of(model: LoadedModel, name: str) -> QuantArrays:
     return QuantArrays(*roles)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", CASES)
+SOME = ("awq", "gptq_8bit_asym", "gptq_act_order", "ct_w4_asym", "ct_nvfp4", "ct_mxfp8", "fp8_block")
+KINDS = [pytest.param(kind, marks=() if kind in SOME else pytest.mark.full) for kind in CASES]
+CUT_KINDS = [kind for kind in KINDS if kind.values != ("gptq_act_order",)]  # whose columns devices can share
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_layer_is_held_as_it_was_stored(kind: str, llama: Path, tmp_path: Path) -> None:
     held, widened = both(llama, tmp_path, CASES[kind])
     names = {f"layers.{layer}.{weight}.weight" for layer in (0, 1) for weight in WEIGHTS}
@@ -110,7 +115,7 @@ def dtype_of(held: WeightFormat, role: str) -> np.dtype:
 
 
 @pytest.mark.parametrize("of", [2, 4])
-@pytest.mark.parametrize("kind", sorted(CASES.keys() - {"gptq_act_order"}))
+@pytest.mark.parametrize("kind", CUT_KINDS)
 def test_devices_have_their_shares_also_of_cut_groups(kind: str, of: int, tmp_path: Path) -> None:
     """96 columns: a quarter of them is less than a group of 32, which then is one of 8."""
     weight = np.random.default_rng(0).normal(size=(64, 96)).astype(np.float32)
