@@ -84,6 +84,20 @@ def test_running_sequences_go_on_while_a_prompt_is_computed():
     assert len(step.sampled) == 1
 
 
+def test_a_page_is_found_only_once_its_last_token_is_computed():
+    scheduler = make(pages=3)
+    first = scheduler.add(request(PAGE_SIZE - 1))
+    scheduler.add(request(list(range(100, 100 + PAGE_SIZE))))
+    scheduler.schedule()
+    first.unread -= 1  # as where Python must see each of its tokens, while the other is a step ahead
+    first.tokens.append(7)
+    with pytest.raises(DrainFirst):  # its last token is planned by then, and not computed
+        scheduler.schedule()
+    table, hashes = scheduler.cache.match(first.request.prompt, first.tokens, PAGE_SIZE)
+    assert hashes == []
+    assert list(table.pages) == []
+
+
 def decoding(count: int, **settings) -> Scheduler:
     """A scheduler whose `count` sequences all decode."""
     scheduler = make(**{"pages": 4000, "batch": 256, "tokens": 2048} | settings)

@@ -182,6 +182,7 @@ class Scheduler:
                 self._preempt(sequence)
                 sequence.rope_floor = sequence.length
             elif sequence.computed < sequence.pages.room or self._make_room(sequence):
+                self._register(sequence, sequence.computed)  # not the next token: the plan may be dropped yet
                 chunks.append(self._plan(sequence, 1))
         return chunks
 
@@ -260,25 +261,26 @@ class Scheduler:
         return chunks
 
     def _plan_prompt(self, sequence: Sequence, budget: int) -> Chunk:
-        """As much of its prompt as the budget allows. What it holds for that is more than it needs later."""
+        """As much of its prompt as the budget allows. What it holds for that is more than it needs later.
+
+        Pages that it fills can be shared at once, by prompts of the same step too: in every layer all keys
+        and values of a step are written before any is read.
+        """
         sequence.pages.room = 0
-        return self._plan(sequence, min(sequence.remaining, budget))
+        chunk = self._plan(sequence, min(sequence.remaining, budget))
+        self._register(sequence, chunk.start + chunk.count)
+        return chunk
 
     def _plan(self, sequence: Sequence, count: int) -> Chunk:
-        """The next `count` tokens.
-
-        Pages they fill can be shared at once, by sequences of the same step too: in every layer all keys and
-        values of a step are written before any is read.
-        """
-        end = sequence.computed + count
-        if end >= (len(sequence.hashes) + 1) * PAGE_SIZE:
-            self._register(sequence, end)
-        from_device = end == sequence.length and sequence.pending
+        """The next `count` tokens."""
+        from_device = sequence.computed + count == sequence.length and sequence.pending
         return Chunk(sequence, sequence.computed, count, from_device)
 
     def _register(self, sequence: Sequence, computed: int) -> None:
-        prompt = sequence.request.prompt
-        self.cache.register(prompt, sequence.tokens, computed, sequence.pages, sequence.hashes)
+        """Let the pages that `computed` tokens fill be found."""
+        if computed >= (len(sequence.hashes) + 1) * PAGE_SIZE:
+            prompt = sequence.request.prompt
+            self.cache.register(prompt, sequence.tokens, computed, sequence.pages, sequence.hashes)
 
     def _take_in(self, sequence: Sequence) -> bool:
         """Give a waiting sequence and its siblings slots and the pages of the whole prompt, or nothing."""
