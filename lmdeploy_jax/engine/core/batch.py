@@ -6,7 +6,7 @@ not be rewritten while its copy to the device may still be under way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections import abc
 from math import prod
 from typing import Any
 
@@ -55,7 +55,7 @@ class Slots:
         self.params[PARAMS.index("seed"), slot] = np.uint32(seed & 0xFFFFFFFF).view(np.int32)
         self.logprobs[slot] = params.logprobs is not None
 
-    def of(self, chunks: Seq[Chunk]) -> np.ndarray:
+    def of(self, chunks: abc.Sequence[Chunk]) -> np.ndarray:
         """The slots of the chunks' sequences, whose page tables are up to date now."""
         self.tables.update(chunk.sequence for chunk in chunks)
         return np.fromiter((c.sequence.slot for c in chunks), np.int32, len(chunks))
@@ -96,13 +96,13 @@ class DecodeLayout(Layout):
             **more,
         )
 
-    def pack(self, chunks: Seq[Chunk]) -> np.ndarray:
+    def pack(self, chunks: abc.Sequence[Chunk]) -> np.ndarray:
         """A step over these chunks of one token each."""
         flat, field = self.empty()
         self._put(field, chunks)
         return flat
 
-    def _put(self, field: Fields, chunks: Seq[Chunk]) -> None:
+    def _put(self, field: Fields, chunks: abc.Sequence[Chunk]) -> None:
         n, slots = len(chunks), self._slots.of(chunks)
         field["slots"][:n], field["slots"][n:] = slots, self._slots.max_batch_size
         field["positions"][:n] = np.fromiter((c.start for c in chunks), np.int32, n)
@@ -116,13 +116,13 @@ class SampledDecodeLayout(DecodeLayout):
     def __init__(self, slots: Slots, rows: int, **more: tuple[int, ...]) -> None:
         super().__init__(slots, rows, step=(rows,), params=(len(PARAMS), rows), **more)
 
-    def pack(self, chunks: Seq[Chunk]) -> np.ndarray:
+    def pack(self, chunks: abc.Sequence[Chunk]) -> np.ndarray:
         flat, field = self.empty()
         self._put(field, chunks)
         self._put_params(field, chunks)
         return flat
 
-    def _put_params(self, field: Fields, chunks: Seq[Chunk]) -> None:
+    def _put_params(self, field: Fields, chunks: abc.Sequence[Chunk]) -> None:
         step = (c.start + 1 - c.sequence.num_prompt for c in chunks)  # of the first token that is drawn
         field["step"][: len(chunks)] = np.fromiter(step, np.int32, len(chunks))
         field["params"][:] = self._slots.params[:, field["slots"]]
@@ -146,7 +146,7 @@ class RaggedLayout(Layout):
             tiles=(max_tiles(tokens, slots.max_batch_size, tile_rows), 4),
         )
 
-    def pack(self, chunks: Seq[Chunk]) -> np.ndarray:
+    def pack(self, chunks: abc.Sequence[Chunk]) -> np.ndarray:
         """A step over these chunks, one after another."""
         flat, field = self.empty()
         n, slots = len(chunks), self._slots.of(chunks)
@@ -172,7 +172,7 @@ class RaggedLayout(Layout):
         return flat
 
     @staticmethod
-    def _put_tokens(field: Fields, chunks: Seq[Chunk], slots: np.ndarray, last: np.ndarray) -> None:
+    def _put_tokens(field: Fields, chunks: abc.Sequence[Chunk], slots: np.ndarray, last: np.ndarray) -> None:
         pending = np.fromiter((c.from_device for c in chunks), np.bool_, len(chunks))
         field["token_slots"][last[pending]] = slots[pending]
         for chunk, end in zip(chunks, (last + ~pending).tolist(), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections import abc
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from lmdeploy_jax.messages import LogitsProcessor
 
 
 def change_logits(
-    logits: np.ndarray, sequences: Seq[Sequence]
+    logits: np.ndarray, sequences: abc.Sequence[Sequence]
 ) -> tuple[np.ndarray, dict[Sequence, BaseException]]:
     """Apply to row i of `logits` f32 [R, V] what sequence i asks for; all its tokens must be known.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Iterable
-from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any
 
@@ -57,7 +57,7 @@ class Reports:
                 logits.append(scores[j].copy() if scores is not None and sequence.params.logits else None)
         return hidden, logits
 
-    def add_prompts(self, chunks: Seq[Chunk], hidden: Any) -> None:
+    def add_prompts(self, chunks: abc.Sequence[Chunk], hidden: Any) -> None:
         """Add to the sequences' reports what they want to know of their prompt positions in these chunks;
         `hidden` [T, E] holds the chunks' tokens one after another.
         """
@@ -81,12 +81,12 @@ class Reports:
             if params.hidden == "all":
                 report.hidden.append(np.array(taken, np.float32)[:count])
 
-    def logits_of(self, rows: Any, index: Seq[int]) -> np.ndarray:
+    def logits_of(self, rows: Any, index: abc.Sequence[int]) -> np.ndarray:
         """f32 [N, V] of these rows, to be written to."""
         parts = [index[i : i + REPORT_ROWS] for i in range(0, len(index), REPORT_ROWS)]
         return np.concatenate([self._logits(self._take(rows, part))[: len(part)] for part in parts])
 
-    def _take(self, hidden: Any, index: Seq[int]) -> Any:
+    def _take(self, hidden: Any, index: abc.Sequence[int]) -> Any:
         padded = np.zeros(REPORT_ROWS, np.int32)
         padded[: len(index)] = index
         return self._take_rows[hidden.shape[0]](hidden=hidden, index=padded)
@@ -94,7 +94,7 @@ class Reports:
     def _logits(self, taken: Any) -> np.ndarray:
         return np.asarray(self._row_logits(rows=taken))
 
-    def _logprobs(self, taken: Any, following: Seq[int]) -> np.ndarray:
+    def _logprobs(self, taken: Any, following: abc.Sequence[int]) -> np.ndarray:
         targets = np.zeros(REPORT_ROWS, np.int32)
         targets[: len(following)] = following
         return np.asarray(self._row_logprobs(rows=taken, targets=targets))[: len(following)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections import abc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,7 @@ def unpack_logprobs(row: np.ndarray, top: int) -> TokenLogprobs:
     return TokenLogprobs(logprob, dict(zip(row[2 : 2 + top].tolist(), values.tolist(), strict=True)))
 
 
-def accept(sequence: Sequence, drawn: Seq[int], most: int, session_len: int) -> Accepted:
+def accept(sequence: Sequence, drawn: abc.Sequence[int], most: int, session_len: int) -> Accepted:
     """Append the tokens read for a sequence, up to the one that ends it. The scheduler has counted on `most`
     of them; of those that did not come, nothing is computed either.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections import abc
 
 import jax
 import numpy as np
@@ -81,7 +81,7 @@ class Runner:
             pages[:, : len(part)] = np.array(part, np.int32).T
             self._copy(source=pages[0].copy(), target=pages[1].copy())
 
-    def clear_pages(self, pages: Seq[int]) -> None:
+    def clear_pages(self, pages: abc.Sequence[int]) -> None:
         """Overwrite pages that may hold NaN, and the dump page, to which padding writes: not every kernel
         keeps what stands behind a sequence's end out of its sums, and zero times NaN is NaN.
         """

@@ -5,7 +5,7 @@ there are few, and each does whatever a step may ask for.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence as Seq
+from collections import abc
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ class CpuDecodeLayout(SampledDecodeLayout):
     def __init__(self, slots: Slots, rows: int) -> None:
         super().__init__(slots, rows, draw=(1,), count=(1,))
 
-    def pack(self, chunks: Seq[Chunk], count: int = 1, draw: Draw = Draw.SAMPLE) -> np.ndarray:
+    def pack(self, chunks: abc.Sequence[Chunk], count: int = 1, draw: Draw = Draw.SAMPLE) -> np.ndarray:
         """`count` steps over these chunks of one token each."""
         flat, field = self.empty()
         self._put(field, chunks)
