@@ -90,11 +90,13 @@ class Decoder(nnx.Module):
         if self.config.embedding_multiplier != 1.0:
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
         x, delta = _merged(x, batch), None
-        counters = jnp.zeros((len(batch.attention[0].kv_lens), cache.arrays[0][0].shape[1]), jnp.int32)
+        counters = _split_counters(cache, len(batch.attention[0].kv_lens))
         for i, (layer, rope) in enumerate(zip(self.layers, self._rotations(batch), strict=True)):
             graph, state = nnx.split(layer)
-            metadata, held = batch.attention[cache.layout.places[i][0]], (*cache.of_layer(i), counters)
-            x, delta, (*pages, counters) = _run_layer(graph, state, x, delta, held, metadata, rope)
+            metadata, pages = batch.attention[cache.layout.places[i][0]], cache.of_layer(i)
+            heads = pages[0].shape[1]
+            held = (*pages, counters[heads])
+            x, delta, (*pages, counters[heads]) = _run_layer(graph, state, x, delta, held, metadata, rope)
             cache = cache.with_layer(i, tuple(pages))
         return self.kernels.add_norm(x, delta, self.norm)[1], cache
 
@@ -114,6 +116,12 @@ class Decoder(nnx.Module):
         }
         rotations[None] = None
         return [rotations[layer.mixer.rope] for layer in self.config.layers]
+
+
+def _split_counters(cache: KVCache, rows: int) -> dict[int, Array]:
+    """What layers of as many KV heads share, see `paged_attention`."""
+    heads = {arrays[0].shape[1] for arrays in cache.arrays}
+    return {count: jnp.zeros((rows, count), jnp.int32) for count in sorted(heads)}
 
 
 def _merged(x: Array, batch: Batch) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
-from lmdeploy_jax.models.config import AttentionConfig, RopeConfig
+from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, RopeConfig
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import MAX_GROUP
@@ -22,8 +22,8 @@ MIXERS = [
 MIXED = replace(CONFIG, layers=tuple(replace(CONFIG.layers[0], mixer=mixer) for mixer in MIXERS))
 
 
-def model(backend: str) -> LoadedModel:
-    skeleton = build_skeleton(MIXED, jnp.dtype("float32"), Kernels(backend))
+def model(backend: str, config: DecoderConfig = MIXED) -> LoadedModel:
+    skeleton = build_skeleton(config, jnp.dtype("float32"), Kernels(backend))
     keys = jax.random.split(jax.random.key(0), len(skeleton.specs))
     specs = zip(keys, skeleton.specs.values(), strict=True)
     leaves = tuple(0.2 * jax.random.normal(key, spec.shape, spec.dtype) for key, spec in specs)
@@ -37,11 +37,21 @@ def test_each_kind_of_layer_has_its_own_backend():
 
 
 def test_layers_of_both_kinds_share_a_batch():
-    """A chunk that is longer than a tile of either backend, beside short ones, then a token each."""
+    _assert_backends_agree(MIXED)
+
+
+def test_layers_may_differ_in_their_kv_heads():
+    mixers = [AttentionConfig(4, kv, 16, AttentionOptions(0.25), RopeConfig(16)) for kv in (1, 2, 1)]
+    layers = tuple(replace(CONFIG.layers[0], mixer=mixer) for mixer in mixers)
+    _assert_backends_agree(replace(CONFIG, layers=layers))
+
+
+def _assert_backends_agree(config: DecoderConfig) -> None:
+    """On a chunk that is longer than a tile of either backend, beside short ones, then a token each."""
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 150).tolist()
     found = []
     for backend in ("xla", "pallas_interpret"):
-        runner = PagedRunner(model(backend))
+        runner = PagedRunner(model(backend, config))
         chunks = runner.ragged([(0, 0, ids[:140], 140), (1, 0, ids[:9], 9), (2, 0, ids[:1], 1)])
         decoded = runner.decode({0: (ids[140], 140), 1: (ids[9], 9)})
         found.append(np.concatenate([*chunks, *(logits[None] for logits in decoded.values())]))
