@@ -29,8 +29,6 @@ WIDTH = 4  # of the rows given out as logits and hidden states
 class FakeEngine(EngineBase):
     """`gate` cleared holds it before its next step; `seen` keeps every request."""
 
-    sleeping = False
-
     def __init__(
         self,
         folder: Path,
@@ -56,6 +54,7 @@ class FakeEngine(EngineBase):
         self.aborted: list[tuple[int, int | None]] = []
         self.gate = threading.Event()
         self.gate.set()
+        self._released: set[str] = set()
         self._inbox: deque[Callable[[], None]] = deque()
         self._live: dict[tuple[int, int], _Run] = {}
         self._pages: set[int] = set()  # hashes of the prompts' full pages
@@ -79,19 +78,24 @@ class FakeEngine(EngineBase):
         if not self._closed:
             self._post(lambda: self._abort(request_id, index))
 
+    @property
+    def sleeping(self) -> bool:
+        return bool(self._released)
+
     def sleep(self, level: int = 1) -> None:
+        self._check_level(level)
         done = threading.Event()
         self._post(lambda: self._sleep(done))
         done.wait()
 
     def _sleep(self, done: threading.Event) -> None:
-        self.sleeping = True
+        self._released = set(TAGS)
         for request_id, index in list(self._live):
             self._abort(request_id, index)
         done.set()
 
     def wake(self, tags: Iterable[str] = TAGS) -> None:
-        self.sleeping = False
+        self._released -= {*self._checked_tags(tags)}
 
     @property
     def stats(self) -> EngineStats:

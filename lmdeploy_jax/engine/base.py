@@ -11,7 +11,7 @@ from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats, Startup, check_request
 from lmdeploy_jax.engine.forks import OwnerProcess
 from lmdeploy_jax.engine.request import Request
-from lmdeploy_jax.errors import EngineError
+from lmdeploy_jax.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
     from lmdeploy_jax.models.config import DecoderConfig
@@ -45,12 +45,16 @@ class EngineBase(ABC):
         """Abort what runs and give the device's memory back: the KV cache, and the weights.
 
         level: 1 keeps the weights in the host's memory, 2 reads them from disk when the engine wakes. Until
-        `wake` requests are refused with an EngineError. Returns when it is done.
+        `wake` requests are refused with an EngineError. Returns when it is done. Raises RequestError for
+        another level, and then nothing is aborted.
         """
 
     @abstractmethod
     def wake(self, tags: Iterable[str] = TAGS) -> None:
-        """Take the memory again: "weights", "kv_cache", or both; the engine serves once it has both."""
+        """Take the memory again: "weights", "kv_cache", or both; the engine serves once it has both.
+
+        Raises RequestError for another tag, and then nothing is taken.
+        """
 
     @property
     @abstractmethod
@@ -82,6 +86,19 @@ class EngineBase(ABC):
         if self.sleeping:
             raise EngineError(ASLEEP)
         check_request(request, self.facts)
+
+    @staticmethod
+    def _check_level(level: int) -> None:
+        if level not in (1, 2):
+            raise RequestError(f"level={level} is invalid: it must be 1 or 2.")
+
+    @staticmethod
+    def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
+        tags = tuple(tags)
+        for tag in tags:
+            if tag not in TAGS:
+                raise RequestError(f"tag {tag!r} is unknown: give {' or '.join(TAGS)}.")
+        return tags
 
     @property
     def folder(self) -> Path:

@@ -149,6 +149,22 @@ def test_an_engine_asleep_refuses_and_wakes(any_engine):
     assert generate(any_engine, [PROMPT], max_new_tokens=3)[0][0].reason == "length"
 
 
+def test_a_sleep_or_a_wake_that_is_refused_changes_nothing(any_engine):
+    running = Collector()
+    submit(any_engine, PROMPT, running, max_new_tokens=100)
+    wait_until(lambda: running.results[0].outputs)
+    with pytest.raises(RequestError, match="level=3"):
+        any_engine.sleep(3)
+    assert running.wait()[0].reason == "length"
+    any_engine.sleep()
+    with pytest.raises(RequestError, match="nonsense"):
+        any_engine.wake(["weights", "nonsense"])
+    any_engine.wake(["kv_cache"])
+    assert any_engine.sleeping
+    any_engine.wake()
+    assert not any_engine.sleeping
+
+
 @pytest.mark.parametrize("kind", ENGINES)
 def test_closing_ends_what_runs_and_may_be_done_twice(kind, compile_cache):
     engine = opened(kind, compile_cache)

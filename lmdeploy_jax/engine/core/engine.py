@@ -85,10 +85,12 @@ class Engine(EngineBase):
             self._post(lambda: self._abort(request_id, index))
 
     def sleep(self, level: int = 1) -> None:
+        self._check_level(level)
         self._call(lambda: self._sleep(level))
 
     def wake(self, tags: Iterable[str] = TAGS) -> None:
-        self._call(lambda: self._sleep_mode.wake(tags))
+        known = self._checked_tags(tags)
+        self._call(lambda: self._sleep_mode.wake(known))
 
     @property
     def sleeping(self) -> bool:

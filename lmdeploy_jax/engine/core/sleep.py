@@ -12,7 +12,6 @@ from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.engine.base import KV_CACHE, TAGS, WEIGHTS
 from lmdeploy_jax.engine.core.runner import Runner
 from lmdeploy_jax.engine.core.scheduler import Scheduler
-from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.logs import logger
 
 
@@ -33,8 +32,6 @@ class SleepMode:
 
     def sleep(self, level: int) -> None:
         """1: weights move to the host's memory; 2: they are dropped, and read from disk again later."""
-        if level not in (1, 2):
-            raise RequestError(f"level={level} is invalid: it must be 1 or 2.")
         if KV_CACHE not in self.released:
             self._runner.release_caches()
             self._scheduler.cache = self._scheduler.cache.emptied()
@@ -50,8 +47,6 @@ class SleepMode:
     def wake(self, tags: Iterable[str]) -> None:
         """Take back what `tags` name, where it has been released."""
         for tag in tags:
-            if tag not in TAGS:
-                raise RequestError(f"tag {tag!r} is unknown: give {' or '.join(TAGS)}.")
             if tag in self.released:
                 begun = time.perf_counter()
                 if tag == KV_CACHE:
