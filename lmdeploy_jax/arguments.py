@@ -183,8 +183,7 @@ def _are_ids(row: list[Any]) -> bool:
 
 def _check_sampling(gen_config: Configs) -> None:
     """Once for each set of fields: LMDeploy decodes greedily unless `do_sample`, whatever else is set."""
-    given = [gen_config] if isinstance(gen_config, GenerationConfig) else gen_config or ()
-    for config in given:
+    for config in gen_config if isinstance(gen_config, Sequence) else [gen_config]:
         if isinstance(config, GenerationConfig) and not config.do_sample and config.temperature != 0:
             usual = GenerationConfig
             names = tuple(name for name in _SAMPLING if getattr(config, name) != getattr(usual, name))

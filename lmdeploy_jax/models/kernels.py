@@ -27,7 +27,9 @@ from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 from lmdeploy_jax.parallel.collectives import Collectives, collectives
 from lmdeploy_jax.parallel.mesh import axis_size
 
-LayerCache = tuple[Array, ...]  # with the split counters of decode attention, which layers of as many KV heads share
+LayerCache = tuple[
+    Array, ...
+]  # with the split counters of decode attention, which layers of as many KV heads share
 MOSAIC_TOKENS = 2048  # of the smallest step that attends through Mosaic
 
 
