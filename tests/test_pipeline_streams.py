@@ -197,5 +197,5 @@ def test_arguments_of_the_wrong_type_are_named(opened):
         pipe.stream_infer(["a"], config)
     with pytest.raises(TypeError, match="gen_config must be of type GenerationConfig"):
         pipe.infer(["a"], gen_config=[{"max_new_tokens": 1}])
-    with pytest.raises(TypeError, match="gen_config must be of type GenerationConfig.* it has 5"):
+    with pytest.raises(TypeError, match=r"gen_config must be of type GenerationConfig.* it has 5"):
         pipe.infer(["a"], gen_config=5)

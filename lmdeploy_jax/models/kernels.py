@@ -29,7 +29,7 @@ from lmdeploy_jax.parallel.mesh import axis_size
 
 LayerCache = tuple[
     Array, ...
-]  # with the split counters of decode attention, which layers of as many KV heads share
+]  # and the split counters of decode attention, which layers of as many heads share
 MOSAIC_TOKENS = 2048  # of the smallest step that attends through Mosaic
 
 
