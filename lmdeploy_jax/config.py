@@ -31,7 +31,7 @@ class JaxEngineConfig(Checked):
         bytes.
     max_batch_size, max_prefill_token_num, session_len: None lets the engine choose by device and model.
     model_format: how the checkpoint is quantised, where neither its config.json nor a file beside it says so;
-        "hf": not at all.
+        "hf": not at all. "fp8" quantises a 16-bit checkpoint as it is read.
     hf_overrides: nested dict merged over the checkpoint's config.json.
     eager_mode: compile each program when it is first needed, not all ahead: quick to start, slow at first.
     decode_steps: decode steps dispatched at once while no request waits. More than 1 spares the host, which

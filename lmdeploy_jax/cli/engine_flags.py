@@ -25,7 +25,7 @@ HELP = {
     "decode_steps": "steps at once while no request waits; without it 4 for small models on GPUs, else 1",
     "eager_mode": "compile each program when a step first needs it instead of all at the start",
     "backend": "kernels; auto picks by device, turbomind and pytorch are aliases of pallas and xla",
-    "model_format": "how the checkpoint is quantised, where no file of it says so",
+    "model_format": "how the checkpoint is quantised, where no file says so; fp8 quantises a 16-bit one",
     "revision": "branch, tag or commit on the Hugging Face hub",
     "download_dir": "folder for downloads from the hub",
     "hf_overrides": "JSON merged over the checkpoint's config.json; --hf-overrides.a.b v sets one entry",

@@ -99,7 +99,7 @@ def test_backend_aliases(flags: FlagSet, alias: str, backend: str) -> None:
 
 
 def test_every_field_has_a_flag_that_reaches_it(flags: FlagSet) -> None:
-    values: dict[str, Any] = {"dtype": "float16", "backend": "xla"}
+    values: dict[str, Any] = {"dtype": "float16", "backend": "xla", "model_format": "awq"}
     hints = get_type_hints(JaxEngineConfig)
     samples: dict[Any, Any] = {int: 3, float: 0.25, str: "x", dict[str, Any]: {"a": 1}}
     for field in fields(JaxEngineConfig):
