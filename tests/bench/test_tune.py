@@ -40,9 +40,12 @@ def test_parts_that_travel_between_devices_cost_what_they_weigh():
     alone, shared = (tune.products(config("llama3-8b"), tp)["o"] for tp in (1, 2))
     whole, parts = Tiling(64, 128, 1, 4, 4), Tiling(64, 128, 4, 4, 4)
     costs = {
-        (shape.summed, tokens): tune._beside(shape, parts, tokens) - tune._beside(shape, whole, tokens)
+        (shape.summed, tokens): tune._extra_seconds(shape, parts, tokens)
+        - tune._extra_seconds(shape, whole, tokens)
         for shape in (alone, shared)
         for tokens in (1, 128)
     }
     assert 0 < costs[False, 1] < costs[True, 1] < 1e-6
-    assert tune._beside(shared, parts, 128) - tune._beside(alone, parts, 128) == pytest.approx(2e-6)
+    assert tune._extra_seconds(shared, parts, 128) - tune._extra_seconds(alone, parts, 128) == pytest.approx(
+        2e-6
+    )

@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lmdeploy_jax.cache.layout import CacheGroup
+from lmdeploy_jax.cache.manager import PageRun, PageTable
 from lmdeploy_jax.engine.core.batch import DecodeLayout, RaggedLayout, Slots, decode_batch, ragged_batch
+from lmdeploy_jax.engine.core.buckets import plan
+from lmdeploy_jax.engine.core.page_tables import PageTables
 from lmdeploy_jax.engine.core.scheduler import Chunk
 from lmdeploy_jax.engine.request import Request, SamplingParams, Sequence
 from lmdeploy_jax.prompt import EncodedPrompt
@@ -17,13 +21,14 @@ SLOTS, SESSION = 4, 256
 def chunk(slot: int, start: int, count: int, *, decoding: bool) -> Chunk:
     prompt = list(range(10 * slot, 10 * slot + start + count))
     sequence = Sequence(Request(EncodedPrompt(prompt), SamplingParams(max_new_tokens=9), print), 0, prompt)
-    sequence.slot, sequence.pages = slot, [2 * slot + 1, 2 * slot + 2]
+    sequence.slot = slot
+    sequence.pages = PageTable([PageRun(0, [2 * slot + 1, 2 * slot + 2])])
     return Chunk(sequence, start, count, from_device=decoding)
 
 
 @pytest.fixture
 def slots():
-    return Slots(SLOTS, SESSION, vocab_size=100)
+    return Slots(PageTables(SESSION, [CacheGroup()], plan("gpu", SLOTS, 256)), vocab_size=100)
 
 
 def test_a_decode_step_knows_its_sequences_slots(slots):
@@ -53,3 +58,26 @@ def test_a_ragged_step_knows_its_sequences_slots(slots):
         7 * 64 + 5,
         4 * 64 + 1,
     ]
+
+
+def test_a_group_with_a_window_sees_a_sequence_from_its_first_page_on():
+    groups = [CacheGroup(), CacheGroup(window=70, most_pages=4)]
+    slots = Slots(PageTables(SESSION, groups, plan("gpu", SLOTS, 64)), vocab_size=100)
+    decoding, prompt = chunk(2, 201, 1, decoding=True), chunk(0, 130, 9, decoding=False)
+    decoding.sequence.pages = PageTable([PageRun(0, [1, 2, 3, 4]), PageRun(2, [5, 6])])
+    prompt.sequence.pages = PageTable([PageRun(0, [7, 8, 9]), PageRun(0, [10, 11, 12])])
+    layout = DecodeLayout(slots, rows=2)
+    batch = decode_batch(layout.views(jnp.asarray(layout.pack([decoding]))), jnp.zeros(2, jnp.int32))
+    full, near = batch.attention
+    assert batch.rope_positions.tolist() == [201, 0]
+    assert (full.kv_lens.tolist(), near.kv_lens.tolist()) == ([202, 0], [202 - 2 * 64, 0])
+    assert (full.slots.tolist(), near.slots.tolist()) == ([4 * 64 + 9, 0], [6 * 64 + 9, 0])
+    assert near.page_table.tolist() == [[5, 6, 0], [0, 0, 0]]
+    layout = RaggedLayout(slots, tokens=16, tile_rows=8)
+    full, near = ragged_batch(
+        layout.views(jnp.asarray(layout.pack([decoding, prompt]))), jnp.zeros(5)
+    ).attention
+    assert near.kv_lens.tolist()[:2] == [202 - 2 * 64, 139]
+    assert near.slots.tolist()[:2] == [6 * 64 + 9, 12 * 64 + 2]
+    behind = full.tiles[:, 3] - near.tiles[:, 3]
+    assert behind.tolist() == jnp.where((full.tiles[:, 2] > 0) & (full.tiles[:, 0] == 0), 128, 0).tolist()
