@@ -58,12 +58,9 @@ def test_batched_and_cached_prompts_are_answered_as_alone(start, family, prompts
     assert tokens(cold, [turn]) == [warm.tokens]
 
 
-def test_small_chunks_equal_large_ones(start, prompts, answers):
-    assert tokens(start(max_prefill_token_num=16, enable_prefix_caching=False), prompts) == answers
-
-
-def test_several_decode_steps_at_once_equal_single_ones(start, prompts, answers):
-    assert tokens(start(decode_steps=3), prompts) == answers
+def test_small_chunks_and_several_decode_steps_equal_large_and_single_ones(start, prompts, answers):
+    engine = start(max_prefill_token_num=16, decode_steps=3, enable_prefix_caching=False)
+    assert tokens(engine, prompts) == answers
 
 
 def test_preempted_sequences_equal_undisturbed_ones(start, family, prompts, answers):
@@ -100,6 +97,7 @@ def test_a_long_answer_holds_no_more_than_its_window(start, prompts):
     assert max(late) <= 2  # 24 tokens and the one that is drawn lie in two pages at most
 
 
+@pytest.mark.full
 def test_interpreted_kernels_see_a_window_from_its_first_page_on(start, monkeypatch, prompts, answers):
     monkeypatch.setattr(setup, "choose_backend", lambda *_: "pallas_interpret")
     assert tokens(start(), prompts[-1:]) == answers[-1:]
