@@ -6,6 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 import lmdeploy_jax
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.cli import serve
@@ -17,6 +19,8 @@ from lmdeploy_jax.converters.families import FAMILIES
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+TOPS = ("lmdeploy_jax", "pallas_kernels", "converters", "configs", "tests", "benchmarks", "docs", ".ci")
 
 
 def test_the_table_of_models_is_the_code() -> None:
@@ -41,6 +45,17 @@ def test_the_map_names_every_folder() -> None:
         for folder in (ROOT / top).iterdir():
             if (folder / "__init__.py").exists():
                 assert f"{folder.name}/" in text, folder
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "WORKSPACE.md", ROOT / "README.md", *DOCS], ids=lambda page: page.name
+)
+def test_the_pages_name_files_that_there_are(page: Path) -> None:
+    paths = {f"/{path.relative_to(ROOT)}" for top in TOPS for path in (ROOT / top).rglob("*")}
+    paths |= {f"/{path.name}" for path in ROOT.glob("*.md")}
+    paths |= {f"/lmdeploy_jax{path}" for path in paths}
+    named = re.findall(r"(?<![\w/.~-])(?:\w+/)*\w+\.(?:py|md)\b", page.read_text())
+    assert {name for name in named if not any(path.endswith(f"/{name}") for path in paths)} == set()
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:
