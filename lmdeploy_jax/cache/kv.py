@@ -124,10 +124,10 @@ def plan_memory(
 
     Raises ConfigError where not even one page of each cache group fits.
     """
-    wanted = share if share >= 1 else share * max(free - reserved, 0)
+    budget = share if share >= 1 else share * max(free - reserved, 0)
     if on_cpu and share < 1:
-        wanted = min(wanted, CPU_CACHE_LIMIT)
-    pages = int(wanted // page)
+        budget = min(budget, CPU_CACHE_LIMIT)
+    pages = int(budget // page)
     if share < 1:  # free memory differs a little from start to start, and compiled programs know the number
         pages -= pages % max(1, 1 << pages.bit_length() - 7)
     pages = min(pages, sequences * layout.pages_of(session_len) + 1)
@@ -135,7 +135,7 @@ def plan_memory(
     if pages < least:
         raise ConfigError(
             f"cache_max_entry_count={share!r} leaves no room for the KV cache: it gives "
-            f"{wanted * 1e-6:.3f} MB, and at least {least} pages of {page * 1e-6:.3f} MB are needed. "
+            f"{budget * 1e-6:.3f} MB, and at least {least} pages of {page * 1e-6:.3f} MB are needed. "
             "Raise it, or free memory (a smaller max_batch_size or model, a larger tp)."
         )
     return MemoryPlan(free, reserved, page, pages, layout.room(pages - 1, session_len))

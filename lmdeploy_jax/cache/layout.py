@@ -54,11 +54,6 @@ class CacheLayout:
     places: tuple[tuple[int, int], ...]
     """Of each layer: its group, and the index of its arrays."""
 
-    @property
-    def has_windows(self) -> bool:
-        """Whether any group frees pages before its sequence ends."""
-        return any(group.window is not None for group in self.groups)
-
     def pages_of(self, tokens: int) -> int:
         """Most pages that a sequence of `tokens` tokens takes, over all groups, while it is computed."""
         return sum(group.end_page(0, tokens) for group in self.groups)
@@ -106,7 +101,7 @@ def _cost(layout: CacheLayout, session_len: int) -> int:
 
 
 def _one_group(kinds: Sequence[PagedCache]) -> CacheLayout:
-    """Every layer has arrays of its own and keeps every token (or all of them the same window's)."""
+    """Every layer has arrays of its own and keeps every token, whatever its window."""
     arrays = tuple(replace(kind, window=None) for kind in kinds)
     return CacheLayout((CacheGroup(),), arrays, tuple((0, i) for i in range(len(kinds))))
 

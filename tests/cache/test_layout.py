@@ -36,7 +36,7 @@ def test_layers_alike_are_one_group_with_arrays_of_their_own():
     layout = plan(*[FULL] * 4)
     assert layout.groups == (CacheGroup(),)
     assert layout.places == ((0, 0), (0, 1), (0, 2), (0, 3))
-    assert not layout.has_windows
+    assert [group.window for group in layout.groups] == [None]
 
 
 def test_layers_that_all_have_a_window_are_one_group_too():

@@ -98,11 +98,11 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
 def _read(
     keys: Sequence[Key], cache: ProgramCache, pool: ThreadPoolExecutor, progress: bool
 ) -> dict[Key, jax.stages.Compiled]:
-    """Those that were kept. One whose file is damaged is missing."""
-    kept = [key for key in keys if cache.holds(key)]
+    """Programs that the cache folder holds. One whose file is damaged is missing."""
+    stored = [key for key in keys if cache.holds(key)]
     found = {}
-    with counting_bar(progress, "reading", len(kept)) as advance:
-        for key, program in zip(kept, pool.map(cache.load, kept), strict=True):
+    with counting_bar(progress, "reading", len(stored)) as advance:
+        for key, program in zip(stored, pool.map(cache.load, stored), strict=True):
             advance(1)
             if program is not None:
                 found[key] = program

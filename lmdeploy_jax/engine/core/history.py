@@ -34,7 +34,7 @@ class Histories:
         self._set_bias = programs.add("set_bias", set_bias, writes=writes, slot=slot, bias=bias)
 
     def begin(self, sequence: Sequence) -> None:
-        """Start that of an admitted sequence, if it needs one."""
+        """Start the history of an admitted sequence, if its sampling reads one."""
         slot = sequence.slot
         if sequence.params.reshapes_logits:
             known = sequence.tokens
@@ -45,12 +45,12 @@ class Histories:
             self._biased.discard(slot)
 
     def allocate(self) -> None:
-        """Have the arrays on the device."""
+        """Allocate the arrays on the device, unless they are there."""
         if self._state.history is None:
             self._new()
 
     def forget(self) -> None:
-        """The arrays are gone."""
+        """Take note that the state has given the arrays back: the next `allocate` makes new ones."""
         self._biased.clear()
 
     def lift_early_ban(self, draws: Draws) -> None:
@@ -73,7 +73,7 @@ class Histories:
 
 
 def new_history(*, specs: History) -> tuple[None, Update]:
-    """Of sequences that have said nothing."""
+    """Histories of sequences without tokens."""
     return None, Update(history=jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), specs))
 
 

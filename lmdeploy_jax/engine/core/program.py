@@ -126,15 +126,15 @@ class Programs(dict[Key, Program]):
 
 
 class Ladder(dict[int, Program]):
-    """Programs alike, by size."""
+    """Programs that do the same for different numbers of rows or tokens, by that size, the smallest first."""
 
     def __init__(self, sizes: Iterable[int], make: Callable[[int], Program]) -> None:
         super().__init__((size, make(size)) for size in sizes)
         self._sizes = tuple(self)
 
-    def fit(self, wanted: int) -> Program:
-        """The smallest that holds `wanted`. Raises ValueError beyond the last."""
-        i = bisect_left(self._sizes, wanted)
+    def fit(self, count: int) -> Program:
+        """The smallest that holds `count` rows or tokens. Raises ValueError beyond the last."""
+        i = bisect_left(self._sizes, count)
         if i == len(self._sizes):
-            raise ValueError(f"{wanted} is beyond the largest compiled size {self._sizes[-1]}")
+            raise ValueError(f"{count} is beyond the largest compiled size {self._sizes[-1]}")
         return self[self._sizes[i]]

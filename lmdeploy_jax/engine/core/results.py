@@ -99,14 +99,14 @@ def output_of(
     sequence: Sequence, drawn: Drawn, i: int, accepted: Accepted, packed: np.ndarray | None
 ) -> StepOutput:
     """The StepOutput for draw `i`."""
-    request, wanted = sequence.request, sequence.params.logprobs
+    request, top = sequence.request, sequence.params.logprobs
     out = StepOutput(request.request_id, sequence.index, accepted.tokens, cached_tokens=sequence.cached)
     out.finish_reason, out.stop_token = accepted.finish_reason, accepted.stop_token
     out.error, out.queue_seconds = accepted.error, request.queue_seconds
     if not out.token_ids:
         return out
-    if wanted is not None and packed is not None:
-        out.logprobs = [unpack_logprobs(packed[i], wanted)]
+    if top is not None and packed is not None:
+        out.logprobs = [unpack_logprobs(packed[i], top)]
     if drawn.logits:  # and then the hidden states are there too
         out.logits, out.hidden = _rows(drawn.logits[i]), _rows(drawn.hidden[i])
     if sequence.report is not None:

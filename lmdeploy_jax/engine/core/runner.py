@@ -42,7 +42,7 @@ class Runner:
         self._steps.histories.forget()
 
     def warm_up(self) -> None:
-        """What would make the first requests wait; see the steps."""
+        """See `Steps.warm_up`."""
         self._steps.warm_up()
 
     def begin(self, sequence: Sequence) -> None:

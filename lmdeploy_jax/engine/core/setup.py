@@ -68,7 +68,7 @@ class Parts:
 def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Parts:
     """Everything up to the first request. Raises ConfigError, CheckpointError, UnsupportedModelError."""
     started = time.perf_counter()
-    kept = use_cache(config.compile_cache_dir)
+    cache_folder = use_cache(config.compile_cache_dir)
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
     mesh = make_mesh(tp=config.tp)
     platform = mesh.devices.flat[0].platform
@@ -89,7 +89,9 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     begun = time.perf_counter()
     tables = PageTables(session_len, layout.groups, buckets)
     slots = Slots(tables, model_config.vocab_size)
-    runner = _runner(loaded, spec, slots, buckets, kept, ahead=not config.eager_mode, progress=progress)
+    runner = _runner(
+        loaded, spec, slots, buckets, cache_folder, ahead=not config.eager_mode, progress=progress
+    )
     weight_bytes = sum(leaf.nbytes for leaf in loaded.leaves)
     startup = Startup(backend, weight_bytes, loading, time.perf_counter() - begun)
     scheduler = Scheduler(
@@ -142,7 +144,7 @@ def steps_for(platform: str) -> type[Steps]:
     return CpuSteps if platform == "cpu" else GpuSteps
 
 
-def choose_backend(wanted: str, device: jax.Device, model: DecoderConfig) -> str:
+def choose_backend(backend: str, device: jax.Device, model: DecoderConfig) -> str:
     """`auto` is `pallas` where the device and at least one kind of layer allow it, else `xla`. Raises
     ConfigError for a `pallas` that no layer can have.
 
@@ -150,16 +152,16 @@ def choose_backend(wanted: str, device: jax.Device, model: DecoderConfig) -> str
     """
     reasons = _why_not_pallas(device, model)
     reason = None if None in reasons.values() else next(iter(reasons.values()))
-    if wanted == "auto" and reason:
+    if backend == "auto" and reason:
         if device.platform != "cpu":
             log.warning("backend xla instead of pallas: %s", reason)
         return "xla"
-    if wanted == "pallas" and reason:
+    if backend == "pallas" and reason:
         raise ConfigError(f"backend='pallas' cannot be used: {reason}. Use backend='auto' or 'xla'.")
-    for heads, why in reasons.items() if wanted != "xla" else ():
+    for heads, why in reasons.items() if backend != "xla" else ():
         if why:
             log.warning("attention with %s heads in %s KV heads of %s uses xla: %s", *heads, why)
-    return "pallas" if wanted == "auto" else wanted
+    return "pallas" if backend == "auto" else backend
 
 
 def _why_not_pallas(device: jax.Device, model: DecoderConfig) -> dict[tuple[int, int, int], str | None]:
