@@ -10,6 +10,7 @@ from typing import Any
 
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.converters.formats import recognise
+from lmdeploy_jax.converters.text_part import text_part
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import DecoderConfig
 
@@ -26,7 +27,7 @@ def read_config(
     `model_format`: see `formats.recognise`. Raises CheckpointError, ConfigError, and UnsupportedModelError
     for what is not implemented.
     """
-    raw, where = read_json(folder, hf_overrides)
+    raw, where = text_part(*read_json(folder, hf_overrides))
     recognise(raw, where, folder, model_format)
     return build_config(raw, where)
 

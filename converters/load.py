@@ -29,6 +29,7 @@ from lmdeploy_jax.converters.keytable import Leaf, bind
 from lmdeploy_jax.converters.published import HEAD, names_read, settle_head
 from lmdeploy_jax.converters.regroup import cuts_of, load_converted, widened
 from lmdeploy_jax.converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters.text_part import TextPartReader, text_part
 from lmdeploy_jax.errors import CheckpointError, ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.decoder import Decoder
@@ -137,7 +138,8 @@ def load_model(
     are read too.
     Everything is checked before anything is allocated. Raises CheckpointError and ConfigError.
     """
-    raw, where = read_json(folder, hf_overrides)
+    whole, path = read_json(folder, hf_overrides)
+    raw, where = text_part(whole, path)
     family = family_of(raw, where)
     config = build_config(raw, where) if config is None else config
     quantisation = recognise(raw, where, folder, model_format)
@@ -146,7 +148,9 @@ def load_model(
         # Files in float16 were made for kernels that read nothing else; the models overflow in it.
         stored = jnp.dtype("bfloat16")
     chosen = pick_dtype(dtype, stored, _platform(mesh))
-    loader = _Loader(folder, chosen, Kernels(backend, mesh, tuning), dequantise, on_progress)
+    loader = _Loader(
+        folder, chosen, Kernels(backend, mesh, tuning), dequantise, on_progress, raw is not whole
+    )
     if orbax.is_converted(folder):
         return loader.converted(config)
     return loader.tensors(family, config, quantisation)
@@ -161,13 +165,16 @@ class _Loader:
     kernels: Kernels
     dequantise: bool | None
     on_progress: Progress | None
+    within_others: bool
+    """Whether the language model's tensors are a part of the checkpoint's."""
 
     def tensors(
         self, family: Family, config: DecoderConfig, quantisation: Quantisation | None
     ) -> LoadedModel:
         """From safetensors."""
         with CheckpointReader(self.folder) as files:
-            reader = files if quantisation is None else QuantReader(files, quantisation)
+            own = TextPartReader(files) if self.within_others else files
+            reader = own if quantisation is None else QuantReader(own, quantisation)
             names = names_read(reader, len(config.layers))
             rules = family.rules(config, axis_size(self.kernels.mesh, "tp"))
             config, rules = settle_head(config, rules, reader, names, self.dtype)

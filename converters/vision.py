@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from lmdeploy_jax.converters.config import read_json
 from lmdeploy_jax.converters.device import load_leaves
-from lmdeploy_jax.converters.fields import Fields, shown
 from lmdeploy_jax.converters.keytable import bind
 from lmdeploy_jax.converters.load import pick_dtype, stored_dtype
 from lmdeploy_jax.converters.safetensors import CheckpointReader
-from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
+from lmdeploy_jax.converters.vision_config import read_vision
 from lmdeploy_jax.vision.config import VisionModelConfig
-from lmdeploy_jax.vision.families import VISION_FAMILIES, VisionFamily, vision_family
+from lmdeploy_jax.vision.families import VisionFamily
 from lmdeploy_jax.vision.model import VisionModel
-
-# The image processor's settings, and the name under which a file of several processors holds them.
-PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
 
 
 @dataclass(frozen=True)
@@ -41,34 +34,6 @@ class LoadedVisionModel:
     def merge(self, leaves: tuple[jax.Array, ...]) -> VisionModel:
         """The model that holds `leaves`; to be called inside `jax.jit`."""
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
-
-
-def read_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionModelConfig]:
-    """What a checkpoint's images are to become. Raises UnsupportedModelError where it takes none."""
-    raw, where = read_json(folder, None)
-    family = vision_family(raw)
-    if family is None:
-        known = ", ".join(VISION_FAMILIES)
-        raise UnsupportedModelError(
-            f"{where}: architectures {shown(raw.get('architectures'))} take no images here; "
-            f"those that do: {known}"
-        )
-    return family, family.config(Fields(raw, where), _processor_fields(Path(folder)))
-
-
-def _processor_fields(folder: Path) -> Fields:
-    """The image processor's file; empty where there is none, so that the family's own values hold."""
-    for name, within in PROCESSOR_FILES:
-        path = folder / name
-        if path.is_file():
-            try:
-                raw = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
-                raise CheckpointError(f"{path}: cannot be read: {error}") from error
-            found = raw.get(within) if within and isinstance(raw, dict) else raw
-            if isinstance(found, dict):
-                return Fields(found, str(path))
-    return Fields({}, str(folder / PROCESSOR_FILES[0][0]))
 
 
 def load_vision(

@@ -54,6 +54,7 @@ def parse(
     *,
     do_preprocess: bool = True,
     adapter_name: str | None = None,
+    images: bool = False,
     **switches: object,
 ) -> Arguments:
     """The arguments of a call for any number of prompts, see `Pipeline.infer`.
@@ -65,7 +66,7 @@ def parse(
     check_switches(do_preprocess=do_preprocess, **switches)
     _check_sampling(gen_config)
     options = _prompt_options(do_preprocess, adapter_name, kwargs)
-    given, single = _given_prompts(prompts, kwargs)
+    given, single = _given_prompts(prompts, kwargs, images)
     configs = _aligned_configs(gen_config, len(given))
     owners = _aligned_sessions(sessions, len(given))
     requests = [PromptRequest(*each) for each in zip(given, configs, owners, strict=True)]
@@ -151,7 +152,9 @@ def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
             raise TypeError(f"unexpected keyword argument {name!r}{hint}. Known are {', '.join(KEYWORDS)}.")
 
 
-def _given_prompts(prompts: Any, kwargs: Mapping[str, Any]) -> tuple[list[Prompt | RequestError], bool]:
+def _given_prompts(
+    prompts: Any, kwargs: Mapping[str, Any], images: bool
+) -> tuple[list[Prompt | RequestError], bool]:
     """Raises ValueError for a form that is no prompt at all, and unless exactly one of prompts and input_ids
     is given.
     """
@@ -163,7 +166,7 @@ def _given_prompts(prompts: Any, kwargs: Mapping[str, Any]) -> tuple[list[Prompt
     if prompts is None:
         lists, single = id_lists(input_ids)
         prompts = lists[0] if single else lists
-    return normalise_prompts(prompts)
+    return normalise_prompts(prompts, images=images)
 
 
 def id_lists(input_ids: Any) -> tuple[list[list[int]], bool]:

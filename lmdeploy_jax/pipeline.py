@@ -98,8 +98,12 @@ class Pipeline:
         refuse_unknown_fields(unknown)
         refuse("trust_remote_code", trust_remote_code, "Python code of a checkpoint is never run")
         refuse("speculative_config", speculative_config, "speculative decoding is not implemented")
-        refuse("vision_config", vision_config, "vision models are not implemented")
-        refuse("allowed_media_domains", allowed_media_domains, "images are not implemented")
+        refuse("vision_config", vision_config, "how many images an encoder takes at once is chosen by device")
+        refuse(
+            "allowed_media_domains",
+            allowed_media_domains,
+            "a program may name any image",
+        )
         config = engine_config(backend_config)
         from lmdeploy_jax.engine.prepare import prepare
 
@@ -136,7 +140,8 @@ class Pipeline:
     ) -> Response | list[Response]:
         """Answer one prompt, or several in their order.
 
-        prompts: a text, a message, a conversation (list of messages), token ids, or a list of such.
+        prompts: a text, a message, a conversation (list of messages), token ids, or a list of such; where the
+            model takes images, a pair of a text and an image or a list of images too (PIL, or a URL).
         gen_config: one for all prompts, or a list with one for each.
         do_preprocess: False passes texts on as they are, without the chat template.
         use_tqdm: show a progress bar.
@@ -155,6 +160,7 @@ class Pipeline:
             kwargs,
             do_preprocess=do_preprocess,
             adapter_name=adapter_name,
+            images=self._frontend.takes_images,
             use_tqdm=use_tqdm,
         )
         answers: list[list[Response]] = [[] for _ in call.requests]
@@ -194,6 +200,7 @@ class Pipeline:
             kwargs,
             do_preprocess=do_preprocess,
             adapter_name=adapter_name,
+            images=self._frontend.takes_images,
             stream_response=stream_response,
         )
         return start(self._frontend, call, stream=stream_response)
@@ -220,6 +227,7 @@ class Pipeline:
             kwargs,
             do_preprocess=do_preprocess,
             adapter_name=adapter_name,
+            images=self._frontend.takes_images,
             stream_response=stream_response,
         )
         async for piece in pieces(self._frontend, call.requests[0], call.options, stream=stream_response):
@@ -245,7 +253,13 @@ class Pipeline:
         """
         session = self.session() if session is None else session
         call = parse_turn(
-            prompt, session, gen_config, kwargs, adapter_name=adapter_name, stream_response=stream_response
+            prompt,
+            session,
+            gen_config,
+            kwargs,
+            adapter_name=adapter_name,
+            images=self._frontend.takes_images,
+            stream_response=stream_response,
         )
         stream = start(self._frontend, call, stream=stream_response)
         session.prompt, session.response = prompt, None

@@ -7,6 +7,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +29,27 @@ class Span:
         return self.start + self.length
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SpanImage:
+    """What a span's image is encoded from, and which of the span's tokens its rows stand for.
+
+    patches: levels 0...255 [views, patches a view, values]; grid: rows and columns of patches of a view.
+    rows: int32 [n], rows of the vision model's result: tokens of the views by number, learned rows from -1
+        down.
+    places: int32 [n], the tokens that these rows take the place of, counted from the span's start.
+    """
+
+    patches: np.ndarray
+    grid: tuple[int, int]
+    rows: np.ndarray
+    places: np.ndarray
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
     """Token ids with the spans among them, in order and apart from each other.
 
+    images: one for each span, where the model has an encoder.
     salt: prompts share cached pages only under the same salt.
     Raises ValueError for spans that overlap, are empty or reach beyond the ids.
     """
@@ -36,6 +57,7 @@ class EncodedPrompt:
     ids: Sequence[int]
     spans: tuple[Span, ...] = ()
     salt: bytes = b""
+    images: tuple[SpanImage, ...] = ()
 
     def __post_init__(self) -> None:
         if self.spans:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lmdeploy_jax.converters.formats.scheme import is_float
 from lmdeploy_jax.converters.headers import TensorInfo
-from lmdeploy_jax.converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters.reader import TensorReader
 from lmdeploy_jax.converters.slicing import Index
 from lmdeploy_jax.errors import CheckpointError
 
@@ -21,7 +21,7 @@ INTACT = "give an intact checkpoint, or the 16-bit one"
 class Parts:
     """A module of a checkpoint and its tensors: role ("qweight", "scales") -> name."""
 
-    reader: CheckpointReader
+    reader: TensorReader
     module: str
     names: Mapping[str, str]
     joint: str = "."

@@ -17,7 +17,7 @@ from lmdeploy_jax.converters.formats.tensor import QuantTensor, dequantise
 from lmdeploy_jax.converters.headers import TensorInfo
 from lmdeploy_jax.converters.keytable import Rule, has_place
 from lmdeploy_jax.converters.layouts import Shape
-from lmdeploy_jax.converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters.reader import TensorReader
 from lmdeploy_jax.converters.slicing import Index, as_ranges, sizes
 from lmdeploy_jax.errors import CheckpointError
 
@@ -35,7 +35,7 @@ class QuantReader:
     Raises CheckpointError where the tensors of a module are incomplete or do not fit each other.
     """
 
-    def __init__(self, reader: CheckpointReader, quantisation: Quantisation) -> None:
+    def __init__(self, reader: TensorReader, quantisation: Quantisation) -> None:
         self._reader = reader
         self._quantisation = quantisation
         self._names: dict[str, None] = {}

@@ -9,11 +9,16 @@ from pathlib import Path
 
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
+from lmdeploy_jax.converters.vision_config import servable_vision
 from lmdeploy_jax.hub import resolve_model
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.text.chat_config import ChatTemplateConfig
 from lmdeploy_jax.text.chat_template import ChatTemplate, select
 from lmdeploy_jax.text.tokenizer import Tokenizer
+from lmdeploy_jax.vision.config import VisionModelConfig
+from lmdeploy_jax.vision.families import VisionFamily
+
+Vision = tuple[VisionFamily, VisionModelConfig]
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class PreparedModel:
     model_config: DecoderConfig
     tokenizer: Tokenizer
     template: ChatTemplate
+    vision: Vision | None = None
+    """What becomes of images, where it takes any."""
 
 
 def prepare(
@@ -42,5 +49,6 @@ def prepare(
     config = config or JaxEngineConfig()
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
     model_config = read_config(folder, config.hf_overrides, config.model_format)
-    tokenizer = Tokenizer(folder)
-    return PreparedModel(folder, config, model_config, tokenizer, select(tokenizer, folder, template))
+    tokenizer, vision = Tokenizer(folder), servable_vision(folder)
+    chosen = select(tokenizer, folder, template)
+    return PreparedModel(folder, config, model_config, tokenizer, chosen, vision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmdeploy_jax.errors import RequestError
@@ -21,18 +22,31 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 Message = dict[str, Any]
 
 
-def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+@dataclass(frozen=True, eq=False)
+class ImagePart:
+    """An image among the parts of a message. source: see `vision.load_image`; options: see
+    `ImageProcessor.with_options`; where: what to call it in errors.
+    """
+
+    source: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+    where: str = "the image"
+
+
+def normalise_messages(messages: Sequence[Mapping[str, Any]], *, images: bool = False) -> list[Message]:
     """Copies of the messages with text as one string and tool arguments as objects.
 
     Text parts are joined by newlines. Keys that are None are left out, as in transformers: templates handle
     what is missing, and print None as a word. Missing content is "", except beside tool calls. Arguments that
     are no JSON object stay a text: models write such calls, and the conversation in which one is told so must
     go on.
+    images: whether the model takes any. Then the content of a message with images is a list of texts and
+        `ImagePart`s, in order.
     Raises `RequestError` naming the message by its position.
     """
     if not messages:
         raise RequestError("A conversation needs at least one message.")
-    return [_normalise(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return [_normalise(message, f"messages[{i}]", images) for i, message in enumerate(messages)]
 
 
 def is_prefill(messages: Sequence[Message]) -> bool:
@@ -40,7 +54,7 @@ def is_prefill(messages: Sequence[Message]) -> bool:
     return bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
 
 
-def _normalise(message: Mapping[str, Any], where: str) -> Message:
+def _normalise(message: Mapping[str, Any], where: str, images: bool) -> Message:
     if not isinstance(message, Mapping):
         raise RequestError(
             f"{where} must be an object with 'role' and 'content', not {type(message).__name__}."
@@ -54,7 +68,7 @@ def _normalise(message: Mapping[str, Any], where: str) -> Message:
         raise RequestError(f"{where}: only the assistant calls tools, not {role!r}.")
     rest = {key: value for key, value in _with_thought(message).items() if key != "tool_calls"}
     if "content" in message or not calls:
-        rest["content"] = _content(message.get("content", ""), where)
+        rest["content"] = _content(message.get("content", ""), where, images)
     return rest | {"tool_calls": calls} if calls else rest
 
 
@@ -71,27 +85,46 @@ def _with_thought(message: Mapping[str, Any]) -> Message:
     )
 
 
-def _content(content: Any, where: str) -> str:
+def _content(content: Any, where: str, images: bool) -> str | list[str | ImagePart]:
     if isinstance(content, str):
         return content
     if isinstance(content, Sequence):
-        return "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+        parts = [_part(part, f"{where}.content[{i}]", images) for i, part in enumerate(content)]
+        texts = [part for part in parts if isinstance(part, str)]
+        return "\n".join(texts) if len(texts) == len(parts) else parts
     raise RequestError(f"{where}.content must be a text or a list of parts, not {type(content).__name__}.")
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str, images: bool) -> str | ImagePart:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
         raise RequestError(f"{where} must be an object with a 'type', not {type(part).__name__}.")
     kind = part.get("type", "text" if "text" in part else None)
     if isinstance(kind, str) and kind in MEDIA_PARTS:
+        if images and MEDIA_PARTS[kind] == "images":
+            return _image(part, kind, where)
         raise RequestError(f"{where}: {MEDIA_PARTS[kind]} are not supported by this model.")
     if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
         raise RequestError(
             f"{where}: a part of type {kind!r} is not supported. Use {{'type': 'text', 'text': ...}}."
         )
     return part["text"]
+
+
+def _image(part: Mapping[str, Any], kind: str, where: str) -> ImagePart:
+    """LMDeploy's and OpenAI's forms: the source itself, or an object with `url` or `data` and options."""
+    names = (kind, "image_url", "image", "url", "path", "data")
+    key = next((name for name in names if part.get(name) is not None), None)
+    given = None if key is None else part[key]
+    options = {name: value for name, value in part.items() if name not in ("type", key)}
+    if isinstance(given, Mapping):
+        inner = next((name for name in ("url", "data", "path") if given.get(name) is not None), None)
+        options |= {name: value for name, value in given.items() if name != inner}
+        given = None if inner is None else given[inner]
+    if given is None:
+        raise RequestError(f"{where}: no image. Use {{'type': 'image_url', 'image_url': {{'url': ...}}}}.")
+    return ImagePart(given, without_nulls(options), where)
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmdeploy_jax.errors import RequestError
-from lmdeploy_jax.text.conversation import Message, normalise_messages
+from lmdeploy_jax.text.conversation import ImagePart, Message, normalise_messages
 
 
 @dataclass(frozen=True)
@@ -19,25 +19,26 @@ class Prompt:
     token_ids: tuple[int, ...] | None = None
 
 
-def normalise_prompts(prompts: Any) -> tuple[list[Prompt | RequestError], bool]:
+def normalise_prompts(prompts: Any, *, images: bool = False) -> tuple[list[Prompt | RequestError], bool]:
     """Prompts as a list, and whether a single one was meant (then a single response is due).
 
     Forms: a text; a message; a list of messages (one conversation); a list of token ids (one prompt); a list
-    of any of texts, conversations and lists of token ids (a batch). One with images or malformed messages
+    of any of texts, conversations and lists of token ids (a batch); and, where the model takes `images`,
+    pairs of a text and an image or images. One with images that it doesn't take, or malformed messages,
     stands as its error in the list: the others are good. Raises `ValueError` for any other form.
     """
     if isinstance(prompts, list) and not prompts:
         return [], False
     if _is_single(prompts):
-        return [_prompt_or_error(prompts, prompts)], True
+        return [_prompt_or_error(prompts, prompts, images)], True
     if not isinstance(prompts, list):
         raise _unsupported(prompts)
-    return [_prompt_or_error(item, prompts) for item in prompts], False
+    return [_prompt_or_error(item, prompts, images) for item in prompts], False
 
 
-def _prompt_or_error(value: Any, prompts: Any) -> Prompt | RequestError:
+def _prompt_or_error(value: Any, prompts: Any, images: bool) -> Prompt | RequestError:
     try:
-        return _prompt(value, prompts)
+        return _prompt(value, prompts, images)
     except RequestError as error:
         return error
 
@@ -48,16 +49,18 @@ def _is_single(value: Any) -> bool:
     return isinstance(value, list) and (_all(value, Mapping) or _is_ids(value))
 
 
-def _prompt(value: Any, prompts: Any) -> Prompt:
+def _prompt(value: Any, prompts: Any, images: bool) -> Prompt:
     if isinstance(value, str):
         return Prompt(text=value)
     if isinstance(value, Mapping):
-        return Prompt(messages=tuple(normalise_messages([value])))
+        return Prompt(messages=tuple(normalise_messages([value], images=images)))
     if isinstance(value, list) and value and _all(value, Mapping):
-        return Prompt(messages=tuple(normalise_messages(value)))
+        return Prompt(messages=tuple(normalise_messages(value, images=images)))
     if isinstance(value, list) and value and _is_ids(value):
         return Prompt(token_ids=tuple(int(i) for i in value))
     if isinstance(value, tuple) and _is_image_pair(value):
+        if images:
+            return Prompt(messages=(_pair(value),))
         raise RequestError(
             "Images are not supported by this model: give the text alone instead of a (text, image) pair."
         )
@@ -74,6 +77,16 @@ def _is_image_pair(pair: tuple[Any, ...]) -> bool:
         for item in pair
     ]
     return (texts[0] and images[1]) or (images[0] and texts[1])
+
+
+def _pair(pair: tuple[Any, ...]) -> Message:
+    """A user's message, in the order of the pair."""
+    parts: list[str | ImagePart] = []
+    for item in pair:
+        text = isinstance(item, str) and not _is_image(item)
+        sources = item if isinstance(item, list) else [item]
+        parts += [item] if text else [ImagePart(source) for source in sources]
+    return {"role": "user", "content": parts}
 
 
 def _is_image(item: Any) -> bool:

@@ -131,7 +131,7 @@ class SampledDecodeLayout(DecodeLayout):
 class RaggedLayout(Layout):
     """A step of up to `tokens` tokens: prompt chunks, or chunks mixed with single decode tokens."""
 
-    def __init__(self, slots: Slots, tokens: int, tile_rows: int) -> None:
+    def __init__(self, slots: Slots, tokens: int, tile_rows: int, **more: tuple[int, ...]) -> None:
         self._slots, self._tile_rows = slots, tile_rows
         token, row = (tokens,), (slots.max_batch_size,)
         super().__init__(
@@ -144,6 +144,7 @@ class RaggedLayout(Layout):
             last=row,  # the token whose hidden state predicts the row's next token
             **slots.tables.ragged_fields(slots.max_batch_size, tokens),
             tiles=(max_tiles(tokens, slots.max_batch_size, tile_rows), 4),
+            **more,
         )
 
     def pack(self, chunks: abc.Sequence[Chunk]) -> np.ndarray:
@@ -179,6 +180,20 @@ class RaggedLayout(Layout):
             count = chunk.count - chunk.from_device  # known to the host
             if count:
                 field["tokens"][end - count : end] = chunk.sequence.tokens[chunk.start : chunk.start + count]
+
+
+class ImageLayout(RaggedLayout):
+    """A ragged step among whose tokens are images'."""
+
+    def __init__(self, slots: Slots, tokens: int, tile_rows: int) -> None:
+        super().__init__(slots, tokens, tile_rows, embedding_index=(tokens,))
+
+    def pack(self, chunks: Seq[Chunk], index: Seq[int] | np.ndarray = ()) -> np.ndarray:
+        """`index`: of each token, which of the images' rows it has; -1: its own embedding."""
+        flat = super().pack(chunks)
+        field = self.views(flat)["embedding_index"]
+        field[: len(index)], field[len(index) :] = index, -1
+        return flat
 
 
 class HeadLayout(Layout):
@@ -235,8 +250,10 @@ def decode_batch(field: Fields, tokens: Array, ahead: Array | int = 0) -> Batch:
     return Batch(tokens, positions, positions + 1, attention, sequence_slots=field["slots"])
 
 
-def ragged_batch(field: Fields, pending: Array) -> Batch:
-    """The forward pass's view of a packed ragged step."""
+def ragged_batch(field: Fields, pending: Array, image_rows: Array | None = None) -> Batch:
+    """The forward pass's view of a packed ragged step, with what its `embedding_index` counts, if it has
+    one.
+    """
     slots = field["token_slots"]
     return Batch(
         tokens=jnp.where(slots >= 0, pending[slots], field["tokens"]),
@@ -244,6 +261,8 @@ def ragged_batch(field: Fields, pending: Array) -> Batch:
         rope_lens=field["rope_lens"],
         attention=ragged_metadata(field),
         sequence_slots=field["slots"],
+        embeddings=image_rows,
+        embedding_index=field.get("embedding_index"),
     )
 
 

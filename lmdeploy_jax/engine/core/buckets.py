@@ -18,6 +18,8 @@ class Buckets:
     sampling: tuple[int, ...]  # rows of the heads that do more
     tokens: tuple[int, ...]  # tokens of a ragged step
     steps: int = 1  # most decode steps in one call
+    tiles: tuple[int, ...] = (1, 4, 13)  # square views in one run of an encoder; InternVL's images have 13
+    image_rows: int = 4096  # of images that are held on the device
 
     @property
     def max_batch_size(self) -> int:
@@ -35,10 +37,11 @@ def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) ->
     tokens = max(max_tokens, max_batch_size)
     if platform == "cpu":
         decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
-        return Buckets(decode, sampling, _ladder(32, tokens, 4), steps)
+        return Buckets(decode, sampling, _ladder(32, tokens, 4), steps, image_rows=max(4096, tokens))
     sizes = (size for size in GPU_DECODE if size < max_batch_size)
     sampling = tuple(sorted({*_ladder(1, max_batch_size, 8), min(128, max_batch_size)}))
-    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), steps)
+    tiles, held = (1, 2, 4, 8, 13), max(16384, tokens)  # no step has more of them than tokens
+    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), steps, tiles, held)
 
 
 def _gpu_tokens(most: int) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ import lmdeploy_jax
 log = logging.getLogger("lmdeploy_jax")
 Key = tuple[str, int]
 ROOT = Path(lmdeploy_jax.__file__).parent
-CODE = ("models", "sampling", "engine", "parallel", "cache", "pallas_kernels", "converters")
+CODE = ("models", "sampling", "engine", "parallel", "cache", "pallas_kernels", "converters", "vision")
 COMPILERS = ("jax", "jaxlib", "flax", "numpy")
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision")
 UNFINISHED = "tmp"  # how the names of files begin that are being written

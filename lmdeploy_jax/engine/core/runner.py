@@ -37,9 +37,10 @@ class Runner:
         self.state.allocate_caches()
 
     def release_caches(self) -> None:
-        """Free the KV cache and the histories."""
+        """Free the KV cache, the histories and what is held of images."""
         self.state.release_caches()
         self._steps.histories.forget()
+        self._steps.forget_images()
 
     def warm_up(self) -> None:
         """See `Steps.warm_up`."""

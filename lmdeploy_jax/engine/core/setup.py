@@ -19,10 +19,13 @@ from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.load import LoadedModel, load_model
+from lmdeploy_jax.converters.vision import LoadedVisionModel, load_vision
+from lmdeploy_jax.converters.vision_config import servable_vision
 from lmdeploy_jax.engine.core import buckets as bucket_plan
 from lmdeploy_jax.engine.core.batch import Slots
 from lmdeploy_jax.engine.core.buckets import Buckets
 from lmdeploy_jax.engine.core.compile import compile_all, read_or_compile, tuning_dir, use_cache
+from lmdeploy_jax.engine.core.encoder import run_bytes
 from lmdeploy_jax.engine.core.page_tables import PageTables
 from lmdeploy_jax.engine.core.program import Programs
 from lmdeploy_jax.engine.core.program_cache import ProgramCache
@@ -77,12 +80,13 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     begun = time.perf_counter()
     reload = partial(_load, folder, config, mesh, backend, False)
     loaded = _load(folder, config, mesh, backend, progress)
+    vision = _load_vision(folder, config, mesh)
     loading = time.perf_counter() - begun
     steps = _decode_steps(config, loaded, mesh)
     buckets = _buckets(config, platform, steps)
     session_len = config.session_len or model_config.max_position
     layout = model_config.cache_layout(config.tp, session_len=session_len, step_tokens=buckets.max_tokens)
-    memory = _plan(config, loaded, mesh, buckets, session_len, layout)
+    memory = _plan(config, loaded, vision, mesh, buckets, session_len, layout)
     log.info("%s", memory)
     session_len = _fitting(session_len, layout.longest(memory.num_pages - 1))
     spec = CacheSpec(layout, memory.num_pages, loaded.dtype, mesh)
@@ -90,7 +94,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     tables = PageTables(session_len, layout.groups, buckets)
     slots = Slots(tables, model_config.vocab_size)
     runner = _runner(
-        loaded, spec, slots, buckets, cache_folder, ahead=not config.eager_mode, progress=progress
+        loaded, vision, spec, slots, buckets, cache_folder, ahead=not config.eager_mode, progress=progress
     )
     weight_bytes = sum(leaf.nbytes for leaf in loaded.leaves)
     startup = Startup(backend, weight_bytes, loading, time.perf_counter() - begun)
@@ -112,6 +116,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
 
 def _runner(
     model: LoadedModel,
+    vision: LoadedVisionModel | None,
     spec: CacheSpec,
     slots: Slots,
     buckets: Buckets,
@@ -124,11 +129,13 @@ def _runner(
     read or compiled now.
     """
     devices, kernels = list(spec.mesh.devices.flat), model.skeleton.kernels
-    state, family = DeviceState(model, spec, slots.max_batch_size), steps_for(devices[0].platform)
+    state = DeviceState(model, spec, slots.max_batch_size, vision, buckets.image_rows)
+    family = steps_for(devices[0].platform)
     rows = tile_rows(kernels.backend)
     shapes = (state.specs, slots.tables.session_len, rows, buckets, spec)
     formats = tuple(model.skeleton.formats.items())  # arrays alike are multiplied otherwise
-    cache = ProgramCache(folder, devices, kernels, model.config, formats, family, *shapes)
+    configs = (model.config, None if vision is None else vision.config)
+    cache = ProgramCache(folder, devices, kernels, configs, formats, family, *shapes)
     programs = Programs(state, partial(read_or_compile, cache=cache))
     runner = Runner(programs, slots, family(programs, slots, buckets, rows))
     if ahead:
@@ -200,6 +207,14 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
     return loaded
 
 
+def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh) -> LoadedVisionModel | None:
+    if servable_vision(folder) is None:
+        return None
+    loaded = load_vision(folder, dtype=config.dtype, mesh=mesh)
+    jax.block_until_ready(loaded.leaves)
+    return loaded
+
+
 def _tuning(mesh: Mesh, backend: str) -> Tuning:
     """What ships and what `bench tune` found on this machine; only the GPU's own kernels can be tuned."""
     kind = mesh.devices.flat[0].device_kind
@@ -222,6 +237,7 @@ def _buckets(config: JaxEngineConfig, platform: str, steps: int) -> Buckets:
 def _plan(
     config: JaxEngineConfig,
     model: LoadedModel,
+    vision: LoadedVisionModel | None,
     mesh: Mesh,
     buckets: Buckets,
     session_len: int,
@@ -231,6 +247,9 @@ def _plan(
     size = jnp.dtype(model.dtype).itemsize
     widest = max(layer.mlp.width for layer in shape.layers)
     activations = buckets.max_tokens * (4 * widest + 8 * shape.hidden_size) * size
+    if vision is not None:
+        activations += run_bytes(vision.config, buckets.tiles[-1], size)
+        activations += buckets.image_rows * shape.hidden_size * size
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
     return plan_memory(
         layout,

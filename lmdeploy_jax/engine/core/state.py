@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmdeploy_jax.cache.kv import CacheSpec, KVCache
 from lmdeploy_jax.converters.load import LoadedModel
+from lmdeploy_jax.converters.vision import LoadedVisionModel
 
 Leaves = tuple[Array, ...]
 
@@ -30,6 +31,7 @@ class Update(NamedTuple):
     caches: KVCache | None = None
     pending: Array | None = None
     history: History | None = None
+    image_rows: Array | None = None
 
 
 class DeviceState:
@@ -38,7 +40,14 @@ class DeviceState:
     Only the weights are there from the beginning: programs are compiled while the rest is not allocated yet.
     """
 
-    def __init__(self, model: LoadedModel, cache: CacheSpec, max_batch_size: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        cache: CacheSpec,
+        max_batch_size: int,
+        vision: LoadedVisionModel | None = None,
+        image_capacity: int = 0,
+    ) -> None:
         self.skeleton = model.skeleton
         self.dtype = model.dtype
         self.cache = cache
@@ -50,6 +59,10 @@ class DeviceState:
             None  # i32 [slots + 1], each slot's last token: the next step need not wait for it
         )
         self.history: History | None = None  # allocated with the first request that needs it
+        self.vision = vision
+        self.vision_leaves: Leaves = () if vision is None else vision.leaves
+        self.image_capacity = image_capacity  # rows of images that are held, see `engine.core.encoder`
+        self.image_rows: Any = None  # [image_capacity + 1, E], the last for rows that nobody wants
 
     @property
     def head_leaves(self) -> Leaves:
@@ -69,6 +82,8 @@ class DeviceState:
             self.pending = update.pending
         if update.history is not None:
             self.history = update.history
+        if update.image_rows is not None:
+            self.image_rows = update.image_rows
 
     def put(self, array: Any) -> Any:
         """A host array on every device."""
@@ -80,15 +95,20 @@ class DeviceState:
         """A new, empty KV cache."""
         self.caches = self.cache.allocate()
         self.pending = self.put(np.zeros(self.max_batch_size + 1, np.int32))
+        if self.vision is not None:
+            spec = self.hidden(self.image_capacity + 1)
+            self.image_rows = self.put(jnp.zeros(spec.shape, spec.dtype))
 
     def release_caches(self) -> None:
-        """Free the KV cache and the histories. No program may run before `allocate_caches`."""
-        for array in jax.tree.leaves((self.caches, self.history)):
+        """Free the KV cache, the histories and images' rows. No program may run before `allocate_caches`."""
+        for array in jax.tree.leaves((self.caches, self.history, self.image_rows)):
             array.delete()
-        self.caches, self.history = (), None
+        self.caches, self.history, self.image_rows = (), None, None
 
     def release_leaves(self) -> None:
-        """Free the weights. No program may run before `leaves` is set again."""
+        """Free the decoder's weights; an encoder's, which are few beside them, stay. No program may run
+        before `leaves` is set again.
+        """
         for leaf in self.leaves:
             leaf.delete()
         self.leaves = ()
@@ -98,9 +118,14 @@ class DeviceState:
     @cached_property
     def specs(self) -> dict[str, Any]:
         """Shapes, dtypes and shardings of all that a program may ask for, by name."""
-        leaves = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.leaves)
+        leaves = _specs(self.leaves)
         history = (self.max_batch_size + 1, self.vocab_size)
+        images = {
+            "vision_leaves": _specs(self.vision_leaves),
+            "image_rows": self.hidden(self.image_capacity + 1),
+        }
         return {
+            **(images if self.vision is not None else {}),
             "leaves": leaves,
             "head_leaves": tuple(leaves[i] for i in self.skeleton.head_places),
             "caches": self.cache.specs,
@@ -115,6 +140,7 @@ class DeviceState:
             "caches": self.cache.shardings,
             "pending": self.replicated,
             "history": self.replicated,
+            "image_rows": self.replicated,
         }
 
     def ints(self, *shape: int) -> Any:
@@ -127,3 +153,7 @@ class DeviceState:
         """Hidden states of so many tokens."""
         shape = (rows, self.skeleton.config.hidden_size)
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.replicated)
+
+
+def _specs(leaves: Leaves) -> tuple[Any, ...]:
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves)

@@ -18,8 +18,17 @@ from jax import Array
 
 from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.converters.load import Skeleton
-from lmdeploy_jax.engine.core.batch import Fields, Layout, RaggedLayout, Slots, ragged_batch, sampling_batch
+from lmdeploy_jax.engine.core.batch import (
+    Fields,
+    ImageLayout,
+    Layout,
+    RaggedLayout,
+    Slots,
+    ragged_batch,
+    sampling_batch,
+)
 from lmdeploy_jax.engine.core.buckets import Buckets
+from lmdeploy_jax.engine.core.encoder import Encoder
 from lmdeploy_jax.engine.core.history import Histories
 from lmdeploy_jax.engine.core.masks import Masks
 from lmdeploy_jax.engine.core.program import Ladder, Program, Programs
@@ -85,6 +94,14 @@ class Steps(ABC):
             return programs.add("ragged", function, size=tokens, writes=("caches",), layout=layout)
 
         self._ragged = Ladder(buckets.tokens, ragged_program)
+        self._encoder = None if self._state.vision is None else Encoder(programs, self._state.vision, buckets)
+        sizes = () if self._encoder is None else buckets.tokens
+        self._with_images = Ladder(sizes, partial(self._image_program, tile_rows))
+
+    def _image_program(self, tile_rows: int, tokens: int) -> Program:
+        layout = ImageLayout(self._slots, tokens, tile_rows)
+        function = partial(ragged_with_images, skeleton=self._state.skeleton, layout=layout)
+        return self._programs.add("images", function, size=tokens, writes=("caches",), layout=layout)
 
     def forward(self, step: Step) -> Forward:
         """Start a step's forward pass on the device."""
@@ -120,10 +137,21 @@ class Steps(ABC):
         """The program that draws for them."""
 
     def _mixed(self, step: Step) -> Forward:
-        program = self._ragged.fit(step.num_tokens)
-        out = program(packed=program.pack(step.chunks))
+        out = self._ragged_pass(step)
         reported = any(chunk.sequence.report for chunk in step.chunks)
         return Forward(out.rows, hidden=out.hidden if reported else None)
+
+    def _ragged_pass(self, step: Step) -> Ragged:
+        if self._encoder is not None and (index := self._encoder.index(step.chunks)) is not None:
+            program = self._with_images.fit(step.num_tokens)
+            return program(packed=program.pack(step.chunks, index))
+        program = self._ragged.fit(step.num_tokens)
+        return program(packed=program.pack(step.chunks))
+
+    def forget_images(self) -> None:
+        """What was held of images is gone from the device."""
+        if self._encoder is not None:
+            self._encoder.forget()
 
     def _mask(self, rows: int) -> Any:
         return self._state.ints(rows, mask_words(self._state.vocab_size))
@@ -148,6 +176,22 @@ def ragged(
     """Prompt chunks and single tokens, packed."""
     field = layout.views(packed)
     hidden, caches = skeleton.merge(leaves)(caches, ragged_batch(field, pending))
+    return Ragged(hidden[field["last"]], hidden), Update(caches=caches)
+
+
+def ragged_with_images(
+    leaves: Leaves,
+    caches: KVCache,
+    pending: Array,
+    image_rows: Array,
+    packed: Array,
+    *,
+    skeleton: Skeleton,
+    layout: Layout,
+) -> tuple[Ragged, Update]:
+    """The same, some tokens standing for rows of images."""
+    field = layout.views(packed)
+    hidden, caches = skeleton.merge(leaves)(caches, ragged_batch(field, pending, image_rows))
     return Ragged(hidden[field["last"]], hidden), Update(caches=caches)
 
 

@@ -74,7 +74,9 @@ class GpuSteps(Steps):
         ladders = (self._backbone, self._drawing, *self._repeated.values())
         for program in [program for ladder in ladders for program in ladder.values()]:
             program(packed=program.pack([]))
-        for program in self._ragged.values():
+        if self._encoder is not None:
+            self._encoder.warm_up()
+        for program in [*self._with_images.values(), *self._ragged.values()]:
             rows = program(packed=program.pack([])).rows
         for head in (Head.GREEDY, Head.SAMPLE):
             for size, program in self._heads[head].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.facts import within
 from lmdeploy_jax.engine.io.answer import OutputOptions
+from lmdeploy_jax.engine.io.images import PromptImages, image_parts
 from lmdeploy_jax.engine.io.output import Flush, OutputProcessor, Sink
 from lmdeploy_jax.engine.io.params import ModelLimits, sampling_params, stops
-from lmdeploy_jax.engine.prepare import PreparedModel, prepare
+from lmdeploy_jax.engine.prepare import PreparedModel, Vision, prepare
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import ContextLengthError, EngineError
 from lmdeploy_jax.logs import REQUEST, shortened
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.prompt import EncodedPrompt
 from lmdeploy_jax.text.chat_template import ChatTemplate
+from lmdeploy_jax.text.conversation import Message
 from lmdeploy_jax.text.jinja_template import HfChatTemplate
 from lmdeploy_jax.text.prompts import Prompt
 from lmdeploy_jax.text.template_arguments import SWITCHES, checked_tools, checked_variables
@@ -61,7 +63,12 @@ class Frontend:
     """
 
     def __init__(
-        self, engine: EngineBase, tokenizer: Tokenizer, template: ChatTemplate, max_log_len: int | None = None
+        self,
+        engine: EngineBase,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        max_log_len: int | None = None,
+        vision: Vision | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -74,6 +81,7 @@ class Frontend:
             template_stops=tuple(template.stop_words),
             is_special=tokenizer.is_special,
         )
+        self._images = None if vision is None else PromptImages(*vision, tokenizer)
         self._max_log_len = max_log_len
         self._unread: set[str] = set()  # variables that have been warned of
         # Nothing of what these threads hold leads back here: else this would never be the last reference.
@@ -94,7 +102,7 @@ class Frontend:
         """
         try:
             model = model or prepare(engine.folder, engine.config)
-            return cls(engine, model.tokenizer, model.template, max_log_len)
+            return cls(engine, model.tokenizer, model.template, max_log_len, model.vision)
         except BaseException:
             engine.close()
             raise
@@ -107,22 +115,42 @@ class Frontend:
         Raises `RequestError` for a conversation that the template refuses, `ContextLengthError` for a text
         that is far too long, without tokenising it whole.
         """
-        return EncodedPrompt(self._ids(prompt, options, to_count), salt=options.cache_salt.encode())
-
-    def _ids(self, prompt: Prompt, options: PromptOptions, to_count: bool) -> list[int]:
+        salt = options.cache_salt.encode()
         if prompt.token_ids is not None:
-            return list(prompt.token_ids)
+            return EncodedPrompt(list(prompt.token_ids), salt=salt)
         messages = [dict(m) for m in prompt.messages or ()]
+        if self._images is None or not (parts := image_parts(messages)):
+            return EncodedPrompt(self._ids(prompt, messages, options, to_count), salt=salt)
+        images = [self._images.process(part) for part in parts]
+        written = self._images.written(messages)
+        ids = self._ids(prompt, written, options, to_count, partial(self._images.expand, images=images))
+        spans, given = self._images.placed(ids, images)
+        return EncodedPrompt(ids, spans, salt, given)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether messages may have images in them."""
+        return self._images is not None
+
+    def _ids(
+        self,
+        prompt: Prompt,
+        messages: list[Message],
+        options: PromptOptions,
+        to_count: bool,
+        expand: Callable[[str], str] = str,
+    ) -> list[int]:
+        """expand: what the rendered text goes through before it is tokenised."""
         if not options.chat:
             text = prompt.text if prompt.text is not None else "".join(m.get("content", "") for m in messages)
-            return self.encode_text(text, to_count=to_count)
+            return self.encode_text(expand(text), to_count=to_count)
         if prompt.text is not None:
             messages = [{"role": "user", "content": prompt.text}]
         self._warn_of_unread(options.template_kwargs)
         text = self.template.render(messages, tools=options.tools, **options.template_kwargs)
         # A checkpoint's own template writes every special token itself, as transformers has it.
         complete = isinstance(self.template, HfChatTemplate)
-        return self.encode_text(text, add_special_tokens=not complete, to_count=to_count)
+        return self.encode_text(expand(text), add_special_tokens=not complete, to_count=to_count)
 
     def encode_raw(self, given: str | Sequence[int], cache_salt: str = "") -> EncodedPrompt:
         """A text as it is, without the chat template, or token ids. Raises as `encode` does."""

@@ -1,0 +1,72 @@
+"""The language model within a checkpoint that takes images: its part of the config, its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmdeploy_jax.converters.headers import TensorInfo
+from lmdeploy_jax.converters.reader import TensorReader
+from lmdeploy_jax.converters.slicing import Index
+from lmdeploy_jax.errors import CheckpointError
+
+TEXT_PARTS: Mapping[str, str] = {
+    "InternVLChatModel": "llm_config",
+    "InternVLForConditionalGeneration": "text_config",
+    "LlavaForConditionalGeneration": "text_config",
+    "LlavaNextForConditionalGeneration": "text_config",
+}
+"""Under which name the configs of such architectures hold that of their language model."""
+SHARED = ("tie_word_embeddings", "quantization_config", "compression_config")
+"""Fields of the whole config that hold for the language model, whatever its own part says."""
+NAME = re.compile(r"language_model\.(.*)|(model\.)language_model\.(.*)|(lm_head\..*)")
+
+
+def text_part(raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
+    """The config of the language model, and what to call it in errors; a text model's is the whole.
+
+    Raises CheckpointError where such a config has no part for it.
+    """
+    named = raw.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    key = next((TEXT_PARTS[name] for name in names if name in TEXT_PARTS), None)
+    if key is None:
+        return raw, where
+    part = raw.get(key)
+    if not isinstance(part, Mapping):
+        raise CheckpointError(f"{where}: {key} is {part!r:.100}; it must be the language model's config")
+    return {**part, **{name: raw[name] for name in SHARED if name in raw}}, f"{where} ({key})"
+
+
+class TextPartReader:
+    """The tensors of the language model, by the names that they have in a checkpoint of it alone."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        self._reader = reader
+        found = ((NAME.fullmatch(name), name) for name in reader.names())
+        self._names = {"".join(filter(None, match.groups())): name for match, name in found if match}
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return self._reader.folder
+
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name, in file order."""
+        return tuple(self._names)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor. CheckpointError if there is none of that name."""
+        return self._reader.info(self._names.get(name, name))
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """The slice `index` (step 1) of a tensor."""
+        return self._reader.read(self._names.get(name, name), index)
+
+    def read_into(self, name: str, index: Index, out: np.ndarray) -> None:
+        """Reads the slice `index` into `out` (the slice's shape), converted to the dtype of `out`."""
+        self._reader.read_into(self._names.get(name, name), index, out)

@@ -1,0 +1,60 @@
+"""What a checkpoint's files say of its images. Works without JAX: nothing is loaded yet."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from lmdeploy_jax.converters.config import read_json
+from lmdeploy_jax.converters.fields import Fields, shown
+from lmdeploy_jax.converters.text_part import TEXT_PARTS
+from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
+from lmdeploy_jax.vision.config import VisionModelConfig
+from lmdeploy_jax.vision.families import VISION_FAMILIES, VisionFamily, vision_family
+
+# The image processor's settings, and the name under which a file of several processors holds them.
+PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
+
+
+def read_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionModelConfig]:
+    """What a checkpoint's images are to become. Raises UnsupportedModelError where it takes none."""
+    raw, where = read_json(folder, None)
+    family = vision_family(raw)
+    if family is None:
+        known = ", ".join(VISION_FAMILIES)
+        raise UnsupportedModelError(
+            f"{where}: architectures {shown(raw.get('architectures'))} take no images here; "
+            f"those that do: {known}"
+        )
+    return family, family.config(Fields(raw, where), _processor_fields(Path(folder)))
+
+
+def _processor_fields(folder: Path) -> Fields:
+    """The image processor's file; empty where there is none, so that the family's own values hold."""
+    for name, within in PROCESSOR_FILES:
+        path = folder / name
+        if path.is_file():
+            try:
+                raw = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise CheckpointError(f"{path}: cannot be read: {error}") from error
+            found = raw.get(within) if within and isinstance(raw, dict) else raw
+            if isinstance(found, dict):
+                return Fields(found, str(path))
+    return Fields({}, str(folder / PROCESSOR_FILES[0][0]))
+
+
+def servable_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionModelConfig] | None:
+    """What the engine makes of images; None for models that it serves as text models.
+
+    It encodes square views, and gives tokens the places that they have in the prompt. Converted checkpoints
+    hold the language model alone.
+    """
+    raw, _ = read_json(folder, None)
+    named = raw.get("architectures")
+    within_others = isinstance(named, list) and any(name in TEXT_PARTS for name in named)
+    if not within_others or not any(Path(folder).glob("*.safetensors")):
+        return None
+    family, config = read_vision(folder)
+    return None if config.tower.grid is None or family.mrope else (family, config)

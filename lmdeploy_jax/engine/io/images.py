@@ -1,0 +1,84 @@
+"""Images of a prompt: loaded, cut into patches, and given their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+
+from lmdeploy_jax.errors import CheckpointError, RequestError
+from lmdeploy_jax.prompt import Span, SpanImage
+from lmdeploy_jax.text.conversation import ImagePart, Message
+from lmdeploy_jax.text.tokenizer import Tokenizer
+from lmdeploy_jax.vision.config import VisionModelConfig
+from lmdeploy_jax.vision.families import VisionFamily
+from lmdeploy_jax.vision.load import load_image
+from lmdeploy_jax.vision.placeholders import ImageSpan, expand_placeholders, image_spans
+from lmdeploy_jax.vision.processor import ProcessedImage
+
+
+def image_parts(messages: Sequence[Message]) -> list[ImagePart]:
+    """The images of a conversation, in order."""
+    contents = (message.get("content") for message in messages)
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return [part for part in parts if isinstance(part, ImagePart)]
+
+
+class PromptImages:
+    """How a model's prompts hold images. Every method may be called from any thread, off the event loop.
+
+    Raises CheckpointError for a tokenizer without the token that stands for a row.
+    """
+
+    def __init__(self, family: VisionFamily, config: VisionModelConfig, tokenizer: Tokenizer) -> None:
+        self._family, self._config = family, config
+        token = family.placeholder.token
+        found = tokenizer.token_to_id(token)
+        if found is None:
+            raise CheckpointError(
+                f"the tokenizer has no token {token}, which stands for images; download the checkpoint's "
+                "tokenizer files again"
+            )
+        self._token = found
+
+    def process(self, part: ImagePart) -> ProcessedImage:
+        """An image's patches. Raises RequestError for one that cannot be had, or not as it is asked for."""
+        try:
+            return self._config.processor.with_options(part.options)(load_image(part.source))
+        except RequestError as error:
+            raise RequestError(f"{part.where}: {error}") from error
+
+    def written(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with each image as the text that stands for it, which templates of text models print
+        too.
+        """
+        return [
+            message | {"content": "".join(map(self._text, content))}
+            if isinstance(content := message.get("content"), list)
+            else message
+            for message in messages
+        ]
+
+    def _text(self, part: str | ImagePart) -> str:
+        return part if isinstance(part, str) else self._family.placeholder.item
+
+    def expand(self, text: str, images: Sequence[ProcessedImage]) -> str:
+        """A rendered prompt with a token for each row. Raises RequestError where a text holds such tokens."""
+        plans = [image.plan for image in images]
+        return expand_placeholders(text, self._family.placeholder, self._config.processor, plans)
+
+    def placed(
+        self, ids: Sequence[int], images: Sequence[ProcessedImage]
+    ) -> tuple[tuple[Span, ...], tuple[SpanImage, ...]]:
+        """The spans of a prompt's tokens that stand for the images, and what these are encoded from."""
+        rows = [self._family.rows(self._config, image.plan) for image in images]
+        found = image_spans(ids, self._token, [len(each) for each in rows])
+        spans = tuple(map(_span, found, images))
+        given = zip(images, rows, found, strict=True)
+        return spans, tuple(SpanImage(i.patches, i.grid, row, at.places) for i, row, at in given)
+
+
+def _span(at: ImageSpan, image: ProcessedImage) -> Span:
+    """Images that are cut alike into the same patches are the same to the model."""
+    content = sha256(repr((image.plan, image.grid, image.patches.dtype.str)).encode())
+    content.update(image.patches.tobytes())
+    return Span(at.start, at.stop - at.start, content.digest())
