@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lmdeploy_jax import GenerationConfig, Pipeline, pipeline
+from lmdeploy_jax.engine.core import buckets
+from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.vision.families import VISION_FAMILIES
 from tests.engine.harness import config
 from tests.vision.oracle import hf_model, hf_processor, save_checkpoint
@@ -98,3 +102,110 @@ def test_answers_equal_transformers(name: str, tmp_path: Path, opened: Open) -> 
     answers = pipe(prompts, GREEDY)
     for prompt, images, answer in zip(prompts, ([ONE], [ONE, OTHER], []), answers, strict=True):
         assert answer.token_ids == hf_tokens(name, folder, encoded(pipe, prompt), images)
+
+
+MANY = [ONE, OTHER, picture(90, 30), picture(50, 50, seed=2)]  # more than a page of tokens
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path, compile_cache: Path) -> dict[str, list[int]]:
+    """What transformers answers to `MANY` and to `ONE` alone."""
+    with pipeline(checkpoint, config(compile_cache), progress=False) as pipe:
+        ids = {"many": encoded(pipe, (ASK, MANY)), "one": encoded(pipe, (ASK, ONE))}
+    assert len(ids["many"]) > 64
+    images = {"many": MANY, "one": [ONE]}
+    return {key: hf_tokens("internvl_hf", checkpoint, ids[key], images[key]) for key in ids}
+
+
+def runs(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The views of each run of the encoder from now on."""
+    encoder = pipe.frontend.engine._runner._steps._encoder  # type: ignore[attr-defined]
+    seen, run = [], encoder._run
+
+    def counted(program: Any, views: list[Any], *places: Any) -> None:
+        seen.append(len(views))
+        run(program, views, *places)
+
+    monkeypatch.setattr(encoder, "_run", counted)
+    return seen
+
+
+def test_the_same_image_is_neither_encoded_nor_prefilled_again(
+    checkpoint: Path, opened: Open, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = opened(checkpoint)
+    seen = runs(pipe, monkeypatch)
+    cold = pipe((ASK, MANY), GREEDY)
+    assert (cold.token_ids, cold.cached_tokens) == (expected["many"], 0)
+    assert seen, "nothing was encoded"
+    seen.clear()
+    warm = pipe((ASK, MANY), GREEDY)
+    assert (warm.token_ids, warm.cached_tokens) == (expected["many"], 64)
+    assert pipe((ASK, ONE), GREEDY).token_ids == expected["one"]
+    assert seen == [], "an image that is held was encoded again"
+    negative = Image.eval(ONE, lambda level: 255 - level)
+    other = pipe((ASK, [negative, *MANY[1:]]), GREEDY)
+    assert (other.cached_tokens, other.token_ids == expected["many"]) == (0, False)
+    several = pipe((ASK, MANY), GenerationConfig(max_new_tokens=COUNT, ignore_eos=True, n=3))
+    assert [each.token_ids for each in (several, *several.choices)] == [expected["many"]] * 3
+    for piece in pipe.stream_infer((MORE, [negative]), gen_config=GREEDY):
+        assert piece.finish_reason is None
+        break  # closes the stream, which aborts
+    batch = pipe([(ASK, MANY), ASK, (ASK, ONE)] * 2, GREEDY)
+    assert [batch[i].token_ids for i in (0, 2, 3, 5)] == [expected["many"], expected["one"]] * 2
+    pipe.frontend.engine.sleep(1)
+    pipe.frontend.engine.wake()
+    assert pipe((ASK, ONE), GREEDY).token_ids == expected["one"]
+
+
+@pytest.mark.parametrize("held", [8, 40])
+def test_chunks_end_within_images_that_do_not_all_fit(
+    held: int, checkpoint: Path, opened: Open, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 rows: fewer than one image has; 40: room for some of them."""
+    monkeypatch.setitem(buckets.IMAGE_ROWS, "cpu", held)
+    pipe = opened(checkpoint, max_prefill_token_num=16, max_batch_size=4)
+    answers = pipe([(ASK, MANY), (ASK, ONE), (ASK, MANY)], GREEDY)
+    assert [answer.token_ids for answer in answers] == [expected[key] for key in ("many", "one", "many")]
+
+
+def test_preempted_images_are_computed_again(checkpoint: Path, opened: Open) -> None:
+    page = opened(checkpoint).frontend.engine.memory.page_bytes  # type: ignore[attr-defined]
+    pipe = opened(checkpoint, cache_max_entry_count=8 * page, enable_prefix_caching=False)
+    prompts = [(ASK, MANY), (MORE, MANY), (ASK, MANY[::-1])]
+    long = GenerationConfig(max_new_tokens=90, ignore_eos=True)
+    together = [answer.token_ids for answer in pipe(prompts, long)]
+    assert pipe.frontend.engine.stats.preemptions > 0
+    assert together == [pipe(prompt, long).token_ids for prompt in prompts]
+
+
+def test_messages_and_what_is_said_of_broken_ones(checkpoint: Path, opened: Open) -> None:
+    pipe = opened(checkpoint)
+
+    def message(**part: object) -> list[dict[str, object]]:
+        return [{"role": "user", "content": [{"type": "text", "text": ASK}, part]}]
+
+    good = message(type="image_url", image_url={"url": "data:image/png;base64," + encode_png(ONE)})
+    assert encoded(pipe, good) == encoded(pipe, (ASK, ONE))
+    wrong = [
+        (message(type="image_url", image_url={"url": "/no/such.png"}), "content[1]: the file '/no/such.png'"),
+        (message(type="image", image=ONE, detail="most"), "content[1]: detail is 'most'"),
+        (message(type="image_data"), "content[1]: no image."),
+        ((ASK + " <IMG_CONTEXT>", ONE), "2 placeholders <IMG_CONTEXT> for 1 images"),
+    ]
+    for prompt, said in wrong:
+        answer = pipe([prompt], GREEDY)[0]
+        assert answer.finish_reason == "error"
+        assert said in (answer.error_message or "")
+
+
+def encode_png(image: Image.Image) -> str:
+    held = BytesIO()
+    image.save(held, "PNG")
+    return b64encode(held.getvalue()).decode()
+
+
+def test_text_models_have_no_program_more(engine: Engine) -> None:
+    names = {name for name, _ in engine._runner._steps._programs}
+    assert "ragged" in names
+    assert not names & {"encode", "images"}

@@ -188,7 +188,7 @@ class ImageLayout(RaggedLayout):
     def __init__(self, slots: Slots, tokens: int, tile_rows: int) -> None:
         super().__init__(slots, tokens, tile_rows, embedding_index=(tokens,))
 
-    def pack(self, chunks: Seq[Chunk], index: Seq[int] | np.ndarray = ()) -> np.ndarray:
+    def pack(self, chunks: abc.Sequence[Chunk], index: abc.Sequence[int] | np.ndarray = ()) -> np.ndarray:
         """`index`: of each token, which of the images' rows it has; -1: its own embedding."""
         flat = super().pack(chunks)
         field = self.views(flat)["embedding_index"]

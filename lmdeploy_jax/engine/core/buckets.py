@@ -7,6 +7,8 @@ from dataclasses import dataclass
 REPORT_ROWS = 64  # rows whose logits are reported on, or pass through Python, in one call
 # Few rows cost what eight do; many, what they are.
 GPU_DECODE = (1, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
+TILES = {"cpu": (1, 4, 13), "gpu": (1, 2, 4, 8, 13)}  # square views in one run; 13: most of InternVL's images
+IMAGE_ROWS = {"cpu": 4096, "gpu": 16384}  # of images that are held on the device
 PAGE_COPIES = 64  # pages duplicated in one call
 
 
@@ -18,8 +20,8 @@ class Buckets:
     sampling: tuple[int, ...]  # rows of the heads that do more
     tokens: tuple[int, ...]  # tokens of a ragged step
     steps: int = 1  # most decode steps in one call
-    tiles: tuple[int, ...] = (1, 4, 13)  # square views in one run of an encoder; InternVL's images have 13
-    image_rows: int = 4096  # of images that are held on the device
+    tiles: tuple[int, ...] = TILES["cpu"]  # views of an encoder's run
+    image_rows: int = 0  # of images that are held on the device; a step has no more of them than tokens
 
     @property
     def max_batch_size(self) -> int:
@@ -37,11 +39,12 @@ def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) ->
     tokens = max(max_tokens, max_batch_size)
     if platform == "cpu":
         decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
-        return Buckets(decode, sampling, _ladder(32, tokens, 4), steps, image_rows=max(4096, tokens))
+        held = max(IMAGE_ROWS["cpu"], tokens)
+        return Buckets(decode, sampling, _ladder(32, tokens, 4), steps, TILES["cpu"], held)
     sizes = (size for size in GPU_DECODE if size < max_batch_size)
     sampling = tuple(sorted({*_ladder(1, max_batch_size, 8), min(128, max_batch_size)}))
-    tiles, held = (1, 2, 4, 8, 13), max(16384, tokens)  # no step has more of them than tokens
-    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), steps, tiles, held)
+    held = max(IMAGE_ROWS["gpu"], tokens)
+    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), steps, TILES["gpu"], held)
 
 
 def _gpu_tokens(most: int) -> tuple[int, ...]:

@@ -274,7 +274,9 @@ def _message(request: Request) -> bytes:
     sent = params if grammar is None else params.with_grammar(None)
     source = None if grammar is None else (grammar.source.text, grammar.source.size)
     try:
-        prompt = (request.prompt.ids, request.prompt.spans, request.prompt.salt)
+        prompt: tuple[Any, ...] = (request.prompt.ids, request.prompt.spans, request.prompt.salt)
+        if request.prompt.images:
+            prompt += (request.prompt.images,)
         body = RequestBody(prompt, sent, request.streams, request.arrival, source)
         return dumps(Submit(request.request_id, params.n, dumps(body)))
     except (pickle.PicklingError, AttributeError, TypeError) as error:

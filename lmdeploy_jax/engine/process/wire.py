@@ -5,14 +5,12 @@ the connection.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats
 from lmdeploy_jax.engine.request import SamplingParams, StepOutput
 from lmdeploy_jax.errors import LmdeployError
-from lmdeploy_jax.prompt import Span
 
 # -- to the engine ----------------------------------------------------------------------------------------
 
@@ -28,10 +26,11 @@ class Submit(NamedTuple):
 class RequestBody(NamedTuple):
     """What a request asks. `params.grammar` stays behind: `grammar` is its `Source`, to be compiled again.
 
-    prompt: the fields of its `EncodedPrompt`, which pickle as a dataclass at a third more time.
+    prompt: the fields of its `EncodedPrompt`, which pickle as a dataclass at a third more time; images only
+        where there are any.
     """
 
-    prompt: tuple[Sequence[int], tuple[Span, ...], bytes]
+    prompt: tuple[Any, ...]
     params: SamplingParams
     streams: bool
     arrival: float
