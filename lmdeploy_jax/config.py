@@ -34,6 +34,7 @@ class JaxEngineConfig(Checked):
         "hf": not at all. "fp8" quantises a 16-bit checkpoint as it is read.
     hf_overrides: nested dict merged over the checkpoint's config.json.
     eager_mode: compile each program when it is first needed, not all ahead: quick to start, slow at first.
+    language_model_only: leave out what encodes images of a model that takes any; it takes none then.
     decode_steps: decode steps dispatched at once while no request waits. More than 1 spares the host, which
         limits small models, and brings tokens in bursts of that size. None: 4 for models below 4 GB a GPU,
         else 1.
@@ -56,6 +57,7 @@ class JaxEngineConfig(Checked):
     hf_overrides: dict[str, Any] | None = None
     compile_cache_dir: _Path | None = None
     eager_mode: bool = False
+    language_model_only: bool = False
 
 
 class _LmdeployConfig(Checked):
@@ -102,7 +104,7 @@ class _LmdeployConfig(Checked):
         Raises ConfigError for fields that were set to what cannot be honoured.
         """
         self._refuse()
-        known = {*self._carried.values(), *self._refused, *_HONOURED} - {"device_type"}  # JAX picks it
+        known = {*self._carried.values(), *self._refused, *_ALL_DEVICES} - {"device_type"}  # JAX picks it
         for f in fields(self):  # type: ignore[arg-type]
             if f.name not in known and getattr(self, f.name) != f.default:
                 logger.warning(
@@ -128,10 +130,10 @@ _CARRIED = {
         "download_dir",
         "hf_overrides",
         "model_format",
+        "language_model_only",
     )
 }
-_ALL_DEVICES = ("attn_tp_size", "mlp_tp_size", "moe_tp_size", "device_num")
-_HONOURED = (*_ALL_DEVICES, "language_model_only")  # what they ask for is so whether they are given or not
+_ALL_DEVICES = ("attn_tp_size", "mlp_tp_size", "moe_tp_size", "device_num")  # so, whether given or not
 _ONE_DEVICE_GROUP = ((None, 1), "only tensor parallelism (tp) is implemented.")
 _ONE_PAGE_SIZE = ((PAGE_SIZE,), f"pages hold {PAGE_SIZE} tokens; leave the field out.")
 _REFUSED = {

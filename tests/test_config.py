@@ -100,12 +100,19 @@ def test_what_cannot_be_honoured_is_refused_at_once(kind, name, value):
     ("kind", "given"),
     [
         (TurbomindEngineConfig, {"tp": 2, "attn_tp_size": 2, "mlp_tp_size": 2, "device_num": 2}),
-        (TurbomindEngineConfig, {"tp": 2, "cache_block_seq_len": 64, "language_model_only": True}),
+        (TurbomindEngineConfig, {"tp": 2, "cache_block_seq_len": 64}),
         (PytorchEngineConfig, {"tp": 2, "moe_tp_size": 2, "block_size": 64}),
     ],
 )
 def test_what_is_so_anyway_is_taken_without_a_word(kind, given, caplog):
     assert engine_config(kind(**given)) == JaxEngineConfig(tp=2)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", [TurbomindEngineConfig, PytorchEngineConfig])
+def test_a_language_model_only_is_carried_over(kind, caplog):
+    """It was so anyway, until some models took images."""
+    assert engine_config(kind(language_model_only=True)) == JaxEngineConfig(language_model_only=True)
     assert not caplog.records
 
 

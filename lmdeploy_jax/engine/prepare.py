@@ -49,6 +49,7 @@ def prepare(
     config = config or JaxEngineConfig()
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
     model_config = read_config(folder, config.hf_overrides, config.model_format)
-    tokenizer, vision = Tokenizer(folder), servable_vision(folder)
+    tokenizer = Tokenizer(folder)
+    vision = None if config.language_model_only else servable_vision(folder)
     chosen = select(tokenizer, folder, template)
     return PreparedModel(folder, config, model_config, tokenizer, chosen, vision)

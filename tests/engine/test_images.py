@@ -205,6 +205,15 @@ def encode_png(image: Image.Image) -> str:
     return b64encode(held.getvalue()).decode()
 
 
+def test_a_language_model_only_takes_no_images(checkpoint: Path, opened: Open) -> None:
+    pipe = opened(checkpoint, language_model_only=True)
+    text, refused = pipe([ASK, (ASK, ONE)], GREEDY)
+    assert text.token_ids == hf_tokens("internvl_hf", checkpoint, encoded(pipe, ASK), [])
+    assert "Images are not supported" in (refused.error_message or "")
+    names = {name for name, _ in pipe.frontend.engine._runner._steps._programs}  # type: ignore[attr-defined]
+    assert not names & {"encode", "images"}
+
+
 def test_text_models_have_no_program_more(engine: Engine) -> None:
     names = {name for name, _ in engine._runner._steps._programs}
     assert "ragged" in names

@@ -208,7 +208,7 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
 
 
 def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh) -> LoadedVisionModel | None:
-    if servable_vision(folder) is None:
+    if config.language_model_only or servable_vision(folder) is None:
         return None
     loaded = load_vision(folder, dtype=config.dtype, mesh=mesh)
     jax.block_until_ready(loaded.leaves)
