@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -19,6 +21,9 @@ from transformers import PreTrainedTokenizerFast
 from lmdeploy_jax import GenerationConfig, Pipeline, pipeline
 from lmdeploy_jax.engine.core import buckets
 from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.process.remote import _message
+from lmdeploy_jax.engine.request import Request, SamplingParams
+from lmdeploy_jax.prompt import EncodedPrompt, Span, SpanImage
 from lmdeploy_jax.vision.families import VISION_FAMILIES
 from tests.engine.harness import config
 from tests.vision.oracle import hf_model, hf_processor, save_checkpoint
@@ -218,3 +223,12 @@ def test_text_models_have_no_program_more(engine: Engine) -> None:
     names = {name for name, _ in engine._runner._steps._programs}
     assert "ragged" in names
     assert not names & {"encode", "images"}
+
+
+def test_images_cross_to_the_engines_process() -> None:
+    image = SpanImage(np.arange(6, dtype=np.uint8).reshape(1, 2, 3), (1, 2), np.arange(2), np.arange(2))
+    prompt = EncodedPrompt([PLACEHOLDER] * 2, (Span(0, 2, b"content"),), b"salt", (image,))
+    sent = _message(Request(prompt, SamplingParams(max_new_tokens=1), print))
+    got = EncodedPrompt(*pickle.loads(pickle.loads(sent).body).prompt)
+    assert (got.ids, got.spans, got.salt) == (prompt.ids, prompt.spans, prompt.salt)
+    assert np.array_equal(got.images[0].patches, image.patches)
