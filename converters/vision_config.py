@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmdeploy_jax.converters.config import read_json
 from lmdeploy_jax.converters.fields import Fields, shown
 from lmdeploy_jax.converters.text_part import TEXT_PARTS
 from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
-from lmdeploy_jax.vision.config import VisionModelConfig
-from lmdeploy_jax.vision.families import VISION_FAMILIES, VisionFamily, vision_family
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.vision.config import VisionModelConfig
+    from lmdeploy_jax.vision.families import VisionFamily
 
 # The image processor's settings, and the name under which a file of several processors holds them.
 PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
@@ -19,6 +22,8 @@ PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json",
 
 def read_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionModelConfig]:
     """What a checkpoint's images are to become. Raises UnsupportedModelError where it takes none."""
+    from lmdeploy_jax.vision.families import VISION_FAMILIES, vision_family
+
     raw, where = read_json(folder, None)
     family = vision_family(raw)
     if family is None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
@@ -15,10 +16,12 @@ from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.text.chat_config import ChatTemplateConfig
 from lmdeploy_jax.text.chat_template import ChatTemplate, select
 from lmdeploy_jax.text.tokenizer import Tokenizer
-from lmdeploy_jax.vision.config import VisionModelConfig
-from lmdeploy_jax.vision.families import VisionFamily
 
-Vision = tuple[VisionFamily, VisionModelConfig]
+if TYPE_CHECKING:
+    from lmdeploy_jax.vision.config import VisionModelConfig
+    from lmdeploy_jax.vision.families import VisionFamily
+
+    Vision = tuple[VisionFamily, VisionModelConfig]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,11 @@ from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.load import LoadedModel, load_model
-from lmdeploy_jax.converters.vision import LoadedVisionModel, load_vision
 from lmdeploy_jax.converters.vision_config import servable_vision
 from lmdeploy_jax.engine.core import buckets as bucket_plan
 from lmdeploy_jax.engine.core.batch import Slots
 from lmdeploy_jax.engine.core.buckets import Buckets
 from lmdeploy_jax.engine.core.compile import compile_all, read_or_compile, tuning_dir, use_cache
-from lmdeploy_jax.engine.core.encoder import run_bytes
 from lmdeploy_jax.engine.core.page_tables import PageTables
 from lmdeploy_jax.engine.core.program import Programs
 from lmdeploy_jax.engine.core.program_cache import ProgramCache
@@ -45,6 +44,9 @@ from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.pallas_kernels.prefill_attention import tile_rows
 from lmdeploy_jax.pallas_kernels.registry import why_not
 from lmdeploy_jax.parallel.mesh import make_mesh
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.converters.vision import LoadedVisionModel
 
 log = logging.getLogger("lmdeploy_jax")
 HOST_BOUND = 4e9  # bytes of weights a device below which a GPU's step ends before the host has the next
@@ -210,6 +212,8 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
 def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh) -> LoadedVisionModel | None:
     if config.language_model_only or servable_vision(folder) is None:
         return None
+    from lmdeploy_jax.converters.vision import load_vision
+
     loaded = load_vision(folder, dtype=config.dtype, mesh=mesh)
     jax.block_until_ready(loaded.leaves)
     return loaded
@@ -248,6 +252,8 @@ def _plan(
     widest = max(layer.mlp.width for layer in shape.layers)
     activations = buckets.max_tokens * (4 * widest + 8 * shape.hidden_size) * size
     if vision is not None:
+        from lmdeploy_jax.engine.core.encoder import run_bytes
+
         activations += run_bytes(vision.config, buckets.tiles[-1], size)
         activations += buckets.image_rows * shape.hidden_size * size
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmdeploy_jax.cache.kv import CacheSpec, KVCache
 from lmdeploy_jax.converters.load import LoadedModel
-from lmdeploy_jax.converters.vision import LoadedVisionModel
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.converters.vision import LoadedVisionModel
 
 Leaves = tuple[Array, ...]
 

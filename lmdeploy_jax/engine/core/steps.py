@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ from lmdeploy_jax.engine.core.batch import (
     sampling_batch,
 )
 from lmdeploy_jax.engine.core.buckets import Buckets
-from lmdeploy_jax.engine.core.encoder import Encoder
 from lmdeploy_jax.engine.core.history import Histories
 from lmdeploy_jax.engine.core.masks import Masks
 from lmdeploy_jax.engine.core.program import Ladder, Program, Programs
@@ -40,6 +39,9 @@ from lmdeploy_jax.sampling.logprobs import no_logprobs, top_logprobs
 from lmdeploy_jax.sampling.mask import apply_mask, mask_words
 from lmdeploy_jax.sampling.penalties import add_tokens, apply_penalties
 from lmdeploy_jax.sampling.sampler import sample
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.engine.core.encoder import Encoder
 
 Errors = dict[Sequence, BaseException]
 
@@ -94,7 +96,7 @@ class Steps(ABC):
             return programs.add("ragged", function, size=tokens, writes=("caches",), layout=layout)
 
         self._ragged = Ladder(buckets.tokens, ragged_program)
-        self._encoder = None if self._state.vision is None else Encoder(programs, self._state.vision, buckets)
+        self._encoder = self._image_encoder(programs, buckets)
         sizes = () if self._encoder is None else buckets.tokens
         self._with_images = Ladder(sizes, partial(self._image_program, tile_rows))
 
@@ -102,6 +104,14 @@ class Steps(ABC):
         layout = ImageLayout(self._slots, tokens, tile_rows)
         function = partial(ragged_with_images, skeleton=self._state.skeleton, layout=layout)
         return self._programs.add("images", function, size=tokens, writes=("caches",), layout=layout)
+
+    def _image_encoder(self, programs: Programs, buckets: Buckets) -> Encoder | None:
+        """Text models do without what encodes images, and start without importing it."""
+        if self._state.vision is None:
+            return None
+        from lmdeploy_jax.engine.core.encoder import Encoder
+
+        return Encoder(programs, self._state.vision, buckets)
 
     def forward(self, step: Step) -> Forward:
         """Start a step's forward pass on the device."""

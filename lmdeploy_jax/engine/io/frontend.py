@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.facts import within
 from lmdeploy_jax.engine.io.answer import OutputOptions
-from lmdeploy_jax.engine.io.images import PromptImages, image_parts
 from lmdeploy_jax.engine.io.output import Flush, OutputProcessor, Sink
 from lmdeploy_jax.engine.io.params import ModelLimits, sampling_params, stops
-from lmdeploy_jax.engine.prepare import PreparedModel, Vision, prepare
+from lmdeploy_jax.engine.prepare import PreparedModel, prepare
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import ContextLengthError, EngineError
 from lmdeploy_jax.logs import REQUEST, shortened
@@ -29,6 +28,8 @@ from lmdeploy_jax.text.template_arguments import SWITCHES, checked_tools, checke
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from lmdeploy_jax.engine.io.images import PromptImages
+    from lmdeploy_jax.engine.prepare import Vision
     from lmdeploy_jax.guided.grammars import Grammar, Grammars
 
 logger = logging.getLogger("lmdeploy_jax")
@@ -81,7 +82,7 @@ class Frontend:
             template_stops=tuple(template.stop_words),
             is_special=tokenizer.is_special,
         )
-        self._images = None if vision is None else PromptImages(*vision, tokenizer)
+        self._images = None if vision is None else _prompt_images(vision, tokenizer)
         self._max_log_len = max_log_len
         self._unread: set[str] = set()  # variables that have been warned of
         # Nothing of what these threads hold leads back here: else this would never be the last reference.
@@ -119,7 +120,8 @@ class Frontend:
         if prompt.token_ids is not None:
             return EncodedPrompt(list(prompt.token_ids), salt=salt)
         messages = [dict(m) for m in prompt.messages or ()]
-        if self._images is None or not (parts := image_parts(messages)):
+        parts = [] if self._images is None else self._images.parts(messages)
+        if self._images is None or not parts:
             return EncodedPrompt(self._ids(prompt, messages, options, to_count), salt=salt)
         images = [self._images.process(part) for part in parts]
         written = self._images.written(messages)
@@ -230,6 +232,13 @@ class Frontend:
     def close(self) -> None:
         """Close the engine; what still runs ends with finish_reason "abort"."""
         self._finalizer()
+
+
+def _prompt_images(vision: Vision, tokenizer: Tokenizer) -> PromptImages:
+    """Text models start without importing what images need."""
+    from lmdeploy_jax.engine.io.images import PromptImages
+
+    return PromptImages(*vision, tokenizer)
 
 
 def _abort(engine: EngineBase, request_id: int, choice: int | None) -> None:

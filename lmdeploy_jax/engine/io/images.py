@@ -16,13 +16,6 @@ from lmdeploy_jax.vision.placeholders import ImageSpan, expand_placeholders, ima
 from lmdeploy_jax.vision.processor import ProcessedImage
 
 
-def image_parts(messages: Sequence[Message]) -> list[ImagePart]:
-    """The images of a conversation, in order."""
-    contents = (message.get("content") for message in messages)
-    parts = (part for content in contents if isinstance(content, list) for part in content)
-    return [part for part in parts if isinstance(part, ImagePart)]
-
-
 class PromptImages:
     """How a model's prompts hold images. Every method may be called from any thread, off the event loop.
 
@@ -39,6 +32,12 @@ class PromptImages:
                 "tokenizer files again"
             )
         self._token = found
+
+    def parts(self, messages: Sequence[Message]) -> list[ImagePart]:
+        """The images of a conversation, in order."""
+        contents = (message.get("content") for message in messages)
+        parts = (part for content in contents if isinstance(content, list) for part in content)
+        return [part for part in parts if isinstance(part, ImagePart)]
 
     def process(self, part: ImagePart) -> ProcessedImage:
         """An image's patches. Raises RequestError for one that cannot be had, or not as it is asked for."""
