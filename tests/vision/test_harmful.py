@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmdeploy_jax.converters.vision import PROCESSOR_FILES, read_vision
+from lmdeploy_jax.converters.vision_config import PROCESSOR_FILES, read_vision
 from lmdeploy_jax.errors import LmdeployError
 from tests.converters.harmful import VALUES, places, put
 from tests.fuzz import cases
