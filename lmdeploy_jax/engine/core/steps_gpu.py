@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +59,8 @@ class GpuSteps(Steps):
                 sampled = head is Head.SAMPLE
                 self._repeated[head] = Ladder(decode, partial(self._drawing_program, name, count, sampled))
         self._heads = {
-            Head.GREEDY: Ladder(decode, partial(self._head_program, "greedy", head_greedy, HeadLayout)),
-            Head.SAMPLE: Ladder(
-                sampling, partial(self._head_program, "sample", head_sample, SampledHeadLayout)
-            ),
+            Head.GREEDY: Ladder(decode, partial(self._head_program, "greedy", False)),
+            Head.SAMPLE: Ladder(sampling, partial(self._head_program, "sample", True)),
             Head.FULL: Ladder(sampling, self._full_program),
         }
         self._logits = Ladder(sampling, self._logits_program)
@@ -99,11 +95,9 @@ class GpuSteps(Steps):
         writes = ("caches", "pending")
         return self._programs.add(name, function, size=rows, writes=writes, layout=layout)
 
-    def _head_program(
-        self, name: str, function: Callable[..., Any], kind: type[HeadLayout], rows: int
-    ) -> Program:
-        layout, state = kind(self._slots, rows), self._state
-        function = partial(function, skeleton=state.skeleton, layout=layout)
+    def _head_program(self, name: str, sampled: bool, rows: int) -> Program:
+        layout, state = (SampledHeadLayout if sampled else HeadLayout)(self._slots, rows), self._state
+        function = partial(head_drawing, skeleton=state.skeleton, layout=layout, sampled=sampled)
         inputs = {"rows": state.hidden(state.max_batch_size), "mask": self._mask(rows)}
         return self._programs.add(name, function, size=rows, writes=("pending",), layout=layout, **inputs)
 
@@ -199,7 +193,7 @@ def decode_drawing(
     return drawn, Update(caches=caches, pending=pending.at[slots].set(last))
 
 
-def head_greedy(
+def head_drawing(
     head_leaves: Leaves,
     rows: Array,
     pending: Array,
@@ -208,28 +202,12 @@ def head_greedy(
     *,
     skeleton: Skeleton,
     layout: Layout,
+    sampled: bool,
 ) -> tuple[Array, Update]:
     """-> tokens i32 [R, 1]."""
     field = layout.views(packed)
-    logits = skeleton.merge_head(head_leaves).logits(rows[field["rows"]])
-    tokens = greedy(apply_mask(logits, mask))
-    return tokens[:, None], Update(pending=pending.at[field["slots"]].set(next_input(tokens)))
-
-
-def head_sample(
-    head_leaves: Leaves,
-    rows: Array,
-    pending: Array,
-    packed: Array,
-    mask: Array,
-    *,
-    skeleton: Skeleton,
-    layout: Layout,
-) -> tuple[Array, Update]:
-    """-> tokens i32 [R, 1]."""
-    field = layout.views(packed)
-    logits = skeleton.merge_head(head_leaves).logits(rows[field["rows"]])
-    tokens = sample(apply_mask(logits, mask), sampling_batch(field))
+    logits = apply_mask(skeleton.merge_head(head_leaves).logits(rows[field["rows"]]), mask)
+    tokens = sample(logits, sampling_batch(field)) if sampled else greedy(logits)
     return tokens[:, None], Update(pending=pending.at[field["slots"]].set(next_input(tokens)))
 
 
