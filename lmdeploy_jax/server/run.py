@@ -11,6 +11,7 @@ import uvicorn
 
 from lmdeploy_jax.engine.io.sampling_defaults import SamplingDefaults
 from lmdeploy_jax.engine.prepare import PreparedModel
+from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.server.app import create_app
 from lmdeploy_jax.server.chat.formats import select_parsers
 from lmdeploy_jax.server.http.header_limit import HeaderLimit
@@ -24,8 +25,14 @@ _GRACE = 5.0  # seconds after the deadline in which answers that were cut still 
 def check(options: ServerOptions, model: PreparedModel) -> None:
     """Everything about the options that can be told before the model is loaded.
 
-    Raises ConfigError for what names nothing, CheckpointError, and OSError for files that cannot be used.
+    Raises ConfigError for what names nothing or would do nothing, CheckpointError, and OSError for files that
+    cannot be used.
     """
+    if model.vision is not None:
+        raise ConfigError(
+            "language_model_only=False would load an encoder of images that no route can reach: the server's "
+            "protocols take no images yet. Leave --nolanguage-model-only out, or use pipeline() for images."
+        )
     check_certificate(options)
     select_parsers(options, model.template)
     SamplingDefaults.read(options.generation_config, model.folder)
