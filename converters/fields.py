@@ -30,6 +30,7 @@ HARMLESS = _words("""
     cache_implementation task_specific_params problem_type id2label label2id finetuning_task
     keys_to_ignore_at_inference gradient_checkpointing use_bfloat16 unsloth_version unsloth_fixed
     num_nextn_predict_layers
+    output_router_logits router_aux_loss_coef router_z_loss_coef aux_loss_alpha seq_aux input_jitter_noise
     rope_theta rope_scaling rope_parameters original_max_position_embeddings partial_rotary_factor
 """)
 """Fields that do not change a forward pass, and those of RoPE, of which `rope.py` takes care."""

@@ -69,7 +69,7 @@ class Leaf:
         axes = self.assembly.row_axes
         flat, done = out.reshape(-1, *out.shape[axes:]), 0
         for run in self.cut(ranges[:axes]):
-            self._read_run(run.part, run.start, ranges[axes:], flat[done : done + run.count])
+            self._read_run(run, ranges[axes:], flat[done : done + run.count])
             done += run.count
         return out
 
@@ -82,22 +82,28 @@ class Leaf:
                 run = self.assembly.runs[position]
                 skipped = row - (self.ends[position] - run.count)
                 count = min(run.count - skipped, span.stop - row)
-                yield Run(run.part, run.start + skipped, count)
+                yield run.cut(skipped, count)
                 row += count
 
-    def _read_run(self, part: str | None, start: int, columns: tuple[range, ...], out: np.ndarray) -> None:
-        if part is None:
+    def _read_run(self, run: Run, columns: tuple[range, ...], out: np.ndarray) -> None:
+        if run.part is None:
             out[...] = 0
             return
-        name, rows = self.names[part], slice(start, start + len(out))
+        if run.step > 1 and run.count > 1:
+            between = np.empty((run.stop - run.start, *out.shape[1:]), out.dtype)
+            self._read_run(Run(run.part, run.start, len(between)), columns, between)
+            out[...] = between[:: run.step]
+            return
+        name, rows = self.names[run.part], slice(run.start, run.start + len(out))
         column_shape = self.shape[self.assembly.row_axes :]
-        if self.assembly.sources[part][1:] == column_shape:
+        if self.assembly.sources[run.part][1:] == column_shape:
             self.reader.read_into(name, (rows, *(slice(c.start, c.stop) for c in columns)), out)
             return
         flat, done = out.reshape(len(out), -1), 0
-        for run in runs(columns, column_shape):
-            self.reader.read_into(name, (rows, slice(run.start, run.stop)), flat[:, done : done + len(run)])
-            done += len(run)
+        for span in runs(columns, column_shape):
+            into = flat[:, done : done + len(span)]
+            self.reader.read_into(name, (rows, slice(span.start, span.stop)), into)
+            done += len(span)
 
     def check_dtypes(self, dtype: np.dtype) -> None:
         """Raises CheckpointError where a tensor cannot be read as `dtype`: only floats are converted."""

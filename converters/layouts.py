@@ -15,11 +15,23 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Run:
-    """`count` rows of the source that plays `part`, from row `start`; `part` None: rows of zeros."""
+    """`count` rows of the source that plays `part`, from row `start`, each `step` rows behind the one before;
+    `part` None: rows of zeros.
+    """
 
     part: str | None
     start: int
     count: int
+    step: int = 1
+
+    def cut(self, skipped: int, count: int) -> Run:
+        """`count` of its rows, behind the first `skipped`."""
+        return Run(self.part, self.start + skipped * self.step, count, self.step)
+
+    @property
+    def stop(self) -> int:
+        """The row behind the last."""
+        return self.start + (self.count - 1) * self.step + 1
 
 
 @dataclass(frozen=True)
@@ -89,10 +101,13 @@ class GroupedQKV:
     `packing` says how the checkpoint holds them: "split", three sources q, k and v; "rows", one source with
     rows q|k|v (Phi-3); "grouped", one source in this order already (InternLM2). Each KV head of a checkpoint
     becomes `replicas` KV heads that share out its query heads, for a tp above the number of its KV heads.
+    `interleaved`: how many leading elements of a head of q and k rotate in pairs of neighbours, which become
+    pairs of halves (see `models.rope`): first those of even numbers, then the odd ones.
     """
 
     replicas: int = 1
     packing: str = "split"
+    interleaved: int = 0
 
     def assemble(self, shape: Shape) -> Assembly:
         kv_heads, width, head_dim, *rest = shape
@@ -104,10 +119,26 @@ class GroupedQKV:
             group, replica = divmod(head, self.replicas)
             first = group * heads.per_group + replica * (width - 2)
             part, start = heads.query(first)
-            runs.append(Run(part, start * head_dim, (width - 2) * head_dim))
-            runs += [Run(part, row * head_dim, head_dim) for part, row in heads.key_value(group)]
+            (k_part, k_row), (v_part, v_row) = heads.key_value(group)
+            for row in range(start, start + width - 2):
+                runs += self._turned(part, row, head_dim)
+            runs += self._turned(k_part, k_row, head_dim)
+            runs.append(Run(v_part, v_row * head_dim, head_dim))
         sources = {part: (count * head_dim, *rest) for part, count in heads.counts().items()}
         return Assembly(3, _merge(runs), sources)
+
+    def _turned(self, part: str, head: int, head_dim: int) -> list[Run]:
+        """The rows of a head that rotates."""
+        return halves(part, head * head_dim, self.interleaved, head_dim)
+
+
+def halves(part: str, first: int, rotating: int, size: int) -> list[Run]:
+    """The rows of a head that begins at row `first`, its `rotating` ones in halves instead of in pairs."""
+    half = rotating // 2
+    return [
+        *(Run(part, first + odd, half, 2) for odd in (0, 1)),
+        Run(part, first + rotating, size - rotating),
+    ]
 
 
 @dataclass(frozen=True)
@@ -163,7 +194,8 @@ def _merge(runs: list[Run]) -> tuple[Run, ...]:
     merged: list[Run] = []
     for run in runs:
         last = merged[-1] if merged else None
-        if last and last.part is not None and (run.part, run.start) == (last.part, last.start + last.count):
+        joins = last is not None and last.part is not None and (run.part, run.start) == (last.part, last.stop)
+        if last is not None and joins and last.step == run.step == 1:
             merged[-1] = Run(last.part, last.start, last.count + run.count)
         elif run.count:
             merged.append(run)

@@ -27,8 +27,10 @@ from lmdeploy_jax.converters.formats.reader import QuantReader, without_zero_bia
 from lmdeploy_jax.converters.formats.scheme import is_float
 from lmdeploy_jax.converters.keytable import Leaf, bind
 from lmdeploy_jax.converters.published import HEAD, names_read, settle_head
+from lmdeploy_jax.converters.reader import TensorReader
 from lmdeploy_jax.converters.regroup import cuts_of, load_converted, widened
 from lmdeploy_jax.converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters.stacked import StackedReader
 from lmdeploy_jax.converters.text_part import TextPartReader, text_part
 from lmdeploy_jax.errors import CheckpointError, ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
@@ -173,7 +175,8 @@ class _Loader:
     ) -> LoadedModel:
         """From safetensors."""
         with CheckpointReader(self.folder) as files:
-            own = TextPartReader(files) if self.within_others else files
+            own: TensorReader = TextPartReader(files) if self.within_others else files
+            own = own if family.stacked is None else StackedReader(own, family.stacked)
             reader = own if quantisation is None else QuantReader(own, quantisation)
             names = names_read(reader, len(config.layers))
             rules = family.rules(config, axis_size(self.kernels.mesh, "tp"))

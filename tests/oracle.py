@@ -192,6 +192,28 @@ CONFIGS: Mapping[str, Spec] = {
             },
         },
     ),
+    "mixtral": Spec("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2_moe": Spec(
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 40,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe": Spec(
+        "Qwen3Moe",
+        {
+            "head_dim": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [0],
+        },
+    ),
     "internlm3_dynamic": Spec("InternLM3", {"head_dim": 16, **BIAS, **DYNAMIC}, _internlm3),
 }
 """Every feature alone and several together."""
@@ -221,6 +243,9 @@ def scramble(model: torch.nn.Module) -> None:
             parameter.normal_(std=0.3)
         else:
             parameter.add_(0.3 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict():  # saved, as the biases of a router's choice are
+            buffer.add_(0.3 * torch.randn_like(buffer))
 
 
 def _load(folder: str | Path) -> Any:

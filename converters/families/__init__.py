@@ -12,13 +12,22 @@ from lmdeploy_jax.converters.families.granite import granite_config
 from lmdeploy_jax.converters.families.internlm import internlm2_config, internlm3_config
 from lmdeploy_jax.converters.families.llama import llama_config
 from lmdeploy_jax.converters.families.mistral import ministral_config, mistral_config
+from lmdeploy_jax.converters.families.mixtral import MIXTRAL_NAMES, mixtral_config
+from lmdeploy_jax.converters.families.mixture import mixture_rules
 from lmdeploy_jax.converters.families.phi3 import phi3_config
-from lmdeploy_jax.converters.families.qwen import qwen2_config, qwen3_config
+from lmdeploy_jax.converters.families.qwen import (
+    QWEN_NAMES,
+    qwen2_config,
+    qwen2_moe_config,
+    qwen3_config,
+    qwen3_moe_config,
+)
 from lmdeploy_jax.converters.families.seed_oss import seed_oss_config
 from lmdeploy_jax.converters.families.smollm3 import smollm3_config
 from lmdeploy_jax.converters.families.tables import hf_rules, internlm2_rules
 from lmdeploy_jax.converters.fields import Fields, shown
 from lmdeploy_jax.converters.keytable import Rule
+from lmdeploy_jax.converters.stacked import StackedExperts
 from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
 from lmdeploy_jax.models.config import DecoderConfig
 
@@ -29,7 +38,11 @@ class Family:
 
     config: Callable[[Fields], DecoderConfig]
     rules: Callable[[DecoderConfig, int], tuple[Rule, ...]] = hf_rules
+    stacked: StackedExperts | None = None
+    """How a checkpoint may hold all experts of a layer in one tensor; None: the family has no experts."""
 
+
+STACKED = StackedExperts()
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(llama_config),
@@ -37,6 +50,9 @@ FAMILIES: Mapping[str, Family] = {
     "MinistralForCausalLM": Family(ministral_config),
     "Qwen2ForCausalLM": Family(qwen2_config),
     "Qwen3ForCausalLM": Family(qwen3_config),
+    "Qwen2MoeForCausalLM": Family(qwen2_moe_config, partial(mixture_rules, names=QWEN_NAMES), STACKED),
+    "Qwen3MoeForCausalLM": Family(qwen3_moe_config, mixture_rules, STACKED),
+    "MixtralForCausalLM": Family(mixtral_config, partial(mixture_rules, names=MIXTRAL_NAMES), STACKED),
     "InternLM2ForCausalLM": Family(internlm2_config, internlm2_rules),
     "InternLM3ForCausalLM": Family(internlm3_config),
     "Phi3ForCausalLM": Family(phi3_config, partial(hf_rules, fused=True)),
@@ -55,6 +71,9 @@ MODEL_TYPES: Mapping[str, str] = {
     "ministral": "MinistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "internlm3": "InternLM3ForCausalLM",
     "phi3": "Phi3ForCausalLM",

@@ -8,7 +8,14 @@ from typing import Any
 
 from lmdeploy_jax.converters.fields import LENGTHS, Fields
 from lmdeploy_jax.errors import CheckpointError
-from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LayerConfig, MlpConfig, RopeConfig
+from lmdeploy_jax.models.config import (
+    AttentionConfig,
+    DecoderConfig,
+    LayerConfig,
+    MixtureConfig,
+    MlpConfig,
+    RopeConfig,
+)
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 
 ACTIVATION_NAMES = {
@@ -37,6 +44,8 @@ def decoder_config(
     windows: Sequence[int | None] | None = None,
     local_rope: RopeConfig | None = None,
     rope_layers: Sequence[bool] | None = None,
+    mixture: MixtureConfig | None = None,
+    sparse: Sequence[bool] | None = None,
     attention: Features = NONE,
     mlp: Features = NONE,
     layer: Features = NONE,
@@ -47,6 +56,7 @@ def decoder_config(
     scale, soft_cap: of the attention logits; by default 1 / sqrt(head_dim), and none.
     windows: each layer's; None: no layer has one. local_rope: that of the layers with a window, where it is
         another. rope_layers: which layers rotate at all.
+    mixture: what stands in the place of the MLP, in all layers or in those that are `sparse`.
     attention, mlp, layer, features: fields of `AttentionConfig`, `MlpConfig`, `LayerConfig`, `DecoderConfig`.
     """
     _check_elements(fields, head_dim)
@@ -54,13 +64,14 @@ def decoder_config(
     heads = {**_head_counts(fields), "head_dim": head_dim, **attention}
     block = MlpConfig(**{"width": fields.size("intermediate_size"), **_activation(fields, mlp), **mlp})
 
-    def made(window: int | None, rotates: bool) -> LayerConfig:
+    def made(window: int | None, rotates: bool, is_sparse: bool) -> LayerConfig:
         layer_rope = rope if window is None or local_rope is None else local_rope
         options = AttentionOptions(head_dim**-0.5 if scale is None else scale, window, soft_cap)
         mixer = AttentionConfig(options=options, rope=layer_rope if rotates else None, **heads)
-        return LayerConfig(mixer, block, **layer)
+        return LayerConfig(mixer, mixture if mixture is not None and is_sparse else block, **layer)
 
-    kinds = zip(windows or (None,) * layers, rope_layers or (True,) * layers, strict=True)
+    each = (windows or (None,) * layers, rope_layers or (True,) * layers, sparse or (True,) * layers)
+    kinds = zip(*each, strict=True)
     return DecoderConfig(layers=tuple(made(*kind) for kind in kinds), **_outer(fields, features))
 
 

@@ -1,6 +1,8 @@
-"""Qwen 1.5, 2 and 2.5 (biases on q, k and v) and Qwen3 (RMSNorm on each head of q and k)."""
+"""Qwen 1.5, 2 and 2.5 (biases on q, k and v), Qwen3 (RMSNorm on each head of q and k), and their mixtures."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from lmdeploy_jax.converters.families.common import (
     FULL,
@@ -11,9 +13,12 @@ from lmdeploy_jax.converters.families.common import (
     layer_windows,
     used_window,
 )
+from lmdeploy_jax.converters.families.mixture import MixtureNames, read_mixture, sparse_layers
 from lmdeploy_jax.converters.families.rope import read_rope
 from lmdeploy_jax.converters.fields import Fields
-from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.config import DecoderConfig, MixtureConfig
+
+QWEN_NAMES = MixtureNames(shared="shared_expert")
 
 
 def qwen2_config(fields: Fields) -> DecoderConfig:
@@ -39,6 +44,61 @@ def qwen3_config(fields: Fields) -> DecoderConfig:
         windows=_windows(fields),
         attention={"qk_norm": True, "qkv_bias": bias, "o_bias": bias},
     )
+
+
+def qwen2_moe_config(fields: Fields) -> DecoderConfig:
+    """HF `Qwen2MoeConfig`: every mixture has a shared block with a gate."""
+    head_dim, layers = head_size(fields), count_layers(fields)
+    shared = fields.size("shared_expert_intermediate_size", 5632)
+    window = _moe_window(fields)
+    last = fields.size("max_window_layers", 28, least=0)
+    default = [FULL if window is None or i % 2 or i >= last else SLIDING for i in range(layers)]
+    return decoder_config(
+        fields,
+        head_dim=head_dim,
+        rope=read_rope(fields, head_dim),
+        windows=layer_windows(fields, default, window),
+        attention={"qkv_bias": fields.flag("qkv_bias", True)},
+        mixture=_mixture(fields, experts=60, per_token=4, width=1408, shared=shared, shared_gate=True),
+        sparse=_sparse(fields),
+    )
+
+
+def qwen3_moe_config(fields: Fields) -> DecoderConfig:
+    """HF `Qwen3MoeConfig`."""
+    head_dim = head_size(fields)
+    bias = fields.flag("attention_bias", False)
+    fields.get("max_window_layers")  # a window is one of all layers here
+    return decoder_config(
+        fields,
+        head_dim=head_dim,
+        rope=read_rope(fields, head_dim),
+        windows=(_moe_window(fields),) * count_layers(fields),
+        attention={"qk_norm": True, "qkv_bias": bias, "o_bias": bias},
+        mixture=_mixture(fields, experts=128, per_token=8, width=768),
+        sparse=_sparse(fields),
+    )
+
+
+def _moe_window(fields: Fields) -> int | None:
+    """`sliding_window` where it counts; transformers writes 0 where not."""
+    if fields.flag("use_sliding_window", False):
+        return fields.optional_size("sliding_window", 4096)
+    fields.get("sliding_window")
+    return None
+
+
+def _mixture(fields: Fields, *, width: int, **given: Any) -> MixtureConfig:
+    inner = fields.size("moe_intermediate_size", width)
+    normalise = fields.flag("norm_topk_prob", False)
+    return read_mixture(fields, width=inner, normalise=normalise, **given)
+
+
+def _sparse(fields: Fields) -> tuple[bool, ...]:
+    """Every `decoder_sparse_step`th layer but for `mlp_only_layers`."""
+    step, dense = fields.size("decoder_sparse_step", 1), fields.items("mlp_only_layers", [])
+    layers = range(count_layers(fields))
+    return sparse_layers(fields, [i not in dense and (i + 1) % step == 0 for i in layers])
 
 
 def _windows(fields: Fields) -> tuple[int | None, ...]:

@@ -21,6 +21,7 @@ from lmdeploy_jax.converters.slicing import Index, Ranges, as_ranges, sizes
 from lmdeploy_jax.models.formats import E8M0, FOUR_BITS, INT4, PER_WORD, WeightFormat
 
 log = logging.getLogger("lmdeploy_jax")
+ROUTER = ".router.weight"  # decides between experts, and is small
 VALUES, SCALES, ZEROS, ROW_SCALES, COLUMNS = "values", "scales", "zeros", "row_scales", "columns"
 
 
@@ -112,8 +113,10 @@ class QuantLeaf:
         done = 0
         for run in runs:
             if run.part is not None:
-                first = run.start - hulls[run.part].start
-                out[done : done + run.count] = blocks[run.part][first : first + run.count]
+                first = hulls[run.part].start
+                out[done : done + run.count] = blocks[run.part][
+                    run.start - first : run.stop - first : run.step
+                ]
             done += run.count
         return out.reshape(*sizes(rows), len(along))
 
@@ -151,7 +154,7 @@ def _hulls(runs: Sequence[Run]) -> dict[str, range]:
     for run in runs:
         if run.part is not None:
             known = hulls.get(run.part, range(run.start, run.start))
-            hulls[run.part] = range(min(known.start, run.start), max(known.stop, run.start + run.count))
+            hulls[run.part] = range(min(known.start, run.start), max(known.stop, run.stop))
     return hulls
 
 
@@ -175,7 +178,8 @@ def held_leaves(
     formats: dict[str, WeightFormat] = {}
     found: dict[str, Leaf | QuantLeaf] = {}
     for name, leaf in leaves.items():
-        held = format_of(leaf, reader, _devices(leaf, specs[name])) if name != EMBEDDING else None
+        plain = name == EMBEDDING or name.endswith(ROUTER)
+        held = None if plain else format_of(leaf, reader, _devices(leaf, specs[name]))
         if held is None:
             found[name] = leaf
         else:

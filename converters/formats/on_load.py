@@ -19,8 +19,8 @@ LIMIT = float(ml_dtypes.finfo(FLOAT8).max)
 LEAST = 1e-7  # of a row's largest element, so that a row of zeros has a scale
 PIECE = 1 << 23  # elements that are float32 at a time
 LINEAR = re.compile(
-    r"(?:.*\.)?layers\.\d+\..*(?<!\.gate)\.weight"
-)  # a router's `gate` decides between experts
+    r"(?:.*\.)?layers\.\d+\..*(?<!\.gate)(?<!\.wg)(?<!\.router)\.weight"
+)  # but for what decides between experts
 
 
 @dataclass(frozen=True)

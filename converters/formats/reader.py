@@ -103,7 +103,7 @@ class QuantReader:
         module, _, role = name.rpartition(joint)
         if role not in roles:
             return name, "weight" if name.endswith(".weight") else ""
-        return (f"{module}.weight" if joint == "." else module), role
+        return f"{module}.weight", role
 
     def _is_quantised(self, names: dict[str, str]) -> bool:
         """A float weight is plain, even where there are scales of the activations that it is given."""

@@ -15,10 +15,14 @@ REPEATS = 5
 IN_FLIGHT = 8  # calls at once, so that dispatching them is not part of the time
 
 
-def matrix_parameters(config: DecoderConfig) -> int:
-    """Weights that every decode step reads whole: all matrices but an untied embedding (read by row)."""
-    rows = [2 * m.head_dim * (m.heads + m.kv_heads) for m in (layer.mixer for layer in config.layers)]
-    rows += [3 * layer.mlp.width for layer in config.layers]
+def matrix_parameters(config: DecoderConfig, sequences: int = 1) -> float:
+    """Weights that a decode step of so many sequences reads: all matrices but an untied embedding (read by
+    row), and of experts as many as are chosen at random.
+    """
+    rows: list[float] = [
+        2 * m.head_dim * (m.heads + m.kv_heads) for m in (layer.mixer for layer in config.layers)
+    ]
+    rows += [layer.mlp.weight_rows(sequences) for layer in config.layers]
     return config.hidden_size * (sum(rows) + config.vocab_size)
 
 
@@ -30,7 +34,7 @@ def step_bytes(config: DecoderConfig, itemsize: int, contexts: Sequence[float], 
     for mixer in (layer.mixer for layer in config.layers):
         reached = sum(min(context, mixer.options.window or context) for context in contexts)
         elements += 2 * mixer.held_kv_heads(tp) * mixer.head_dim * reached
-    return itemsize * (matrix_parameters(config) + elements)
+    return itemsize * (matrix_parameters(config, len(contexts)) + elements)
 
 
 def measure(devices: int = 1) -> float:

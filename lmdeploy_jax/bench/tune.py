@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.config import DecoderConfig, LayerConfig, MixtureConfig
 from lmdeploy_jax.models.products import dense_product
 from lmdeploy_jax.models.tuning import Kind, Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
@@ -96,24 +96,30 @@ def products(config: DecoderConfig, tp: int = 1) -> dict[str, Shape]:
     kv_heads = layer.mixer.held_kv_heads(tp)
     group, kv_heads = layer.mixer.heads // kv_heads, kv_heads // tp
     qkv, heads = (kv_heads * rows * layer.mixer.head_dim for rows in (group + 2, group))
+    plain = {
+        "qkv": Shape(qkv, hidden, "parts"),
+        "o": Shape(hidden, heads, "parts", summed=tp > 1),
+        "head": Shape(-(-config.vocab_size // tp), hidden, "whole"),
+    }
+    if layer.pre_norm:
+        plain["norm_qkv"] = Shape(qkv, hidden, "norm_parts")
+    return plain | _mlp_products(layer, hidden, tp)
+
+
+def _mlp_products(layer: LayerConfig, hidden: int, tp: int) -> dict[str, Shape]:
+    """Those of a mixture are grouped, and not measured here."""
+    if isinstance(layer.mlp, MixtureConfig):
+        return {}
     if layer.mlp.width % tp:
         raise ConfigError(
             f"tp={tp} does not divide the MLP's width of {layer.mlp.width}; choose one that does"
         )
     inner = layer.mlp.width // tp
-    plain = {
-        "qkv": Shape(qkv, hidden, "parts"),
-        "o": Shape(hidden, heads, "parts", summed=tp > 1),
+    found = {
         "gate_up": Shape(inner, hidden, "gated"),
         "down": Shape(hidden, inner, "parts", summed=tp > 1),
-        "head": Shape(-(-config.vocab_size // tp), hidden, "whole"),
     }
-    if not layer.pre_norm:
-        return plain
-    return plain | {
-        "norm_qkv": Shape(qkv, hidden, "norm_parts"),
-        "norm_gate_up": Shape(inner, hidden, "norm_gated"),
-    }
+    return found | ({"norm_gate_up": Shape(inner, hidden, "norm_gated")} if layer.pre_norm else {})
 
 
 def tune(shape: Shape, known: Tuning) -> list[Measurement]:

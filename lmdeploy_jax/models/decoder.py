@@ -13,10 +13,11 @@ from jaxtyping import Float, Float32
 from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.models.attention import Attention
 from lmdeploy_jax.models.batch import AttentionMetadata, Batch
-from lmdeploy_jax.models.config import DecoderConfig, LayerConfig, RopeConfig
+from lmdeploy_jax.models.config import DecoderConfig, LayerConfig, MixtureConfig, RopeConfig
 from lmdeploy_jax.models.embedding import Embedding
 from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.linear import soft_cap
+from lmdeploy_jax.models.mixture import Mixture
 from lmdeploy_jax.models.mlp import GatedMLP
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.rope import Rotation, rotation
@@ -38,9 +39,7 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(model, config.mixer, added_plainly=plainly, dtype=dtype, kernels=kernels)
         self.attention_post_norm = norm(config.post_norm)
         self.mlp_norm = norm(config.pre_norm)
-        self.mlp = GatedMLP(
-            model.hidden_size, config.mlp, added_plainly=plainly, dtype=dtype, kernels=kernels
-        )
+        self.mlp = _feed_forward(model, config, dtype=dtype, kernels=kernels)
         self.mlp_post_norm = norm(config.post_norm)
 
     def __call__(
@@ -59,6 +58,15 @@ class DecoderLayer(nnx.Module):
     def _scaled(self, post_norm: RMSNorm | None, out: Array) -> Array:
         out = out if post_norm is None else post_norm(out)
         return out if self.residual_multiplier == 1.0 else out * self.residual_multiplier
+
+
+def _feed_forward(
+    model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels
+) -> GatedMLP | Mixture:
+    size = model.hidden_size
+    if isinstance(config.mlp, MixtureConfig):
+        return Mixture(size, config.mlp, dtype=dtype, kernels=kernels)
+    return GatedMLP(size, config.mlp, added_plainly=config.added_plainly, dtype=dtype, kernels=kernels)
 
 
 class Decoder(nnx.Module):

@@ -71,6 +71,14 @@ class QuantWeight(nnx.Module):
         """What is multiplied with where no kernel reads the format itself."""
         return dequantise(self.held, self.arrays(), self.dtype).reshape(self.shape)
 
+    def dense_at(self, index: Array) -> Float[Array, "..."]:
+        """`dense()[index]`, of a scalar index: an expert's weight, of whose arrays alone it is made."""
+        values, scales, zeros, row_scales, columns = self.arrays()
+        zeros = None if zeros is None else zeros[:, index]
+        row_scales = None if row_scales is None else row_scales[index]
+        arrays = QuantArrays(values[index], scales[:, index], zeros, row_scales, columns)
+        return dequantise(self.held, arrays, self.dtype).reshape(self.shape[1:])
+
 
 def hold_quantised(linear: Linear, held: WeightFormat) -> None:
     """Replaces the weight of a linear layer, built under `nnx.eval_shape`."""

@@ -16,6 +16,7 @@ RULES: Mapping[str, str | None] = {
     "embed": None,
     "kv_heads": "tp",
     "mlp": "tp",
+    "experts": None,
 }
 """Every logical axis that a weight may name; None: replicated."""
 

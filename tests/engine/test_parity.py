@@ -16,6 +16,7 @@ FAMILIES = (
     "internlm2_dynamic",
     "internlm3",
     "phi3_longrope",
+    "qwen3_moe",
 )
 VARIANTS = ("llama_llama3", "llama_head80", "yi", "qwen2_window", "qwen3")  # their logits: tests/models
 

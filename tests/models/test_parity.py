@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from lmdeploy_jax.converters.load import load_model
 from tests.models.paged import PagedRunner
-from tests.oracle import CONFIGS, hf_logits, save_checkpoint
+from tests.oracle import CONFIGS, hf_greedy, hf_logits, save_checkpoint
 
 LONG, SHORT, DECODED = 130, 37, 3
+PROMPT, GREEDY = 70, 32
+# Whose greedy tokens are held against transformers' here; those of the others are in tests/engine.
+GREEDY_NAMES = ("mixtral", "qwen2_moe", "qwen3_moe")
 # Where the decode step differs in more than sizes. The others decode in chunks of one token.
 DECODE_PROGRAM = {
     "llama",
@@ -43,13 +49,24 @@ def decode(runner: PagedRunner, name: str, tokens: dict[int, tuple[int, int]]) -
     return {row: logits[0] for row, logits in zip(tokens, runner.ragged(chunks), strict=True)}
 
 
+def folder_of(name: str, checkpoints: Path) -> Path:
+    folder = checkpoints / name
+    return folder if folder.exists() else save_checkpoint(name, folder)
+
+
+@cache
+def runner_of(folder: Path) -> PagedRunner:
+    """Whose compiled programs tests share."""
+    return PagedRunner(load_model(folder))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers(name, checkpoints):
-    folder = save_checkpoint(name, checkpoints / name)
+    folder = folder_of(name, checkpoints)
     rng = np.random.default_rng(1)
     long, short = (rng.integers(3, 257, n + DECODED).tolist() for n in (LONG, SHORT))
     want = {0: hf_logits(folder, long, LONG), 1: hf_logits(folder, short, SHORT)}
-    runner = PagedRunner(load_model(folder))
+    runner = runner_of(folder)
 
     whole = runner.ragged([(0, 0, long[:LONG], LONG), (1, 0, short[:SHORT], SHORT)])
     assert_close(whole[0], want[0][:LONG])
@@ -66,3 +83,16 @@ def test_logits_equal_transformers(name, checkpoints):
         (got,) = runner.ragged([(2, first, long[first : first + count], LONG)])
         assert_close(got, want[0][first : first + count])
         first += count
+
+
+@pytest.mark.parametrize("name", GREEDY_NAMES)
+def test_greedy_tokens_equal_transformers(name, checkpoints):
+    folder = folder_of(name, checkpoints)
+    ids = np.random.default_rng(2).integers(3, 257, PROMPT).tolist()
+    runner = runner_of(folder)
+    (logits,) = runner.ragged([(0, 0, ids, PROMPT)])
+    drawn = [int(logits[-1].argmax())]
+    while len(drawn) < GREEDY:
+        at = PROMPT + len(drawn) - 1
+        drawn.append(int(decode(runner, name, {0: (drawn[-1], at)})[0].argmax()))
+    assert drawn == hf_greedy(folder, ids, GREEDY)

@@ -249,8 +249,8 @@ def _plan(
 ) -> MemoryPlan:
     shape = model.config
     size = jnp.dtype(model.dtype).itemsize
-    widest = max(layer.mlp.width for layer in shape.layers)
-    activations = buckets.max_tokens * (4 * widest + 8 * shape.hidden_size) * size
+    widest = max(layer.mlp.activations(shape.hidden_size) for layer in shape.layers)
+    activations = buckets.max_tokens * (widest + 8 * shape.hidden_size) * size
     if vision is not None:
         from lmdeploy_jax.engine.core.encoder import run_bytes
 

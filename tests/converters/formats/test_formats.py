@@ -67,7 +67,7 @@ def test_the_experts_of_gpt_oss(tmp_path: Path) -> None:
     save_file(named, tmp_path / "model.safetensors")
     quantisation = recognise({"quantization_config": {"quant_method": "mxfp4"}}, "config.json")
     assert quantisation is not None
-    read = QuantReader(CheckpointReader(tmp_path), quantisation).read("experts.gate_up_proj")
+    read = QuantReader(CheckpointReader(tmp_path), quantisation).read("experts.gate_up_proj.weight")
     theirs = convert_moe_packed_tensors(
         torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32
     )

@@ -1,0 +1,131 @@
+"""A mixture of experts in the place of a layer's MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from lmdeploy_jax.models.config import MixtureConfig, MlpConfig
+from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.mlp import GatedMLP
+from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.products import ACTIVATIONS, dense_product
+from lmdeploy_jax.models.quantised import QuantWeight
+from lmdeploy_jax.models.routing import Router, Routes
+from lmdeploy_jax.pallas_kernels.grouped_matmul import (
+    RowGroups,
+    group_rows,
+    grouped_matmul,
+    grouped_matmul_of,
+)
+
+Gating = Callable[[Array, Array], Array]
+SWIGLU_ALPHA = 1.702
+
+
+class ExpertLinear(Linear):
+    """The weights [X, *out, *inner] of all experts; a row is multiplied with that of its own."""
+
+    def __call__(
+        self, rows: Float[Array, "M K"], groups: RowGroups, *, out_dtype: DTypeLike
+    ) -> Float[Array, "M *out"]:
+        """Biases belong to the callers."""
+        experts, *rest, columns = self.weight.shape
+        out = prod(rest)
+        if isinstance(self.weight, QuantWeight):
+            weight_of = partial(self._dense_expert, out)
+            product = grouped_matmul_of(rows, weight_of, groups, shape=(experts, out), out_dtype=out_dtype)
+        else:
+            weight = self.weight.dense().reshape(experts, out, columns)
+            product = grouped_matmul(rows, weight, groups, out_dtype=out_dtype)
+        return product.reshape(rows.shape[0], *rest)
+
+    def _dense_expert(self, out: int, expert: Array) -> Float[Array, "N K"]:
+        assert isinstance(self.weight, QuantWeight)
+        return self.weight.dense_at(expert).reshape(out, -1)
+
+
+class Experts(nnx.Module):
+    """The blocks among which a router chooses, cut over devices as an MLP is."""
+
+    def __init__(self, hidden: int, config: MixtureConfig, *, dtype: jnp.dtype, kernels: Kernels) -> None:
+        count, expert = config.router.experts, config.expert
+        self.kernels = kernels
+        self.gating = gating(expert)
+        rest: dict[str, Any] = {"bias": expert.bias, "dtype": dtype}
+        inner = ("experts", None, "mlp", "embed")
+        self.gate_up = ExpertLinear((count, 2, expert.width), (hidden,), inner, **rest)
+        self.down = ExpertLinear((count, hidden), (expert.width,), ("experts", "embed", "mlp"), **rest)
+
+    def __call__(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "T E"]:
+        """The weighted sum of each token's experts."""
+        tokens, choices = routes.experts.shape
+        groups = group_rows(routes.experts.reshape(-1), self.gate_up.weight.shape[0])
+        rows = x[groups.source // choices]
+        both = self.gate_up(rows, groups, out_dtype=x.dtype)
+        both = both if self.gate_up.bias is None else both + self.gate_up.bias[...][groups.group]
+        inner = self.gating(both[:, 0], both[:, 1])
+        out = self.down(inner, groups, out_dtype=jnp.float32)[groups.place].reshape(tokens, choices, -1)
+        mixed = jnp.einsum("tke,tk->te", out, routes.weights).astype(x.dtype)
+        mixed = self.kernels.collectives.all_reduce(mixed, x.dtype)
+        return mixed if self.down.bias is None else mixed + self._bias(routes, x.dtype)
+
+    def _bias(self, routes: Routes, dtype: DTypeLike) -> Float[Array, "T E"]:
+        assert self.down.bias is not None
+        chosen = self.down.bias[...][routes.experts]
+        return jnp.einsum("tke,tk->te", chosen.astype(jnp.float32), routes.weights).astype(dtype)
+
+
+class Mixture(nnx.Module):
+    """Some experts for each token, and perhaps a block that all tokens share; called as a `GatedMLP` is."""
+
+    def __init__(self, hidden: int, config: MixtureConfig, *, dtype: jnp.dtype, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.router = Router(hidden, config.router, dtype=dtype)
+        self.experts = Experts(hidden, config, dtype=dtype, kernels=kernels)
+        self.shared = (
+            None
+            if config.shared is None
+            else GatedMLP(hidden, config.shared, added_plainly=False, dtype=dtype, kernels=kernels)
+        )
+        self.shared_gate = (
+            Linear((1,), (hidden,), (None, "embed"), bias=False, dtype=dtype) if config.shared_gate else None
+        )
+
+    def __call__(
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: RMSNorm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
+        """`Kernels.add_norm` of the arguments, and the mixture -> x, what is added to it next."""
+        x, normed = self.kernels.add_norm(x, delta, norm)
+        out = self.experts(normed, self.router(normed))
+        return x, out if self.shared is None else out + self._shared(normed)
+
+    def _shared(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
+        assert self.shared is not None
+        out = self.shared(x, None, None)[1]
+        if self.shared_gate is None:
+            return out
+        return out * jax.nn.sigmoid(dense_product(x, self.shared_gate.weight.dense()))
+
+
+def gating(config: MlpConfig) -> Gating:
+    """What an expert makes of gate and up."""
+    if config.activation == "swigluoai":
+        return partial(_swigluoai, config.limit)
+    activation = ACTIVATIONS[config.activation]
+    return lambda gate, up: activation(gate) * up
+
+
+def _swigluoai(limit: float, gate: Array, up: Array) -> Array:
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * (gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate))

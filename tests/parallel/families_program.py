@@ -1,0 +1,46 @@
+"""Run by test_families.py with two virtual CPU devices: how far a family's logits are from transformers', on
+two devices and through interpreted kernels; one JSON line a family.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lmdeploy_jax.converters.load import load_model
+from lmdeploy_jax.parallel.mesh import make_mesh
+from tests.models.paged import PagedRunner
+from tests.oracle import hf_logits, save_checkpoint
+
+PROMPT, TOTAL = 70, 72
+
+
+def error(folder: Path, ids: list[int], want: np.ndarray, backend: str, tp: int) -> float:
+    mesh = make_mesh(tp)
+    runner = PagedRunner(load_model(folder, mesh=mesh, backend=backend), mesh=mesh)
+    (prefill,) = runner.ragged([(0, 0, ids[:PROMPT], PROMPT)])
+    decoded = [runner.decode({0: (ids[i], i)})[0] for i in range(PROMPT, TOTAL)]
+    got = np.concatenate([prefill, decoded])
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def main(names: list[str]) -> None:
+    ids = np.random.default_rng(0).integers(3, 257, TOTAL).tolist()
+    for name in names:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = save_checkpoint(name, scratch)
+            want = hf_logits(folder, ids, PROMPT)
+            found = {"tp 2": error(folder, ids, want, "xla", 2)}
+            found["interpreted"] = error(folder, ids, want, "pallas_interpret", 1)
+            print(json.dumps({name: found}), flush=True)
+            jax.clear_caches()
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    main(sys.argv[1:])
