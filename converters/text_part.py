@@ -19,6 +19,7 @@ TEXT_PARTS: Mapping[str, str] = {
     "InternVLForConditionalGeneration": "text_config",
     "LlavaForConditionalGeneration": "text_config",
     "LlavaNextForConditionalGeneration": "text_config",
+    "Mistral3ForConditionalGeneration": "text_config",
 }
 """Under which name the configs of such architectures hold that of their language model."""
 SHARED = ("tie_word_embeddings", "quantization_config", "compression_config")

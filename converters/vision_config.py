@@ -53,8 +53,8 @@ def _processor_fields(folder: Path) -> Fields:
 def servable_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionModelConfig] | None:
     """What the engine makes of images; None for models that it serves as text models.
 
-    It encodes square views, and gives tokens the places that they have in the prompt. Converted checkpoints
-    hold the language model alone.
+    It gives tokens the places that they have in the prompt. Converted checkpoints hold the language model
+    alone.
     """
     raw, _ = read_json(folder, None)
     named = raw.get("architectures")
@@ -62,4 +62,4 @@ def servable_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, Visio
     if not within_others or not any(Path(folder).glob("*.safetensors")):
         return None
     family, config = read_vision(folder)
-    return None if config.tower.grid is None or family.mrope else (family, config)
+    return None if family.mrope else (family, config)

@@ -8,7 +8,8 @@ from jax import Array, lax
 
 from lmdeploy_jax.vision.config import RotaryConfig
 
-DENSE = 1024  # patches up to which all scores are held at once
+DENSE = 1024  # patches up to which all scores are held at once; else as many keys at a time
+QUERIES = 4096  # patches beyond which as many queries are attended to at a time
 Triple = tuple[Array, Array, Array]
 NEVER = -1e30  # finite, so that a row that sees nothing gives a mean and not NaN
 
@@ -55,14 +56,29 @@ def _same(rows: Array, columns: Array) -> Array:
 
 
 def _blocked(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    """The same, a block of keys after the other with a running maximum, so that scores stay small.
+    """The same, a block of queries after the other, so that scores stay small.
 
-    N is a multiple of DENSE.
+    N is a multiple of DENSE, and beyond QUERIES of that.
+    """
+    keys, (batch, count) = (_blocks(k, DENSE), _blocks(v, DENSE), _blocks(segments, DENSE)), q.shape[:2]
+    if count <= QUERIES:
+        return _over_keys(q, segments, keys)
+    rows = _blocks(q, QUERIES), _blocks(segments, QUERIES)
+    parts = lax.map(lambda part: _over_keys(part[0], part[1], keys), rows)
+    return jnp.moveaxis(parts, 0, 1).reshape(batch, count, *q.shape[2:])
+
+
+def _blocks(x: Array, size: int) -> Array:
+    """[B, N, ...] -> [N / size, B, size, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _over_keys(q: Array, segments: Array, blocks: Triple) -> Array:
+    """Attention of some queries, a block of keys after the other with a running maximum.
+
+    blocks: keys, values and segments, as `_blocks` cuts them.
     """
     batch, count, heads, size = q.shape
-
-    def blocks(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(batch, count // DENSE, DENSE, *x.shape[2:]), 1, 0)
 
     def step(carry: Triple, block: Triple) -> tuple[Triple, None]:
         top, total, out = carry
@@ -79,8 +95,8 @@ def _blocked(q: Array, k: Array, v: Array, segments: Array) -> Array:
         jnp.zeros((batch, heads, count), jnp.float32),
         jnp.zeros((batch, count, heads, size), jnp.float32),
     )
-    (_, total, out), _ = lax.scan(step, start, (blocks(k), blocks(v), blocks(segments)))
-    return (out / _by_patch(total)).astype(v.dtype)
+    (_, total, out), _ = lax.scan(step, start, blocks)
+    return (out / _by_patch(total)).astype(blocks[1].dtype)
 
 
 def _by_patch(x: Array) -> Array:

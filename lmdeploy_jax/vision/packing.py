@@ -6,6 +6,7 @@ need not wait for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from lmdeploy_jax.vision.config import VisionModelConfig
 from lmdeploy_jax.vision.inputs import VisionInputs
 from lmdeploy_jax.vision.positions import coordinates, position_taps, window_places
 from lmdeploy_jax.vision.processor import View
+from lmdeploy_jax.vision.resize import MOST_RATIO, PACKED
 
 PADDING = -1  # the segment of patches that are none
 
@@ -21,6 +23,27 @@ PADDING = -1  # the segment of patches that are none
 def size_of(config: VisionModelConfig, grid: tuple[int, int]) -> int:
     """What a view takes of the size of a run: 1 where all are squares of one size, else places of patches."""
     return 1 if config.tower.grid is not None else _places(config, *grid)[1]
+
+
+def most_places(config: VisionModelConfig, tokens: int) -> int | None:
+    """What the largest view takes, of those that a prompt of so many tokens can hold: places of patches. None
+    where all views are squares of one size.
+    """
+    processor, rule = config.processor, config.processor.rule
+    if config.tower.grid is not None or not isinstance(rule, PACKED):
+        return None
+    patches = min(rule.most_pixels // processor.patch**2, tokens * processor.merge**2)
+    if config.tower.window is None:
+        return patches
+    rows = math.isqrt(patches // MOST_RATIO)  # of the thinnest view, whose windows are the emptiest
+    spare = math.isqrt(config.tower.window) - processor.merge
+    return patches + spare * (rows + math.ceil(patches / max(rows, 1)) + spare)
+
+
+def output_of(config: VisionModelConfig, size: int) -> int:
+    """Tokens that a run of a size gives at most."""
+    patches = size if config.tower.grid is None else size * config.tower.grid**2
+    return patches // config.processor.merge**2
 
 
 def pack(config: VisionModelConfig, views: Sequence[View], size: int, output: int) -> VisionInputs:

@@ -28,7 +28,7 @@ from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.prompt import EncodedPrompt, Span, SpanImage
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.run import check
-from lmdeploy_jax.vision.families import VISION_FAMILIES
+from lmdeploy_jax.vision.families import vision_family
 from tests.engine.harness import config
 from tests.vision.oracle import hf_model, hf_processor, save_checkpoint
 from tests.vision.pictures import picture
@@ -40,6 +40,7 @@ ONE, OTHER = picture(60, 85), picture(31, 40, seed=1)
 ASK, MORE = "w5 w6 w7", "w8 w9"
 TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}w3"
 PLACEHOLDER = 100
+BESIDE = {"<img>": 101, "</img>": 102, "[IMG_BREAK]": 103, "[IMG_END]": 104}
 
 
 def save(name: str, folder: Path) -> Path:
@@ -50,9 +51,10 @@ def save(name: str, folder: Path) -> Path:
     if "llm_config" in raw:  # the checkpoint that it was made of ties its head
         raw["llm_config"]["tie_word_embeddings"] = True
         path.write_text(json.dumps(raw))
-    token = VISION_FAMILIES[raw["architectures"][0]].placeholder.token
-    special = {token: PLACEHOLDER, "<img>": 101, "</img>": 102}
-    words = {f"w{i}": i for i in range(PLACEHOLDER)} | special | {"?": 103}
+    family = vision_family(raw)
+    assert family is not None
+    special = {family.placeholder.token: PLACEHOLDER} | BESIDE
+    words = {f"w{i}": i for i in range(PLACEHOLDER)} | special | {"?": 110}
     backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in special])
@@ -103,7 +105,7 @@ def opened(compile_cache: Path) -> Iterator[Open]:
         pipe.close()
 
 
-@pytest.mark.parametrize("name", ["internvl_hf", "internvl", "llava", "llava_next"])
+@pytest.mark.parametrize("name", ["internvl_hf", "internvl", "llava", "llava_next", "mistral3", "pixtral"])
 def test_answers_equal_transformers(name: str, tmp_path: Path, opened: Open) -> None:
     folder = save(name, tmp_path / name)
     pipe = opened(folder)
@@ -131,9 +133,9 @@ def runs(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     encoder = pipe.frontend.engine._runner._steps._encoder  # type: ignore[attr-defined]
     seen, run = [], encoder._run
 
-    def counted(program: Any, views: list[Any], *places: Any) -> None:
-        seen.append(len(views))
-        run(program, views, *places)
+    def counted(planned: Any) -> None:
+        seen.append(len(planned.views))
+        run(planned)
 
     monkeypatch.setattr(encoder, "_run", counted)
     return seen

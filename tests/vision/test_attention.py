@@ -17,10 +17,12 @@ def test_blocks_give_what_all_at_once_gives(dtype: str, monkeypatch: pytest.Monk
     segments = np.repeat([0, 1, 2, -1], [30, 1, 22, 11])[None].astype(np.int32)
     whole = attention.attend(q, k, v, segments)
     monkeypatch.setattr(attention, "DENSE", 16)
-    blocked = attention.attend(q, k, v, segments)
-    np.testing.assert_allclose(
-        blocked.astype("float32"), whole.astype("float32"), atol=1e-6 if dtype == "float32" else 0.02
-    )
+    for queries in (64, 32):
+        monkeypatch.setattr(attention, "QUERIES", queries)
+        blocked = attention.attend(q, k, v, segments)
+        np.testing.assert_allclose(
+            blocked.astype("float32"), whole.astype("float32"), atol=1e-6 if dtype == "float32" else 0.02
+        )
 
 
 def test_a_patch_sees_its_own_segment_alone() -> None:

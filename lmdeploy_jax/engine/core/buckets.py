@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import lcm
 
 REPORT_ROWS = 64  # rows whose logits are reported on, or pass through Python, in one call
 # Few rows cost what eight do; many, what they are.
 GPU_DECODE = (1, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 TILES = {"cpu": (1, 4, 13), "gpu": (1, 2, 4, 8, 13)}  # square views in one run; 13: most of InternVL's images
+PATCHES = 1024  # of a run that several views share: in larger ones, patches of other views cost too much
+LONG_RUNS = (1024, 4096)  # patches beyond which a run is attended to in blocks of as many
 IMAGE_ROWS = {"cpu": 4096, "gpu": 16384}  # of images that are held on the device
 PAGE_COPIES = 64  # pages duplicated in one call
 
@@ -20,7 +23,8 @@ class Buckets:
     sampling: tuple[int, ...]  # rows of the heads that do more
     tokens: tuple[int, ...]  # tokens of a ragged step
     steps: int = 1  # most decode steps in one call
-    tiles: tuple[int, ...] = TILES["cpu"]  # views of an encoder's run
+    encoder: tuple[int, ...] = TILES["cpu"]  # of an encoder's run, in what `packing.size_of` counts
+    shared: int = TILES["cpu"][-1]  # of a run, what several views may take; a larger one is alone
     image_rows: int = 0  # of images that are held on the device; a step has no more of them than tokens
 
     @property
@@ -31,6 +35,15 @@ class Buckets:
     def max_tokens(self) -> int:
         return self.tokens[-1]
 
+    def for_patches(self, platform: str, longest: int, unit: int) -> Buckets:
+        """The same for an encoder whose views come in all sizes.
+
+        longest: places that the largest view takes; unit: what every run is a multiple of.
+        """
+        first, factor = min(256, longest), 4 if platform == "cpu" else 2
+        sizes = sorted({_long_run(size, unit) for size in _ladder(first, longest, factor)})
+        return replace(self, encoder=tuple(sizes), shared=PATCHES)
+
 
 def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) -> Buckets:
     """Buckets for a device kind. On a CPU programs are slow to compile and padding is cheap, so they are
@@ -40,16 +53,26 @@ def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) ->
     if platform == "cpu":
         decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
         held = max(IMAGE_ROWS["cpu"], tokens)
-        return Buckets(decode, sampling, _ladder(32, tokens, 4), steps, TILES["cpu"], held)
+        return Buckets(decode, sampling, _ladder(32, tokens, 4), steps, image_rows=held)
     sizes = (size for size in GPU_DECODE if size < max_batch_size)
     sampling = tuple(sorted({*_ladder(1, max_batch_size, 8), min(128, max_batch_size)}))
     held = max(IMAGE_ROWS["gpu"], tokens)
-    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), steps, TILES["gpu"], held)
+    tiles = TILES["gpu"]
+    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), steps, tiles, tiles[-1], held)
 
 
 def _gpu_tokens(most: int) -> tuple[int, ...]:
     """Powers of two, and the size of a step in which prompts join a large batch."""
     return tuple(sorted({*_ladder(128, most, 2), min(384, most)}))
+
+
+def _long_run(size: int, unit: int) -> int:
+    """At least `size`, a multiple of the blocks that a run of that size is attended to in."""
+    for block in (1, *LONG_RUNS):
+        if size > block:
+            unit = lcm(unit, block)
+            size = -(-size // unit) * unit
+    return size
 
 
 def _ladder(first: int, last: int, factor: int) -> tuple[int, ...]:

@@ -18,13 +18,15 @@ from jax import Array
 
 from lmdeploy_jax.converters.vision import LoadedVisionModel
 from lmdeploy_jax.engine.core.buckets import Buckets
+from lmdeploy_jax.engine.core.encoder_runs import Run, Wanted, plan_runs
 from lmdeploy_jax.engine.core.program import Ladder, Program, Programs
 from lmdeploy_jax.engine.core.scheduler import Chunk
 from lmdeploy_jax.engine.core.state import Leaves, Update
 from lmdeploy_jax.prompt import Span, SpanImage
+from lmdeploy_jax.vision.attention import DENSE, QUERIES
 from lmdeploy_jax.vision.config import VisionModelConfig
 from lmdeploy_jax.vision.inputs import VisionInputs
-from lmdeploy_jax.vision.packing import pack, result_index
+from lmdeploy_jax.vision.packing import output_of, pack, result_index
 from lmdeploy_jax.vision.processor import View
 
 
@@ -44,25 +46,27 @@ class Encoder:
         self._vision, self._state = vision, programs.state
         self._dump = self._state.image_capacity
         self._programs = programs
-        self._runs = Ladder(buckets.tiles, self._program)
+        self._buckets = buckets
+        self._runs = Ladder(buckets.encoder, self._program)
         self._held: OrderedDict[bytes, np.ndarray] = OrderedDict()  # by content, the least recent first
         self._free: list[int] = []
         self.forget()
 
-    def _program(self, tiles: int) -> Program:
+    def _program(self, size: int) -> Program:
         config, replicated = self._vision.config, self._state.replicated
         views = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated),
-            pack(config, [_blank(config)], tiles, tiles * _tokens(config)),
+            pack(config, [_blank(config)], size, output_of(config, size)),
         )
         function, writes = partial(encode, vision=self._vision), ("image_rows",)
         places = self._state.ints(len(views.output))
-        return self._programs.add("encode", function, size=tiles, writes=writes, views=views, places=places)
+        return self._programs.add("encode", function, size=size, writes=writes, views=views, places=places)
 
     def warm_up(self) -> None:
         """Run every program once, for nobody."""
-        for program in self._runs.values():
-            self._run(program, [_blank(self._vision.config)], np.empty(0, np.int32), np.empty(0, np.int32))
+        config, nothing = self._vision.config, np.empty(0, np.int32)
+        for size in self._runs:
+            self._run(Run([_blank(config)], size, nothing, nothing))
 
     def forget(self) -> None:
         """Hold nothing."""
@@ -93,8 +97,8 @@ class Encoder:
             self._free += np.unique(places).tolist()
         if needed > len(self._free):
             return self._only(images, touched)
-        for content, image in missing.items():
-            self._held[content] = self._encode(image, np.ones(len(image.rows), bool))
+        every = {content: np.ones(len(image.rows), bool) for content, image in missing.items()}
+        self._held |= self._encode(missing, every)
         return {content: self._held[content] for content in images}
 
     def _only(self, images: Mapping[bytes, SpanImage], touched: list[Touched]) -> dict[bytes, np.ndarray]:
@@ -102,37 +106,36 @@ class Encoder:
         tokens, held for no other.
         """
         self.forget()
-        places = {}
-        for content, image in images.items():
-            wanted = np.zeros(len(image.rows), bool)
-            for each in touched:
-                if each.content_hash == content:
-                    wanted[each.rows] = True
-            places[content] = self._encode(image, wanted)
+        wanted = {content: np.zeros(len(image.rows), bool) for content, image in images.items()}
+        for each in touched:
+            wanted[each.content_hash][each.rows] = True
+        places = self._encode(images, wanted)
         self.forget()
         return places
 
-    def _encode(self, image: SpanImage, wanted: np.ndarray) -> np.ndarray:
-        """Start an image's runs -> where those of its rows stand that are wanted."""
-        unique, inverse = np.unique(image.rows, return_inverse=True)
-        used = np.unique(inverse[wanted])
-        places = np.full(len(unique), self._dump, np.int32)
-        places[used], self._free = self._free[: len(used)], self._free[len(used) :]
-        tokens, tiles = _tokens(self._vision.config), max(self._runs)
-        for first in range(0, len(image.patches), tiles):
-            views = [View(patches, image.grid) for patches in image.patches[first : first + tiles]]
-            begin, end = first * tokens, (first + len(views)) * tokens
-            given = (unique < 0) | ((unique >= begin) & (unique < end))
-            rows = np.where(unique < 0, unique, unique - begin)[given]
-            self._run(self._runs.fit(len(views)), views, rows, places[given])
-        return places[inverse]
+    def _encode(
+        self, images: Mapping[bytes, SpanImage], wanted: Mapping[bytes, np.ndarray]
+    ) -> dict[bytes, np.ndarray]:
+        """Start the runs of images -> where those of the rows of each stand that are wanted."""
+        runs, found = [], {}
+        for content, image in images.items():
+            unique, inverse = np.unique(image.rows, return_inverse=True)
+            used = np.unique(inverse[wanted[content]])
+            places = np.full(len(unique), self._dump, np.int32)
+            places[used], self._free = self._free[: len(used)], self._free[len(used) :]
+            runs.append(Wanted(image, unique[used], places[used]))
+            found[content] = places[inverse]
+        for run in plan_runs(self._vision.config, runs, self._buckets):
+            self._run(run)
+        return found
 
-    def _run(self, program: Program, views: list[View], rows: np.ndarray, places: np.ndarray) -> None:
-        """Put `rows` of a run's result at `places`."""
-        output = program.size * _tokens(self._vision.config)
-        inputs = pack(self._vision.config, views, program.size, output)
+    def _run(self, run: Run) -> None:
+        """Start it."""
+        config, program = self._vision.config, self._runs.fit(run.size)
+        output = output_of(config, program.size)
+        inputs = pack(config, run.views, program.size, output)
         where = np.full(len(inputs.output), self._dump, np.int32)
-        where[result_index(rows, 0, output)] = places
+        where[result_index(run.rows, 0, output)] = run.places
         program(views=inputs, places=where)
 
 
@@ -154,21 +157,20 @@ def _within(span: Span, image: SpanImage, chunk: Chunk, first: int) -> Iterator[
         yield Touched(span.content_hash, image, first + tokens[rows], rows)
 
 
-def _tokens(config: VisionModelConfig) -> int:
-    """Rows that a square view gives."""
-    return ((config.tower.grid or 0) // config.processor.merge) ** 2
-
-
 def _blank(config: VisionModelConfig) -> View:
-    side = config.tower.grid or 0
+    side = config.tower.grid or config.processor.merge
     return View(np.zeros((side**2, prod(config.tower.patch_shape)), np.uint8), (side, side))
 
 
-def run_bytes(config: VisionModelConfig, tiles: int, itemsize: int) -> int:
+def run_bytes(config: VisionModelConfig, size: int, itemsize: int) -> int:
     """Memory that one run takes besides the weights, roughly."""
     tower = config.tower
-    patches = tiles * ((tower.grid or 0) ** 2 + tower.class_token)
-    scores = 2 * 4 * tower.heads * ((tower.grid or 0) ** 2 + tower.class_token)
+    if tower.grid is None:
+        patches, seen = size, min(size, QUERIES) * min(size, DENSE) // size
+    else:
+        seen = tower.grid**2 + tower.class_token
+        patches = size * seen
+    scores = 2 * 4 * tower.heads * seen
     return patches * ((8 * tower.width + 2 * tower.mlp_width) * itemsize + scores)
 
 

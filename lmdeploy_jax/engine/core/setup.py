@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,8 +86,8 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     vision = _load_vision(folder, config, mesh)
     loading = time.perf_counter() - begun
     steps = _decode_steps(config, loaded, mesh)
-    buckets = _buckets(config, platform, steps)
     session_len = config.session_len or model_config.max_position
+    buckets = _encoder_buckets(_buckets(config, platform, steps), vision, platform, session_len)
     layout = model_config.cache_layout(config.tp, session_len=session_len, step_tokens=buckets.max_tokens)
     memory = _plan(config, loaded, vision, mesh, buckets, session_len, layout)
     log.info("%s", memory)
@@ -238,6 +239,21 @@ def _buckets(config: JaxEngineConfig, platform: str, steps: int) -> Buckets:
     return bucket_plan.plan(platform, config.max_batch_size or batch, most, steps)
 
 
+def _encoder_buckets(
+    buckets: Buckets, vision: LoadedVisionModel | None, platform: str, session_len: int
+) -> Buckets:
+    """With runs for the largest image that a prompt can hold."""
+    if vision is None:
+        return buckets
+    from lmdeploy_jax.vision.packing import most_places
+
+    tower, longest = vision.config.tower, most_places(vision.config, session_len)
+    if longest is None:
+        return buckets
+    unit = lcm(tower.window or 1, vision.config.processor.merge**2)
+    return buckets.for_patches("cpu" if platform == "cpu" else "gpu", longest, unit)
+
+
 def _plan(
     config: JaxEngineConfig,
     model: LoadedModel,
@@ -254,7 +270,7 @@ def _plan(
     if vision is not None:
         from lmdeploy_jax.engine.core.encoder import run_bytes
 
-        activations += run_bytes(vision.config, buckets.tiles[-1], size)
+        activations += run_bytes(vision.config, buckets.encoder[-1], size)
         activations += buckets.image_rows * shape.hidden_size * size
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
     return plan_memory(

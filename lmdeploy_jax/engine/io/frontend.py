@@ -82,7 +82,7 @@ class Frontend:
             template_stops=tuple(template.stop_words),
             is_special=tokenizer.is_special,
         )
-        self._images = None if vision is None else _prompt_images(vision, tokenizer)
+        self._images = None if vision is None else _prompt_images(vision, tokenizer, engine.session_len)
         self._max_log_len = max_log_len
         self._unread: set[str] = set()  # variables that have been warned of
         # Nothing of what these threads hold leads back here: else this would never be the last reference.
@@ -234,11 +234,11 @@ class Frontend:
         self._finalizer()
 
 
-def _prompt_images(vision: Vision, tokenizer: Tokenizer) -> PromptImages:
+def _prompt_images(vision: Vision, tokenizer: Tokenizer, session_len: int) -> PromptImages:
     """Text models start without importing what images need."""
     from lmdeploy_jax.engine.io.images import PromptImages
 
-    return PromptImages(*vision, tokenizer)
+    return PromptImages(*vision, tokenizer, session_len)
 
 
 def _abort(engine: EngineBase, request_id: int, choice: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
+from math import prod
 
 from lmdeploy_jax.errors import CheckpointError, RequestError
 from lmdeploy_jax.prompt import Span, SpanImage
@@ -12,8 +13,10 @@ from lmdeploy_jax.text.tokenizer import Tokenizer
 from lmdeploy_jax.vision.config import VisionModelConfig
 from lmdeploy_jax.vision.families import VisionFamily
 from lmdeploy_jax.vision.load import load_image
+from lmdeploy_jax.vision.packing import most_places, size_of
 from lmdeploy_jax.vision.placeholders import ImageSpan, expand_placeholders, image_spans
 from lmdeploy_jax.vision.processor import ProcessedImage
+from lmdeploy_jax.vision.resize import ImagePlan
 
 
 class PromptImages:
@@ -22,8 +25,11 @@ class PromptImages:
     Raises CheckpointError for a tokenizer without the token that stands for a row.
     """
 
-    def __init__(self, family: VisionFamily, config: VisionModelConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, family: VisionFamily, config: VisionModelConfig, tokenizer: Tokenizer, session_len: int
+    ) -> None:
         self._family, self._config = family, config
+        self._most = most_places(config, session_len)
         token = family.placeholder.token
         found = tokenizer.token_to_id(token)
         if found is None:
@@ -42,9 +48,21 @@ class PromptImages:
     def process(self, part: ImagePart) -> ProcessedImage:
         """An image's patches. Raises RequestError for one that cannot be had, or not as it is asked for."""
         try:
-            return self._config.processor.with_options(part.options)(load_image(part.source))
+            processor = self._config.processor.with_options(part.options)
+            image = load_image(part.source)
+            self._check_size(processor.plan(image.height, image.width))
+            return processor(image)
         except RequestError as error:
             raise RequestError(f"{part.where}: {error}") from error
+
+    def _check_size(self, plan: ImagePlan) -> None:
+        """Raises RequestError for a view that no run of the encoder takes."""
+        grid = self._config.processor.grid(plan)
+        if self._most is not None and size_of(self._config, grid) > self._most:
+            raise RequestError(
+                f"it would be encoded as {plan.width} x {plan.height} pixels, {prod(grid)} patches, of which "
+                f"this model takes {self._most} here; make it smaller, or lower its max_pixels"
+            )
 
     def written(self, messages: Sequence[Message]) -> list[Message]:
         """The messages with each image as the text that stands for it, which templates of text models print

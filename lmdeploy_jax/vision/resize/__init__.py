@@ -1,6 +1,6 @@
 """Rules by which pictures of any size become views that a tower takes: one frozen record a rule."""
 
-from lmdeploy_jax.vision.resize.packed import LongestEdge, NaViT, SmartResize
+from lmdeploy_jax.vision.resize.packed import MOST_RATIO, PACKED, LongestEdge, NaViT, SmartResize
 from lmdeploy_jax.vision.resize.plan import ImagePlan, ResizeRule
 from lmdeploy_jax.vision.resize.tiles import (
     FixedSize,
@@ -12,6 +12,8 @@ from lmdeploy_jax.vision.resize.tiles import (
 )
 
 __all__ = [
+    "MOST_RATIO",
+    "PACKED",
     "FixedSize",
     "GridRatio",
     "HDTransform",

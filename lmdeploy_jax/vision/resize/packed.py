@@ -41,6 +41,12 @@ class SmartResize:
         if self.least > self.most:
             raise RequestError(f"min_pixels is {self.least}, more than max_pixels={self.most}; lower it")
 
+    @property
+    def most_pixels(self) -> int:
+        """Of the largest view that it makes: a thin one keeps a block, whatever its area is then."""
+        most = self.most // self.frames
+        return max(most, self.factor * math.isqrt(most * MOST_RATIO))
+
     def plan(self, height: int, width: int) -> ImagePlan:
         new_height, new_width = self._size(*self._enlarged(height, width))
         return ImagePlan((height, width), new_height, new_width)
@@ -87,6 +93,11 @@ class LongestEdge:
 
     OPTIONS: ClassVar[Mapping[str, str]] = {}
 
+    @property
+    def most_pixels(self) -> int:
+        """Of the largest view that it makes."""
+        return (math.ceil(self.edge / self.factor) * self.factor) ** 2
+
     def plan(self, height: int, width: int) -> ImagePlan:
         ratio = max(height / self.edge, width / self.edge)
         kept = [math.floor(size / ratio) if ratio > 1 else size for size in (height, width)]
@@ -113,6 +124,11 @@ class NaViT:
 
     OPTIONS: ClassVar[Mapping[str, str]] = {}
 
+    @property
+    def most_pixels(self) -> int:
+        """Of the largest view that it makes."""
+        return (math.ceil(self.most_side * self.patch / self.factor) * self.factor) ** 2
+
     def plan(self, height: int, width: int) -> ImagePlan:
         padded = (math.ceil(edge / self.factor) * self.factor for edge in self._size(height, width))
         return ImagePlan((height, width), next(padded), next(padded))
@@ -129,3 +145,6 @@ class NaViT:
         scale = min(1.0, math.sqrt(self.most / patches), longest / height, longest / width)
         size = (min(max(1, int(edge * scale)), longest) for edge in (height, width))
         return next(size), next(size)
+
+
+PACKED = (LongestEdge, NaViT, SmartResize)
