@@ -31,9 +31,13 @@ class UnsupportedModelError(CheckpointError):
 
 
 class RequestError(LmdeployError, ValueError):
-    """A request cannot be served as it was asked."""
+    """A request cannot be served as it was asked. param: which part of it, as OpenAI's error objects say."""
 
     code = "invalid_request"
+
+    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ContextLengthError(RequestError):

@@ -40,7 +40,7 @@ def define(flags: FlagSet) -> None:
     flags.add(section, text, "chat_template", None, "a built-in template's name, or a .json or .jinja file")
     flags.add(section, text, "log_level", "WARNING", "CRITICAL, ERROR, WARNING, INFO, REQUEST or DEBUG")
     flags.add(section, absl_flags.DEFINE_integer, "max_log_len", None, "characters of a logged prompt")
-    add_engine_flags(flags, {"language_model_only": True})  # the protocols take no images yet
+    add_engine_flags(flags)
 
 
 def _definition(hint: Any) -> Any:

@@ -20,6 +20,8 @@ from lmdeploy_jax.server.routes import admin, health, metrics, models, page
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.tokens import route as tokens
 
+MAX_BODY_SIZE, MAX_BODY_SIZE_WITH_IMAGES = 16 << 20, 64 << 20  # bytes, unless the options say otherwise
+
 ROUTERS: tuple[APIRouter, ...] = (
     models.router,
     openai_chat.router,
@@ -51,15 +53,16 @@ def create_app(service: Service) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     install_handlers(app)
-    _install_middleware(app, options)
+    default = MAX_BODY_SIZE_WITH_IMAGES if service.frontend.takes_images else MAX_BODY_SIZE
+    _install_middleware(app, options, options.max_body_size or default)
     return app
 
 
-def _install_middleware(app: FastAPI, options: ServerOptions) -> None:
+def _install_middleware(app: FastAPI, options: ServerOptions, max_body_size: int) -> None:
     """The last one added is the outermost."""
     if options.max_concurrent_requests is not None:
         app.add_middleware(ConcurrencyLimit, most=options.max_concurrent_requests)
-    app.add_middleware(BodyLimit, most=options.max_body_size, seconds=options.body_timeout)
+    app.add_middleware(BodyLimit, most=max_body_size, seconds=options.body_timeout)
     if options.api_keys:
         app.add_middleware(Authentication, keys=options.api_keys)
     app.add_middleware(ServerErrors)

@@ -65,7 +65,7 @@ def as_api_error(error: BaseException) -> ApiError:
         case ContextLengthError():
             return ApiError(400, str(error), param="messages", code=error.code)
         case RequestError():
-            return ApiError(400, str(error), code=error.code)
+            return ApiError(400, str(error), param=error.param, code=error.code)
         case EngineError():
             return ApiError(503, str(error), code=error.code)
         case LogitsError():

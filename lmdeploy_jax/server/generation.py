@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.prompt import EncodedPrompt
@@ -18,10 +18,16 @@ if TYPE_CHECKING:
     from lmdeploy_jax.engine.io.frontend import Frontend
     from lmdeploy_jax.server.metrics import RequestMetrics
 
-P = ParamSpec("P")
 T = TypeVar("T")
-# Threads that wait until a form has been tried. Apart from those that every other request needs for a moment.
+# Threads that wait: until a form has been tried, until images have come. Apart from those that every other
+# request needs for a moment.
 _GUIDED = ThreadPoolExecutor(32, thread_name_prefix="lmdeploy_jax forms")
+_IMAGES = ThreadPoolExecutor(64, thread_name_prefix="lmdeploy_jax images")
+
+
+async def in_thread(work: Callable[[], T], *, images: bool = False) -> T:
+    """The result of `work`, off the event loop. images: whether it loads any, and may wait for them."""
+    return await asyncio.get_running_loop().run_in_executor(_IMAGES if images else None, work)
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,15 @@ class Generation:
         self._failure: ApiError | None = None
         self._closed = False
 
-    async def start(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def start(self, work: Callable[[], T], *, images: bool = False) -> T:
         """The result of `work`, which makes jobs and submits them on a worker thread, once pieces have come.
+        images: see `in_thread`.
 
         Both happen in one visit to that thread: of a burst of requests, the first is with the engine before
         the last one's prompt is tokenised. Raises what `work` raises, and `ApiError` where no answer comes.
         """
         try:
-            result = await asyncio.to_thread(work, *args, **kwargs)
+            result = await in_thread(work, images=images)
             if self._guided is not None:
                 await asyncio.wrap_future(self._guided)
             self._unfinished = sum(job.config.n for job in self.jobs)

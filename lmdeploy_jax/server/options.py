@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from lmdeploy_jax.checked import Checked, at_least, within
+from lmdeploy_jax.checked import POSITIVE, Checked, at_least, within
 from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.vision.access import MediaAccess
 
 DEFAULT_PORT = 23333
 
@@ -36,7 +37,9 @@ class ServerOptions(Checked):
     max_queued_requests: Annotated[int, at_least(0)] | None = _option(
         None, "most answers that wait for the engine; a request beyond is told to come back later (429)"
     )
-    max_body_size: Annotated[int, at_least(1)] = _option(16 << 20, "most bytes of a request's body")
+    max_body_size: Annotated[int, at_least(1)] | None = _option(
+        None, "most bytes of a request's body; without it 16 MB, or 64 MB where the model takes images"
+    )
     body_timeout: Annotated[float, at_least(0)] = _option(
         60.0, "seconds in which a request's body must have come (408)"
     )
@@ -56,6 +59,15 @@ class ServerOptions(Checked):
         "auto", "format of reasoning; auto goes by the chat template, none leaves it in the text"
     )
     strict: bool = _option(False, "refuse request fields that are not known instead of ignoring them")
+    allowed_media_domains: Sequence[str] = _option(
+        (), "the only hosts that images are fetched from, private ones too; without it any public host"
+    )
+    allowed_local_media_path: str | None = _option(
+        None, "folder whose files clients may name as images; without it they may name none"
+    )
+    image_fetch_timeout: Annotated[float, POSITIVE] = _option(
+        10.0, "seconds in which the images of a request must have come from their hosts"
+    )
     disable_fastapi_docs: bool = _option(False, "leave out /docs and /openapi.json")
     disable_metrics: bool = _option(False, "leave out /metrics")
     allow_terminate_by_client: bool = _option(False, "let clients end the server by GET /terminate")
@@ -64,3 +76,13 @@ class ServerOptions(Checked):
     def __post_init__(self) -> None:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile go together: give both, or neither.")
+
+    @property
+    def media_access(self) -> MediaAccess:
+        """What the images of requests may be loaded from."""
+        return MediaAccess(
+            trusted=False,
+            allowed_media_domains=tuple(host.lower() for host in self.allowed_media_domains) or None,
+            allowed_local_media_path=self.allowed_local_media_path,
+            fetch_timeout=self.image_fetch_timeout,
+        )

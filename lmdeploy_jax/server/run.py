@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import uvicorn
 
@@ -28,14 +29,17 @@ def check(options: ServerOptions, model: PreparedModel) -> None:
     Raises ConfigError for what names nothing or would do nothing, CheckpointError, and OSError for files that
     cannot be used.
     """
-    if model.vision is not None:
-        raise ConfigError(
-            "language_model_only=False would load an encoder of images that no route can reach: the server's "
-            "protocols take no images yet. Leave --nolanguage-model-only out, or use pipeline() for images."
-        )
+    _check_media_path(options)
     check_certificate(options)
     select_parsers(options, model.template)
     SamplingDefaults.read(options.generation_config, model.folder)
+
+
+def _check_media_path(options: ServerOptions) -> None:
+    """Raises ConfigError for what is no folder."""
+    path = options.allowed_local_media_path
+    if path is not None and not Path(path).is_dir():
+        raise ConfigError(f"allowed_local_media_path={path!r} is no folder: name one, or leave it out.")
 
 
 class Server(uvicorn.Server):

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lmdeploy_jax.engine.io.sampling_defaults import SamplingDefaults
@@ -52,7 +53,8 @@ class Service:
         self.models = (self.options.model_name or model,)
         self.created = int(time.time())
         self.defaults = SamplingDefaults.read(self.options.generation_config, frontend.engine.folder)
-        self.chat = Chat(frontend, *select_parsers(self.options, frontend.template))
+        self.media_access = self.options.media_access
+        self.chat = Chat(frontend, *select_parsers(self.options, frontend.template), self.media_access)
         names = parser_names(self.options, frontend.template)
         logger.info("tool calls are read as %r, reasoning as %r", *names)
         self.metrics = (
@@ -90,7 +92,8 @@ class Service:
         `Chat.prepare` and the engine raise.
         """
         generation = self.admit(call.config.n, name=name, session_id=session_id)
-        reader = await generation.start(self.chat.submit, call, generation, stream=stream)
+        submit = partial(self.chat.submit, call, generation, stream=stream)
+        reader = await generation.start(submit, images=call.prompt.has_images)
         return Answers(generation, reader)
 
     async def generate(
@@ -105,9 +108,8 @@ class Service:
     ) -> Generation:
         """What continues texts as they are, or prompts in tokens; otherwise as `answer`."""
         generation = self.admit(config.n * len(prompts), name=name, session_id=session_id)
-        await generation.start(
-            generation.submit_prompts, prompts, config, stream=stream, cache_salt=cache_salt
-        )
+        submit = generation.submit_prompts
+        await generation.start(partial(submit, prompts, config, stream=stream, cache_salt=cache_salt))
         return generation
 
     def admit(self, answers: int, *, name: str | None = None, session_id: int | None = None) -> Generation:

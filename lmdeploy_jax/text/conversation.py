@@ -17,6 +17,8 @@ MEDIA_PARTS = {
     "audio": "audio", "audio_url": "audio", "input_audio": "audio",
 }  # fmt: skip
 
+ILLUSTRATED = ("user", "tool")  # roles whose messages may have images
+
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 Message = dict[str, Any]
@@ -41,7 +43,7 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]], *, images: bool = 
     are no JSON object stay a text: models write such calls, and the conversation in which one is told so must
     go on.
     images: whether the model takes any. Then the content of a message with images is a list of texts and
-        `ImagePart`s, in order.
+        `ImagePart`s, in order; the user's messages and those of tools may have some.
     Raises `RequestError` naming the message by its position.
     """
     if not messages:
@@ -68,7 +70,11 @@ def _normalise(message: Mapping[str, Any], where: str, images: bool) -> Message:
         raise RequestError(f"{where}: only the assistant calls tools, not {role!r}.")
     rest = {key: value for key, value in _with_thought(message).items() if key != "tool_calls"}
     if "content" in message or not calls:
-        rest["content"] = _content(message.get("content", ""), where, images)
+        content = rest["content"] = _content(message.get("content", ""), where, images)
+        if isinstance(content, list) and role not in ILLUSTRATED:
+            raise RequestError(
+                f"{where}: images may stand in messages of the user and of tools, not of {role!r}."
+            )
     return rest | {"tool_calls": calls} if calls else rest
 
 
@@ -98,18 +104,26 @@ def _content(content: Any, where: str, images: bool) -> str | list[str | ImagePa
 def _part(part: Any, where: str, images: bool) -> str | ImagePart:
     if isinstance(part, str):
         return part
+    if isinstance(part, ImagePart):  # a protocol with a form of its own has read it
+        if images:
+            return part
+        raise _unsupported("images", part.where)
     if not isinstance(part, Mapping):
         raise RequestError(f"{where} must be an object with a 'type', not {type(part).__name__}.")
     kind = part.get("type", "text" if "text" in part else None)
     if isinstance(kind, str) and kind in MEDIA_PARTS:
         if images and MEDIA_PARTS[kind] == "images":
             return _image(part, kind, where)
-        raise RequestError(f"{where}: {MEDIA_PARTS[kind]} are not supported by this model.")
+        raise _unsupported(MEDIA_PARTS[kind], where)
     if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
         raise RequestError(
             f"{where}: a part of type {kind!r} is not supported. Use {{'type': 'text', 'text': ...}}."
         )
     return part["text"]
+
+
+def _unsupported(media: str, where: str) -> RequestError:
+    return RequestError(f"{where}: {media} are not supported by this model.", param=where)
 
 
 def _image(part: Mapping[str, Any], kind: str, where: str) -> ImagePart:
@@ -123,7 +137,9 @@ def _image(part: Mapping[str, Any], kind: str, where: str) -> ImagePart:
         options |= {name: value for name, value in given.items() if name != inner}
         given = None if inner is None else given[inner]
     if given is None:
-        raise RequestError(f"{where}: no image. Use {{'type': 'image_url', 'image_url': {{'url': ...}}}}.")
+        raise RequestError(
+            f"{where}: no image. Use {{'type': 'image_url', 'image_url': {{'url': ...}}}}.", param=where
+        )
     return ImagePart(given, without_nulls(options), where)
 
 

@@ -18,6 +18,10 @@ class Prompt:
     messages: tuple[Message, ...] | None = None  # normalised
     token_ids: tuple[int, ...] | None = None
 
+    @property
+    def has_images(self) -> bool:
+        return any(isinstance(message.get("content"), list) for message in self.messages or ())
+
 
 def normalise_prompts(prompts: Any, *, images: bool = False) -> tuple[list[Prompt | RequestError], bool]:
     """Prompts as a list, and whether a single one was meant (then a single response is due).

@@ -18,7 +18,8 @@ class MediaAccess:
     trusted: False for sources that somebody else names, as a server's clients do: files only within
         `allowed_local_media_path`, private addresses only of hosts in `allowed_media_domains`.
     allowed_media_domains: the only hosts that are asked; None is all of them.
-    max_bytes, max_pixels: most of one image. fetch_timeout: seconds in which it must have come.
+    max_bytes, max_pixels: most of one image. fetch_timeout: seconds in which it must have come. URLs of one
+        prompt are fetched side by side, and have `max_bytes` and `fetch_timeout` together.
     """
 
     trusted: bool = True

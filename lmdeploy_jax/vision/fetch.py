@@ -1,4 +1,4 @@
-"""Bytes from a URL that somebody else may have written, within bounds of place, size and time."""
+"""Bytes from URLs that somebody else may have written, within bounds of place, size and time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ipaddress
 import re
 import socket
 import threading
+from collections.abc import Iterable
 from concurrent.futures import Future
 from urllib.parse import urljoin, urlsplit
 
@@ -22,6 +23,7 @@ MAX_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 _SHOWN = 200  # characters of a URL in an error
 _CHUNK = 1 << 16
+_AT_ONCE = 8  # URLs of one call
 _LOOK_UP = 1.0  # seconds more, after which nobody waits for the look-up of a name
 # Anything else might be one host here and another one where it is connected to.
 _PLAIN_HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
@@ -32,20 +34,27 @@ _TRANSLATED = [
 ]
 
 
-def fetch(url: str, access: MediaAccess) -> bytes:
-    """The body at an http or https URL, on whichever thread this is called.
+Fetched = dict[str, bytes | RequestError]  # by URL: the body, or why it cannot be had
 
-    Raises `RequestError` for a host that `access` does not allow, at any redirect too, and for what does not
-    come, comes too slowly or is too large.
+
+def fetch(urls: Iterable[str], access: MediaAccess) -> Fetched:
+    """The bodies at http and https URLs, on whichever thread this is called.
+
+    They come side by side, and the bounds of time and size that `access` has are those of all together. What
+    cannot be had: from a host that `access` does not allow, at any redirect too, and what does not come,
+    comes too slowly or is too large.
     """
-    outcome: Future[bytes] = Future()
+    wanted = list(dict.fromkeys(urls))
+    if not wanted:
+        return {}
+    outcome: Future[Fetched] = Future()
     # The caller's thread may run an event loop, as a notebook's does. Nobody joins this one: the look-up of a
     # name cannot be cancelled, and may take longer than anybody waits here.
-    threading.Thread(target=_run, args=(outcome, url, access), daemon=True).start()
+    threading.Thread(target=_run, args=(outcome, wanted, access), daemon=True).start()
     try:
         return outcome.result(access.fetch_timeout + _LOOK_UP)
-    except TimeoutError as error:
-        raise _too_slow(url, access) from error
+    except TimeoutError:
+        return {url: _too_slow(url, access) for url in wanted}
 
 
 def _too_slow(url: str, access: MediaAccess) -> RequestError:
@@ -55,52 +64,64 @@ def _too_slow(url: str, access: MediaAccess) -> RequestError:
     )
 
 
-def _run(outcome: Future[bytes], url: str, access: MediaAccess) -> None:
+def _run(outcome: Future[Fetched], urls: list[str], access: MediaAccess) -> None:
     try:
-        outcome.set_result(asyncio.run(_fetched(url, access)))
+        outcome.set_result(asyncio.run(_Fetcher(access).bodies(urls)))
     except BaseException as error:
         outcome.set_exception(error)
 
 
-async def _fetched(url: str, access: MediaAccess) -> bytes:
-    shown = shortened(url, _SHOWN)
-    # Neither a proxy of the environment nor cookies; and what is compressed would be larger than it says.
-    connector = aiohttp.TCPConnector(resolver=_Resolver(access), use_dns_cache=False)
-    headers = {"accept": "image/*,*/*;q=0.5", "accept-encoding": "identity"}
-    jar = aiohttp.DummyCookieJar()
-    try:
+class _Fetcher:
+    """Fetches what one call asks for."""
+
+    def __init__(self, access: MediaAccess) -> None:
+        self._access = access
+        self._bytes = 0
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+
+    async def bodies(self, urls: list[str]) -> Fetched:
+        # Neither a proxy of the environment nor cookies; and what is compressed would be larger than it says.
+        connector = aiohttp.TCPConnector(resolver=_Resolver(self._access), use_dns_cache=False)
+        headers = {"accept": "image/*,*/*;q=0.5", "accept-encoding": "identity"}
+        jar = aiohttp.DummyCookieJar()
         async with aiohttp.ClientSession(
             connector=connector, headers=headers, cookie_jar=jar, auto_decompress=False
         ) as session:
-            async with asyncio.timeout(access.fetch_timeout):  # redirects included
-                return await _followed(session, url, access)
-    except RequestError:
-        raise
-    except TimeoutError as error:
-        raise _too_slow(url, access) from error
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise RequestError(f"{shown}: it cannot be fetched: {error}.") from error
+            found = await asyncio.gather(*(self._body_or_error(session, url) for url in urls))
+        return dict(zip(urls, found, strict=True))
 
+    async def _body_or_error(self, session: aiohttp.ClientSession, url: str) -> bytes | RequestError:
+        try:
+            async with asyncio.timeout(self._access.fetch_timeout), self._turns:  # redirects included
+                return await self._followed(session, url)
+        except RequestError as error:
+            return error
+        except TimeoutError:
+            return _too_slow(url, self._access)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return RequestError(f"{shortened(url, _SHOWN)}: it cannot be fetched: {error}.")
 
-async def _followed(session: aiohttp.ClientSession, url: str, access: MediaAccess) -> bytes:
-    for _ in range(MAX_REDIRECTS + 1):
-        _check_url(url, access)
-        async with session.get(url, allow_redirects=False) as answer:
-            if answer.status not in _REDIRECTS:
-                return await _body(answer, url, access)
-            url = urljoin(url, answer.headers.get("location", ""))
-    raise RequestError(f"{shortened(url, _SHOWN)}: more than {MAX_REDIRECTS} redirects. Give the last URL.")
+    async def _followed(self, session: aiohttp.ClientSession, url: str) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            _check_url(url, self._access)
+            async with session.get(url, allow_redirects=False) as answer:
+                if answer.status not in _REDIRECTS:
+                    return await self._body(answer, url)
+                url = urljoin(url, answer.headers.get("location", ""))
+        raise RequestError(
+            f"{shortened(url, _SHOWN)}: more than {MAX_REDIRECTS} redirects. Give the last URL."
+        )
 
-
-async def _body(answer: aiohttp.ClientResponse, url: str, access: MediaAccess) -> bytes:
-    shown = shortened(url, _SHOWN)
-    if answer.status != 200:
-        raise RequestError(f"{shown}: the server there answered {answer.status}. Check the URL.")
-    body = bytearray()
-    async for chunk in answer.content.iter_chunked(_CHUNK):
-        body += chunk
-        access.check_size(len(body), shown)
-    return bytes(body)
+    async def _body(self, answer: aiohttp.ClientResponse, url: str) -> bytes:
+        shown = shortened(url, _SHOWN)
+        if answer.status != 200:
+            raise RequestError(f"{shown}: the server there answered {answer.status}. Check the URL.")
+        body = bytearray()
+        async for chunk in answer.content.iter_chunked(_CHUNK):
+            body += chunk
+            self._bytes += len(chunk)
+            self._access.check_size(self._bytes, shown)
+        return bytes(body)
 
 
 def _check_url(url: str, access: MediaAccess) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -23,16 +25,26 @@ ImageSource = str | Path | bytes | Image.Image | np.ndarray
 _SHOWN = 200  # characters of a source in an error
 
 
-def load_image(source: ImageSource, access: MediaAccess | None = None) -> Image.Image:
+def is_url(source: Any) -> bool:
+    """Whether a source of an image is an http or https URL, which a server must be asked for."""
+    return isinstance(source, str) and source[:8].partition(":")[0].lower() in ("http", "https")
+
+
+def load_image(
+    source: ImageSource,
+    access: MediaAccess | None = None,
+    fetched: Mapping[str, bytes | RequestError] | None = None,
+) -> Image.Image:
     """The image in 8-bit RGB, turned as its EXIF data say, transparent parts on white.
 
     source: a path, an http(s), file or data URL, a file's bytes, a PIL image, or uint8 [H, W],
         [H, W, 3] or [H, W, 4].
+    fetched: what `fetch.fetch` has given for URLs.
     Raises `RequestError`, naming the source and a remedy, for what `access` does not allow, and for what is
     no image. It may wait for a server: call it off the event loop.
     """
     access = access or MediaAccess()
-    name, given = _opened(source, access)
+    name, given = _opened(source, access, fetched or {})
     width, height = given.size
     if width * height > access.max_pixels:
         raise RequestError(
@@ -46,13 +58,22 @@ def load_image(source: ImageSource, access: MediaAccess | None = None) -> Image.
         raise RequestError(f"{name}: the image is damaged: {error}. Save it again.") from error
 
 
-def _opened(source: ImageSource, access: MediaAccess) -> tuple[str, Image.Image]:
+def _opened(
+    source: ImageSource, access: MediaAccess, fetched: Mapping[str, bytes | RequestError]
+) -> tuple[str, Image.Image]:
     """What to call the source in an error, and its image, whose pixels have not been decoded yet."""
     if isinstance(source, Image.Image):
         return "the image", source
     if isinstance(source, np.ndarray):
         return "the array", _from_array(source)
-    name, data = ("the bytes", source) if isinstance(source, bytes) else _read(source, access)
+    if not isinstance(source, str | Path | bytes):
+        raise RequestError(
+            f"{type(source).__name__} is no image: give a path, a URL, bytes, a PIL image or an array."
+        )
+    if is_url(source):
+        name, data = shortened(str(source), _SHOWN), _body(str(source), access, fetched)
+    else:
+        name, data = ("the bytes", source) if isinstance(source, bytes) else _read(source, access)
     access.check_size(len(data), name)
     return name, _decoder(data, name)
 
@@ -79,16 +100,23 @@ def _decoder(data: bytes, name: str) -> Image.Image:
         raise RequestError(f"{name}: {len(data)} bytes that are no image, or none of {readable}.") from error
 
 
+def _body(url: str, access: MediaAccess, fetched: Mapping[str, bytes | RequestError]) -> bytes:
+    if url not in fetched:
+        from lmdeploy_jax.vision.fetch import fetch  # aiohttp is loaded with the first URL
+
+        fetched = fetch([url], access)
+    found = fetched[url]
+    if isinstance(found, RequestError):
+        raise found
+    return found
+
+
 def _read(source: str | Path, access: MediaAccess) -> tuple[str, bytes]:
     """A name for the source, and its bytes."""
     scheme, colon, _ = source.partition(":") if isinstance(source, str) else ("", "", "")
     match scheme.lower() if colon else None:
         case "data":
             return "the data URL", _from_data_url(str(source), access)
-        case "http" | "https":
-            from lmdeploy_jax.vision.fetch import fetch  # aiohttp is loaded with the first URL
-
-            return shortened(str(source), _SHOWN), fetch(str(source), access)
         case "file":
             return _from_file(Path(url2pathname(urlsplit(str(source)).path)), access)
     return _from_file(Path(source), access)

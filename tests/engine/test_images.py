@@ -18,16 +18,12 @@ from PIL import Image
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline, pipeline
+from lmdeploy_jax import GenerationConfig, Pipeline, pipeline
 from lmdeploy_jax.engine.core import buckets
 from lmdeploy_jax.engine.core.engine import Engine
-from lmdeploy_jax.engine.prepare import prepare
 from lmdeploy_jax.engine.process.remote import _message
 from lmdeploy_jax.engine.request import Request, SamplingParams
-from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.prompt import EncodedPrompt, Span, SpanImage
-from lmdeploy_jax.server.options import ServerOptions
-from lmdeploy_jax.server.run import check
 from lmdeploy_jax.vision.families import vision_family
 from tests.engine.harness import config
 from tests.vision.oracle import hf_model, hf_processor, save_checkpoint
@@ -223,12 +219,6 @@ def test_a_language_model_only_takes_no_images(checkpoint: Path, opened: Open) -
     assert "Images are not supported" in (refused.error_message or "")
     names = {name for name, _ in pipe.frontend.engine._runner._steps._programs}  # type: ignore[attr-defined]
     assert not names & {"encode", "images"}
-
-
-def test_a_server_loads_no_encoder_that_no_route_can_reach(checkpoint: Path) -> None:
-    check(ServerOptions(), prepare(checkpoint, JaxEngineConfig(language_model_only=True)))
-    with pytest.raises(ConfigError, match="language_model_only=False would load an encoder"):
-        check(ServerOptions(), prepare(checkpoint))
 
 
 def test_text_models_have_no_program_more(engine: Engine) -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 from lmdeploy_jax.engine.io.frontend import Frontend
 from lmdeploy_jax.server.options import ServerOptions
@@ -51,3 +52,13 @@ def serving(frontend: Frontend, **options: object) -> Iterator[LiveServer]:
         yield live
     finally:
         live.stop()
+
+
+def begun(url: str, length: int) -> bytes:
+    """The first line of the answer to a request whose body is to have so many bytes, of which one comes."""
+    parts = urlsplit(url)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((parts.hostname, parts.port), PATIENCE) as connection:
+        connection.sendall(f"{head}content-length: {length}\r\n\r\n{{".encode())
+        connection.shutdown(socket.SHUT_WR)
+        return connection.recv(4096).partition(b"\r\n")[0]

@@ -20,6 +20,7 @@ from lmdeploy_jax.server.chat.prepare import Chat, Prepared
 from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.parsers import ParsedAnswer, collect, reasoning_format, tool_format
 from lmdeploy_jax.text.prompts import Prompt
+from lmdeploy_jax.vision.access import MediaAccess
 from tests.fuzz import cases, drawn
 from tests.patience import PATIENCE
 
@@ -109,6 +110,7 @@ class Case:
             pipe.frontend,
             tool_format(self.tools) if self.tools else None,
             reasoning_format(self.reasoning) if self.reasoning else None,
+            MediaAccess(),
         )
         return chat.prepare(
             ChatCall(

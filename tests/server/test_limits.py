@@ -10,11 +10,10 @@ import httpx
 import openai
 import pytest
 
-from lmdeploy_jax.server.options import ServerOptions
 from tests import patience
 from tests.patience import PATIENCE, wait_until
 from tests.scripted import TOKENIZER, endless, ids
-from tests.server.live import serving
+from tests.server.live import begun, serving
 from tests.server.scripted import scripted
 
 CHAT = "/v1/chat/completions"
@@ -58,8 +57,8 @@ def test_without_a_key_nothing_is_told_but_why(guarded, headers):
     assert guarded.options(CHAT, headers=preflight).status_code == 200
 
 
-def test_the_limit_of_a_body_is_16_mb_unless_told():
-    assert ServerOptions().max_body_size == 16 << 20
+def test_the_limit_of_a_body_is_16_mb_unless_told(live):
+    assert b" 413 " in begun(live.url, (16 << 20) + 1)
 
 
 @pytest.mark.parametrize("chunked", [False, True])

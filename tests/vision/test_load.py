@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import ipaddress
 import random
-import struct
 import threading
-import zlib
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from urllib.parse import quote_from_bytes
 
@@ -22,57 +19,16 @@ from lmdeploy_jax.vision.access import MediaAccess
 from lmdeploy_jax.vision.fetch import MAX_REDIRECTS, is_public
 from lmdeploy_jax.vision.load import load_image
 from tests.fuzz import cases
+from tests.vision.media import LEVELS, PNG, bomb, encoded, media_site
 
-LEVELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 STRANGER = MediaAccess(trusted=False)
-
-
-def encoded(kind: str = "PNG", levels: np.ndarray = LEVELS) -> bytes:
-    file = BytesIO()
-    Image.fromarray(levels).save(file, kind)
-    return file.getvalue()
-
-
-PNG = encoded()
 BASE64 = base64.b64encode(PNG).decode()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """/png: an image; /N: N redirects to it; /away: a redirect to `away`; /endless: bytes for ever."""
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        name = self.path.strip("/")
-        if name == "slow":
-            self.server.let_go.wait()
-        if name == "away" or name.isdecimal():
-            self.send_response(302)
-            target = self.server.away if name == "away" else f"/{int(name) - 1}" if int(name) > 1 else "/png"
-            self.send_header("location", target)
-            self.end_headers()
-            return
-        self.send_response(404 if name == "missing" else 200)
-        self.end_headers()
-        try:
-            self.wfile.write(PNG if name == "png" else b"<html>no image</html>")
-            while name == "endless":
-                self.wfile.write(bytes(1 << 16))
-        except OSError:
-            self.server.hung_up.set()
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture(scope="module")
 def site():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.asked, server.let_go, server.hung_up = [], threading.Event(), threading.Event()
-        server.url = f"http://127.0.0.1:{server.server_address[1]}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with media_site() as server:
         yield server
-        server.let_go.set()
-        server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -231,17 +187,6 @@ def test_a_look_up_that_hangs_holds_up_nobody(monkeypatch):
     with pytest.raises(RequestError, match=r"within 0\.1 s"):
         load_image("http://example.org/a.png", MediaAccess(fetch_timeout=0.1))
     let_go.set()
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says that it is so large."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 @pytest.mark.parametrize("size", [(10_000, 10_000), (50_000, 50_000), (2**31 - 1, 2**31 - 1)])

@@ -26,6 +26,7 @@ from lmdeploy_jax.text.jinja_template import HfChatTemplate
 from lmdeploy_jax.text.prompts import Prompt
 from lmdeploy_jax.text.template_arguments import SWITCHES, checked_tools, checked_variables
 from lmdeploy_jax.text.tokenizer import Tokenizer
+from lmdeploy_jax.vision.access import MediaAccess
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.io.images import PromptImages
@@ -42,7 +43,8 @@ MOST_COUNTED = 1 << 19  # tokens of a text that is to be counted, not continued
 class PromptOptions:
     """How a prompt is encoded. Without `chat` it is raw text, messages their contents joined.
 
-    cache_salt: cached pages are shared only with prompts of the same salt.
+    cache_salt: cached pages are shared only with prompts of the same salt. access: what images may be loaded
+    from.
     Raises `RequestError` for tools and variables that no template can be given.
     """
 
@@ -50,6 +52,7 @@ class PromptOptions:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     cache_salt: str = ""
+    access: MediaAccess = field(default_factory=MediaAccess)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tools", checked_tools(self.tools) if self.tools else None)
@@ -123,7 +126,7 @@ class Frontend:
         parts = [] if self._images is None else self._images.parts(messages)
         if self._images is None or not parts:
             return EncodedPrompt(self._ids(prompt, messages, options, to_count), salt=salt)
-        images = [self._images.process(part) for part in parts]
+        images = self._images.loaded(parts, options.access, self._most(to_count))
         written = self._images.written(messages)
         ids = self._ids(prompt, written, options, to_count, partial(self._images.expand, images=images))
         spans, given = self._images.placed(ids, images)
@@ -163,8 +166,7 @@ class Frontend:
         self, text: str, *, add_bos: bool = True, add_special_tokens: bool = True, to_count: bool = False
     ) -> list[int]:
         """`Tokenizer.encode` for a text of any length, see `encode`. Call it off the event loop."""
-        most = self.limits.session_len
-        most = max(most, MOST_COUNTED) if to_count else most
+        most = self._most(to_count)
         if self.tokenizer.exceeds(text, most):
             bound = "what is counted in one request" if to_count else "the model context length"
             raise ContextLengthError(
@@ -172,6 +174,10 @@ class Frontend:
                 f"than {bound} ({most})."
             )
         return self.tokenizer.encode(text, add_bos=add_bos, add_special_tokens=add_special_tokens)
+
+    def _most(self, to_count: bool) -> int:
+        """Tokens that a prompt may have."""
+        return max(self.limits.session_len, MOST_COUNTED) if to_count else self.limits.session_len
 
     def _warn_of_unread(self, variables: dict[str, Any]) -> None:
         """Who sends a variable that the template never reads should know it."""

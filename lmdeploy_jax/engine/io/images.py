@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from hashlib import sha256
 from math import prod
 
-from lmdeploy_jax.errors import CheckpointError, RequestError
+from PIL import Image
+
+from lmdeploy_jax.errors import CheckpointError, ContextLengthError, RequestError
 from lmdeploy_jax.prompt import Span, SpanImage
 from lmdeploy_jax.text.conversation import ImagePart, Message
 from lmdeploy_jax.text.tokenizer import Tokenizer
+from lmdeploy_jax.vision.access import MediaAccess
 from lmdeploy_jax.vision.config import VisionModelConfig
 from lmdeploy_jax.vision.families import VisionFamily
-from lmdeploy_jax.vision.load import load_image
+from lmdeploy_jax.vision.load import is_url, load_image
 from lmdeploy_jax.vision.packing import most_places, size_of
 from lmdeploy_jax.vision.placeholders import ImageSpan, expand_placeholders, image_spans
-from lmdeploy_jax.vision.processor import ProcessedImage
+from lmdeploy_jax.vision.processor import ImageProcessor, ProcessedImage
 from lmdeploy_jax.vision.resize import ImagePlan
+
+# Images that are decoded at once, of whichever prompts: each may take hundreds of megabytes meanwhile.
+_DECODING = threading.BoundedSemaphore(min(8, os.cpu_count() or 1))
 
 
 class PromptImages:
@@ -45,15 +53,38 @@ class PromptImages:
         parts = (part for content in contents if isinstance(content, list) for part in content)
         return [part for part in parts if isinstance(part, ImagePart)]
 
-    def process(self, part: ImagePart) -> ProcessedImage:
-        """An image's patches. Raises RequestError for one that cannot be had, or not as it is asked for."""
+    def loaded(self, parts: Sequence[ImagePart], access: MediaAccess, most: int) -> list[ProcessedImage]:
+        """The patches of a prompt's images.
+
+        Raises RequestError for one that cannot be had, or not as it is asked for, ContextLengthError as soon
+        as they have `most` rows.
+        """
+        processors = [self._processor(part) for part in parts]
+        fetched = _fetched(parts, access)
+        images, rows = [], 0
+        for part, processor in zip(parts, processors, strict=True):
+            try:
+                with _DECODING:
+                    images.append(self._processed(load_image(part.source, access, fetched), processor))
+            except RequestError as error:
+                raise _named(error, part) from error
+            rows += len(self._family.rows(self._config, images[-1].plan))
+            if rows >= most:
+                raise ContextLengthError(
+                    f"Input length ({len(images)} images of {rows} tokens) must be smaller than the model "
+                    f"context length ({most})."
+                )
+        return images
+
+    def _processor(self, part: ImagePart) -> ImageProcessor:
         try:
-            processor = self._config.processor.with_options(part.options)
-            image = load_image(part.source)
-            self._check_size(processor.plan(image.height, image.width))
-            return processor(image)
+            return self._config.processor.with_options(part.options)
         except RequestError as error:
-            raise RequestError(f"{part.where}: {error}") from error
+            raise _named(error, part) from error
+
+    def _processed(self, image: Image.Image, processor: ImageProcessor) -> ProcessedImage:
+        self._check_size(processor.plan(image.height, image.width))
+        return processor(image)
 
     def _check_size(self, plan: ImagePlan) -> None:
         """Raises RequestError for a view that no run of the encoder takes."""
@@ -92,6 +123,20 @@ class PromptImages:
         spans = tuple(map(_span, found, images))
         given = zip(images, rows, found, strict=True)
         return spans, tuple(SpanImage(i.patches, i.grid, row, at.places) for i, row, at in given)
+
+
+def _fetched(parts: Sequence[ImagePart], access: MediaAccess) -> dict[str, bytes | RequestError]:
+    """What the URLs among the sources give."""
+    urls = [part.source for part in parts if is_url(part.source)]
+    if not urls:
+        return {}
+    from lmdeploy_jax.vision.fetch import fetch  # aiohttp is loaded with the first URL
+
+    return fetch(urls, access)
+
+
+def _named(error: RequestError, part: ImagePart) -> RequestError:
+    return RequestError(f"{part.where}: {error}", param=part.where)
 
 
 def _span(at: ImageSpan, image: ProcessedImage) -> Span:

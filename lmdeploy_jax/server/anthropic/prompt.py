@@ -16,7 +16,7 @@ from lmdeploy_jax.server.anthropic.bodies import (
     MessagesRequest,
 )
 from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
-from lmdeploy_jax.text.conversation import normalise_messages
+from lmdeploy_jax.text.conversation import ImagePart, normalise_messages
 from lmdeploy_jax.text.prompts import Prompt
 from lmdeploy_jax.text.template_arguments import Tool
 
@@ -26,11 +26,14 @@ _BILLING = "x-anthropic-billing-header"  # a block that some clients put first; 
 _MODES: dict[str, Any] = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
 
 
-def chat_call(body: CountTokensRequest, config: GenerationConfig) -> ChatCall:
-    """The request's prompt and tools. Raises `RequestError` for content that is not text or tool use."""
+def chat_call(body: CountTokensRequest, config: GenerationConfig, *, images: bool) -> ChatCall:
+    """The request's prompt and tools. images: whether the model takes any.
+
+    Raises `RequestError` for content that is not text, tool use or an image of the user's or a tool's.
+    """
     choice = body.tool_choice or InputToolChoice(type="auto")
     return ChatCall(
-        Prompt(messages=tuple(normalise_messages(_messages(body)))),
+        Prompt(messages=tuple(normalise_messages(_messages(body), images=images))),
         config,
         tools=[_tool(tool) for tool in body.tools or ()],
         tool_choice=_tool_choice(choice),
@@ -68,12 +71,12 @@ def _tool(tool: InputTool) -> Tool:
 
 def _messages(body: CountTokensRequest) -> list[Message]:
     """All system texts first, as one message, then the turns."""
-    turns = [message for message in body.messages if message.role != "system"]
+    turns = [(i, message) for i, message in enumerate(body.messages) if message.role != "system"]
     system = [_system_text(body.system or "")]
     system += [_system_text(message.content) for message in body.messages if message.role == "system"]
     text = "\n\n".join(part for part in system if part)
     first = [{"role": "system", "content": text}] if text else []
-    return first + [said for message in turns for said in _turn(message)]
+    return first + [said for i, message in turns for said in _turn(message, f"messages[{i}].content")]
 
 
 def _system_text(content: Content) -> str:
@@ -83,18 +86,22 @@ def _system_text(content: Content) -> str:
     return "\n\n".join(text for text in texts if not text.startswith(_BILLING))
 
 
-def _turn(message: InputMessage) -> list[Message]:
+def _turn(message: InputMessage, where: str) -> list[Message]:
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
-    return _assistant(message.content) if message.role == "assistant" else _user(message.content)
+    return _assistant(message.content) if message.role == "assistant" else _user(message.content, where)
 
 
-def _user(blocks: list[dict[str, Any]]) -> list[Message]:
+def _user(blocks: list[dict[str, Any]], where: str) -> list[Message]:
     """Results of tools come first, each a message of its own, then what the user says."""
-    results = [_tool_result(block) for block in blocks if block.get("type") == "tool_result"]
-    texts = [_text(block, "user") for block in blocks if block.get("type") != "tool_result"]
-    said = [{"role": "user", "content": "\n".join(texts)}] if texts or not results else []
-    return results + said
+    results: list[Message] = []
+    said: list[str | ImagePart] = []
+    for i, block in enumerate(blocks):
+        if block.get("type") == "tool_result":
+            results.append(_tool_result(block, f"{where}[{i}].content"))
+        else:
+            said.append(_seen(block, "user", f"{where}[{i}]"))
+    return results + ([{"role": "user", "content": said}] if said or not results else [])
 
 
 def _assistant(blocks: list[dict[str, Any]]) -> list[Message]:
@@ -127,13 +134,30 @@ def _tool_use(block: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": _field(block, "id"), "type": "function", "function": function}
 
 
-def _tool_result(block: Mapping[str, Any]) -> Message:
+def _tool_result(block: Mapping[str, Any], where: str) -> Message:
     content = block.get("content") or ""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    text = "\n".join(_text(part, "tool_result") for part in parts)
+    told = [_seen(part, "tool_result", f"{where}[{i}]") for i, part in enumerate(parts)]
     if block.get("is_error"):
-        text = f"Error: {text}"
-    return {"role": "tool", "tool_call_id": _field(block, "tool_use_id"), "content": text}
+        first = told[:1] if isinstance(told[0], str) else [""]
+        told = [f"Error: {first[0]}", *told[len(first) :]]
+    return {"role": "tool", "tool_call_id": _field(block, "tool_use_id"), "content": told}
+
+
+def _seen(block: Any, whose: str, where: str) -> str | ImagePart:
+    """A text or an image. whose: the message; where: the block, both as errors name them."""
+    if not isinstance(block, Mapping) or block.get("type") != "image":
+        return _text(block, whose)
+    match block.get("source"):
+        case {"type": "base64", "media_type": str(kind), "data": str(data)}:
+            return ImagePart(f"data:{kind};base64,{data}", where=where)
+        case {"type": "url", "url": str(url)}:
+            return ImagePart(url, where=where)
+    raise RequestError(
+        f"{where}.source: give {{'type': 'base64', 'media_type': ..., 'data': ...}} or "
+        "{'type': 'url', 'url': ...}; no files are kept here.",
+        param=where,
+    )
 
 
 def _text(block: Any, where: str) -> str:
@@ -142,7 +166,7 @@ def _text(block: Any, where: str) -> str:
     if block.get("type") != "text" or not isinstance(block.get("text"), str):
         raise RequestError(
             f"A content block of type {block.get('type')!r} in a {where} message is not supported: "
-            "this model reads text, tool_use, tool_result and thinking."
+            "this server reads text, image, tool_use, tool_result and thinking."
         )
     return str(block["text"])
 

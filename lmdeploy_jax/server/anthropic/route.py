@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,6 +13,7 @@ from lmdeploy_jax.server.anthropic.answer import EventWriter, error_body, messag
 from lmdeploy_jax.server.anthropic.bodies import CountTokensRequest, MessagesRequest
 from lmdeploy_jax.server.anthropic.prompt import chat_call, sampling
 from lmdeploy_jax.server.errors import register_renderer
+from lmdeploy_jax.server.generation import in_thread
 from lmdeploy_jax.server.http.sse import EventStream
 from lmdeploy_jax.server.ids import ToolCallIds, new_id
 from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields
@@ -23,7 +24,7 @@ REFUSED = {
     "mcp_servers": "call the tools in your own client.",
     "container": "this server runs no containers.",
     "input_ids": "use /generate for prompts in tokens.",
-    "image_data": "images are not supported.",
+    "image_data": "use a content block of type image.",
 }
 register_renderer("/v1/messages", error_body)
 
@@ -33,7 +34,8 @@ async def messages(body: MessagesRequest, service: CurrentService) -> Response |
     """Answer a conversation, whole or as a stream of events."""
     check_fields(service, body, REFUSED)
     model = service.check_model(body.model)
-    call = chat_call(body, service.defaults.config(sampling(body)))
+    config = service.defaults.config(sampling(body))
+    call = chat_call(body, config, images=service.frontend.takes_images)
     id = new_id("msg").replace("-", "_")
     answers = await service.answer(call, stream=body.stream)
     if body.stream:
@@ -44,8 +46,9 @@ async def messages(body: MessagesRequest, service: CurrentService) -> Response |
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountTokensRequest, service: CurrentService) -> dict[str, int]:
-    """The tokens of a request's prompt, tools included."""
+    """The tokens of a request's prompt, tools and images included."""
     check_fields(service, body, REFUSED)
     service.check_model(body.model)
-    call = chat_call(body, GenerationConfig())
-    return {"input_tokens": await asyncio.to_thread(service.chat.count, call)}
+    call = chat_call(body, GenerationConfig(), images=service.frontend.takes_images)
+    count = partial(service.chat.count, call)
+    return {"input_tokens": await in_thread(count, images=call.prompt.has_images)}

@@ -14,6 +14,7 @@ from lmdeploy_jax.server.chat.reader import AnswerReader, ReaderFactory, Reasoni
 from lmdeploy_jax.server.generation import Generation, Job
 from lmdeploy_jax.text.parsers import AnswerParser, ReasoningFormat, ToolFormat
 from lmdeploy_jax.text.template_arguments import Tool, checked_tools, thinking_is_off
+from lmdeploy_jax.vision.access import MediaAccess
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.io.frontend import Frontend
@@ -30,15 +31,23 @@ class Prepared:
 
 
 class Chat:
-    """Prepares calls for a model whose answers have these formats. May be used from any thread."""
+    """Prepares calls for a model whose answers have these formats. May be used from any thread.
+
+    access: what images may be loaded from.
+    """
 
     def __init__(
-        self, frontend: Frontend, tools: ToolFormat | None, reasoning: ReasoningFormat | None
+        self,
+        frontend: Frontend,
+        tools: ToolFormat | None,
+        reasoning: ReasoningFormat | None,
+        access: MediaAccess,
     ) -> None:
         self._frontend = frontend
         self._tokenizer = frontend.tokenizer
         self.tools = tools
         self.reasoning = reasoning
+        self._access = access
 
     def prepare(self, call: ChatCall) -> Prepared:
         """Renders and tokenises. Raises `RequestError` for what cannot be served."""
@@ -71,7 +80,8 @@ class Chat:
     def _encoded(self, call: ChatCall, tools: list[Tool], *, to_count: bool = False) -> EncodedPrompt:
         from lmdeploy_jax.engine.io.frontend import PromptOptions
 
-        options = PromptOptions(call.chat, tools or None, dict(call.template_kwargs), call.cache_salt)
+        variables = dict(call.template_kwargs)
+        options = PromptOptions(call.chat, tools or None, variables, call.cache_salt, self._access)
         return self._frontend.encode(call.prompt, options, to_count=to_count)
 
     def _offered(self, call: ChatCall) -> list[Tool]:

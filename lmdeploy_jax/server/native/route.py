@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import orjson
 from fastapi import APIRouter
 from starlette.responses import Response as HttpResponse
@@ -48,7 +50,7 @@ async def get_ppl(body: PerplexityRequest, service: CurrentService) -> dict[str,
     if not body.input:
         raise ApiError(400, "Input must not be empty.", param="input")
     generation = service.admit(1)
-    await generation.start(_submit, generation, service.frontend, body.input)
+    await generation.start(partial(_submit, generation, service.frontend, body.input))
     (answer,) = await generation.complete()
     return {"ppl": mean_loss(generation.jobs[0].prompt.ids, answer)}
 

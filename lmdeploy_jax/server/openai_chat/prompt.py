@@ -13,9 +13,12 @@ from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.prompts import Prompt
 
 
-def chat_call(body: ChatCompletionRequest, defaults: SamplingDefaults) -> ChatCall:
-    """The request as every protocol says it. Raises `ApiError`, `RequestError` and `ConfigError`."""
-    prompt, chat = _prompt(body)
+def chat_call(body: ChatCompletionRequest, defaults: SamplingDefaults, *, images: bool) -> ChatCall:
+    """The request as every protocol says it. images: whether the model takes any.
+
+    Raises `ApiError`, `RequestError` and `ConfigError`.
+    """
+    prompt, chat = _prompt(body, images)
     return ChatCall(
         prompt,
         _config(body, defaults),
@@ -28,7 +31,7 @@ def chat_call(body: ChatCompletionRequest, defaults: SamplingDefaults) -> ChatCa
     )
 
 
-def _prompt(body: ChatCompletionRequest) -> tuple[Prompt, bool]:
+def _prompt(body: ChatCompletionRequest, images: bool) -> tuple[Prompt, bool]:
     """The prompt, and whether it is a conversation."""
     if bool(body.messages) == (body.input_ids is not None):
         raise ApiError(400, "Give exactly one of messages and input_ids.", param="messages")
@@ -36,7 +39,7 @@ def _prompt(body: ChatCompletionRequest) -> tuple[Prompt, bool]:
         return Prompt(token_ids=tuple(body.input_ids)), True
     if isinstance(body.messages, str):
         return Prompt(text=body.messages), False
-    return Prompt(messages=tuple(normalise_messages(body.messages))), True
+    return Prompt(messages=tuple(normalise_messages(body.messages, images=images))), True
 
 
 def _config(body: ChatCompletionRequest, defaults: SamplingDefaults) -> GenerationConfig:

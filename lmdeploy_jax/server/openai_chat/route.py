@@ -31,7 +31,7 @@ async def chat_completions(body: ChatCompletionRequest, service: CurrentService)
     """Answer a conversation, whole or as a stream of chunks."""
     check_fields(service, body, REFUSED)
     model = service.check_model(body.model)
-    call = chat_call(body, service.defaults)
+    call = chat_call(body, service.defaults, images=service.frontend.takes_images)
     shape = chat_shape(body, model, service.frontend.tokenizer)
     answers = await service.answer(call, stream=body.stream, name=shape.id, session_id=body.session_id)
     if body.stream:

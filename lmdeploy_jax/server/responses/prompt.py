@@ -11,7 +11,7 @@ from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
 from lmdeploy_jax.server.responses.bodies import NamedTool, ResponsesRequest, SchemaFormat, ToolChoiceAllowed
 from lmdeploy_jax.server.responses.store import Message, ResponseStore
-from lmdeploy_jax.text.conversation import normalise_messages, without_nulls
+from lmdeploy_jax.text.conversation import ImagePart, normalise_messages, without_nulls
 from lmdeploy_jax.text.prompts import Prompt
 
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "refusal")
@@ -43,14 +43,19 @@ def continued(body: ResponsesRequest, store: ResponseStore) -> Conversation:
     return Conversation([*before, *said], store if body.store else None)
 
 
-def chat_call(body: ResponsesRequest, said: Sequence[Message], config: GenerationConfig) -> ChatCall:
-    """The call that continues `said`. System texts of the request come first, as one message."""
+def chat_call(
+    body: ResponsesRequest, said: Sequence[Message], config: GenerationConfig, *, images: bool
+) -> ChatCall:
+    """The call that continues `said`. System texts of the request come first, as one message.
+
+    images: whether the model takes any.
+    """
     texts = [body.instructions] if body.instructions else []
     texts += [m["content"] for m in said if m["role"] == "system"]
     system: list[Message] = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
     messages = system + [m for m in said if m["role"] != "system"]
     return ChatCall(
-        Prompt(messages=tuple(normalise_messages(messages))),
+        Prompt(messages=tuple(normalise_messages(messages, images=images))),
         config,
         tools=[_tool(tool.model_dump(exclude_none=True)) for tool in body.tools or ()],
         tool_choice=_tool_choice(body),
@@ -102,8 +107,8 @@ def _tool_choice(body: ResponsesRequest) -> ToolChoice:
 def _messages(items: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Items as messages: an assistant's reasoning, text and calls in a row are one."""
     messages: list[Message] = []
-    for item in items:
-        message = _item(without_nulls(item))
+    for i, item in enumerate(items):
+        message = _item(without_nulls(item), f"input[{i}]")
         last = messages[-1] if messages else None
         if last and last["role"] == message["role"] == "assistant":
             _join(last, message)
@@ -119,21 +124,16 @@ def _join(last: Message, message: Message) -> None:
             last[name] = last[name] + message[name] if name in last else message[name]
 
 
-def _item(item: Mapping[str, Any]) -> Message:
+def _item(item: Mapping[str, Any], where: str) -> Message:
     match item.get("type", "message"):
         case "message":
-            role = item.get("role")
-            return {
-                "role": "system" if role == "developer" else role,
-                "content": _text(item.get("content")),
-            }
+            return _message(item, f"{where}.content")
         case "function_call":
             call = _call(_field(item, "call_id"), _field(item, "name"), _field(item, "arguments"))
             return {"role": "assistant", "content": "", "tool_calls": [call]}
         case "function_call_output":
-            output = item.get("output", "")
-            text = output if isinstance(output, str) else _text(output)
-            return {"role": "tool", "tool_call_id": _field(item, "call_id"), "content": text}
+            output = _content(item.get("output", ""), f"{where}.output")
+            return {"role": "tool", "tool_call_id": _field(item, "call_id"), "content": output}
         case "reasoning":
             text = _text(item.get("content") or [])
             return {"role": "assistant", "content": "", "reasoning_content": text}
@@ -144,8 +144,36 @@ def _item(item: Mapping[str, Any]) -> Message:
             )
 
 
+def _message(item: Mapping[str, Any], where: str) -> Message:
+    role = item.get("role")
+    if role == "user":
+        return {"role": role, "content": _content(item.get("content"), where)}
+    return {"role": "system" if role == "developer" else role, "content": _text(item.get("content"))}
+
+
 def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _content(content: Any, where: str) -> str | list[str | ImagePart]:
+    """What may have images in it."""
+    if not isinstance(content, list) or not any(map(_is_image, content)):
+        return _text(content)
+    parts = enumerate(content)
+    return [_image(part, f"{where}[{i}]") if _is_image(part) else _text([part]) for i, part in parts]
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "input_image"
+
+
+def _image(part: Mapping[str, Any], where: str) -> ImagePart:
+    options = {name: value for name, value in part.items() if name not in ("type", "image_url")}
+    if not isinstance(part.get("image_url"), str):
+        raise RequestError(
+            f"{where}: input_image needs image_url, an http(s) or data URL; no files are kept.", param=where
+        )
+    return ImagePart(part["image_url"], without_nulls(options), where)
 
 
 def _text(content: Any) -> str:
@@ -156,7 +184,7 @@ def _text(content: Any) -> str:
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") not in _TEXTS:
             kind = part.get("type") if isinstance(part, Mapping) else part
-            raise RequestError(f"A content part of type {kind!r} is not supported: this model reads text.")
+            raise RequestError(f"A content part of type {kind!r} is not supported here: send texts.")
     return "".join(str(part.get("text", part.get("refusal", ""))) for part in content)
 
 

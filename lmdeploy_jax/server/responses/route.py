@@ -46,7 +46,8 @@ async def responses(
     shape = ResponseShape(new_id("resp").replace("-", "_"), now(), service.check_model(body.model), body)
     conversation = continued(body, store)
     config = service.defaults.config(sampling(body))
-    answers = await service.answer(chat_call(body, conversation.messages, config), stream=body.stream)
+    call = chat_call(body, conversation.messages, config, images=service.frontend.takes_images)
+    answers = await service.answer(call, stream=body.stream)
     if body.stream:
         return EventStream(ResponseWriter(shape, conversation).events(answers), answers.close)
     (answer,) = await answers.complete()

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import Any
 
 from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.text.conversation import ImagePart
 
 Message = dict[str, Any]
 STORED_RESPONSES = 1024  # the oldest conversations are forgotten beyond that
@@ -36,8 +37,22 @@ class ResponseStore:
 
     def put(self, id: str, conversation: list[Message]) -> None:
         self._conversations[id] = conversation
-        self._sizes[id] = len(str(conversation))
+        self._sizes[id] = _characters(conversation)
         self._held += self._sizes[id]
         while len(self._conversations) > self._capacity or self._held > self._characters:
             oldest, _ = self._conversations.popitem(last=False)
             self._held -= self._sizes.pop(oldest)
+
+
+def _characters(part: Any) -> int:
+    """Roughly what a conversation takes, without writing it out: images are long texts."""
+    match part:
+        case str():
+            return len(part)
+        case ImagePart():
+            return _characters(part.source)
+        case dict():
+            return sum(map(_characters, part)) + sum(map(_characters, part.values()))
+        case list():
+            return sum(map(_characters, part))
+    return len(str(part))

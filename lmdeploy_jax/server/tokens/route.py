@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -12,6 +13,7 @@ from starlette.responses import Response
 
 from lmdeploy_jax.engine.io.frontend import PromptOptions
 from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.server.generation import in_thread
 from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.tokens.bodies import DetokenizeRequest, EncodeRequest, TokenizeRequest
@@ -54,11 +56,18 @@ async def tokenize(body: TokenizeRequest, service: CurrentService) -> Response:
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Give exactly one of prompt and messages.", param="prompt")
-    return await asyncio.to_thread(_tokenized, service, body)
+    prompt = _prompt(body, images=service.frontend.takes_images)
+    return await in_thread(partial(_tokenized, service, body, prompt), images=prompt.has_images)
 
 
-def _tokenized(service: Service, body: TokenizeRequest) -> Response:
-    ids = _tokens(service, body)
+def _prompt(body: TokenizeRequest, *, images: bool) -> Prompt:
+    if body.messages is None:
+        return Prompt(text=body.prompt)
+    return Prompt(messages=tuple(normalise_messages(body.messages, images=images)))
+
+
+def _tokenized(service: Service, body: TokenizeRequest, prompt: Prompt) -> Response:
+    ids = _tokens(service, body, prompt)
     tokenizer = service.frontend.tokenizer
     return _as_json({
         "count": len(ids),
@@ -68,13 +77,13 @@ def _tokenized(service: Service, body: TokenizeRequest) -> Response:
     })  # fmt: skip
 
 
-def _tokens(service: Service, body: TokenizeRequest) -> Sequence[int]:
-    if body.prompt is not None:
+def _tokens(service: Service, body: TokenizeRequest, prompt: Prompt) -> Sequence[int]:
+    if prompt.text is not None:
         switch = body.add_special_tokens
-        return service.frontend.encode_text(body.prompt, add_special_tokens=switch, to_count=True)
-    options = PromptOptions(tools=body.tools, template_kwargs=body.chat_template_kwargs or {})
-    messages = tuple(normalise_messages(body.messages or ()))
-    return service.frontend.encode(Prompt(messages=messages), options, to_count=True).ids
+        return service.frontend.encode_text(prompt.text, add_special_tokens=switch, to_count=True)
+    variables = body.chat_template_kwargs or {}
+    options = PromptOptions(tools=body.tools, template_kwargs=variables, access=service.media_access)
+    return service.frontend.encode(prompt, options, to_count=True).ids
 
 
 @router.post("/detokenize")
