@@ -35,6 +35,7 @@ class JaxEngineConfig(Checked):
     hf_overrides: nested dict merged over the checkpoint's config.json.
     eager_mode: compile each program when it is first needed, not all ahead: quick to start, slow at first.
     language_model_only: leave out what encodes images of a model that takes any; it takes none then.
+    vision_max_batch_size: images whose views are encoded in one run at most; None: as many as fit.
     decode_steps: decode steps dispatched at once while no request waits. More than 1 spares the host, which
         limits small models, and brings tokens in bursts of that size. None: 4 for models below 4 GB a GPU,
         else 1.
@@ -58,6 +59,7 @@ class JaxEngineConfig(Checked):
     compile_cache_dir: _Path | None = None
     eager_mode: bool = False
     language_model_only: bool = False
+    vision_max_batch_size: _Positive | None = None
 
 
 class _LmdeployConfig(Checked):

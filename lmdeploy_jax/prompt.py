@@ -36,13 +36,16 @@ class SpanImage:
     patches: levels 0...255 [views, patches a view, values]; grid: rows and columns of patches of a view.
     rows: int32 [n], rows of the vision model's result: tokens of the views by number, learned rows from -1
         down.
-    places: int32 [n], the tokens that these rows take the place of, counted from the span's start.
+    places: int32 [n], the tokens that these rows take the place of, counted from the span's start, rising.
+    view_rows: tokens that a view gives; view_size: what it takes of a run of the encoder.
     """
 
     patches: np.ndarray
     grid: tuple[int, int]
     rows: np.ndarray
     places: np.ndarray
+    view_rows: int
+    view_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)

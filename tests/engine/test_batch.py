@@ -11,7 +11,7 @@ from lmdeploy_jax.cache.manager import PageRun, PageTable
 from lmdeploy_jax.engine.core.batch import DecodeLayout, RaggedLayout, Slots, decode_batch, ragged_batch
 from lmdeploy_jax.engine.core.buckets import plan
 from lmdeploy_jax.engine.core.page_tables import PageTables
-from lmdeploy_jax.engine.core.scheduler import Chunk
+from lmdeploy_jax.engine.core.step import Chunk
 from lmdeploy_jax.engine.request import Request, SamplingParams, Sequence
 from lmdeploy_jax.prompt import EncodedPrompt
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lmdeploy_jax.cache.encoder_cache import EncoderCacheManager
 from lmdeploy_jax.converters.vision_config import read_vision
 from lmdeploy_jax.engine.core.buckets import LONG_RUNS, plan
-from lmdeploy_jax.engine.core.encoder_runs import Wanted, plan_runs
-from lmdeploy_jax.prompt import SpanImage
+from lmdeploy_jax.prompt import EncodedPrompt, Span, SpanImage
 from lmdeploy_jax.vision.attention import DENSE, QUERIES
 from lmdeploy_jax.vision.config import VisionModelConfig
 from lmdeploy_jax.vision.packing import most_places, size_of
@@ -31,11 +31,15 @@ def image(config: VisionModelConfig, rows: int, columns: int, views: int = 1) ->
     merge = config.processor.merge
     patches = np.zeros((views, rows * columns * merge**2, 1), np.uint8)
     count = np.arange(views * rows * columns, dtype=np.int32)
-    return SpanImage(patches, (rows * merge, columns * merge), count, count)
+    grid = rows * merge, columns * merge
+    return SpanImage(patches, grid, count, count, rows * columns, size_of(config, grid))
 
 
-def wanted(image: SpanImage, first: int) -> Wanted:
-    return Wanted(image, image.rows, image.rows + first)
+def prompt(*images: SpanImage) -> EncodedPrompt:
+    ends = np.cumsum([len(each.rows) for each in images]).tolist()
+    starts = [0, *ends[:-1]]
+    spans = (Span(start, end - start, bytes([start % 251])) for start, end in zip(starts, ends, strict=True))
+    return EncodedPrompt(range(ends[-1]), tuple(spans), images=images)
 
 
 @pytest.mark.parametrize("name", ["mistral3", "qwen2_5_vl"])
@@ -43,24 +47,26 @@ def test_small_images_share_a_run(name: str, configs: dict[str, VisionModelConfi
     config = configs[name]
     buckets = plan("gpu", 8, 512).for_patches("gpu", 5000, 16)
     images = [image(config, 4, 6), image(config, 2, 2, views=3), image(config, 20, 20), image(config, 2, 4)]
-    firsts = np.cumsum([0, *(len(each.rows) for each in images)])
-    given = [wanted(each, first) for each, first in zip(images, firsts[:-1], strict=True)]
-    runs = list(plan_runs(config, given, buckets))
+    cache = EncoderCacheManager(1000, run_size=buckets.shared, joining_size=buckets.joining)
+    asked = prompt(*images)
+    assert cache.reach(asked, 0, len(asked)) == len(asked)
+    runs = cache.take_runs()
     assert [len(run.views) for run in runs] == [4, 1, 1]
-    np.testing.assert_array_equal(np.concatenate([run.places for run in runs]), np.arange(firsts[-1]))
-    np.testing.assert_array_equal(runs[0].rows, np.arange(firsts[2]))  # they begin anew in each run
-    np.testing.assert_array_equal(runs[1].rows, np.arange(400))
+    places = np.concatenate([view.places for run in runs for view in run.views])
+    np.testing.assert_array_equal(places, np.arange(len(asked)))
 
 
 def test_views_of_which_nothing_is_wanted_are_left_out(configs: dict[str, VisionModelConfig]) -> None:
-    """Learned rows, which have numbers below 0, come from one run."""
-    config = configs["internvl_hf"]
-    whole = image(config, 2, 2, views=30)
-    (run,) = plan_runs(config, [Wanted(whole, np.array([9, 110]), np.array([1, 0]))], plan("cpu", 8, 512))
-    assert (len(run.views), run.rows.tolist(), run.places.tolist()) == (2, [1, 6], [1, 0])
-    learned = Wanted(whole, np.array([-1, 9, 110]), np.array([7, 1, 0]))
-    (run,) = plan_runs(config, [learned], plan("cpu", 8, 512))
-    assert (len(run.views), run.rows.tolist(), run.places.tolist()) == (3, [-1, 5, 10], [7, 1, 0])
+    """Learned rows, which have numbers below 0, come with any run."""
+    whole = image(configs["internvl_hf"], 2, 2, views=30)
+    some = replace(whole, rows=np.array([-1, 9, 110]), places=np.arange(3))
+    cache = EncoderCacheManager(1000, run_size=13, joining_size=4, learned=1)
+    assert cache.reach(prompt(some), 0, 3) == 3
+    (run,) = cache.take_runs()
+    assert [(view.number, view.rows.tolist()) for view in run.views] == [(2, [9]), (27, [110])]
+    index = cache.index([(prompt(some), 0, 3)])
+    assert index is not None
+    assert index.tolist() == [999, *(int(view.places[0]) for view in run.views)]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

@@ -7,6 +7,7 @@ import pickle
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from transformers import PreTrainedTokenizerFast
 from lmdeploy_jax import GenerationConfig, Pipeline, pipeline
 from lmdeploy_jax.engine.core import buckets
 from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.io.frontend import PromptOptions
 from lmdeploy_jax.engine.process.remote import _message
 from lmdeploy_jax.engine.request import Request, SamplingParams
 from lmdeploy_jax.prompt import EncodedPrompt, Span, SpanImage
+from lmdeploy_jax.text.prompts import normalise_prompts
 from lmdeploy_jax.vision.families import vision_family
-from tests.engine.harness import config
+from tests.engine.harness import Collector, config, submit, tokens
 from tests.vision.oracle import hf_model, hf_processor, save_checkpoint
 from tests.vision.pictures import picture
 from tests.vision.pillow import processed
@@ -35,7 +38,7 @@ GREEDY = GenerationConfig(max_new_tokens=COUNT, ignore_eos=True)
 ONE, OTHER = picture(60, 85), picture(31, 40, seed=1)
 ASK, MORE = "w5 w6 w7", "w8 w9"
 TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}w3"
-PLACEHOLDER = 100
+PLACEHOLDER, ROW_BYTES = 100, 64 * 4
 BESIDE = {"<img>": 101, "</img>": 102, "[IMG_BREAK]": 103, "[IMG_END]": 104}
 
 
@@ -73,9 +76,6 @@ def hf_tokens(name: str, folder: Path, ids: Sequence[int], images: Sequence[Imag
 
 def encoded(pipe: Pipeline, prompt: Any) -> list[int]:
     """A prompt's tokens as the engine gets them."""
-    from lmdeploy_jax.engine.io.frontend import PromptOptions
-    from lmdeploy_jax.text.prompts import normalise_prompts
-
     ((found,), _) = normalise_prompts(prompt, images=True)
     return list(pipe.frontend.encode(found, PromptOptions()).ids)
 
@@ -129,9 +129,9 @@ def runs(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     encoder = pipe.frontend.engine._runner._steps._encoder  # type: ignore[attr-defined]
     seen, run = [], encoder._run
 
-    def counted(planned: Any) -> None:
-        seen.append(len(planned.views))
-        run(planned)
+    def counted(program: Any, views: list[Any], wanted: list[Any]) -> None:
+        seen.append(len(wanted))
+        run(program, views, wanted)
 
     monkeypatch.setattr(encoder, "_run", counted)
     return seen
@@ -165,15 +165,34 @@ def test_the_same_image_is_neither_encoded_nor_prefilled_again(
     assert pipe((ASK, ONE), GREEDY).token_ids == expected["one"]
 
 
-@pytest.mark.parametrize("held", [8, 40])
+@pytest.mark.parametrize("held", [4, 8, 40])
 def test_chunks_end_within_images_that_do_not_all_fit(
     held: int, checkpoint: Path, opened: Open, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 rows: fewer than one image has; 40: room for some of them."""
-    monkeypatch.setitem(buckets.IMAGE_ROWS, "cpu", held)
+    """4 rows: one view; 8: fewer than one image has; 40: room for some of them."""
+    monkeypatch.setitem(buckets.ENCODER_CACHE_BYTES, "cpu", held * ROW_BYTES)
     pipe = opened(checkpoint, max_prefill_token_num=16, max_batch_size=4)
     answers = pipe([(ASK, MANY), (ASK, ONE), (ASK, MANY)], GREEDY)
     assert [answer.token_ids for answer in answers] == [expected[key] for key in ("many", "one", "many")]
+
+
+def test_a_step_that_is_read_along_waits_for_one_small_run(
+    checkpoint: Path, opened: Open, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = opened(checkpoint)
+    engine, events = pipe.frontend.engine, runs(pipe, monkeypatch)
+    alone = tokens(engine, [range(5)], max_new_tokens=80)
+    prompt = pipe.frontend.encode(normalise_prompts((ASK, MANY), images=True)[0][0], PromptOptions())
+    images = Collector()
+    engine.on_step = lambda count: events.append(0)
+    text = Collector(on_first=lambda: submit(engine, prompt, images, max_new_tokens=COUNT) and None)
+    submit(engine, range(5), text, max_new_tokens=80)
+    assert images.wait()[0].tokens == expected["many"]
+    assert text.wait()[0].tokens == alone[0]
+    assert sum(events) == sum(len(each.patches) for each in prompt.images)
+    assert max(events) == 4
+    assert len([size for size in events if size]) > 2
+    assert not any(one and other for one, other in pairwise(events)), "two runs before one step"
 
 
 def test_preempted_images_are_computed_again(checkpoint: Path, opened: Open) -> None:
@@ -228,7 +247,7 @@ def test_text_models_have_no_program_more(engine: Engine) -> None:
 
 
 def test_images_cross_to_the_engines_process() -> None:
-    image = SpanImage(np.arange(6, dtype=np.uint8).reshape(1, 2, 3), (1, 2), np.arange(2), np.arange(2))
+    image = SpanImage(np.arange(6, dtype=np.uint8).reshape(1, 2, 3), (1, 2), np.arange(2), np.arange(2), 2)
     prompt = EncodedPrompt([PLACEHOLDER] * 2, (Span(0, 2, b"content"),), b"salt", (image,))
     sent = _message(Request(prompt, SamplingParams(max_new_tokens=1), print))
     got = EncodedPrompt(*pickle.loads(pickle.loads(sent).body).prompt)

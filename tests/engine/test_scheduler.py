@@ -7,7 +7,8 @@ import pytest
 from lmdeploy_jax.cache.layout import CacheGroup
 from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.cache.pages import PAGE_SIZE
-from lmdeploy_jax.engine.core.scheduler import DrainFirst, Scheduler, Step
+from lmdeploy_jax.engine.core.scheduler import DrainFirst, Scheduler
+from lmdeploy_jax.engine.core.step import Step
 from lmdeploy_jax.engine.request import Request, SamplingParams, Sequence
 from lmdeploy_jax.prompt import EncodedPrompt
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from lmdeploy_jax.engine.core.page_tables import Fields, PageTables, decode_metadata, ragged_metadata
-from lmdeploy_jax.engine.core.scheduler import Chunk
+from lmdeploy_jax.engine.core.step import Chunk
 from lmdeploy_jax.engine.request import Draws, SamplingParams
 from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles

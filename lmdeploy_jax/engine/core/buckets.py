@@ -11,7 +11,8 @@ GPU_DECODE = (1, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 TILES = {"cpu": (1, 4, 13), "gpu": (1, 2, 4, 8, 13)}  # square views in one run; 13: most of InternVL's images
 PATCHES = 1024  # of a run that several views share: in larger ones, patches of other views cost too much
 LONG_RUNS = (1024, 4096)  # patches beyond which a run is attended to in blocks of as many
-IMAGE_ROWS = {"cpu": 4096, "gpu": 16384}  # of images that are held on the device
+JOINING_TILES = 4  # of a run beside answers that somebody reads along: about as long as a decode step
+ENCODER_CACHE_BYTES = {"cpu": 64 << 20, "gpu": 512 << 20}  # of images' rows that are held on the device
 PAGE_COPIES = 64  # pages duplicated in one call
 
 
@@ -25,7 +26,8 @@ class Buckets:
     steps: int = 1  # most decode steps in one call
     encoder: tuple[int, ...] = TILES["cpu"]  # of an encoder's run, in what `packing.size_of` counts
     shared: int = TILES["cpu"][-1]  # of a run, what several views may take; a larger one is alone
-    image_rows: int = 0  # of images that are held on the device; a step has no more of them than tokens
+    joining: int = JOINING_TILES  # the same beside answers that somebody reads along
+    image_rows: int = 0  # of images that are held on the device
 
     @property
     def max_batch_size(self) -> int:
@@ -42,7 +44,7 @@ class Buckets:
         """
         first, factor = min(256, longest), 4 if platform == "cpu" else 2
         sizes = sorted({_long_run(size, unit) for size in _ladder(first, longest, factor)})
-        return replace(self, encoder=tuple(sizes), shared=PATCHES)
+        return replace(self, encoder=tuple(sizes), shared=PATCHES, joining=PATCHES)
 
 
 def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) -> Buckets:
@@ -52,13 +54,16 @@ def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) ->
     tokens = max(max_tokens, max_batch_size)
     if platform == "cpu":
         decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
-        held = max(IMAGE_ROWS["cpu"], tokens)
-        return Buckets(decode, sampling, _ladder(32, tokens, 4), steps, image_rows=held)
+        return Buckets(decode, sampling, _ladder(32, tokens, 4), steps)
     sizes = (size for size in GPU_DECODE if size < max_batch_size)
     sampling = tuple(sorted({*_ladder(1, max_batch_size, 8), min(128, max_batch_size)}))
-    held = max(IMAGE_ROWS["gpu"], tokens)
     tiles = TILES["gpu"]
-    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), steps, tiles, tiles[-1], held)
+    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), steps, tiles, tiles[-1])
+
+
+def image_rows(platform: str, row_bytes: int, least: int) -> int:
+    """Rows of images that a device kind holds, `least` being what the largest view gives."""
+    return max(ENCODER_CACHE_BYTES["cpu" if platform == "cpu" else "gpu"] // row_bytes, least)
 
 
 def _gpu_tokens(most: int) -> tuple[int, ...]:

@@ -16,9 +16,10 @@ from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import ASLEEP, TAGS, EngineBase
 from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.engine.core.results import accept, output_of, read_tokens
-from lmdeploy_jax.engine.core.scheduler import DrainFirst, Step
+from lmdeploy_jax.engine.core.scheduler import DrainFirst
 from lmdeploy_jax.engine.core.setup import set_up
 from lmdeploy_jax.engine.core.sleep import SleepMode
+from lmdeploy_jax.engine.core.step import Step
 from lmdeploy_jax.engine.core.steps import Drawn
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats
 from lmdeploy_jax.engine.forks import OwnerProcess, claim_jax

@@ -15,8 +15,8 @@ from jax import Array
 from lmdeploy_jax.converters.load import Skeleton
 from lmdeploy_jax.engine.core.buckets import REPORT_ROWS
 from lmdeploy_jax.engine.core.program import Programs
-from lmdeploy_jax.engine.core.scheduler import Chunk
 from lmdeploy_jax.engine.core.state import Leaves, Update
+from lmdeploy_jax.engine.core.step import Chunk
 from lmdeploy_jax.engine.request import Draws
 from lmdeploy_jax.sampling.logprobs import TopLogprobs, top_logprobs
 

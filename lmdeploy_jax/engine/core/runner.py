@@ -13,8 +13,8 @@ from lmdeploy_jax.cache.pages import DUMP_PAGE
 from lmdeploy_jax.engine.core.batch import Slots
 from lmdeploy_jax.engine.core.buckets import PAGE_COPIES
 from lmdeploy_jax.engine.core.program import Programs
-from lmdeploy_jax.engine.core.scheduler import Step
 from lmdeploy_jax.engine.core.state import Update
+from lmdeploy_jax.engine.core.step import Step
 from lmdeploy_jax.engine.core.steps import Drawn, Forward, Steps
 from lmdeploy_jax.engine.request import Draws, Sequence
 

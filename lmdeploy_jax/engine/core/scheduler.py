@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from itertools import islice
 
+from lmdeploy_jax.cache.encoder_cache import EncoderCacheManager, ViewKey, views_ahead
 from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.cache.pages import PAGE_SIZE
+from lmdeploy_jax.engine.core.step import Chunk, Step
 from lmdeploy_jax.engine.request import PromptReport, Request, Sequence, Status
 
 JOINING_TOKENS = (256, 384, 512)  # of a step in which prompts join up to 127, 191 and more that decode
 BURST_TOKENS = 4096  # of prompts that could join at once; from then on they go first, until all are in
 PAUSE_TOKENS = 131072  # of a burst for which those who decode wait at most; the rest joins beside them
 LEAST_JOINING_TOKENS = 128  # of prompts, however many decode
-
-
-@dataclass(slots=True)
-class Chunk:
-    """Tokens `start .. start + count` of a sequence; row `i` of the step is its `i`-th chunk."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    from_device: bool  # the last token is read from the device's pending array
-
-
-@dataclass
-class Step:
-    """One forward pass, and which sequences draw their next token from which of its rows."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-    sampled: list[tuple[Sequence, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)  # pages to duplicate after it: (from, to)
-    admitted: list[Sequence] = field(default_factory=list)  # given a slot since the last step
-    repeat: int = 1  # tokens that each sequence draws, one after another, where all are decoding
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
-
-    @property
-    def decode_only(self) -> bool:
-        return all(chunk.from_device for chunk in self.chunks)
 
 
 class DrainFirst(Exception):
@@ -71,8 +43,10 @@ class Scheduler:
         session_len: int,
         rope_switch: int | None = None,
         decode_steps: int = 1,
+        encoder_cache: EncoderCacheManager | None = None,
     ) -> None:
         self.cache = cache
+        self.encoder_cache = encoder_cache
         self.max_tokens = max_tokens
         self.session_len = session_len
         self.rope_switch = rope_switch
@@ -156,8 +130,20 @@ class Scheduler:
         if not chunks:
             chunks = self._decode_chunks()
             budget = self._token_budget(chunks)
+            if self.encoder_cache is not None:
+                self._begin_encoding(any(chunk.sequence.request.streams for chunk in chunks))
             chunks += self._prompt_chunks(budget - len(chunks))
         return chunks
+
+    def _begin_encoding(self, joining: bool) -> None:
+        """joining: somebody waits for a next token while images are encoded."""
+
+        def needed() -> set[ViewKey]:
+            unfinished = (sequence for sequence in self.running if sequence.request.prompt.images)
+            return {key for s in unfinished for key in views_ahead(s.request.prompt, s.computed)}
+
+        if self.encoder_cache is not None:
+            self.encoder_cache.begin_step(joining=joining, needed=needed)
 
     @property
     def _stuck(self) -> bool:
@@ -216,17 +202,21 @@ class Scheduler:
         reads = any(sequence.request.streams and self._ready(sequence) for sequence in self.running)
         if not reads or self._paused >= PAUSE_TOKENS:
             return []
+        self._begin_encoding(True)
         chunks = self._prompt_chunks(self.max_tokens)
         self._paused += sum(chunk.count for chunk in chunks)
         return chunks
 
     def _joinable_tokens(self) -> int:
-        """Tokens not computed yet of prompts that have a slot or would get one; beyond a burst not all."""
-        left = sum(sequence.remaining for sequence in self.running if sequence.remaining > 1)
+        """Tokens not computed yet of prompts that have a slot or would get one; beyond a burst not all.
+
+        Prompts with images always join beside those who decode, one small run of the encoder a step.
+        """
+        left = sum(s.remaining for s in self.running if s.remaining > 1 and not s.request.prompt.images)
         for sequence in islice(self.waiting, len(self._slots)):
             if left > BURST_TOKENS:
                 break
-            left += sequence.remaining
+            left += 0 if sequence.request.prompt.images else sequence.remaining
         return left
 
     def _token_budget(self, decoding: list[Chunk]) -> int:
@@ -247,8 +237,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in unfinished:
             if budget > 0 and self._hold(sequence, sequence.length):
-                chunks.append(self._plan_prompt(sequence, budget))
-                budget -= chunks[-1].count
+                budget -= self._plan_prompt(sequence, budget, chunks)
         return chunks
 
     def _admit(self, budget: int) -> list[Chunk]:
@@ -256,20 +245,24 @@ class Scheduler:
         while self.waiting and budget > 0 and self._take_in(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            chunks.append(self._plan_prompt(sequence, budget))
-            budget -= chunks[-1].count
+            budget -= self._plan_prompt(sequence, budget, chunks)
         return chunks
 
-    def _plan_prompt(self, sequence: Sequence, budget: int) -> Chunk:
-        """As much of its prompt as the budget allows. What it holds for that is more than it needs later.
+    def _plan_prompt(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """As much of its prompt as the budget and its images allow, which may be nothing: the number of
+        tokens. What it holds for that is more than it needs later.
 
         Pages that it fills can be shared at once, by prompts of the same step too: in every layer all keys
         and values of a step are written before any is read.
         """
         sequence.pages.room = 0
-        chunk = self._plan(sequence, min(sequence.remaining, budget))
-        self._register(sequence, chunk.start + chunk.count)
-        return chunk
+        start, count = sequence.computed, min(sequence.remaining, budget)
+        if self.encoder_cache is not None and sequence.request.prompt.images:
+            count = self.encoder_cache.reach(sequence.request.prompt, start, start + count) - start
+        if count:
+            chunks.append(self._plan(sequence, count))
+            self._register(sequence, start + count)
+        return count
 
     def _plan(self, sequence: Sequence, count: int) -> Chunk:
         """The next `count` tokens."""
@@ -300,6 +293,8 @@ class Scheduler:
         sequence.computed, sequence.pages, sequence.hashes = computed, pages, hashes
         if sequence.num_generated == 0:
             sequence.cached = computed
+        if self.encoder_cache is not None and sequence.request.prompt.images:
+            self.encoder_cache.note_query(sequence.request.prompt, computed)
         cache.hold(pages, computed, len(tokens))
         self._occupy(sequence, Status.RUNNING)
         for sibling in sequence.siblings:
@@ -376,6 +371,10 @@ class Scheduler:
                     drawn.unread += 1
                     drawn.pending = True
                     step.sampled.append((drawn, row))
+        if self.encoder_cache is not None and not step.decode_only:
+            step.encoder_runs = self.encoder_cache.take_runs()
+            parts = ((c.sequence.request.prompt, c.start, c.start + c.count) for c in chunks)
+            step.embedding_index = self.encoder_cache.index(parts)
         return step
 
     def _fork(self, first: Sequence, step: Step) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import lcm
 from pathlib import Path
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lmdeploy_jax.cache.encoder_cache import EncoderCacheManager
 from lmdeploy_jax.cache.kv import CacheSpec, MemoryPlan, free_bytes, page_bytes, plan_memory
 from lmdeploy_jax.cache.layout import CacheLayout
 from lmdeploy_jax.cache.manager import CacheManager
@@ -87,7 +88,10 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     loading = time.perf_counter() - begun
     steps = _decode_steps(config, loaded, mesh)
     session_len = config.session_len or model_config.max_position
-    buckets = _encoder_buckets(_buckets(config, platform, steps), vision, platform, session_len)
+    buckets, encoder_cache = _buckets(config, platform, steps), None
+    if vision is not None:
+        buckets = _encoder_buckets(buckets, loaded, vision, platform, session_len)
+        encoder_cache = _encoder_cache(config, vision, buckets)
     layout = model_config.cache_layout(config.tp, session_len=session_len, step_tokens=buckets.max_tokens)
     memory = _plan(config, loaded, vision, mesh, buckets, session_len, layout)
     log.info("%s", memory)
@@ -108,6 +112,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         session_len=session_len,
         rope_switch=model_config.rope_switch,
         decode_steps=steps,
+        encoder_cache=encoder_cache,
     )
     on_cpu = platform == "cpu"
     seconds = time.perf_counter() - started
@@ -240,18 +245,30 @@ def _buckets(config: JaxEngineConfig, platform: str, steps: int) -> Buckets:
 
 
 def _encoder_buckets(
-    buckets: Buckets, vision: LoadedVisionModel | None, platform: str, session_len: int
+    buckets: Buckets, model: LoadedModel, vision: LoadedVisionModel, platform: str, session_len: int
 ) -> Buckets:
-    """With runs for the largest image that a prompt can hold."""
-    if vision is None:
-        return buckets
-    from lmdeploy_jax.vision.packing import most_places
+    """With runs for the largest image that a prompt can hold, and room for the rows of it and of others."""
+    from lmdeploy_jax.vision.packing import most_places, output_of
 
     tower, longest = vision.config.tower, most_places(vision.config, session_len)
-    if longest is None:
-        return buckets
-    unit = lcm(tower.window or 1, vision.config.processor.merge**2)
-    return buckets.for_patches("cpu" if platform == "cpu" else "gpu", longest, unit)
+    if longest is not None:
+        unit = lcm(tower.window or 1, vision.config.processor.merge**2)
+        buckets = buckets.for_patches("cpu" if platform == "cpu" else "gpu", longest, unit)
+    row_bytes = model.config.hidden_size * jnp.dtype(model.dtype).itemsize
+    least = output_of(vision.config, 1 if longest is None else buckets.encoder[-1]) + vision.config.learned
+    return replace(buckets, image_rows=bucket_plan.image_rows(platform, row_bytes, least))
+
+
+def _encoder_cache(
+    config: JaxEngineConfig, vision: LoadedVisionModel, buckets: Buckets
+) -> EncoderCacheManager:
+    return EncoderCacheManager(
+        buckets.image_rows,
+        run_size=buckets.shared,
+        joining_size=buckets.joining,
+        max_batch_size=config.vision_max_batch_size,
+        learned=vision.config.learned,
+    )
 
 
 def _plan(

@@ -35,6 +35,8 @@ class SleepMode:
         if KV_CACHE not in self.released:
             self._runner.release_caches()
             self._scheduler.cache = self._scheduler.cache.emptied()
+            if self._scheduler.encoder_cache is not None:
+                self._scheduler.encoder_cache.forget()
         if WEIGHTS not in self.released:
             leaves = self._runner.state.leaves
             self._shardings = [leaf.sharding for leaf in leaves]

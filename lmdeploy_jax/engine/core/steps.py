@@ -32,8 +32,8 @@ from lmdeploy_jax.engine.core.history import Histories
 from lmdeploy_jax.engine.core.masks import Masks
 from lmdeploy_jax.engine.core.program import Ladder, Program, Programs
 from lmdeploy_jax.engine.core.reports import Reports, pack_logprobs
-from lmdeploy_jax.engine.core.scheduler import Step
 from lmdeploy_jax.engine.core.state import History, Leaves, Update
+from lmdeploy_jax.engine.core.step import Step
 from lmdeploy_jax.engine.request import Draws, Head, Sequence
 from lmdeploy_jax.sampling.logprobs import no_logprobs, top_logprobs
 from lmdeploy_jax.sampling.mask import apply_mask, mask_words
@@ -152,7 +152,8 @@ class Steps(ABC):
         return Forward(out.rows, hidden=out.hidden if reported else None)
 
     def _ragged_pass(self, step: Step) -> Ragged:
-        if self._encoder is not None and (index := self._encoder.index(step.chunks)) is not None:
+        if self._encoder is not None and (index := step.embedding_index) is not None:
+            self._encoder.prepare(step)
             program = self._with_images.fit(step.num_tokens)
             return program(packed=program.pack(step.chunks, index))
         program = self._ragged.fit(step.num_tokens)

@@ -25,8 +25,8 @@ from lmdeploy_jax.engine.core.batch import (
 from lmdeploy_jax.engine.core.buckets import Buckets
 from lmdeploy_jax.engine.core.host_logits import change_logits
 from lmdeploy_jax.engine.core.program import Ladder, Program, Programs
-from lmdeploy_jax.engine.core.scheduler import Step
 from lmdeploy_jax.engine.core.state import History, Leaves, Update
+from lmdeploy_jax.engine.core.step import Step
 from lmdeploy_jax.engine.core.steps import (
     Drawn,
     Errors,

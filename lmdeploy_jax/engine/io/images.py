@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from math import prod
 
+import numpy as np
 from PIL import Image
 
 from lmdeploy_jax.errors import CheckpointError, ContextLengthError, RequestError
@@ -122,7 +123,12 @@ class PromptImages:
         found = image_spans(ids, self._token, [len(each) for each in rows])
         spans = tuple(map(_span, found, images))
         given = zip(images, rows, found, strict=True)
-        return spans, tuple(SpanImage(i.patches, i.grid, row, at.places) for i, row, at in given)
+        return spans, tuple(self._given(image, row, at) for image, row, at in given)
+
+    def _given(self, image: ProcessedImage, rows: np.ndarray, at: ImageSpan) -> SpanImage:
+        tokens = image.patches.shape[1] // self._config.processor.merge**2
+        size = size_of(self._config, image.grid)
+        return SpanImage(image.patches, image.grid, rows, at.places, tokens, size)
 
 
 def _fetched(parts: Sequence[ImagePart], access: MediaAccess) -> dict[str, bytes | RequestError]:
