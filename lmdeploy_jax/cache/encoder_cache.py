@@ -77,8 +77,7 @@ def views_ahead(prompt: EncodedPrompt, start: int) -> Iterator[ViewKey]:
 
 def rows_of(image: SpanImage, number: int) -> np.ndarray:
     """The rows of a view that some token has, rising: int32."""
-    numbers = np.unique(image.rows)
-    return numbers[(numbers >= 0) & (numbers // image.view_rows == number)]
+    return np.unique(image.rows[image.rows // image.view_rows == number])
 
 
 class EncoderCacheManager:

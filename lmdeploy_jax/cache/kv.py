@@ -91,10 +91,11 @@ class MemoryPlan:
     """How much memory the KV cache gets and what it holds, decided before anything is allocated."""
 
     free: int
-    reserved: int  # for the steps' own arrays
+    reserved: int  # for the steps' own arrays, and images'
     page_bytes: int
     num_pages: int
     room: int  # tokens of context that fit, in sequences of the greatest length
+    images: int = 0  # of what is reserved: rows of images, and the encoder's largest run
 
     @property
     def cache_bytes(self) -> int:
@@ -102,8 +103,9 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         gb = 1e-9
+        images = f" ({self.images * gb:.2f} GB of them for images)" if self.images else ""
         return (
-            f"memory: {self.free * gb:.2f} GB free, {self.reserved * gb:.2f} GB kept for the steps, "
+            f"memory: {self.free * gb:.2f} GB free, {self.reserved * gb:.2f} GB kept for the steps{images}, "
             f"{self.cache_bytes * gb:.2f} GB for the KV cache = {self.num_pages} pages = {self.room} tokens"
         )
 
@@ -115,15 +117,17 @@ def plan_memory(
     share: float,
     free: int,
     reserved: int,
+    images: int = 0,
     session_len: int,
     sequences: int,
     on_cpu: bool,
 ) -> MemoryPlan:
     """Pages of `page` bytes for `share` (a fraction of free memory below 1, bytes from 1 on), never more than
-    `sequences` of `session_len` tokens need.
+    `sequences` of `session_len` tokens need. `reserved` bytes are kept for the steps, and `images` besides.
 
     Raises ConfigError where not even one page of each cache group fits.
     """
+    reserved += images
     budget = share if share >= 1 else share * max(free - reserved, 0)
     if on_cpu and share < 1:
         budget = min(budget, CPU_CACHE_LIMIT)
@@ -138,4 +142,4 @@ def plan_memory(
             f"{budget * 1e-6:.3f} MB, and at least {least} pages of {page * 1e-6:.3f} MB are needed. "
             "Raise it, or free memory (a smaller max_batch_size or model, a larger tp)."
         )
-    return MemoryPlan(free, reserved, page, pages, layout.room(pages - 1, session_len))
+    return MemoryPlan(free, reserved, page, pages, layout.room(pages - 1, session_len), images)

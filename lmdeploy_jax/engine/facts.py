@@ -60,6 +60,8 @@ class EngineStats:
     waiting: int = 0  # requests in the queue
     pages_used: int = 0
     preemptions: int = 0
+    encoder_cache_queries: int = 0  # images that prompts had to read
+    encoder_cache_hits: int = 0  # those whose rows the device held; the others were encoded
     compilations: int = 0
     compile_seconds: float = 0.0
 

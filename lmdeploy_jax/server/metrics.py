@@ -191,6 +191,8 @@ class _Gauges(Collector):
                 metrics.cached_tokens.value / max(metrics.prompt_tokens.value, 1),
             ),
             ("num_preemptions", "sequences that gave way and were computed again", stats.preemptions),
+            ("encoder_cache_queries", "images that prompts had to read", stats.encoder_cache_queries),
+            ("encoder_cache_hits", "those that had been encoded already", stats.encoder_cache_hits),
             ("engine_sleeping", "1 while the engine sleeps", engine.sleeping),
             ("compilations", "programs compiled since the server began", stats.compilations),
             ("compile_seconds", "time that took", stats.compile_seconds),

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lmdeploy_jax import GenerationConfig, Pipeline, pipeline
 from lmdeploy_jax.engine.core import buckets
+from lmdeploy_jax.engine.core.encoder import run_bytes
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.io.frontend import PromptOptions
 from lmdeploy_jax.engine.process.remote import _message
@@ -160,9 +161,31 @@ def test_the_same_image_is_neither_encoded_nor_prefilled_again(
         break  # closes the stream, which aborts
     batch = pipe([(ASK, MANY), ASK, (ASK, ONE)] * 2, GREEDY)
     assert [batch[i].token_ids for i in (0, 2, 3, 5)] == [expected["many"], expected["one"]] * 2
-    pipe.frontend.engine.sleep(1)
-    pipe.frontend.engine.wake()
-    assert pipe((ASK, ONE), GREEDY).token_ids == expected["one"]
+
+
+def test_an_encoder_sleeps_and_wakes_and_its_memory_is_planned(
+    tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaVA-NeXT has learned rows too, which must come back."""
+    pipe = opened(save("llava_next", tmp_path / "llava_next"), enable_prefix_caching=False)
+    engine: Any = pipe.frontend.engine
+    expected = pipe((ASK, MANY), GREEDY).token_ids
+    assert pipe((ASK, MANY), GREEDY).token_ids == expected
+    assert (engine.stats.encoder_cache_queries, engine.stats.encoder_cache_hits) == (8, 4)
+    for level in (1, 2):
+        leaves = engine._runner.state.vision_leaves
+        engine.sleep(level)
+        assert leaves
+        assert all(leaf.is_deleted() for leaf in leaves)
+        engine.wake()
+        seen = runs(pipe, monkeypatch)
+        assert pipe((ASK, MANY), GREEDY).token_ids == expected
+        assert seen
+    vision, memory, rows = engine._runner.state.vision, engine.memory, engine._runner.state.image_rows
+    largest = run_bytes(vision.config, buckets.TILES["cpu"][-1], 4)
+    assert memory.images == rows.nbytes + largest
+    assert rows.nbytes >= buckets.ENCODER_CACHE_BYTES["cpu"]
+    assert "GB of them for images" in str(memory)
 
 
 @pytest.mark.parametrize("held", [4, 8, 40])

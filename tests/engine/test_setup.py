@@ -75,6 +75,15 @@ def test_a_cache_too_small_is_told_in_megabytes():
     assert "-64" not in str(caught.value)
 
 
+def test_what_images_take_is_no_part_of_the_cache():
+    layout = MODEL.cache_layout(1, session_len=16384, step_tokens=8192)
+    sizes = [
+        plan(layout, 1_000_000, share=0.5, session_len=16384, images=images).cache_bytes
+        for images in (0, 400_000_000)
+    ]
+    assert sizes[0] - sizes[1] == pytest.approx(200_000_000, rel=0.05)
+
+
 def test_windows_make_room_for_more_tokens_and_the_plan_says_so():
     """Five layers of six with a window of 1,024, in sequences of 16,384 tokens."""
     mixer = MODEL.layers[0].mixer

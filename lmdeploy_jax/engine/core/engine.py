@@ -116,11 +116,14 @@ class Engine(EngineBase):
     @property
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
+        images = scheduler.encoder_cache
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             pages_used=scheduler.cache.pool.used,
             preemptions=scheduler.preemptions,
+            encoder_cache_queries=0 if images is None else images.queries,
+            encoder_cache_hits=0 if images is None else images.hits,
             compilations=self._compilations.count,
             compile_seconds=self._compilations.seconds,
         )

@@ -37,7 +37,7 @@ class Runner:
         self.state.allocate_caches()
 
     def release_caches(self) -> None:
-        """Free the KV cache, the histories and what is held of images."""
+        """Free the KV cache, the histories and the rows of images."""
         self.state.release_caches()
         self._steps.histories.forget()
         self._steps.forget_images()

@@ -32,7 +32,7 @@ from lmdeploy_jax.engine.core.program import Programs
 from lmdeploy_jax.engine.core.program_cache import ProgramCache
 from lmdeploy_jax.engine.core.runner import Runner
 from lmdeploy_jax.engine.core.scheduler import Scheduler
-from lmdeploy_jax.engine.core.state import DeviceState
+from lmdeploy_jax.engine.core.state import DeviceState, Leaves
 from lmdeploy_jax.engine.core.steps import Steps
 from lmdeploy_jax.engine.core.steps_cpu import CpuSteps
 from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
@@ -68,7 +68,7 @@ class Parts:
     scheduler: Scheduler
     runner: Runner
     startup: Startup
-    reload: Callable[[], LoadedModel]  # the same weights, read again
+    reload: Callable[[], tuple[Leaves, Leaves]]  # the same weights, read again, as `DeviceState.weights`
     on_cpu: bool
 
 
@@ -82,7 +82,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     model_config = read_config(folder, config.hf_overrides, config.model_format)
     backend = choose_backend(config.backend, mesh.devices.flat[0], model_config)
     begun = time.perf_counter()
-    reload = partial(_load, folder, config, mesh, backend, False)
+    reload = partial(_reload, folder, config, mesh, backend)
     loaded = _load(folder, config, mesh, backend, progress)
     vision = _load_vision(folder, config, mesh)
     loading = time.perf_counter() - begun
@@ -103,7 +103,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     runner = _runner(
         loaded, vision, spec, slots, buckets, cache_folder, ahead=not config.eager_mode, progress=progress
     )
-    weight_bytes = sum(leaf.nbytes for leaf in loaded.leaves)
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.state.weights))
     startup = Startup(backend, weight_bytes, loading, time.perf_counter() - begun)
     scheduler = Scheduler(
         CacheManager(memory.num_pages, layout.groups, enabled=_caches_prefixes(config, model_config)),
@@ -215,6 +215,12 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
     return loaded
 
 
+def _reload(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str) -> tuple[Leaves, Leaves]:
+    vision = _load_vision(folder, config, mesh)
+    loaded = _load(folder, config, mesh, backend, False)
+    return loaded.leaves, () if vision is None else vision.leaves
+
+
 def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh) -> LoadedVisionModel | None:
     if config.language_model_only or servable_vision(folder) is None:
         return None
@@ -284,11 +290,7 @@ def _plan(
     size = jnp.dtype(model.dtype).itemsize
     widest = max(layer.mlp.activations(shape.hidden_size) for layer in shape.layers)
     activations = buckets.max_tokens * (widest + 8 * shape.hidden_size) * size
-    if vision is not None:
-        from lmdeploy_jax.engine.core.encoder import run_bytes
-
-        activations += run_bytes(vision.config, buckets.encoder[-1], size)
-        activations += buckets.image_rows * shape.hidden_size * size
+    images = 0 if vision is None else _image_bytes(vision, buckets, shape.hidden_size, size, mesh)
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
     return plan_memory(
         layout,
@@ -296,10 +298,19 @@ def _plan(
         share=config.cache_max_entry_count,
         free=free_bytes(mesh),
         reserved=activations + logits,
+        images=images,
         session_len=session_len,
         sequences=buckets.max_batch_size,
         on_cpu=mesh.devices.flat[0].platform == "cpu",
     )
+
+
+def _image_bytes(vision: LoadedVisionModel, buckets: Buckets, width: int, itemsize: int, mesh: Mesh) -> int:
+    """What rows of images and the largest run of the encoder take, on each device the same."""
+    from lmdeploy_jax.engine.core.encoder import run_bytes
+
+    rows = (buckets.image_rows + 1) * width * itemsize
+    return mesh.devices.size * (rows + run_bytes(vision.config, buckets.encoder[-1], itemsize))
 
 
 def _fitting(session_len: int, most: int) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
 
-from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.engine.base import KV_CACHE, TAGS, WEIGHTS
 from lmdeploy_jax.engine.core.runner import Runner
 from lmdeploy_jax.engine.core.scheduler import Scheduler
+from lmdeploy_jax.engine.core.state import Leaves
 from lmdeploy_jax.logs import logger
 
 
@@ -22,13 +23,15 @@ class SleepMode:
     uses the `platform` allocator; what is given back is free for other arrays of the process.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, reload: Callable[[], LoadedModel]) -> None:
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, reload: Callable[[], tuple[Leaves, Leaves]]
+    ) -> None:
         self.released: frozenset[str] = frozenset()
         self._runner = runner
         self._scheduler = scheduler
         self._reload = reload
-        self._host_weights: list[np.ndarray] | None = None
-        self._shardings: list[jax.sharding.Sharding] = []
+        self._host_weights: Any = None  # numpy arrays as `DeviceState.weights` has them
+        self._shardings: Any = ((), ())
 
     def sleep(self, level: int) -> None:
         """1: weights move to the host's memory; 2: they are dropped, and read from disk again later."""
@@ -38,10 +41,10 @@ class SleepMode:
             if self._scheduler.encoder_cache is not None:
                 self._scheduler.encoder_cache.forget()
         if WEIGHTS not in self.released:
-            leaves = self._runner.state.leaves
-            self._shardings = [leaf.sharding for leaf in leaves]
-            self._host_weights = [np.array(leaf) for leaf in leaves] if level == 1 else None
-            self._runner.state.release_leaves()
+            weights = self._runner.state.weights
+            self._shardings = jax.tree.map(lambda leaf: leaf.sharding, weights)
+            self._host_weights = jax.tree.map(np.array, weights) if level == 1 else None
+            self._runner.state.release_weights()
         if level == 2:
             self._host_weights = None
         self.released = frozenset(TAGS)
@@ -54,12 +57,12 @@ class SleepMode:
                 if tag == KV_CACHE:
                     self._runner.allocate_caches()
                 else:
-                    self._runner.state.leaves = self._weights()
+                    self._runner.state.weights = self._weights()
                 self.released -= {tag}
                 logger.info("%s are back after %.1f s", tag, time.perf_counter() - begun)
 
-    def _weights(self) -> tuple[jax.Array, ...]:
+    def _weights(self) -> tuple[Leaves, Leaves]:
         if self._host_weights is None:
-            return self._reload().leaves
+            return self._reload()
         weights, self._host_weights = self._host_weights, None
-        return tuple(map(jax.device_put, weights, self._shardings))
+        return jax.tree.map(jax.device_put, weights, self._shardings)

@@ -107,13 +107,20 @@ class DeviceState:
             array.delete()
         self.caches, self.history, self.image_rows = (), None, None
 
-    def release_leaves(self) -> None:
-        """Free the decoder's weights; an encoder's, which are few beside them, stay. No program may run
-        before `leaves` is set again.
-        """
-        for leaf in self.leaves:
+    @property
+    def weights(self) -> tuple[Leaves, Leaves]:
+        """The decoder's, and those of what encodes images."""
+        return self.leaves, self.vision_leaves
+
+    @weights.setter
+    def weights(self, weights: tuple[Leaves, Leaves]) -> None:
+        self.leaves, self.vision_leaves = weights
+
+    def release_weights(self) -> None:
+        """Free them. No program may run before they are set again."""
+        for leaf in (*self.leaves, *self.vision_leaves):
             leaf.delete()
-        self.leaves = ()
+        self.weights = (), ()
 
     # -- shapes -------------------------------------------------------------------------------------------
 
