@@ -95,6 +95,9 @@ class Leaf:
             out[...] = between[:: run.step]
             return
         name, rows = self.names[run.part], slice(run.start, run.start + len(out))
+        if not self.assembly.sources[run.part]:
+            out[...] = self.reader.read(name)
+            return
         column_shape = self.shape[self.assembly.row_axes :]
         if self.assembly.sources[run.part][1:] == column_shape:
             self.reader.read_into(name, (rows, *(slice(c.start, c.stop) for c in columns)), out)

@@ -73,6 +73,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Scalar:
+    """One source without axes as [1]."""
+
+    def assemble(self, shape: Shape) -> Assembly:
+        return Assembly(1, (Run("", 0, 1),), {"": ()})
+
+
+@dataclass(frozen=True)
 class Stack:
     """Equal sources stacked along new leading axes: Stack(("gate", "up")) makes [2, I, E] of two [I, E].
 
@@ -139,6 +147,18 @@ def halves(part: str, first: int, rotating: int, size: int) -> list[Run]:
         *(Run(part, first + odd, half, 2) for odd in (0, 1)),
         Run(part, first + rotating, size - rotating),
     ]
+
+
+@dataclass(frozen=True)
+class RepeatedHeads:
+    """One source of heads [KH * D] as [KH * replicas, D]: each of them `replicas` times in a row."""
+
+    replicas: int = 1
+
+    def assemble(self, shape: Shape) -> Assembly:
+        heads, size = shape
+        runs = [Run("", head // self.replicas * size, size) for head in range(heads)]
+        return Assembly(2, _merge(runs), {"": (heads // self.replicas * size,)})
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,16 @@ LLAMA3 = _rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
 DYNAMIC = {"max_position_embeddings": 64, **_rope("dynamic", factor=2.0)}
+SIGMOID = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
 BIAS = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
 
@@ -214,6 +224,58 @@ CONFIGS: Mapping[str, Spec] = {
             "mlp_only_layers": [0],
         },
     ),
+    "glm4_moe": Spec("Glm4Moe", SIGMOID | {"attention_bias": True, "use_qk_norm": True}),
+    "minimax_m2": Spec(
+        "MiniMaxM2",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 32}
+        | _rope("default", partial_rotary_factor=0.5),
+    ),
+    "gpt_oss": Spec(
+        "GptOss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "head_dim": 16}
+        | {"layer_types": ["sliding_attention", "full_attention"]}
+        | _yarn(truncate=False),
+    ),
+    "phimoe": Spec(
+        "Phimoe",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "lm_head_bias": True,
+            "attention_bias": True,
+            "router_jitter_noise": 0.3,
+        },
+    ),
+    "ernie4_5": Spec("Ernie4_5", {"head_dim": 32, "use_bias": True}),
+    "ernie4_5_moe": Spec(
+        "Ernie4_5_Moe",
+        {
+            "moe_num_experts": 6,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "hunyuan": Spec("HunYuanDenseV1", {"head_dim": 32, **_rope("dynamic", alpha=100.0, factor=1.0)}),
+    "hunyuan_moe": Spec("HunYuanMoEV1", {"num_experts": 4, "moe_topk": 2, "head_dim": 16}),
+    "glm": Spec("Glm", {"head_dim": 32, "attention_bias": True}),
+    "glm4": Spec("Glm4", {"head_dim": 16, "attention_bias": True}),
+    "olmo2": Spec("Olmo2"),
+    "olmo3": Spec(
+        "Olmo3",
+        {"num_hidden_layers": 4, "sliding_window": 24}
+        | {"rope_parameters": {"full_attention": _yarn()["rope_parameters"]}},
+    ),
+    "olmoe": Spec("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "cohere": Spec("Cohere", {"logit_scale": 0.3, "attention_bias": True}),
+    "cohere2": Spec("Cohere2", {"logit_scale": 0.3, "sliding_window": 24, "num_hidden_layers": 4}),
+    "exaone4": Spec("Exaone4", {"sliding_window": 24, "sliding_window_pattern": 4, "num_hidden_layers": 4}),
+    "ministral3": Spec("Ministral3", {"head_dim": 16} | _yarn(llama_4_scaling_beta=0.5, mscale=1.0)),
+    "starcoder2": Spec("Starcoder2", {"sliding_window": None}),
+    "apertus": Spec("Apertus", {"rope_parameters": LLAMA3["rope_parameters"]}),
+    "arcee": Spec("Arcee", {"mlp_bias": True}),
     "internlm3_dynamic": Spec("InternLM3", {"head_dim": 16, **BIAS, **DYNAMIC}, _internlm3),
 }
 """Every feature alone and several together."""

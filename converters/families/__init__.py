@@ -7,14 +7,50 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lmdeploy_jax.converters.families.apertus import (
+    apertus_config,
+    apertus_rules,
+    arcee_config,
+    arcee_rules,
+)
+from lmdeploy_jax.converters.families.cohere import cohere2_config, cohere_config, cohere_rules
+from lmdeploy_jax.converters.families.ernie import (
+    ernie_config,
+    ernie_moe_config,
+    ernie_moe_rules,
+    ernie_rules,
+)
+from lmdeploy_jax.converters.families.exaone import exaone4_config
 from lmdeploy_jax.converters.families.gemma import gemma2_config, gemma2_rules, gemma3_config, gemma_config
+from lmdeploy_jax.converters.families.glm import (
+    glm4_config,
+    glm4_moe_config,
+    glm4_rules,
+    glm_config,
+    glm_rules,
+)
+from lmdeploy_jax.converters.families.gpt_oss import GPT_OSS_STACKED, gpt_oss_config, gpt_oss_rules
 from lmdeploy_jax.converters.families.granite import granite_config
+from lmdeploy_jax.converters.families.hunyuan import (
+    hunyuan_config,
+    hunyuan_moe_config,
+    hunyuan_moe_rules,
+    hunyuan_rules,
+)
 from lmdeploy_jax.converters.families.internlm import internlm2_config, internlm3_config
 from lmdeploy_jax.converters.families.llama import llama_config
-from lmdeploy_jax.converters.families.mistral import ministral_config, mistral_config
+from lmdeploy_jax.converters.families.minimax import MINIMAX_NAMES, minimax_m2_config
+from lmdeploy_jax.converters.families.mistral import ministral3_config, ministral_config, mistral_config
 from lmdeploy_jax.converters.families.mixtral import MIXTRAL_NAMES, mixtral_config
 from lmdeploy_jax.converters.families.mixture import mixture_rules
+from lmdeploy_jax.converters.families.olmo import (
+    olmo2_config,
+    olmo3_config,
+    olmoe_config,
+    post_norm_rules,
+)
 from lmdeploy_jax.converters.families.phi3 import phi3_config
+from lmdeploy_jax.converters.families.phimoe import PHIMOE_NAMES, phimoe_config
 from lmdeploy_jax.converters.families.qwen import (
     QWEN_NAMES,
     qwen2_config,
@@ -24,6 +60,7 @@ from lmdeploy_jax.converters.families.qwen import (
 )
 from lmdeploy_jax.converters.families.seed_oss import seed_oss_config
 from lmdeploy_jax.converters.families.smollm3 import smollm3_config
+from lmdeploy_jax.converters.families.starcoder2 import starcoder2_config, starcoder2_rules
 from lmdeploy_jax.converters.families.tables import hf_rules, internlm2_rules
 from lmdeploy_jax.converters.fields import Fields, shown
 from lmdeploy_jax.converters.keytable import Rule
@@ -44,18 +81,41 @@ class Family:
 
 STACKED = StackedExperts()
 
+PHIMOE = Family(phimoe_config, partial(mixture_rules, names=PHIMOE_NAMES), STACKED)
+
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(llama_config),
     "MistralForCausalLM": Family(mistral_config),
     "MinistralForCausalLM": Family(ministral_config),
-    "Qwen2ForCausalLM": Family(qwen2_config),
-    "Qwen3ForCausalLM": Family(qwen3_config),
-    "Qwen2MoeForCausalLM": Family(qwen2_moe_config, partial(mixture_rules, names=QWEN_NAMES), STACKED),
-    "Qwen3MoeForCausalLM": Family(qwen3_moe_config, mixture_rules, STACKED),
+    "Ministral3ForCausalLM": Family(ministral3_config),
     "MixtralForCausalLM": Family(mixtral_config, partial(mixture_rules, names=MIXTRAL_NAMES), STACKED),
+    "Qwen2ForCausalLM": Family(qwen2_config),
+    "Qwen2MoeForCausalLM": Family(qwen2_moe_config, partial(mixture_rules, names=QWEN_NAMES), STACKED),
+    "Qwen3ForCausalLM": Family(qwen3_config),
+    "Qwen3MoeForCausalLM": Family(qwen3_moe_config, mixture_rules, STACKED),
     "InternLM2ForCausalLM": Family(internlm2_config, internlm2_rules),
     "InternLM3ForCausalLM": Family(internlm3_config),
     "Phi3ForCausalLM": Family(phi3_config, partial(hf_rules, fused=True)),
+    "PhiMoEForCausalLM": PHIMOE,
+    "PhimoeForCausalLM": PHIMOE,
+    "GptOssForCausalLM": Family(gpt_oss_config, gpt_oss_rules, GPT_OSS_STACKED),
+    "GlmForCausalLM": Family(glm_config, glm_rules),
+    "Glm4ForCausalLM": Family(glm4_config, glm4_rules),
+    "Glm4MoeForCausalLM": Family(glm4_moe_config, mixture_rules, STACKED),
+    "MiniMaxM2ForCausalLM": Family(minimax_m2_config, partial(mixture_rules, names=MINIMAX_NAMES), STACKED),
+    "Ernie4_5ForCausalLM": Family(ernie_config, ernie_rules),
+    "Ernie4_5_MoeForCausalLM": Family(ernie_moe_config, ernie_moe_rules, STACKED),
+    "HunYuanDenseV1ForCausalLM": Family(hunyuan_config, hunyuan_rules),
+    "HunYuanMoEV1ForCausalLM": Family(hunyuan_moe_config, hunyuan_moe_rules, STACKED),
+    "Olmo2ForCausalLM": Family(olmo2_config, post_norm_rules),
+    "Olmo3ForCausalLM": Family(olmo3_config, post_norm_rules),
+    "OlmoeForCausalLM": Family(olmoe_config, mixture_rules, STACKED),
+    "CohereForCausalLM": Family(cohere_config, cohere_rules),
+    "Cohere2ForCausalLM": Family(cohere2_config, cohere_rules),
+    "Exaone4ForCausalLM": Family(exaone4_config, post_norm_rules),
+    "Starcoder2ForCausalLM": Family(starcoder2_config, starcoder2_rules),
+    "ApertusForCausalLM": Family(apertus_config, apertus_rules),
+    "ArceeForCausalLM": Family(arcee_config, arcee_rules),
     "GraniteForCausalLM": Family(granite_config),
     "SmolLM3ForCausalLM": Family(smollm3_config),
     "SeedOssForCausalLM": Family(seed_oss_config),
@@ -77,6 +137,26 @@ MODEL_TYPES: Mapping[str, str] = {
     "internlm2": "InternLM2ForCausalLM",
     "internlm3": "InternLM3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "phimoe": "PhimoeForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
+    "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "cohere": "CohereForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "apertus": "ApertusForCausalLM",
+    "arcee": "ArceeForCausalLM",
     "granite": "GraniteForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "seed_oss": "SeedOssForCausalLM",

@@ -25,6 +25,7 @@ ACTIVATION_NAMES = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "relu2": "relu2",
 }
 DEFAULT_LENGTH = 2048
 Features = Mapping[str, Any]

@@ -11,7 +11,7 @@ from lmdeploy_jax.converters.families.common import ACTIVATION_NAMES, MOST_ELEME
 from lmdeploy_jax.converters.families.tables import LAYER, LAYER_TARGET, hf_rules
 from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.converters.keytable import Rule
-from lmdeploy_jax.converters.layouts import Stack
+from lmdeploy_jax.converters.layouts import Rows, Stack
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import DecoderConfig, MixtureConfig, MlpConfig, RouterConfig
 
@@ -90,6 +90,8 @@ class MixtureNames:
     block: str = "mlp"
     router: str = "gate"
     correction: str = "gate.e_score_correction_bias"
+    correction_row_axes: int = 1
+    """0 where it is [1, X]."""
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "shared_experts"
     shared_gate: str = "shared_expert_gate"
@@ -105,7 +107,12 @@ class MixtureNames:
         experts, shared = block + r"experts\.(\d+)\.", block + self.shared + r"\."
         return (
             Rule(block + re.escape(self.router) + r"\.(weight|bias)", target + r"router.\2"),
-            Rule(block + re.escape(self.correction), target + "router.correction"),
+            Rule(
+                block + re.escape(self.correction),
+                target + "router.correction",
+                "",
+                Rows(self.correction_row_axes),
+            ),
             Rule(experts + rf"({gate}|{up})\.(weight|bias)", target + r"experts.gate_up.\4", r"\2.\3", both),
             Rule(experts + rf"{down}\.(weight|bias)", target + r"experts.down.\3", r"\2", all_down),
             Rule(

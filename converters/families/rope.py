@@ -31,19 +31,21 @@ def read_rope(
     *,
     theta: float = 10000.0,
     partial: bool = False,
+    share: float = 1.0,
     aliases: Mapping[str, str] | None = None,
     original: int | None = None,
 ) -> RopeConfig:
     """The RoPE of a config whose heads are `head_dim` wide.
 
-    `theta` and `original` (context before scaling) are the family's defaults; `partial`: the family rotates a
-    part of each head where `partial_rotary_factor` says so; `aliases`: its own names of kinds.
+    `theta`, `share` (of each head, that rotates) and `original` (context before scaling) are the family's
+    defaults; `partial`: the family rotates a part of each head where `partial_rotary_factor` says so;
+    `aliases`: its own names of kinds.
     Raises UnsupportedModelError for kinds and keys that are not implemented.
     """
     given = fields.table("rope_scaling") or fields.table("rope_parameters")
     outer = Fields(given, f"{fields.where}: rope_parameters")
     base = outer.positive("rope_theta", fields.positive("rope_theta", theta))
-    share = outer.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    share = outer.number("partial_rotary_factor", fields.number("partial_rotary_factor", share))
     if share != 1.0 and not (partial and 0 < share < 1):
         expected = "a share of each head up to 1.0" if partial else "1.0 for this architecture"
         raise fields.unsupported("partial_rotary_factor", share, expected)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lmdeploy_jax.converters.keytable import Rule
-from lmdeploy_jax.converters.layouts import GroupedQKV, Rows, Stack
+from lmdeploy_jax.converters.layouts import GroupedQKV, Layout, RepeatedHeads, Rows, Stack
 from lmdeploy_jax.models.config import DecoderConfig
 
+FLAT_COLUMNS = Rows(1, flat_columns=True)
 LAYER = r"model\.layers\.(\d+)\."
 LAYER_TARGET = r"layers.\1."
 PRE_NORMS: Mapping[str, str] = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
@@ -18,52 +19,74 @@ def hf_rules(
     tp: int,
     *,
     norms: Mapping[str, str] = PRE_NORMS,
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm"),
     fused: bool = False,
+    fused_mlp: bool = False,
+    plain_mlp: tuple[str, str] | None = None,
+    interleaved: bool = False,
 ) -> tuple[Rule, ...]:
-    """The names that most HF models use; `fused`: qkv and gate and up are one tensor each, as in Phi-3.
+    """The names that most HF models use.
 
+    `fused`: qkv and gate and up are one tensor each, as in Phi-3; `fused_mlp`: gate and up alone.
+    `plain_mlp`: the two weights of an MLP that is not gated. `interleaved`: q and k rotate in pairs of
+    neighbours.
     On `tp` devices the model may hold more KV heads than the checkpoint (see `AttentionConfig`).
     """
-    attention = LAYER + r"self_attn\."
-    mlp = LAYER + r"mlp\."
-    replicas = _replicas(config, tp)
-    if fused:
-        qkv = Rule(
-            attention + r"qkv_proj\.(weight|bias)",
-            LAYER_TARGET + r"attention.qkv.\2",
-            "",
-            GroupedQKV(replicas, "rows"),
-        )
-        gate_up = Rule(mlp + r"gate_up_proj\.(weight|bias)", LAYER_TARGET + r"mlp.gate_up.\2", "", Rows(2))
-    else:
-        qkv = Rule(
-            attention + r"(q|k|v)_proj\.(weight|bias)",
-            LAYER_TARGET + r"attention.qkv.\3",
-            r"\2",
-            GroupedQKV(replicas),
-        )
-        gate_up = Rule(
-            mlp + r"(gate|up)_proj\.(weight|bias)",
-            LAYER_TARGET + r"mlp.gate_up.\3",
-            r"\2",
-            Stack(("gate", "up")),
-        )
+    attention, replicas = LAYER + r"self_attn\.", _replicas(config, tp)
+    packing = GroupedQKV(replicas, "rows" if fused else "split", _rotating(config) if interleaved else 0)
     return (
         *outer_rules(config, "model.embed_tokens", "lm_head"),
-        Rule(r"model\.norm\.weight", "norm.weight"),
+        Rule(r"model\.norm\.(weight|bias)", r"norm.\1"),
         *(
-            Rule(LAYER + name + r"\.weight", LAYER_TARGET + target + ".weight")
+            Rule(LAYER + name + r"\.(weight|bias)", LAYER_TARGET + target + r".\2")
             for name, target in norms.items()
         ),
-        qkv,
-        Rule(
-            attention + r"o_proj\.weight", LAYER_TARGET + "attention.o.weight", "", Rows(1, flat_columns=True)
-        ),
+        _qkv_rule(attention, packing),
+        Rule(attention + r"o_proj\.weight", LAYER_TARGET + "attention.o.weight", "", FLAT_COLUMNS),
         Rule(attention + r"o_proj\.bias", LAYER_TARGET + "attention.o.bias"),
-        Rule(attention + r"(q|k)_norm\.weight", LAYER_TARGET + r"attention.\2_norm.weight"),
-        gate_up,
-        Rule(mlp + r"down_proj\.(weight|bias)", LAYER_TARGET + r"mlp.down.\2"),
+        *_qk_norm_rules(config, replicas, qk_norms),
+        Rule(attention + r"sinks", LAYER_TARGET + "attention.sinks", "", Rows(2)),
+        *(_plain_mlp_rules(*plain_mlp) if plain_mlp else _mlp_rules(fused or fused_mlp)),
     )
+
+
+def _qkv_rule(attention: str, packing: GroupedQKV) -> Rule:
+    if packing.packing == "rows":
+        return Rule(attention + r"qkv_proj\.(weight|bias)", LAYER_TARGET + r"attention.qkv.\2", "", packing)
+    return Rule(
+        attention + r"(q|k|v)_proj\.(weight|bias)", LAYER_TARGET + r"attention.qkv.\3", r"\2", packing
+    )
+
+
+def _mlp_rules(fused: bool) -> tuple[Rule, ...]:
+    mlp, gate_up = LAYER + r"mlp\.", LAYER_TARGET + "mlp.gate_up."
+    down = Rule(mlp + r"down_proj\.(weight|bias)", LAYER_TARGET + r"mlp.down.\2")
+    if fused:
+        return Rule(mlp + r"gate_up_proj\.(weight|bias)", gate_up + r"\2", "", Rows(2)), down
+    both = Stack(("gate", "up"))
+    return Rule(mlp + r"(gate|up)_proj\.(weight|bias)", gate_up + r"\3", r"\2", both), down
+
+
+def _plain_mlp_rules(up: str, down: str) -> tuple[Rule, ...]:
+    return tuple(
+        Rule(LAYER + rf"mlp\.{name}\.(weight|bias)", LAYER_TARGET + rf"mlp.{target}.\2")
+        for name, target in ((up, "up"), (down, "down"))
+    )
+
+
+def _qk_norm_rules(config: DecoderConfig, replicas: int, names: tuple[str, str]) -> tuple[Rule, ...]:
+    width = config.layers[0].mixer.qk_norm_width
+    layouts: tuple[Layout, Layout] = (Rows(3), RepeatedHeads(replicas)) if width else (Rows(), Rows())
+    return tuple(
+        Rule(LAYER + rf"self_attn\.{name}\.weight", LAYER_TARGET + f"attention.{target}.weight", "", layout)
+        for name, target, layout in zip(names, ("q_norm", "k_norm"), layouts, strict=True)
+    )
+
+
+def _rotating(config: DecoderConfig) -> int:
+    """Leading elements of a head that rotate, in the layers that do."""
+    (count,) = {rope.dim for rope in config.ropes}
+    return count
 
 
 def _replicas(config: DecoderConfig, tp: int) -> int:
@@ -78,7 +101,9 @@ def outer_rules(config: DecoderConfig, embedding: str, head: str) -> tuple[Rule,
     Old checkpoints hold RoPE's tables, which the model computes itself.
     """
     rows = Rows(valid=config.vocab_size)
+    biases = (Rule(head + r"\.bias", "lm_head.bias", "", rows),) if config.head_bias else ()
     return (
+        *biases,
         Rule(embedding.replace(".", r"\.") + r"\.weight", "embedding.weight", "", rows),
         Rule(head + r"\.weight", "lm_head.weight", "", rows),
         Rule(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)", None),

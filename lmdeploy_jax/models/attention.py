@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from lmdeploy_jax.models import head_work
 from lmdeploy_jax.models.batch import AttentionMetadata
 from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig
 from lmdeploy_jax.models.kernels import Kernels, LayerCache
-from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.linear import param
+from lmdeploy_jax.models.norm import Norm, RMSNorm, WidthNorm
 from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
 from lmdeploy_jax.models.rope import Rotation
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
@@ -44,8 +48,12 @@ class Attention(nnx.Module):
             dtype=dtype,
             kernels=kernels,
         )
-        self.q_norm = self._head_norm(head_dim, dtype) if config.qk_norm else None
-        self.k_norm = self._head_norm(head_dim, dtype) if config.qk_norm else None
+        self.replicas = kv_heads // config.kv_heads
+        self.q_norm = self._norm((kv_heads, groups, head_dim), dtype) if config.qk_norm else None
+        self.k_norm = self._norm((kv_heads, head_dim), dtype) if config.qk_norm else None
+        self.sinks = (
+            param((kv_heads, groups), jnp.dtype("float32"), ("kv_heads", None)) if config.sinks else None
+        )
         self.o = RowParallelLinear(
             (model.hidden_size,),
             (kv_heads, groups, head_dim),
@@ -56,14 +64,16 @@ class Attention(nnx.Module):
             added_up=added_plainly,
         )
 
-    def _head_norm(self, head_dim: int, dtype: jnp.dtype) -> RMSNorm:
-        return RMSNorm(head_dim, self.norm_eps, self.norm_offset, dtype=dtype)
+    def _norm(self, heads: tuple[int, ...], dtype: jnp.dtype) -> RMSNorm | WidthNorm:
+        if self.config.qk_norm_width:
+            return WidthNorm(heads, dtype=dtype)
+        return RMSNorm(heads[-1], self.norm_eps, self.norm_offset, dtype=dtype)
 
     def __call__(
         self,
         x: Float[Array, "T E"],
         delta: Float[Array, "*S T E"] | None,
-        norm: RMSNorm | None,
+        norm: Norm | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
         rope: Rotation | None,
@@ -74,17 +84,35 @@ class Attention(nnx.Module):
         """
         x, qkv = self.qkv(x, delta, norm)  # [(S,) T, KH, G + 2, D]
         work = self._work(rope)
-        out, cache = self.kernels.attend(qkv, work, cache, metadata, self.config, dtype=x.dtype)
+        if not self.config.is_plain:
+            qkv, work = self._worked(qkv, work, rope, x.dtype)
+        sinks = None if self.sinks is None else self.sinks[...].reshape(-1)
+        args = (qkv, work, cache, metadata, self.config)
+        out, cache = self.kernels.attend(*args, sinks=sinks, dtype=x.dtype)
         return x, self.o(out), cache
 
+    def _worked(
+        self, qkv: Array, work: HeadWork, rope: Rotation | None, dtype: jnp.dtype
+    ) -> tuple[Float[Array, "T KH R D"], HeadWork]:
+        """See `models.head_work`."""
+        qkv, work = head_work.biased(qkv, work, dtype)
+        if isinstance(self.q_norm, WidthNorm) and isinstance(self.k_norm, WidthNorm):
+            reduce = self.kernels.collectives.all_reduce
+            how: dict[str, Any] = {"eps": self.norm_eps, "replicas": self.replicas, "reduce": reduce}
+            qkv = head_work.norm_widths(qkv, (self.q_norm, self.k_norm), self.config, **how)
+        qkv = head_work.scale_queries(qkv, rope)
+        return head_work.rotate_then_norm(qkv, work) if self.config.qk_norm_after_rope else (qkv, work)
+
     def _work(self, rope: Rotation | None) -> HeadWork:
-        cos, sin = (None, None) if rope is None else rope
+        q_norm, k_norm = (
+            norm.weight[...] if isinstance(norm, RMSNorm) else None for norm in (self.q_norm, self.k_norm)
+        )
         return HeadWork(
             bias=None if self.qkv.bias is None else self.qkv.bias[...],
-            q_norm=None if self.q_norm is None else self.q_norm.weight[...],
-            k_norm=None if self.k_norm is None else self.k_norm.weight[...],
-            cos=cos,
-            sin=sin,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            cos=None if rope is None else rope.cos,
+            sin=None if rope is None else rope.sin,
             eps=self.norm_eps,
             offset=self.norm_offset,
         )

@@ -36,6 +36,8 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    llama_4_scaling_beta: float = 0.0
+    """b of the factor of rotated queries, `1 + b * ln(1 + position // original_max_position)`; 0: none."""
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
@@ -65,6 +67,18 @@ class AttentionConfig:
     o_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each head of q and k, before the rotation."""
+    qk_norm_width: bool = False
+    """It goes over all heads of q, and over all of k, as one (OLMo 2)."""
+    qk_norm_after_rope: bool = False
+    """It comes behind the rotation (Hunyuan)."""
+    sinks: bool = False
+    """Each query head has a learnt logit that joins its softmax's denominator (gpt-oss)."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels do all that happens between the qkv product and the cache."""
+        tempered = self.rope is not None and self.rope.llama_4_scaling_beta != 0
+        return not (self.qk_norm_width or self.qk_norm_after_rope or tempered)
 
     @property
     def group(self) -> int:
@@ -94,18 +108,22 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """The gated feed-forward block."""
+    """The feed-forward block."""
 
     width: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "swigluoai"] = "silu"
-    """swigluoai, gpt-oss's, is an expert's: of gate g and up u, clamped, `(u + 1) * g * sigmoid(1.702 g)`."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu", "swigluoai"] = "silu"
+    """relu2: the square of what is above 0. xielu (Apertus) has learnt numbers, and is of blocks that are
+    not gated. swigluoai (gpt-oss) is an expert's: of gate g and up u, clamped, `(u + 1) g sigmoid(1.702 g)`.
+    """
+    gated: bool = True
+    """Whether there is a product beside the one that is activated, by which this is multiplied."""
     bias: bool = False
     limit: float = 7.0
     """Of swigluoai: g is at most that, u within it on both sides."""
 
     def weight_rows(self, tokens: int) -> float:
         """Rows of hidden_size elements that a step of so many tokens reads."""
-        return 3.0 * self.width
+        return (3.0 if self.gated else 2.0) * self.width
 
     def activations(self, hidden: int) -> int:
         """Elements that a token takes on its way through, at most."""
@@ -172,15 +190,17 @@ class LayerConfig:
     mixer: AttentionConfig
     mlp: MlpConfig | MixtureConfig
     pre_norm: bool = True
-    """RMSNorm on what enters mixer and MLP."""
+    """A norm on what enters mixer and MLP."""
     post_norm: bool = False
-    """RMSNorm on what leaves mixer and MLP, before it is added to the residual."""
+    """A norm on what leaves mixer and MLP, before it is added to the residual."""
+    parallel: bool = False
+    """Mixer and MLP read the same, and one norm stands before both (Cohere)."""
     residual_multiplier: float = 1.0
 
     @property
     def added_plainly(self) -> bool:
-        """Whether what mixer and MLP return is added to the residual stream as it is."""
-        return not self.post_norm and self.residual_multiplier == 1.0
+        """Whether what mixer and MLP return is added to the residual stream as it is, each by itself."""
+        return not self.post_norm and not self.parallel and self.residual_multiplier == 1.0
 
 
 @dataclass(frozen=True)
@@ -192,10 +212,16 @@ class DecoderConfig:
     max_position: int
     """Longest sequence the checkpoint's config names; the default session length."""
     layers: tuple[LayerConfig, ...]
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm or LayerNorm."""
+    norm_bias: bool = False
+    """Whether every LayerNorm has one."""
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     """Added to every norm's weight; 1 in Gemma."""
     tie_embeddings: bool = False
+    head_bias: bool = False
+    """Whether the output head has one; not with tied embeddings."""
     logit_soft_cap: float | None = None
     embedding_multiplier: float = 1.0
     logit_multiplier: float = 1.0

@@ -18,8 +18,8 @@ from lmdeploy_jax.models.embedding import Embedding
 from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.linear import soft_cap
 from lmdeploy_jax.models.mixture import Mixture
-from lmdeploy_jax.models.mlp import GatedMLP
-from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.mlp import GatedMLP, PlainMLP
+from lmdeploy_jax.models.norm import LayerNorm, Norm, RMSNorm
 from lmdeploy_jax.models.rope import Rotation, rotation
 
 
@@ -29,16 +29,17 @@ class DecoderLayer(nnx.Module):
     def __init__(
         self, model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels
     ) -> None:
-        def norm(present: bool) -> RMSNorm | None:
-            size, eps, offset = model.hidden_size, model.norm_eps, model.norm_offset
-            return RMSNorm(size, eps, offset, dtype=dtype, axis="embed") if present else None
+        def norm(present: bool) -> Norm | None:
+            return _norm(model, dtype) if present else None
 
         plainly = config.added_plainly
+        self.parallel = config.parallel
+        self.kernels = kernels
         self.residual_multiplier = config.residual_multiplier
         self.attention_norm = norm(config.pre_norm)
         self.attention = Attention(model, config.mixer, added_plainly=plainly, dtype=dtype, kernels=kernels)
         self.attention_post_norm = norm(config.post_norm)
-        self.mlp_norm = norm(config.pre_norm)
+        self.mlp_norm = norm(config.pre_norm and not config.parallel)
         self.mlp = _feed_forward(model, config, dtype=dtype, kernels=kernels)
         self.mlp_post_norm = norm(config.post_norm)
 
@@ -51,22 +52,44 @@ class DecoderLayer(nnx.Module):
         rope: Rotation | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
         """The residual stream x and what the layer before adds to it -> the same, and the cache."""
+        if self.parallel:
+            return self._in_parallel(x, delta, cache, metadata, rope)
         x, out, cache = self.attention(x, delta, self.attention_norm, cache, metadata, rope)
         x, out = self.mlp(x, self._scaled(self.attention_post_norm, out), self.mlp_norm)
         return x, self._scaled(self.mlp_post_norm, out), cache
 
-    def _scaled(self, post_norm: RMSNorm | None, out: Array) -> Array:
+    def _in_parallel(
+        self,
+        x: Float[Array, "T E"],
+        delta: Float[Array, "*S T E"] | None,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        rope: Rotation | None,
+    ) -> tuple[Float[Array, "T E"], Float[Array, "T E"], LayerCache]:
+        x, normed = self.kernels.add_norm(x, delta, self.attention_norm)
+        _, attended, cache = self.attention(normed, None, None, cache, metadata, rope)
+        return x, self._scaled(None, attended + self.mlp(normed, None, None)[1]), cache
+
+    def _scaled(self, post_norm: Norm | None, out: Array) -> Array:
         out = out if post_norm is None else post_norm(out)
         return out if self.residual_multiplier == 1.0 else out * self.residual_multiplier
 
 
+def _norm(model: DecoderConfig, dtype: jnp.dtype) -> Norm:
+    """A norm of the residual stream."""
+    if model.norm == "layer":
+        return LayerNorm(model.hidden_size, model.norm_eps, bias=model.norm_bias, dtype=dtype, axis="embed")
+    return RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset, dtype=dtype, axis="embed")
+
+
 def _feed_forward(
     model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels
-) -> GatedMLP | Mixture:
+) -> GatedMLP | PlainMLP | Mixture:
     size = model.hidden_size
     if isinstance(config.mlp, MixtureConfig):
         return Mixture(size, config.mlp, dtype=dtype, kernels=kernels)
-    return GatedMLP(size, config.mlp, added_plainly=config.added_plainly, dtype=dtype, kernels=kernels)
+    block = GatedMLP if config.mlp.gated else PlainMLP
+    return block(size, config.mlp, added_plainly=config.added_plainly, dtype=dtype, kernels=kernels)
 
 
 class Decoder(nnx.Module):
@@ -83,13 +106,12 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             DecoderLayer(config, layer, dtype=dtype, kernels=kernels) for layer in config.layers
         )
-        self.norm = RMSNorm(
-            config.hidden_size, config.norm_eps, config.norm_offset, dtype=dtype, axis="embed"
-        )
+        self.norm = _norm(config, dtype)
+        sizes = (config.vocab_size, config.hidden_size)
         self.lm_head = (
             None
             if config.tie_embeddings
-            else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, kernels=kernels)
+            else Embedding(*sizes, bias=config.head_bias, dtype=dtype, kernels=kernels)
         )
 
     def __call__(self, cache: KVCache, batch: Batch) -> tuple[Float[Array, "T E"], KVCache]:

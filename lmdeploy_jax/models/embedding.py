@@ -14,9 +14,11 @@ from lmdeploy_jax.models.products import plan
 class Embedding(Linear):
     """A [V, E] table, its rows dealt out over `tp` and padded with zeros to divide evenly."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, kernels: Kernels) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, bias: bool = False, dtype: jnp.dtype, kernels: Kernels
+    ) -> None:
         rows = -(-vocab_size // kernels.tp) * kernels.tp
-        super().__init__((rows,), (hidden_size,), ("vocab", "embed"), bias=False, dtype=dtype)
+        super().__init__((rows,), (hidden_size,), ("vocab", "embed"), bias=bias, dtype=dtype)
         self.kernels = kernels
 
     def lookup(self, tokens: Int32[Array, "T"]) -> Float[Array, "T E"]:
@@ -25,4 +27,5 @@ class Embedding(Linear):
 
     def attend(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R rows"]:
         """The table as an output head: the product with this device's rows, padding included."""
-        return plan(self.kernels, "whole", self, hidden)(self, hidden)
+        product = plan(self.kernels, "whole", self, hidden)(self, hidden)
+        return product if self.bias is None else product + self.bias[...]

@@ -12,14 +12,13 @@ import jax
 from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from lmdeploy_jax.models.batch import AttentionMetadata
 from lmdeploy_jax.models.config import AttentionConfig
-from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
-from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, tile_rows, why_not_mosaic
 from lmdeploy_jax.pallas_kernels.registry import why_not_heads
@@ -63,14 +62,14 @@ class Kernels:
         return collectives(self.mesh)
 
     def add_norm(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: RMSNorm | None
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
         """The residual stream x with what is added to it, whole or in parts -> x, and x normalised."""
         if delta is None:
             return x, x if norm is None else norm(x)
-        if norm is None:
-            x = x + delta
-            return x, x
+        if not isinstance(norm, RMSNorm):
+            x = x + (delta.sum(0).astype(x.dtype) if delta.ndim == 3 else delta)
+            return x, x if norm is None else norm(x)
         weight, options = norm.weight[...], {"eps": norm.eps, "offset": norm.offset}
         return add_rms_norm(x, delta, weight, **options, backend=self.backend)
 
@@ -82,6 +81,7 @@ class Kernels:
         metadata: AttentionMetadata,
         mixer: AttentionConfig,
         *,
+        sinks: Float32[Array, "H"] | None = None,
         dtype: DTypeLike,
     ) -> tuple[Float[Array, "T KH R-2 D"], LayerCache]:
         """qkv (R = G + 2) into the cache and through attention -> outputs of `dtype`, and the cache."""
@@ -91,19 +91,21 @@ class Kernels:
         if metadata.tiles is None:
             rows = (metadata.slots, metadata.page_table, metadata.kv_lens, split_counters)
             args = (qkv, k_pages, v_pages, *rows, work)
-            out, *cached = paged_attention(*args, options=options, **how)
+            out, *cached = paged_attention(*args, options=options, sinks=sinks, **how)
             return out, tuple(cached)
         q, k_pages, v_pages = rope_kv_write(qkv, k_pages, v_pages, metadata.slots, work, **how)
         queries = q.reshape(q.shape[0], -1, q.shape[-1])
         if backend == "pallas":
-            backend = self._prefill_backend(q, k_pages, options)
+            backend = self._prefill_backend(q, k_pages, mixer)
         arguments = (queries, k_pages, v_pages, metadata.page_table, metadata.tiles)
         height = tile_rows(self.backend)  # of the batch's tiles, which layers of both backends share
-        out = prefill_attention(*arguments, options=options, backend=backend, tile_rows=height)
+        how = {"sinks": sinks, "backend": backend, "tile_rows": height}
+        out = prefill_attention(*arguments, options=options, **how)
         return out.reshape(q.shape), (k_pages, v_pages, split_counters)
 
-    def _prefill_backend(self, q: Array, k_pages: Array, options: AttentionOptions) -> str:
+    def _prefill_backend(self, q: Array, k_pages: Array, mixer: AttentionConfig) -> str:
         """Mosaic's calls take the host longer than a short step lasts: they are for long ones."""
         long = self.tuning.prefill_attention == "mosaic" and q.shape[0] >= MOSAIC_TOKENS
-        plain = long and options.window is None and options.soft_cap is None
+        options = mixer.options
+        plain = long and options.window is None and options.soft_cap is None and not mixer.sinks
         return "mosaic" if plain and why_not_mosaic(q.dtype, k_pages.dtype, q.shape[-1]) is None else "pallas"

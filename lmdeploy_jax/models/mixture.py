@@ -18,7 +18,7 @@ from lmdeploy_jax.models.config import MixtureConfig, MlpConfig
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.mlp import GatedMLP
-from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.norm import Norm
 from lmdeploy_jax.models.products import ACTIVATIONS, dense_product
 from lmdeploy_jax.models.quantised import QuantWeight
 from lmdeploy_jax.models.routing import Router, Routes
@@ -103,7 +103,7 @@ class Mixture(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: RMSNorm | None
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
         """`Kernels.add_norm` of the arguments, and the mixture -> x, what is added to it next."""
         x, normed = self.kernels.add_norm(x, delta, norm)

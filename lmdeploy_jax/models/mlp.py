@@ -1,9 +1,10 @@
-"""The gated feed-forward block (Shazeer, 2020)."""
+"""Feed-forward blocks, gated (Shazeer, 2020) and not."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -11,7 +12,8 @@ from jaxtyping import Float
 
 from lmdeploy_jax.models.config import MlpConfig
 from lmdeploy_jax.models.kernels import Kernels
-from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.linear import param
+from lmdeploy_jax.models.norm import Norm
 from lmdeploy_jax.models.products import ACTIVATIONS
 from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
 
@@ -30,8 +32,48 @@ class GatedMLP(nnx.Module):
         self.down = RowParallelLinear((hidden,), (inner,), ("embed", "mlp"), added_up=added_plainly, **rest)
 
     def __call__(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: RMSNorm | None
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
         """`Kernels.add_norm` of the arguments, and the MLP -> x, what is added to it next."""
         x, inner = self.gate_up(x, delta, norm)
         return x, self.down(inner)
+
+
+class PlainMLP(nnx.Module):
+    """`down(activation(up(x)))`."""
+
+    def __init__(
+        self, hidden: int, config: MlpConfig, *, added_plainly: bool, dtype: jnp.dtype, kernels: Kernels
+    ) -> None:
+        rest: dict[str, Any] = {"bias": config.bias, "dtype": dtype, "kernels": kernels}
+        self.up = ColumnParallelLinear((config.width,), (hidden,), ("mlp", "embed"), **rest)
+        self.down = RowParallelLinear(
+            (hidden,), (config.width,), ("embed", "mlp"), added_up=added_plainly, **rest
+        )
+        self.activation = XIELU() if config.activation == "xielu" else ACTIVATIONS[config.activation]
+
+    def __call__(
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
+        """As `GatedMLP.__call__`."""
+        x, inner = self.up(x, delta, norm)
+        inner = (inner.sum(0) if inner.ndim == 3 else inner).astype(x.dtype)
+        inner = inner if self.up.bias is None else inner + self.up.bias[...]
+        return x, self.down(self.activation(inner))
+
+
+class XIELU(nnx.Module):
+    """Quadratic above 0 and exponential below, by learnt numbers (Huang and Schlag, 2024)."""
+
+    def __init__(self) -> None:
+        def number() -> nnx.Param:
+            return param((1,), jnp.dtype("float32"), (None,))
+
+        self.alpha_p, self.alpha_n, self.beta, self.eps = number(), number(), number(), number()
+
+    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T I"]:
+        wide, beta = x.astype(jnp.float32), self.beta[...]
+        above = jax.nn.softplus(self.alpha_p[...]) * wide * wide
+        below = beta + jax.nn.softplus(self.alpha_n[...])
+        below = below * (jnp.expm1(jnp.minimum(wide, self.eps[...])) - wide)
+        return (jnp.where(wide > 0, above, below) + beta * wide).astype(x.dtype)

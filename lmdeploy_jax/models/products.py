@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
-from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.quantised import QuantWeight, round_rows
 from lmdeploy_jax.models.tuning import Kind
 from lmdeploy_jax.pallas_kernels.skinny_gemm import (
@@ -36,6 +36,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 TRANSPOSED_ROWS = range(2, 65)  # of a product that a CPU does faster with the weight on the left
 
@@ -58,7 +59,7 @@ class NormProduct(Protocol):
         linear: Linear,
         x: Float[Array, "T E"],
         delta: Float[Array, "*S T E"] | None,
-        norm: RMSNorm | None,
+        norm: Norm | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         """`Kernels.add_norm` of x, delta and norm -> x [T, E], and the product with what is normalised."""
 
@@ -172,7 +173,7 @@ class SeparateNorm:
         linear: Linear,
         x: Float[Array, "T E"],
         delta: Float[Array, "*S T E"] | None,
-        norm: RMSNorm | None,
+        norm: Norm | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         x, normed = self.kernels.add_norm(x, delta, norm)
         return x, self.product(linear, normed)
@@ -191,10 +192,10 @@ class FusedNorm:
         linear: Linear,
         x: Float[Array, "T E"],
         delta: Float[Array, "*S T E"] | None,
-        norm: RMSNorm | None,
+        norm: Norm | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         assert delta is not None  # as planned
-        assert norm is not None
+        assert isinstance(norm, RMSNorm)
         gated = self.activation is not None
         weight = linear.weight.dense()
         x, flat = norm_skinny_gemm(

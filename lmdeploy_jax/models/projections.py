@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Axes, Linear
-from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.products import Activation, plan, plan_norm, plan_xla
 
 
@@ -34,12 +34,12 @@ class ColumnParallelLinear(Linear):
         self.activation = activation
 
     def __call__(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: RMSNorm | None
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         """`Kernels.add_norm` of the arguments -> x, and the product: gated [T, I], or [T, *out], or
         f32 [S, T, *out], whose sum over S it is.
         """
-        normed = delta is not None and norm is not None
+        normed = delta is not None and isinstance(norm, RMSNorm)
         product = plan_norm(self.kernels, self, x, normed=normed, activation=self.activation)
         return product(self, x, delta, norm)
 

@@ -21,6 +21,7 @@ class Rotation(NamedTuple):
 
     cos: Float32[Array, "T R"]
     sin: Float32[Array, "T R"]
+    query_factor: Float32[Array, "T"] | None = None  # of rotated queries, see `llama_4_scaling_beta`
 
 
 def rotation(rope: RopeConfig, positions: Int32[Array, "T"], lengths: Int32[Array, "T"]) -> Rotation:
@@ -28,7 +29,13 @@ def rotation(rope: RopeConfig, positions: Int32[Array, "T"], lengths: Int32[Arra
     frequencies = _frequencies_by_length(rope, lengths) if rope.depends_on_length else _frequencies(rope)
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     cos, sin = lax.platform_dependent(angles, cpu=_turn_once, default=_turn)
-    return Rotation(cos * rope.attention_factor, sin * rope.attention_factor)
+    factor = _query_factor(rope, positions) if rope.llama_4_scaling_beta else None
+    return Rotation(cos * rope.attention_factor, sin * rope.attention_factor, factor)
+
+
+def _query_factor(rope: RopeConfig, positions: Int32[Array, "T"]) -> Float32[Array, "T"]:
+    times = (positions // rope.original_max_position).astype(jnp.float32)
+    return 1.0 + rope.llama_4_scaling_beta * jnp.log1p(times)
 
 
 def _turn(angles: Array) -> tuple[Array, Array]:

@@ -34,11 +34,11 @@ def rope_kv_write(
     if work.k_norm is not None:
         k = rms_norm(k, work.k_norm, eps=work.eps, offset=work.offset)
     if work.cos is not None and work.sin is not None:
-        q, k = (_rotate(x, work.cos, work.sin) for x in (q, k))
+        q, k = (rotate(x, work.cos, work.sin) for x in (q, k))
     return q, *_write(k_pages, v_pages, k, v, slots)
 
 
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the leading elements of each head, the first half paired with the second; x [T, ..., D]."""
     half = cos.shape[-1]
     shape = (x.shape[0], *(1,) * (x.ndim - 2), half)

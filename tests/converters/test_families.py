@@ -112,7 +112,7 @@ def test_sizes_that_are_left_out_are_derived():
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor=0.5",
         ),
-        ({"hidden_act": "relu2"}, "hidden_act='relu2' is not supported; supported: one of silu"),
+        ({"hidden_act": "tanh"}, "hidden_act='tanh' is not supported; supported: one of silu"),
         ({"rope_parameters": {"factor": 2.0}}, "factor in rope_parameters needs a rope_type other than"),
         ({"sliding_window": 128}, "sliding_window=128"),
         ({"clip_qkv": True}, "clip_qkv=True"),

@@ -1,5 +1,7 @@
-"""Run by test_families.py with two virtual CPU devices: how far a family's logits are from transformers', on
-two devices and through interpreted kernels; one JSON line a family.
+"""Run by test_families.py with virtual CPU devices: how far a family's logits are from transformers', on some
+of them and through interpreted kernels; one JSON line a family.
+
+    python -m tests.parallel.families_program 2,4 gpt_oss minimax_m2
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ def error(folder: Path, ids: list[int], want: np.ndarray, backend: str, tp: int)
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-def main(names: list[str]) -> None:
+def main(devices: list[int], names: list[str]) -> None:
     ids = np.random.default_rng(0).integers(3, 257, TOTAL).tolist()
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
             folder = save_checkpoint(name, scratch)
             want = hf_logits(folder, ids, PROMPT)
-            found = {"tp 2": error(folder, ids, want, "xla", 2)}
+            found = {f"tp {tp}": error(folder, ids, want, "xla", tp) for tp in devices}
             found["interpreted"] = error(folder, ids, want, "pallas_interpret", 1)
             print(json.dumps({name: found}), flush=True)
             jax.clear_caches()
@@ -43,4 +45,4 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    main(sys.argv[1:])
+    main([int(tp) for tp in sys.argv[1].split(",")], sys.argv[2:])

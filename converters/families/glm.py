@@ -1,0 +1,82 @@
+"""GLM-4: neighbours rotate in pairs, half of each head; GLM-4-0414 with norms behind each block, too. GLM-4.5
+to 4.7: mixtures, whose heads rotate by halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from lmdeploy_jax.converters.families.common import NONE, Features, decoder_config, head_size
+from lmdeploy_jax.converters.families.mixture import after_dense, read_mixture
+from lmdeploy_jax.converters.families.rope import read_rope
+from lmdeploy_jax.converters.families.tables import PRE_NORMS, hf_rules
+from lmdeploy_jax.converters.fields import Fields
+from lmdeploy_jax.models.config import DecoderConfig, MixtureConfig
+
+NORMS: Mapping[str, str] = {
+    **PRE_NORMS,
+    "post_self_attn_layernorm": "attention_post_norm",
+    "post_mlp_layernorm": "mlp_post_norm",
+}
+glm_rules = partial(hf_rules, fused_mlp=True, interleaved=True)
+glm4_rules = partial(glm_rules, norms=NORMS)
+
+
+def glm_config(fields: Fields, layer: Features = NONE) -> DecoderConfig:
+    """HF `GlmConfig`."""
+    head_dim = head_size(fields, 128)
+    return decoder_config(
+        fields,
+        head_dim=head_dim,
+        rope=read_rope(fields, head_dim, partial=True, share=0.5),
+        attention={"qkv_bias": fields.flag("attention_bias", True)},
+        layer=layer,
+        norm_eps=fields.positive("rms_norm_eps", 1.5625e-07),
+    )
+
+
+def glm4_config(fields: Fields) -> DecoderConfig:
+    """HF `Glm4Config`."""
+    return glm_config(fields, {"post_norm": True})
+
+
+def glm4_moe_config(fields: Fields) -> DecoderConfig:
+    """HF `Glm4MoeConfig`."""
+    head_dim = head_size(fields)
+    return decoder_config(
+        fields,
+        head_dim=head_dim,
+        rope=read_rope(fields, head_dim, partial=True, share=0.5),
+        attention={
+            "qkv_bias": fields.flag("attention_bias", False),
+            "qk_norm": fields.flag("use_qk_norm", False),
+        },
+        mixture=sigmoid_mixture(fields, width=1408, experts=128, per_token=8),
+        sparse=after_dense(fields, 1),
+        norm_eps=fields.positive("rms_norm_eps", 1e-5),
+    )
+
+
+def sigmoid_mixture(fields: Fields, *, width: int, experts: int, per_token: int) -> MixtureConfig:
+    """The mixture of DeepSeek V3 and its kin; the numbers are the family's defaults.
+
+    Raises UnsupportedModelError for another way of choosing, which transformers would pass over.
+    """
+    fields.require("scoring_func", {"sigmoid": "sigmoid"}, "sigmoid")
+    fields.require("topk_method", {"noaux_tc": "noaux_tc"}, "noaux_tc")
+    inner = fields.size("moe_intermediate_size", width)
+    return read_mixture(
+        fields,
+        width=inner,
+        shared=inner * fields.size("n_shared_experts", 1, least=0),
+        experts=experts,
+        per_token=per_token,
+        scores="sigmoid",
+        normalise=fields.flag("norm_topk_prob", True),
+        scale=fields.number("routed_scaling_factor", 1.0),
+        correction=True,
+        groups=fields.size("n_group", 1),
+        top_groups=fields.size("topk_group", 1),
+        float32=True,
+    )

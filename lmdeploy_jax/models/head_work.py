@@ -1,0 +1,72 @@
+"""What some families do to q, k and v between their product and the cache that the kernels do not do.
+
+It runs in XLA, and hands the kernels q, k and v as they are to be, with as little work as is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32
+
+from lmdeploy_jax.models.config import AttentionConfig
+from lmdeploy_jax.models.norm import WidthNorm
+from lmdeploy_jax.models.rope import Rotation
+from lmdeploy_jax.pallas_kernels.norm import rms_norm
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
+from lmdeploy_jax.pallas_kernels.rope_kv_write.xla import rotate
+
+Reduce = Callable[[Array, DTypeLike], Array]
+
+
+def biased(
+    qkv: Float[Array, "*S T KH R D"], work: HeadWork, dtype: DTypeLike
+) -> tuple[Float[Array, "T KH R D"], HeadWork]:
+    """The sum of the parts with the bias, and the work without it."""
+    whole = (qkv.sum(0) if qkv.ndim == 5 else qkv).astype(dtype)
+    return whole if work.bias is None else whole + work.bias, replace(work, bias=None)
+
+
+def norm_widths(
+    qkv: Float[Array, "T KH R D"], norms: tuple[WidthNorm, WidthNorm], config: AttentionConfig, *,
+    eps: float, replicas: int, reduce: Reduce
+) -> Float[Array, "T KH R D"]:  # fmt: skip
+    """RMSNorm over all heads of q, and over all of k, on whatever devices they are. Each KV head is there
+    `replicas` times.
+    """
+    q, k = qkv[:, :, :-2].astype(jnp.float32), qkv[:, :, -2].astype(jnp.float32)
+    sums = jnp.stack([jnp.square(q).sum((1, 2, 3)), jnp.square(k).sum((1, 2)) / replicas], axis=1)
+    totals = reduce(sums, jnp.float32)  # [T, 2]
+    sizes = jnp.array([config.heads * config.head_dim, config.kv_heads * config.head_dim], jnp.float32)
+    scale = lax.rsqrt(totals / sizes + eps)
+    q = (q * scale[:, 0, None, None, None]).astype(qkv.dtype) * norms[0].weight[...]
+    k = (k * scale[:, 1, None, None]).astype(qkv.dtype) * norms[1].weight[...]
+    return jnp.concatenate([q, k[:, :, None], qkv[:, :, -1:]], axis=2)
+
+
+def rotate_then_norm(
+    qkv: Float[Array, "T KH R D"], work: HeadWork
+) -> tuple[Float[Array, "T KH R D"], HeadWork]:
+    """q and k rotated and normed, in that order."""
+    assert work.q_norm is not None  # as configured
+    assert work.k_norm is not None
+    q, k = qkv[:, :, :-2], qkv[:, :, -2:-1]
+    if work.cos is not None and work.sin is not None:
+        q, k = (rotate(x, work.cos, work.sin) for x in (q, k))
+    how = {"eps": work.eps, "offset": work.offset}
+    q, k = rms_norm(q, work.q_norm, **how), rms_norm(k, work.k_norm, **how)
+    done = replace(work, q_norm=None, k_norm=None, cos=None, sin=None)
+    return jnp.concatenate([q, k, qkv[:, :, -1:]], axis=2), done
+
+
+def scale_queries(qkv: Float[Array, "T KH R D"], rope: Rotation | None) -> Float[Array, "T KH R D"]:
+    """q times the factor of its position, which rotation lets pass."""
+    factor: Float32[Array, "T"] | None = None if rope is None else rope.query_factor
+    if factor is None:
+        return qkv
+    q = (qkv[:, :, :-2].astype(jnp.float32) * factor[:, None, None, None]).astype(qkv.dtype)
+    return jnp.concatenate([q, qkv[:, :, -2:]], axis=2)
