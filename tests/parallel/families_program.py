@@ -1,7 +1,7 @@
 """Run by test_families.py with virtual CPU devices: how far a family's logits are from transformers', on some
-of them and through interpreted kernels; one JSON line a family.
+of them and, those behind --interpreted, through interpreted kernels; one JSON line a family.
 
-    python -m tests.parallel.families_program 2,4 gpt_oss minimax_m2
+    python -m tests.parallel.families_program 2,4 minimax_m2 --interpreted gpt_oss
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ def error(folder: Path, ids: list[int], want: np.ndarray, backend: str, tp: int)
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-def main(devices: list[int], names: list[str]) -> None:
+def main(devices: list[int], names: list[str], interpreted: list[str]) -> None:
     ids = np.random.default_rng(0).integers(3, 257, TOTAL).tolist()
-    for name in names:
+    for name in names + interpreted:
         with tempfile.TemporaryDirectory() as scratch:
             folder = save_checkpoint(name, scratch)
             want = hf_logits(folder, ids, PROMPT)
             found = {f"tp {tp}": error(folder, ids, want, "xla", tp) for tp in devices}
-            found["interpreted"] = error(folder, ids, want, "pallas_interpret", 1)
+            if name in interpreted:
+                found["interpreted"] = error(folder, ids, want, "pallas_interpret", 1)
             print(json.dumps({name: found}), flush=True)
             jax.clear_caches()
 
 
 if __name__ == "__main__":
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    main([int(tp) for tp in sys.argv[1].split(",")], sys.argv[2:])
+    tps, *names = sys.argv[1:]
+    split = names.index("--interpreted")
+    main([int(tp) for tp in tps.split(",")], names[:split], names[split + 1 :])
