@@ -20,11 +20,20 @@ TEXT_PARTS: Mapping[str, str] = {
     "LlavaForConditionalGeneration": "text_config",
     "LlavaNextForConditionalGeneration": "text_config",
     "Mistral3ForConditionalGeneration": "text_config",
+    "Qwen2VLForConditionalGeneration": "text_config",
+    "Qwen2_5_VLForConditionalGeneration": "text_config",
+    "Qwen3VLForConditionalGeneration": "text_config",
 }
 """Under which name the configs of such architectures hold that of their language model."""
+FLAT = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+"""Those whose older configs hold it among the fields of the whole."""
+BESIDE_TEXT = ("vision_config", "vision_token_id", "vision_start_token_id", "vision_end_token_id",
+               "image_token_id", "video_token_id")  # fmt: skip
 SHARED = ("tie_word_embeddings", "quantization_config", "compression_config")
 """Fields of the whole config that hold for the language model, whatever its own part says."""
-NAME = re.compile(r"language_model\.(.*)|(model\.)language_model\.(.*)|(lm_head\..*)")
+NAME = re.compile(
+    r"language_model\.(.*)|(model\.)language_model\.(.*)|(model\.(?:embed_tokens|layers|norm)\..*|lm_head\..*)"
+)
 
 
 def text_part(raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
@@ -34,9 +43,12 @@ def text_part(raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], st
     """
     named = raw.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    key = next((TEXT_PARTS[name] for name in names if name in TEXT_PARTS), None)
-    if key is None:
+    name = next((name for name in names if name in TEXT_PARTS), None)
+    if name is None:
         return raw, where
+    key = TEXT_PARTS[name]
+    if name in FLAT and key not in raw:
+        return {field: value for field, value in raw.items() if field not in BESIDE_TEXT}, where
     part = raw.get(key)
     if not isinstance(part, Mapping):
         raise CheckpointError(f"{where}: {key} is {part!r:.100}; it must be the language model's config")

@@ -62,4 +62,4 @@ def servable_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, Visio
     if not within_others or not any(Path(folder).glob("*.safetensors")):
         return None
     family, config = read_vision(folder)
-    return None if family.mrope else (family, config)
+    return family, config

@@ -48,12 +48,25 @@ class SpanImage:
     view_size: int = 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RopePositions:
+    """What RoPE turns a prompt's tokens by, where these are not their numbers (M-RoPE).
+
+    positions: int32 [3, tokens], of time, row and column.
+    offset: what is added to the number of a token behind the prompt.
+    """
+
+    positions: np.ndarray
+    offset: int
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
     """Token ids with the spans among them, in order and apart from each other.
 
     images: one for each span, where the model has an encoder.
     salt: prompts share cached pages only under the same salt.
+    rope: None: tokens turn by their numbers. It follows from the spans and their content.
     Raises ValueError for spans that overlap, are empty or reach beyond the ids.
     """
 
@@ -61,6 +74,7 @@ class EncodedPrompt:
     spans: tuple[Span, ...] = ()
     salt: bytes = b""
     images: tuple[SpanImage, ...] = ()
+    rope: RopePositions | None = None
 
     def __post_init__(self) -> None:
         if self.spans:

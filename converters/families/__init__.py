@@ -52,6 +52,8 @@ from lmdeploy_jax.converters.families.olmo import (
 from lmdeploy_jax.converters.families.phi3 import phi3_config
 from lmdeploy_jax.converters.families.phimoe import PHIMOE_NAMES, phimoe_config
 from lmdeploy_jax.converters.families.qwen import (
+    QWEN2_MROPE,
+    QWEN3_MROPE,
     QWEN_NAMES,
     qwen2_config,
     qwen2_moe_config,
@@ -122,6 +124,9 @@ FAMILIES: Mapping[str, Family] = {
     "GemmaForCausalLM": Family(gemma_config),
     "Gemma2ForCausalLM": Family(gemma2_config, gemma2_rules),
     "Gemma3ForCausalLM": Family(gemma3_config, gemma2_rules),
+    "Qwen2VLForConditionalGeneration": Family(partial(qwen2_config, mrope=QWEN2_MROPE)),
+    "Qwen2_5_VLForConditionalGeneration": Family(partial(qwen2_config, mrope=QWEN2_MROPE)),
+    "Qwen3VLForConditionalGeneration": Family(partial(qwen3_config, mrope=QWEN3_MROPE)),
 }
 """The supported architectures, by the name in a config's `architectures`."""
 
@@ -163,6 +168,9 @@ MODEL_TYPES: Mapping[str, str] = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "qwen2_vl_text": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl_text": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl_text": "Qwen3VLForConditionalGeneration",
 }
 """The architecture of each `model_type`, by which a config without `architectures` goes."""
 

@@ -1,4 +1,6 @@
-"""Qwen 1.5, 2 and 2.5 (biases on q, k and v), Qwen3 (RMSNorm on each head of q and k), and their mixtures."""
+"""Qwen 1.5, 2 and 2.5 (biases on q, k and v), Qwen3 (RMSNorm on each head of q and k), and their mixtures.
+Qwen-VL's language models are the same with M-RoPE.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +16,36 @@ from lmdeploy_jax.converters.families.common import (
     used_window,
 )
 from lmdeploy_jax.converters.families.mixture import MixtureNames, read_mixture, sparse_layers
-from lmdeploy_jax.converters.families.rope import read_rope
+from lmdeploy_jax.converters.families.rope import Mrope, read_rope
 from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.models.config import DecoderConfig, MixtureConfig
 
+QWEN2_MROPE, QWEN3_MROPE = Mrope((16, 24, 24)), Mrope((24, 20, 20), interleaved=True)
 QWEN_NAMES = MixtureNames(shared="shared_expert")
 
 
-def qwen2_config(fields: Fields) -> DecoderConfig:
-    """HF `Qwen2Config`."""
+def qwen2_config(fields: Fields, mrope: Mrope | None = None) -> DecoderConfig:
+    """HF `Qwen2Config`; with M-RoPE, `Qwen2VLTextConfig`."""
     head_dim = head_size(fields)
     return decoder_config(
         fields,
         head_dim=head_dim,
-        rope=read_rope(fields, head_dim),
+        rope=read_rope(fields, head_dim, mrope=mrope),
         windows=_windows(fields),
         attention={"qkv_bias": True},
     )
 
 
-def qwen3_config(fields: Fields) -> DecoderConfig:
-    """HF `Qwen3Config`; heads are 128 wide unless the config says otherwise."""
+def qwen3_config(fields: Fields, mrope: Mrope | None = None) -> DecoderConfig:
+    """HF `Qwen3Config`; heads are 128 wide unless the config says otherwise. With M-RoPE,
+    `Qwen3VLTextConfig`.
+    """
     head_dim = head_size(fields, 128)
     bias = fields.flag("attention_bias", False)
     return decoder_config(
         fields,
         head_dim=head_dim,
-        rope=read_rope(fields, head_dim),
+        rope=read_rope(fields, head_dim, mrope=mrope),
         windows=_windows(fields),
         attention={"qk_norm": True, "qkv_bias": bias, "o_bias": bias},
     )

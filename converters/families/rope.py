@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmdeploy_jax.converters.fields import Fields
@@ -23,6 +24,15 @@ KEYS: Mapping[str, set[str]] = {
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor", LENGTH},
 }
 """What each kind may say; a null value says nothing."""
+MROPE = {"mrope_section", "mrope_interleaved"}
+
+
+@dataclass(frozen=True)
+class Mrope:
+    """A family's M-RoPE, as the fields of `RopeConfig` have it; a config may have another section."""
+
+    section: tuple[int, int, int]
+    interleaved: bool = False
 
 
 def read_rope(
@@ -34,12 +44,13 @@ def read_rope(
     share: float = 1.0,
     aliases: Mapping[str, str] | None = None,
     original: int | None = None,
+    mrope: Mrope | None = None,
 ) -> RopeConfig:
     """The RoPE of a config whose heads are `head_dim` wide.
 
     `theta`, `share` (of each head, that rotates) and `original` (context before scaling) are the family's
     defaults; `partial`: the family rotates a part of each head where `partial_rotary_factor` says so;
-    `aliases`: its own names of kinds.
+    `aliases`: its own names of kinds; `mrope`: how it turns by time, row and column, if it does.
     Raises UnsupportedModelError for kinds and keys that are not implemented.
     """
     given = fields.table("rope_scaling") or fields.table("rope_parameters")
@@ -49,7 +60,24 @@ def read_rope(
     if share != 1.0 and not (partial and 0 < share < 1):
         expected = "a share of each head up to 1.0" if partial else "1.0 for this architecture"
         raise fields.unsupported("partial_rotary_factor", share, expected)
-    return rope_from(fields, given, int(head_dim * share), base, aliases=aliases, original=original)
+    if mrope is None:
+        return rope_from(fields, given, int(head_dim * share), base, aliases=aliases, original=original)
+    given = {key: value for key, value in given.items() if key not in MROPE}
+    rope = rope_from(fields, given, int(head_dim * share), base, aliases={"mrope": "default"})
+    return replace(rope, **_mrope(outer, rope.dim, mrope))
+
+
+def _mrope(values: Fields, dim: int, family: Mrope) -> dict[str, Any]:
+    sections = values.items("mrope_section", list(family.section))
+    if (
+        len(sections) != 3
+        or not all(type(n) is int and n >= 0 for n in sections)
+        or sum(sections) != dim // 2
+    ):
+        raise values.unsupported("mrope_section", sections, f"three numbers that add up to {dim // 2}")
+    if (given := values.flag("mrope_interleaved", family.interleaved)) != family.interleaved:
+        raise values.unsupported("mrope_interleaved", given, f"{family.interleaved} for this architecture")
+    return {"mrope_section": tuple(sections), "mrope_interleaved": given}
 
 
 def rope_from(

@@ -217,6 +217,12 @@ class Sequence:
         return max(self.num_prompt, self.rope_floor)
 
     @property
+    def rope_offset(self) -> int:
+        """See `RopePositions.offset`."""
+        rope = self.request.prompt.rope
+        return 0 if rope is None else rope.offset
+
+    @property
     def length(self) -> int:
         return len(self.tokens) + self.unread
 

@@ -34,9 +34,13 @@ class Batch:
     """
 
     tokens: Int32[Array, "T"]
-    rope_positions: Int32[Array, "T"]  # what RoPE turns by: the 0-based position in the token's own sequence
+    rope_positions: Int32[Array, "*axes T"]
+    """What RoPE turns by: the 0-based position in the token's own sequence, or beside images in models with
+    M-RoPE those of time, row and column, [3, T]."""
     rope_lens: Int32[Array, "T"]  # sequence length that dynamic NTK and longrope are scaled for
     attention: tuple[AttentionMetadata, ...]  # by cache group
     sequence_slots: Int32[Array, "S"]  # where state kept for a whole sequence lies; padding has the last slot
-    embeddings: Float[Array, "F E"] | None = None  # of what is no text, as it enters the first layer
+    embeddings: Float[Array, "K F E"] | None = None
+    """Of what is no text, as it enters the first layer, and what is added to it after each of the first
+    K - 1 layers (DeepStack)."""
     embedding_index: Int32[Array, "T"] | None = None  # which of `embeddings` a token has; -1: its own

@@ -40,6 +40,10 @@ class RopeConfig:
     """b of the factor of rotated queries, `1 + b * ln(1 + position // original_max_position)`; 0: none."""
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    mrope_section: tuple[int, ...] = ()
+    """How many frequencies turn by time, by row and by column (M-RoPE); empty: there is one position."""
+    mrope_interleaved: bool = False
+    """Whether time, row and column take turns among the frequencies, instead of one block each."""
 
     @property
     def depends_on_length(self) -> bool:
@@ -235,6 +239,11 @@ class DecoderConfig:
     def depends_on_length(self) -> bool:
         """Whether a token's keys depend on the length of its sequence, so that prefixes cannot be shared."""
         return any(rope.depends_on_length for rope in self.ropes)
+
+    @property
+    def mrope(self) -> bool:
+        """Whether tokens have positions of time, row and column."""
+        return any(rope.mrope_section for rope in self.ropes)
 
     @property
     def rope_switch(self) -> int | None:

@@ -128,6 +128,7 @@ class Decoder(nnx.Module):
             held = (*pages, counters[heads])
             x, delta, (*pages, counters[heads]) = _run_layer(graph, state, x, delta, held, metadata, rope)
             cache = cache.with_layer(i, tuple(pages))
+            x = _deepstack(x, batch, i + 1)
         return self.kernels.add_norm(x, delta, self.norm)[1], cache
 
     def logits(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R V"]:
@@ -159,7 +160,15 @@ def _merged(x: Array, batch: Batch) -> Array:
     if batch.embeddings is None or batch.embedding_index is None:
         return x
     index = batch.embedding_index
-    return jnp.where(index[:, None] < 0, x, batch.embeddings[index].astype(x.dtype))
+    return jnp.where(index[:, None] < 0, x, batch.embeddings[0, index].astype(x.dtype))
+
+
+def _deepstack(x: Array, batch: Batch, level: int) -> Array:
+    """The residual stream [T, E] after so many layers, with what the batch brings along for it."""
+    if batch.embeddings is None or batch.embedding_index is None or level >= len(batch.embeddings):
+        return x
+    index = batch.embedding_index
+    return x + jnp.where(index[:, None] < 0, 0, batch.embeddings[level, index].astype(x.dtype))
 
 
 def finish_logits(config: DecoderConfig, product: Float32[Array, "R rows"]) -> Float32[Array, "R V"]:

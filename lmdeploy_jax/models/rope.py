@@ -24,10 +24,11 @@ class Rotation(NamedTuple):
     query_factor: Float32[Array, "T"] | None = None  # of rotated queries, see `llama_4_scaling_beta`
 
 
-def rotation(rope: RopeConfig, positions: Int32[Array, "T"], lengths: Int32[Array, "T"]) -> Rotation:
-    """Angles of tokens at `positions` in sequences of `lengths` (see `Batch.rope_lens`)."""
+def rotation(rope: RopeConfig, positions: Int32[Array, "*axes T"], lengths: Int32[Array, "T"]) -> Rotation:
+    """Angles of tokens at `positions` in sequences of `lengths` (see `Batch`)."""
     frequencies = _frequencies_by_length(rope, lengths) if rope.depends_on_length else _frequencies(rope)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies
+    turns = positions.astype(jnp.float32)
+    angles = (turns[:, None] if turns.ndim == 1 else turns[_axes(rope)].T) * frequencies
     cos, sin = lax.platform_dependent(angles, cpu=_turn_once, default=_turn)
     factor = _query_factor(rope, positions) if rope.llama_4_scaling_beta else None
     return Rotation(cos * rope.attention_factor, sin * rope.attention_factor, factor)
@@ -36,6 +37,16 @@ def rotation(rope: RopeConfig, positions: Int32[Array, "T"], lengths: Int32[Arra
 def _query_factor(rope: RopeConfig, positions: Int32[Array, "T"]) -> Float32[Array, "T"]:
     times = (positions // rope.original_max_position).astype(jnp.float32)
     return 1.0 + rope.llama_4_scaling_beta * jnp.log1p(times)
+
+
+def _axes(rope: RopeConfig) -> np.ndarray:
+    """Which of the positions of time, row and column each frequency turns by, int [R]."""
+    if not rope.mrope_interleaved:
+        return np.repeat(np.arange(3), rope.mrope_section)
+    axes = np.zeros(rope.dim // 2, np.int32)
+    for axis in (1, 2):
+        axes[axis : 3 * rope.mrope_section[axis] : 3] = axis
+    return axes
 
 
 def _turn(angles: Array) -> tuple[Array, Array]:

@@ -16,6 +16,7 @@ from lmdeploy_jax.cli.flags import FlagSet
 from lmdeploy_jax.cli.main import COMMANDS
 from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.families import FAMILIES
+from lmdeploy_jax.converters.text_part import TEXT_PARTS
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,7 +25,8 @@ TOPS = ("lmdeploy_jax", "pallas_kernels", "converters", "configs", "tests", "ben
 
 
 def test_the_table_of_models_is_the_code() -> None:
-    assert set(re.findall(r"`(\w+ForCausalLM)`", README)) == set(FAMILIES)
+    named = set(re.findall(r"`(\w+(?:ForCausalLM|ForConditionalGeneration|ChatModel))`", README))
+    assert named == FAMILIES.keys() | TEXT_PARTS.keys()
 
 
 def test_the_table_of_commands_is_the_code() -> None:

@@ -40,7 +40,8 @@ ONE, OTHER = picture(60, 85), picture(31, 40, seed=1)
 ASK, MORE = "w5 w6 w7", "w8 w9"
 TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}w3"
 PLACEHOLDER, ROW_BYTES = 100, 64 * 4
-BESIDE = {"<img>": 101, "</img>": 102, "[IMG_BREAK]": 103, "[IMG_END]": 104}
+BESIDE = {"<img>": 101, "</img>": 102, "[IMG_BREAK]": 103, "[IMG_END]": 104,
+          "<|vision_start|>": 105, "<|vision_end|>": 106, "<|video_pad|>": 107}  # fmt: skip
 
 
 def save(name: str, folder: Path) -> Path:
@@ -68,8 +69,10 @@ def hf_tokens(name: str, folder: Path, ids: Sequence[int], images: Sequence[Imag
     model = hf_model(name, folder)
     model.generation_config.eos_token_id = None
     inputs = dict(processed(hf_processor(name), list(images), "pt")) if images else {}
-    given = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
+    given = {key: inputs[key] for key in ("pixel_values", "image_sizes", "image_grid_thw") if key in inputs}
     tokens = torch.tensor([list(ids)])
+    if "image_grid_thw" in inputs:
+        given["mm_token_type_ids"] = (tokens == PLACEHOLDER).int()
     options = {"max_new_tokens": COUNT, "do_sample": False, "pad_token_id": 0}
     out = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **given, **options)
     return out[0, len(ids) :].tolist()
@@ -102,7 +105,11 @@ def opened(compile_cache: Path) -> Iterator[Open]:
         pipe.close()
 
 
-@pytest.mark.parametrize("name", ["internvl_hf", "internvl", "llava", "llava_next", "mistral3", "pixtral"])
+FAMILIES = ["internvl_hf", "internvl", "llava", "llava_next", "mistral3", "pixtral", "qwen2_vl", "qwen2_5_vl",
+            "qwen3_vl"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_answers_equal_transformers(name: str, tmp_path: Path, opened: Open) -> None:
     folder = save(name, tmp_path / name)
     pipe = opened(folder)

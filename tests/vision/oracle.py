@@ -217,7 +217,7 @@ CONFIGS: Mapping[str, Spec] = {
         MROPE,
         "Qwen2VL",
         {"patch_size": 4, "min_pixels": 64, "max_pixels": 4096},
-        QWEN_TEXT | {"head_dim": 16},
+        QWEN_TEXT | {"head_dim": 16, "num_hidden_layers": 3},
     ),
     "llava": Spec("Llava", CLIP, {"image_token_index": 100}, "CLIP", CROP),
     "llava_next": Spec(

@@ -29,15 +29,16 @@ PARAMS = (*FLOATS, "top_k", "seed")
 class Slots:
     """The host's copy of what belongs to a slot: its sequence's pages and sampling parameters.
 
-    `max_batch_size` slots; slot number `max_batch_size` is the dump slot of padding rows.
+    `max_batch_size` slots; slot number `max_batch_size` is the dump slot of padding rows. mrope: whether
+    steps are told of positions that are not the tokens' numbers.
     """
 
-    def __init__(self, tables: PageTables, vocab_size: int) -> None:
+    def __init__(self, tables: PageTables, vocab_size: int, *, mrope: bool = False) -> None:
         self.max_batch_size = max_batch_size = tables.max_batch_size
         self.tables = tables
         self.params = np.zeros((len(PARAMS), max_batch_size + 1), np.int32)
         self.logprobs = np.zeros(max_batch_size + 1, np.int32)
-        self._vocab_size = vocab_size
+        self._vocab_size, self.mrope = vocab_size, mrope
         self.set_params(max_batch_size, SamplingParams(max_new_tokens=1), seed=0)  # padding: plain greedy
 
     def set_params(self, slot: int, params: SamplingParams, seed: int) -> None:
@@ -92,6 +93,7 @@ class DecodeLayout(Layout):
         super().__init__(
             slots=(rows,),
             positions=(rows,),  # -1 in padding rows
+            **({"rope_offsets": (rows,)} if slots.mrope else {}),
             **slots.tables.decode_fields(rows),
             **more,
         )
@@ -107,6 +109,8 @@ class DecodeLayout(Layout):
         field["slots"][:n], field["slots"][n:] = slots, self._slots.max_batch_size
         field["positions"][:n] = np.fromiter((c.start for c in chunks), np.int32, n)
         field["positions"][n:] = -1
+        if "rope_offsets" in field:
+            field["rope_offsets"][:n] = np.fromiter((c.sequence.rope_offset for c in chunks), np.int32, n)
         self._slots.tables.put(field, slots)
 
 
@@ -134,6 +138,8 @@ class RaggedLayout(Layout):
     def __init__(self, slots: Slots, tokens: int, tile_rows: int, **more: tuple[int, ...]) -> None:
         self._slots, self._tile_rows = slots, tile_rows
         token, row = (tokens,), (slots.max_batch_size,)
+        if slots.mrope:
+            more = {"rope_positions": token} | more
         super().__init__(
             tokens=token,
             token_slots=token,  # slot whose pending token stands here, -1: `tokens` has it
@@ -159,6 +165,10 @@ class RaggedLayout(Layout):
         field["token_slots"][:] = -1
         self._put_tokens(field, chunks, slots, offsets + counts - 1)
         field["positions"][:total] = positions
+        if "rope_positions" in field:
+            turns = _rope_positions(chunks, positions)
+            rope = field["rope_positions"]
+            rope[..., :total] = turns if rope.ndim == 2 else turns[0]
         lens = np.fromiter((c.sequence.rope_len for c in chunks), np.int32, n)
         field["rope_lens"][:total] = np.maximum(positions + 1, np.repeat(lens, counts))
         tables = self._slots.tables
@@ -182,11 +192,25 @@ class RaggedLayout(Layout):
                 field["tokens"][end - count : end] = chunk.sequence.tokens[chunk.start : chunk.start + count]
 
 
+def _rope_positions(chunks: abc.Sequence[Chunk], positions: np.ndarray) -> np.ndarray:
+    """Positions int32 [3, T] of time, row and column, of a step's tokens at `positions`."""
+    turns, first = np.tile(positions, (3, 1)), 0
+    for chunk in chunks:
+        rope, stop = chunk.sequence.request.prompt.rope, first + chunk.count
+        if rope is not None:
+            known = rope.positions[:, chunk.start : chunk.start + chunk.count]
+            turns[:, first:stop] += rope.offset
+            turns[:, first : first + known.shape[1]] = known
+        first = stop
+    return turns
+
+
 class ImageLayout(RaggedLayout):
-    """A ragged step among whose tokens are images'."""
+    """A ragged step among whose tokens are images': text turns by one position, images by three."""
 
     def __init__(self, slots: Slots, tokens: int, tile_rows: int) -> None:
-        super().__init__(slots, tokens, tile_rows, embedding_index=(tokens,))
+        rope = {"rope_positions": (3, tokens)} if slots.mrope else {}
+        super().__init__(slots, tokens, tile_rows, embedding_index=(tokens,), **rope)
 
     def pack(self, chunks: abc.Sequence[Chunk], index: abc.Sequence[int] | np.ndarray = ()) -> np.ndarray:
         """`index`: of each token, which of the images' rows it has; -1: its own embedding."""
@@ -247,7 +271,8 @@ def decode_batch(field: Fields, tokens: Array, ahead: Array | int = 0) -> Batch:
     packed = field["positions"]
     positions = jnp.maximum(packed + ahead, 0)
     attention = decode_metadata(field, positions, packed >= 0)
-    return Batch(tokens, positions, positions + 1, attention, sequence_slots=field["slots"])
+    turns = positions + field["rope_offsets"] if "rope_offsets" in field else positions
+    return Batch(tokens, turns, positions + 1, attention, sequence_slots=field["slots"])
 
 
 def ragged_batch(field: Fields, pending: Array, image_rows: Array | None = None) -> Batch:
@@ -257,7 +282,7 @@ def ragged_batch(field: Fields, pending: Array, image_rows: Array | None = None)
     slots = field["token_slots"]
     return Batch(
         tokens=jnp.where(slots >= 0, pending[slots], field["tokens"]),
-        rope_positions=field["positions"],
+        rope_positions=field["rope_positions" if "rope_positions" in field else "positions"],
         rope_lens=field["rope_lens"],
         attention=ragged_metadata(field),
         sequence_slots=field["slots"],

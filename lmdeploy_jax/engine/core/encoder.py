@@ -107,5 +107,5 @@ def encode(
     vision_leaves: Leaves, image_rows: Array, views: VisionInputs, places: Array, *, vision: LoadedVisionModel
 ) -> tuple[None, Update]:
     """Put the rows of a run at `places` i32 [M] of `image_rows`."""
-    rows = vision.merge(vision_leaves)(views)[0].astype(image_rows.dtype)
-    return None, Update(image_rows=image_rows.at[places].set(rows))
+    rows = vision.merge(vision_leaves)(views).astype(image_rows.dtype)
+    return None, Update(image_rows=image_rows.at[:, places].set(rows))

@@ -99,7 +99,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     spec = CacheSpec(layout, memory.num_pages, loaded.dtype, mesh)
     begun = time.perf_counter()
     tables = PageTables(session_len, layout.groups, buckets)
-    slots = Slots(tables, model_config.vocab_size)
+    slots = Slots(tables, model_config.vocab_size, mrope=model_config.mrope)
     runner = _runner(
         loaded, vision, spec, slots, buckets, cache_folder, ahead=not config.eager_mode, progress=progress
     )
@@ -260,7 +260,7 @@ def _encoder_buckets(
     if longest is not None:
         unit = lcm(tower.window or 1, vision.config.processor.merge**2)
         buckets = buckets.for_patches("cpu" if platform == "cpu" else "gpu", longest, unit)
-    row_bytes = model.config.hidden_size * jnp.dtype(model.dtype).itemsize
+    row_bytes = (1 + len(tower.deepstack)) * model.config.hidden_size * jnp.dtype(model.dtype).itemsize
     least = output_of(vision.config, 1 if longest is None else buckets.encoder[-1]) + vision.config.learned
     return replace(buckets, image_rows=bucket_plan.image_rows(platform, row_bytes, least))
 
@@ -309,7 +309,8 @@ def _image_bytes(vision: LoadedVisionModel, buckets: Buckets, width: int, itemsi
     """What rows of images and the largest run of the encoder take, on each device the same."""
     from lmdeploy_jax.engine.core.encoder import run_bytes
 
-    rows = (buckets.image_rows + 1) * width * itemsize
+    levels = 1 + len(vision.config.tower.deepstack)
+    rows = levels * (buckets.image_rows + 1) * width * itemsize
     return mesh.devices.size * (rows + run_bytes(vision.config, buckets.encoder[-1], itemsize))
 
 

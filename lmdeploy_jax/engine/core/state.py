@@ -64,7 +64,7 @@ class DeviceState:
         self.vision = vision
         self.vision_leaves: Leaves = () if vision is None else vision.leaves
         self.image_capacity = image_capacity  # rows of images that are held, see `engine.core.encoder`
-        self.image_rows: Any = None  # [image_capacity + 1, E], the last for rows that nobody wants
+        self.image_rows: Any = None  # as `_image_rows` says
 
     @property
     def head_leaves(self) -> Leaves:
@@ -98,7 +98,7 @@ class DeviceState:
         self.caches = self.cache.allocate()
         self.pending = self.put(np.zeros(self.max_batch_size + 1, np.int32))
         if self.vision is not None:
-            spec = self.hidden(self.image_capacity + 1)
+            spec = self._image_rows(self.vision)
             self.image_rows = self.put(jnp.zeros(spec.shape, spec.dtype))
 
     def release_caches(self) -> None:
@@ -129,12 +129,14 @@ class DeviceState:
         """Shapes, dtypes and shardings of all that a program may ask for, by name."""
         leaves = _specs(self.leaves)
         history = (self.max_batch_size + 1, self.vocab_size)
-        images = {
-            "vision_leaves": _specs(self.vision_leaves),
-            "image_rows": self.hidden(self.image_capacity + 1),
-        }
+        images: dict[str, Any] = {}
+        if self.vision is not None:
+            images = {
+                "vision_leaves": _specs(self.vision_leaves),
+                "image_rows": self._image_rows(self.vision),
+            }
         return {
-            **(images if self.vision is not None else {}),
+            **images,
             "leaves": leaves,
             "head_leaves": tuple(leaves[i] for i in self.skeleton.head_places),
             "caches": self.cache.specs,
@@ -157,6 +159,12 @@ class DeviceState:
 
     def floats(self, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.replicated)
+
+    def _image_rows(self, vision: LoadedVisionModel) -> Any:
+        """[1 + k, image_capacity + 1, E] with k DeepStack layers; the last row is for what nobody wants."""
+        levels = 1 + len(vision.config.tower.deepstack)
+        shape = (levels, *self.hidden(self.image_capacity + 1).shape)
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.replicated)
 
     def hidden(self, rows: int) -> Any:
         """Hidden states of so many tokens."""

@@ -129,8 +129,8 @@ class Frontend:
         images = self._images.loaded(parts, options.access, self._most(to_count))
         written = self._images.written(messages)
         ids = self._ids(prompt, written, options, to_count, partial(self._images.expand, images=images))
-        spans, given = self._images.placed(ids, images)
-        return EncodedPrompt(ids, spans, salt, given)
+        spans, given, rope = self._images.placed(ids, images)
+        return EncodedPrompt(ids, spans, salt, given, rope)
 
     @property
     def takes_images(self) -> bool:

@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 
 from lmdeploy_jax.errors import CheckpointError, ContextLengthError, RequestError
-from lmdeploy_jax.prompt import Span, SpanImage
+from lmdeploy_jax.prompt import RopePositions, Span, SpanImage
 from lmdeploy_jax.text.conversation import ImagePart, Message
 from lmdeploy_jax.text.tokenizer import Tokenizer
 from lmdeploy_jax.vision.access import MediaAccess
 from lmdeploy_jax.vision.config import VisionModelConfig
 from lmdeploy_jax.vision.families import VisionFamily
 from lmdeploy_jax.vision.load import is_url, load_image
+from lmdeploy_jax.vision.mrope import VisionGrid, mrope_positions
 from lmdeploy_jax.vision.packing import most_places, size_of
 from lmdeploy_jax.vision.placeholders import ImageSpan, expand_placeholders, image_spans
 from lmdeploy_jax.vision.processor import ImageProcessor, ProcessedImage
@@ -117,18 +118,26 @@ class PromptImages:
 
     def placed(
         self, ids: Sequence[int], images: Sequence[ProcessedImage]
-    ) -> tuple[tuple[Span, ...], tuple[SpanImage, ...]]:
-        """The spans of a prompt's tokens that stand for the images, and what these are encoded from."""
+    ) -> tuple[tuple[Span, ...], tuple[SpanImage, ...], RopePositions | None]:
+        """The spans of a prompt's tokens that stand for the images, what these are encoded from, and what
+        the tokens turn by.
+        """
         rows = [self._family.rows(self._config, image.plan) for image in images]
         found = image_spans(ids, self._token, [len(each) for each in rows])
         spans = tuple(map(_span, found, images))
         given = zip(images, rows, found, strict=True)
-        return spans, tuple(self._given(image, row, at) for image, row, at in given)
+        encoded = tuple(self._given(image, row, at) for image, row, at in given)
+        return spans, encoded, self._rope(len(ids), spans, images) if self._family.mrope else None
 
     def _given(self, image: ProcessedImage, rows: np.ndarray, at: ImageSpan) -> SpanImage:
         tokens = image.patches.shape[1] // self._config.processor.merge**2
         size = size_of(self._config, image.grid)
         return SpanImage(image.patches, image.grid, rows, at.places, tokens, size)
+
+    def _rope(self, length: int, spans: Sequence[Span], images: Sequence[ProcessedImage]) -> RopePositions:
+        sizes = [self._config.processor.tokens(image.plan) for image in images]
+        grids = [VisionGrid(span.start, *size) for span, size in zip(spans, sizes, strict=True)]
+        return RopePositions(*mrope_positions(length, grids))
 
 
 def _fetched(parts: Sequence[ImagePart], access: MediaAccess) -> dict[str, bytes | RequestError]:

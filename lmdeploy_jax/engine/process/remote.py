@@ -276,7 +276,7 @@ def _message(request: Request) -> bytes:
     try:
         prompt: tuple[Any, ...] = (request.prompt.ids, request.prompt.spans, request.prompt.salt)
         if request.prompt.images:
-            prompt += (request.prompt.images,)
+            prompt += (request.prompt.images, request.prompt.rope)
         body = RequestBody(prompt, sent, request.streams, request.arrival, source)
         return dumps(Submit(request.request_id, params.n, dumps(body)))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
