@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +22,7 @@ from lmdeploy_jax.vision.pixels import to_rgb
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 _SHOWN = 200  # characters of a source in an error
+_PIECE = 1 << 18  # characters of base64 that are decoded in one call
 
 
 def is_url(source: Any) -> bool:
@@ -124,18 +124,36 @@ def _read(source: str | Path, access: MediaAccess) -> tuple[str, bytes]:
 
 def _from_data_url(url: str, access: MediaAccess) -> bytes:
     """RFC 2397: data:[type][;parameter=value]...[;base64],data."""
-    head, comma, data = url.partition(",")
-    if not comma:
+    comma = url.find(",")
+    if comma < 0:
         raise RequestError("the data URL has no comma: write data:image/png;base64,DATA.")
-    access.check_size(len(data) * 3 // 4, "the data URL")
-    raw = unquote_to_bytes(data)
-    if head.rpartition(";")[2].strip().lower() != "base64":
-        return raw
-    raw = raw.translate(None, b" \t\n\f\r").rstrip(b"=")  # as browsers take it: in lines, and without padding
+    access.check_size((len(url) - comma - 1) * 3 // 4, "the data URL")
+    if url[:comma].rpartition(";")[2].strip().lower() != "base64":
+        return unquote_to_bytes(url[comma + 1 :])
+    if "%" in url:
+        url, comma = unquote_to_bytes(url[comma + 1 :]).decode("latin-1"), -1
     try:
-        return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
-    except binascii.Error as error:
+        return _from_base64(url, comma + 1)
+    except ValueError as error:
         raise RequestError(f"the data URL is not valid base64: {error}.") from error
+
+
+def _from_base64(text: str, start: int) -> bytes:
+    """Of base64 from `start` on, as browsers take it: in lines, and without padding. Raises ValueError.
+
+    Piece by piece, since each call holds Python's lock: who answers others meanwhile needs it too.
+    """
+    decoded, rest = bytearray(), b""
+    for at in range(start, len(text), _PIECE):
+        rest += text[at : at + _PIECE].encode("ascii").translate(None, b" \t\n\f\r")
+        whole = max(0, len(rest) - 4) // 4 * 4  # the last quartet may be padded
+        if b"=" in rest[:whole]:
+            raise ValueError("data after the padding")
+        decoded += base64.b64decode(rest[:whole], validate=True)
+        rest = rest[whole:]
+    rest = rest.rstrip(b"=")
+    decoded += base64.b64decode(rest + b"=" * (-len(rest) % 4), validate=True)
+    return bytes(decoded)
 
 
 def _from_file(path: Path, access: MediaAccess) -> tuple[str, bytes]:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.vision import load
 from lmdeploy_jax.vision.access import MediaAccess
 from lmdeploy_jax.vision.fetch import MAX_REDIRECTS, is_public
 from lmdeploy_jax.vision.load import load_image
@@ -50,6 +51,18 @@ def test_every_source_gives_the_same_image(source):
     image = load_image(source, STRANGER)
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), LEVELS)
+
+
+def test_base64_is_decoded_in_pieces(monkeypatch):
+    """Wherever they end: within a quartet, a line, the padding."""
+    for piece in range(1, 9):
+        monkeypatch.setattr(load, "_PIECE", piece)
+        for data in (
+            BASE64,
+            BASE64.rstrip("="),
+            "\n".join(BASE64[i : i + 5] for i in range(0, len(BASE64), 5)),
+        ):
+            assert load_image(f"data:image/png;base64,{data}", STRANGER).size == (7, 5)
 
 
 def test_files_by_path_and_url(tmp_path):
@@ -208,6 +221,8 @@ def test_damaged_files_are_the_clients_fault(kind):
     ("source", "told"),
     [
         ("data:image/png;base64,%%%", "base64"),
+        ("data:image/png;base64,AAAAAAA=AAAA", "padding"),
+        ("data:image/png;base64,ÄÄÄÄ", "base64"),
         ("data:image/png;base64", "comma"),
         ("data:,", "0 bytes"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),

@@ -21,7 +21,7 @@ from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields
 router = APIRouter(tags=["native"], route_class=JsonRoute)
 PERPLEXITY = GenerationConfig(max_new_tokens=1, prompt_logprobs=0, ignore_eos=True)
 REFUSED = {
-    "image_data": "images are not supported.",
+    "image_data": "send parts of type image_url to /v1/chat/completions.",
     "return_routed_experts": "routed experts are not reported.",
 }
 

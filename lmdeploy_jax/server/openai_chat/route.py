@@ -18,7 +18,7 @@ REFUSED = {
     "function_call": "use tool_choice.",
     "audio": "this server answers with text.",
     "web_search_options": "this server cannot search the web.",
-    "image_data": "images are not supported.",
+    "image_data": "send parts of type image_url in messages.",
     "migration_request": "prefill and decode run in one engine.",
     "with_cache": "prefill and decode run in one engine.",
     "preserve_cache": "prefill and decode run in one engine.",
