@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lmdeploy_jax.config import JaxEngineConfig, PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy_jax.config import JaxEngineConfig, PytorchEngineConfig, TurbomindEngineConfig, VisionConfig
 from lmdeploy_jax.messages import GenerationConfig, Response
 
 # Not lazily: importing the submodule later would put the module in the place of its namesake function.
@@ -26,6 +26,7 @@ __all__ = [
     "Session",
     "Tokenizer",
     "TurbomindEngineConfig",
+    "VisionConfig",
     "__version__",
     "pipeline",
 ]

@@ -16,6 +16,7 @@ from lmdeploy_jax.session import Session, Turn
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.io.frontend import PromptOptions
     from lmdeploy_jax.text.prompts import Prompt
+    from lmdeploy_jax.vision.access import MediaAccess
 
 Configs = GenerationConfig | Sequence[GenerationConfig] | None
 Sessions = Session | Sequence[Session] | None
@@ -54,10 +55,12 @@ def parse(
     *,
     do_preprocess: bool = True,
     adapter_name: str | None = None,
-    images: bool = False,
+    images: MediaAccess | None = None,
     **switches: object,
 ) -> Arguments:
     """The arguments of a call for any number of prompts, see `Pipeline.infer`.
+
+    images: what they may be loaded from; None where the model takes none.
 
     Raises ValueError for a form that is no prompt and for lists of different lengths, TypeError for an
     unknown keyword and for what is no config, session or switch, `RequestError` for a keyword that cannot be
@@ -65,8 +68,8 @@ def parse(
     """
     check_switches(do_preprocess=do_preprocess, **switches)
     _check_sampling(gen_config)
-    options = _prompt_options(do_preprocess, adapter_name, kwargs)
-    given, single = _given_prompts(prompts, kwargs, images)
+    options = _prompt_options(do_preprocess, adapter_name, kwargs, images)
+    given, single = _given_prompts(prompts, kwargs, images is not None)
     configs = _aligned_configs(gen_config, len(given))
     owners = _aligned_sessions(sessions, len(given))
     requests = [PromptRequest(*each) for each in zip(given, configs, owners, strict=True)]
@@ -115,6 +118,16 @@ def check_switches(**switches: object) -> None:
             raise TypeError(f"{name}={value!r} is a text: give True or False.")
 
 
+def media_access(allowed_media_domains: Sequence[str] | None) -> MediaAccess:
+    """What a program's images may be loaded from. Raises `ConfigError` for what is no list of hosts."""
+    from lmdeploy_jax.vision.access import MediaAccess
+
+    hosts = allowed_media_domains
+    if hosts is not None and (isinstance(hosts, str) or not all(isinstance(host, str) for host in hosts)):
+        raise ConfigError(f"allowed_media_domains={hosts!r} is invalid: it must be a list of hosts.")
+    return MediaAccess(allowed_media_domains=None if hosts is None else [host.lower() for host in hosts])
+
+
 def refuse_unknown_fields(unknown: Mapping[str, Any]) -> None:
     """Raises TypeError for arguments that `pipeline()` does not have."""
     engine_fields = {f.name for f in fields(JaxEngineConfig)}
@@ -124,10 +137,11 @@ def refuse_unknown_fields(unknown: Mapping[str, Any]) -> None:
 
 
 def _prompt_options(
-    do_preprocess: bool, adapter_name: str | None, kwargs: Mapping[str, Any]
+    do_preprocess: bool, adapter_name: str | None, kwargs: Mapping[str, Any], images: MediaAccess | None
 ) -> PromptOptions:
     from lmdeploy_jax.engine.io.frontend import PromptOptions
     from lmdeploy_jax.text.template_arguments import checked_variables
+    from lmdeploy_jax.vision.access import MediaAccess
 
     _refuse_unknown(kwargs)
     if adapter_name is not None:
@@ -141,7 +155,7 @@ def _prompt_options(
         raise RequestError(
             "do_preprocess=False leaves out the chat template: tools and template variables have no effect."
         )
-    return PromptOptions(do_preprocess, tools, variables)
+    return PromptOptions(do_preprocess, tools, variables, access=images or MediaAccess())
 
 
 def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
@@ -206,10 +220,14 @@ def _warn_of_greedy(names: tuple[str, ...]) -> None:
 def _check_turn(prompt: object, session: object, gen_config: object) -> None:
     """Raises ValueError for what is no turn of a conversation, TypeError for what is no session or config."""
     _check_config(gen_config)
-    messages = prompt if isinstance(prompt, list | tuple) and prompt else [prompt]
-    if not isinstance(prompt, str) and not all(isinstance(message, Mapping) for message in messages):
+    from lmdeploy_jax.text.prompts import is_image_pair
+
+    messages = prompt if isinstance(prompt, list) and prompt else [prompt]
+    pair = isinstance(prompt, tuple) and is_image_pair(prompt)
+    if not (pair or isinstance(prompt, str) or all(isinstance(message, Mapping) for message in messages)):
         raise ValueError(
-            f"Unsupported prompt: {prompt!r:.200}. A turn is a text, a message, or a list of messages."
+            f"Unsupported prompt: {prompt!r:.200}. A turn is a text, a pair of a text and an image or "
+            "images, a message, or a list of messages."
         )
     if not isinstance(session, Session):
         raise TypeError(f"session must be a Session, as chat() or session() gave it, not {session!r:.200}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import Annotated, Any, Literal
 
@@ -305,3 +305,30 @@ def engine_config(config: EngineConfig | None) -> JaxEngineConfig:
         f"backend_config is a {type(config).__name__}: give a JaxEngineConfig, TurbomindEngineConfig or "
         "PytorchEngineConfig."
     )
+
+
+@dataclass
+class VisionConfig(Checked):
+    """How images are encoded, in LMDeploy's terms. Raises `ConfigError` for a value that cannot work.
+
+    max_batch_size: images that are encoded together at most.
+    thread_safe: says nothing here, since every pipeline is.
+    """
+
+    max_batch_size: _Positive = 1
+    thread_safe: bool = False
+
+
+def with_vision(config: JaxEngineConfig, vision: VisionConfig | None) -> JaxEngineConfig:
+    """The config with what `vision` says. Raises `ConfigError` where both say how many images."""
+    if vision is None:
+        return config
+    if not isinstance(vision, VisionConfig):
+        raise ConfigError(f"vision_config is a {type(vision).__name__}: give a VisionConfig.")
+    given = config.vision_max_batch_size
+    if given not in (None, vision.max_batch_size):
+        raise ConfigError(
+            f"vision_config.max_batch_size={vision.max_batch_size} and vision_max_batch_size={given} differ: "
+            "give one of them."
+        )
+    return replace(config, vision_max_batch_size=vision.max_batch_size)

@@ -15,13 +15,14 @@ from lmdeploy_jax.arguments import (
     Sessions,
     check_switches,
     id_lists,
+    media_access,
     parse,
     parse_single,
     parse_turn,
     refuse,
     refuse_unknown_fields,
 )
-from lmdeploy_jax.config import EngineConfig, engine_config
+from lmdeploy_jax.config import EngineConfig, VisionConfig, engine_config, with_vision
 from lmdeploy_jax.errors import EngineError, RequestError
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.messages import GenerationConfig, Response
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lmdeploy_jax.engine.io.frontend import Frontend
     from lmdeploy_jax.engine.prepare import PreparedModel
     from lmdeploy_jax.text import ChatTemplateConfig, Tokenizer
+    from lmdeploy_jax.vision.access import MediaAccess
 
 Ids = Sequence[int]
 
@@ -72,8 +74,9 @@ class Pipeline:
     log_level, max_log_len: how much is logged; at level REQUEST each prompt, its first `max_log_len`
         characters.
     progress: whether loading and compiling are told on stderr: bars on a terminal, else a line for each.
-    trust_remote_code, speculative_config, allowed_media_domains, vision_config: not supported; refused when
-        set.
+    allowed_media_domains: the only hosts that images are fetched from; None is all of them.
+    vision_config: how images are encoded; None leaves it to the engine.
+    trust_remote_code, speculative_config: not supported; refused when set.
 
     Raises ConfigError, CheckpointError or UnsupportedModelError; TypeError for an unknown argument.
     """
@@ -89,7 +92,7 @@ class Pipeline:
         speculative_config: object = None,
         allowed_media_domains: Sequence[str] | None = None,
         *,
-        vision_config: object = None,
+        vision_config: VisionConfig | None = None,
         progress: bool = True,
         **unknown: Any,
     ) -> None:
@@ -98,13 +101,8 @@ class Pipeline:
         refuse_unknown_fields(unknown)
         refuse("trust_remote_code", trust_remote_code, "Python code of a checkpoint is never run")
         refuse("speculative_config", speculative_config, "speculative decoding is not implemented")
-        refuse("vision_config", vision_config, "how many images an encoder takes at once is chosen by device")
-        refuse(
-            "allowed_media_domains",
-            allowed_media_domains,
-            "a program may name any image",
-        )
-        config = engine_config(backend_config)
+        config = with_vision(engine_config(backend_config), vision_config)
+        self._access = media_access(allowed_media_domains)
         from lmdeploy_jax.engine.prepare import prepare
 
         model = prepare(model_path, config, chat_template_config)
@@ -115,6 +113,7 @@ class Pipeline:
         """A pipeline over an engine that is already open. Closing the pipeline closes the engine."""
         self = cls.__new__(cls)
         self._frontend = frontend
+        self._access = media_access(None)
         return self
 
     def __reduce__(self) -> NoReturn:
@@ -124,6 +123,11 @@ class Pipeline:
     def frontend(self) -> Frontend:
         """Engine, tokenizer and chat template behind this pipeline."""
         return self._frontend
+
+    @property
+    def _images(self) -> MediaAccess | None:
+        """What images may be loaded from; None where the model takes none."""
+        return self._access if self._frontend.takes_images else None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -141,7 +145,8 @@ class Pipeline:
         """Answer one prompt, or several in their order.
 
         prompts: a text, a message, a conversation (list of messages), token ids, or a list of such; where the
-            model takes images, a pair of a text and an image or a list of images too (PIL, or a URL).
+            model takes images, a pair of a text and an image or a list of images too (a path, a URL, a PIL
+            image or an array), which stand where the text has `vl.IMAGE_TOKEN`s, if it has any.
         gen_config: one for all prompts, or a list with one for each.
         do_preprocess: False passes texts on as they are, without the chat template.
         use_tqdm: show a progress bar.
@@ -160,7 +165,7 @@ class Pipeline:
             kwargs,
             do_preprocess=do_preprocess,
             adapter_name=adapter_name,
-            images=self._frontend.takes_images,
+            images=self._images,
             use_tqdm=use_tqdm,
         )
         answers: list[list[Response]] = [[] for _ in call.requests]
@@ -200,7 +205,7 @@ class Pipeline:
             kwargs,
             do_preprocess=do_preprocess,
             adapter_name=adapter_name,
-            images=self._frontend.takes_images,
+            images=self._images,
             stream_response=stream_response,
         )
         return start(self._frontend, call, stream=stream_response)
@@ -227,7 +232,7 @@ class Pipeline:
             kwargs,
             do_preprocess=do_preprocess,
             adapter_name=adapter_name,
-            images=self._frontend.takes_images,
+            images=self._images,
             stream_response=stream_response,
         )
         async for piece in pieces(self._frontend, call.requests[0], call.options, stream=stream_response):
@@ -244,7 +249,8 @@ class Pipeline:
     ) -> Session | Iterator[Response]:
         """The next turn of a conversation, whose history is sent again with every turn.
 
-        prompt: the user's text, a message, or several messages (a system prompt, a tool's results).
+        prompt: the user's text, one with an image or images as a pair, a message, or several messages (a
+            system prompt, a tool's results).
         session: as `session()` or an earlier `chat` gave it; None starts a new one.
         Returns the session with its `response` and `history` brought up to date, or when streaming an
         iterator of pieces; closing it, or an exception, aborts the answer. Only complete turns enter the
@@ -258,7 +264,7 @@ class Pipeline:
             gen_config,
             kwargs,
             adapter_name=adapter_name,
-            images=self._frontend.takes_images,
+            images=self._images,
             stream_response=stream_response,
         )
         stream = start(self._frontend, call, stream=stream_response)

@@ -10,7 +10,8 @@ from typing import Any
 from lmdeploy_jax.errors import RequestConflictError
 from lmdeploy_jax.messages import GenerationConfig, Response, shortened
 
-Turn = str | Mapping[str, Any] | list[Mapping[str, Any]]  # a user's text, a message, or several
+# A user's text, one with an image or images, a message, or several messages.
+Turn = str | tuple[Any, Any] | Mapping[str, Any] | list[Mapping[str, Any]]
 _ids = itertools.count()
 
 
@@ -77,4 +78,8 @@ class Session:
 def _messages(turn: Turn) -> list[Mapping[str, Any]]:
     if isinstance(turn, str):
         return [{"role": "user", "content": turn}]
+    if isinstance(turn, tuple):
+        from lmdeploy_jax.text.prompts import pair_message  # tokenizers are loaded with `text`
+
+        return [pair_message(turn)]
     return [turn] if isinstance(turn, Mapping) else list(turn)

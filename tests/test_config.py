@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from lmdeploy_jax.config import JaxEngineConfig, PytorchEngineConfig, TurbomindEngineConfig, engine_config
+from lmdeploy_jax.config import (
+    JaxEngineConfig,
+    PytorchEngineConfig,
+    TurbomindEngineConfig,
+    VisionConfig,
+    engine_config,
+    with_vision,
+)
 from lmdeploy_jax.errors import ConfigError
 
 BOTH = [TurbomindEngineConfig, PytorchEngineConfig]
@@ -173,3 +180,13 @@ def test_an_unknown_field_is_a_type_error(kind):
 def test_another_object_is_no_config():
     with pytest.raises(ConfigError, match="backend_config is a dict"):
         engine_config({"tp": 1})
+
+
+def test_how_many_images_are_encoded_together():
+    assert with_vision(JaxEngineConfig(), None).vision_max_batch_size is None
+    assert with_vision(JaxEngineConfig(), VisionConfig()).vision_max_batch_size == 1
+    assert with_vision(JaxEngineConfig(tp=2), VisionConfig(8)) == JaxEngineConfig(
+        tp=2, vision_max_batch_size=8
+    )
+    with pytest.raises(ConfigError, match="max_batch_size"):
+        VisionConfig(max_batch_size=0)

@@ -83,7 +83,7 @@ def test_greedy_and_sampling_configs_are_not_told_of(opened, said):
 @pytest.mark.parametrize("prompt", [5, None, [], ["hi"], [3], {1, 2}, object()])
 def test_what_is_no_turn_is_told_at_the_door(opened, prompt):
     pipe, engine = opened(echo)
-    with pytest.raises(ValueError, match="A turn is a text, a message, or a list of messages"):
+    with pytest.raises(ValueError, match="A turn is a text, a pair of a text and an image"):
         pipe.chat(prompt)
     assert not engine.seen
 

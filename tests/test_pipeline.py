@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from lmdeploy_jax import GenerationConfig, Response, pipeline
+from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Response, VisionConfig, pipeline
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import ConfigError, EngineError, RequestError
 from tests.patience import wait_until
 from tests.scripted import ENDLESS, RAW, TOKENIZER, Opener, echo, endless, ids, opener
+
+ONE_AT_ONCE = JaxEngineConfig(vision_max_batch_size=1)
 
 
 @pytest.fixture
@@ -203,7 +205,8 @@ def test_unknown_and_unsupported_arguments_are_refused(opened):
         ({"trust_remote_code": True}, ConfigError, "trust_remote_code"),
         ({"speculative_config": object()}, ConfigError, "speculative_config"),
         ({"vision_config": object()}, ConfigError, "vision_config"),
-        ({"allowed_media_domains": ["a"]}, ConfigError, "allowed_media_domains"),
+        ({"vision_config": VisionConfig(2), "backend_config": ONE_AT_ONCE}, ConfigError, "differ"),
+        ({"allowed_media_domains": "a.example"}, ConfigError, "allowed_media_domains"),
         ({"backend_config": {"tp": 1}}, ConfigError, "backend_config"),
         ({"log_level": "LOUD"}, ConfigError, "log_level"),
         ({"tp": 2}, TypeError, r"'tp'.*JaxEngineConfig\(tp=2\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ MEDIA_PARTS = {
     "audio": "audio", "audio_url": "audio", "input_audio": "audio",
 }  # fmt: skip
 
+IMAGE_TOKEN = "<IMAGE_TOKEN>"  # stands in a message's texts where its images are to be
 ILLUSTRATED = ("user", "tool")  # roles whose messages may have images
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -43,7 +45,8 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]], *, images: bool = 
     are no JSON object stay a text: models write such calls, and the conversation in which one is told so must
     go on.
     images: whether the model takes any. Then the content of a message with images is a list of texts and
-        `ImagePart`s, in order; the user's messages and those of tools may have some.
+        `ImagePart`s, in order; the user's messages and those of tools may have some. Where its texts have
+        `IMAGE_TOKEN`s, these are the images' places.
     Raises `RequestError` naming the message by its position.
     """
     if not messages:
@@ -97,8 +100,24 @@ def _content(content: Any, where: str, images: bool) -> str | list[str | ImagePa
     if isinstance(content, Sequence):
         parts = [_part(part, f"{where}.content[{i}]", images) for i, part in enumerate(content)]
         texts = [part for part in parts if isinstance(part, str)]
-        return "\n".join(texts) if len(texts) == len(parts) else parts
+        return "\n".join(texts) if len(texts) == len(parts) else _placed(parts, where)
     raise RequestError(f"{where}.content must be a text or a list of parts, not {type(content).__name__}.")
+
+
+def _placed(parts: list[str | ImagePart], where: str) -> list[str | ImagePart]:
+    """The parts with the images where the texts say, if they do."""
+    images = [part for part in parts if isinstance(part, ImagePart)]
+    texts = [part for part in parts if isinstance(part, str)]
+    count = sum(text.count(IMAGE_TOKEN) for text in texts)
+    if not count:
+        return parts
+    if count != len(images):
+        raise RequestError(
+            f"{where}: the number of {IMAGE_TOKEN} is not equal to input images, {count} vs {len(images)}."
+        )
+    pieces = [piece for text in texts for piece in re.split(f"({re.escape(IMAGE_TOKEN)})", text)]
+    rest = iter(images)
+    return [next(rest) if piece == IMAGE_TOKEN else piece for piece in pieces if piece]
 
 
 def _part(part: Any, where: str, images: bool) -> str | ImagePart:

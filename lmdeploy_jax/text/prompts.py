@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lmdeploy_jax.errors import RequestError
@@ -28,8 +30,9 @@ def normalise_prompts(prompts: Any, *, images: bool = False) -> tuple[list[Promp
 
     Forms: a text; a message; a list of messages (one conversation); a list of token ids (one prompt); a list
     of any of texts, conversations and lists of token ids (a batch); and, where the model takes `images`,
-    pairs of a text and an image or images. One with images that it doesn't take, or malformed messages,
-    stands as its error in the list: the others are good. Raises `ValueError` for any other form.
+    pairs of a text and an image or images, which are paths, URLs, PIL images or arrays. One with images that
+    it doesn't take, or malformed messages, stands as its error in the list: the others are good. Raises
+    `ValueError` for any other form.
     """
     if isinstance(prompts, list) and not prompts:
         return [], False
@@ -62,41 +65,40 @@ def _prompt(value: Any, prompts: Any, images: bool) -> Prompt:
         return Prompt(messages=tuple(normalise_messages(value, images=images)))
     if isinstance(value, list) and value and _is_ids(value):
         return Prompt(token_ids=tuple(int(i) for i in value))
-    if isinstance(value, tuple) and _is_image_pair(value):
-        if images:
-            return Prompt(messages=(_pair(value),))
+    if isinstance(value, tuple) and is_image_pair(value):
+        message = pair_message(value)
+        if images or isinstance(message["content"], str):
+            return Prompt(messages=tuple(normalise_messages([message], images=images)))
         raise RequestError(
             "Images are not supported by this model: give the text alone instead of a (text, image) pair."
         )
     raise _unsupported(prompts)
 
 
-def _is_image_pair(pair: tuple[Any, ...]) -> bool:
+def is_image_pair(pair: tuple[Any, ...]) -> bool:
     """(text, image or [images]) or the other way round."""
     if len(pair) != 2:
         return False
     texts = [isinstance(item, str) and not _is_image(item) for item in pair]
-    images = [
-        _is_image(item) or (isinstance(item, list) and bool(item) and all(map(_is_image, item)))
-        for item in pair
-    ]
+    images = [_is_image(item) or (isinstance(item, list) and all(map(_is_image, item))) for item in pair]
     return (texts[0] and images[1]) or (images[0] and texts[1])
 
 
-def _pair(pair: tuple[Any, ...]) -> Message:
-    """A user's message, in the order of the pair."""
+def pair_message(pair: tuple[Any, ...]) -> Message:
+    """The user's message that a pair is, in its order."""
     parts: list[str | ImagePart] = []
     for item in pair:
         text = isinstance(item, str) and not _is_image(item)
         sources = item if isinstance(item, list) else [item]
         parts += [item] if text else [ImagePart(source) for source in sources]
-    return {"role": "user", "content": parts}
+    return {"role": "user", "content": parts if len(parts) > 1 else parts[0]}
 
 
 def _is_image(item: Any) -> bool:
     if isinstance(item, str):
-        return item.startswith(("http", "data:image"))
-    return hasattr(item, "size") and hasattr(item, "mode")  # a PIL image, without importing PIL
+        return re.match(r"https?://\S+$|data:image", item, re.IGNORECASE) is not None
+    # A PIL image or an array, without importing either's library.
+    return isinstance(item, Path) or hasattr(item, "__array_interface__")
 
 
 def _all(items: Sequence[Any], kind: type) -> bool:

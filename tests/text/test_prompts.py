@@ -6,7 +6,6 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from lmdeploy_jax.text.prompts import Prompt, normalise_prompts
 
 HI = {"role": "user", "content": "hi"}
 YO = {"role": "user", "content": "yo"}
-IMAGE = SimpleNamespace(size=(1, 1), mode="RGB")
+IMAGE = np.zeros((1, 1, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +33,7 @@ IMAGE = SimpleNamespace(size=(1, 1), mode="RGB")
         ([[1], [2, 3]], [Prompt(token_ids=(1,)), Prompt(token_ids=(2, 3))], False),
         (["hi", [HI], [4]], [Prompt(text="hi"), Prompt(messages=(HI,)), Prompt(token_ids=(4,))], False),
         ([], [], False),
+        (("hi", []), [Prompt(messages=(HI,))], True),
     ],
 )
 def test_forms(prompts: Any, expected: list[Prompt], single: bool) -> None:
@@ -48,6 +48,7 @@ def test_forms(prompts: Any, expected: list[Prompt], single: bool) -> None:
         ("hi", "https://x/y.png"),
         ("hi", [IMAGE]),
         [("hi", "data:image/png;base64,")],
+        ("http://x is what?", Path("x.png")),
     ],
 )
 def test_images_are_refused(prompts: Any) -> None:
