@@ -296,6 +296,7 @@ class Pipeline:
         losses = [math.nan for _ in sequences]
         with ResponseStream(self._frontend, stream=False) as stream:
             for i, ids in enumerate(sequences):
+                stream.expect(i, config)
                 stream.submit(i, EncodedPrompt(ids), config)
             for answer in stream:
                 losses[answer.index] = cross_entropy(sequences[answer.index], answer)

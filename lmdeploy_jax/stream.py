@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import queue
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lmdeploy_jax.errors import EngineError, RequestConflictError, RequestError
 from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.preprocessing import Encode, PreprocessingThreads
 from lmdeploy_jax.session import Session, Turn
 
 if TYPE_CHECKING:
@@ -39,31 +41,60 @@ class ResponseStream:
     def __init__(self, frontend: Frontend, *, stream: bool = True) -> None:
         self._frontend = frontend
         self._stream = stream
-        self._pieces: queue.SimpleQueue[Response] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[Response | Exception] = queue.SimpleQueue()
         self._left: dict[int, int] = {}  # answers that have not ended, of each prompt
         self._requests: dict[int, int] = {}
         self._sessions: dict[int, Session] = {}
+        self._aborted: set[int] = set()  # before they were submitted
+        self._threads: PreprocessingThreads | None = None
 
-    def submit(
-        self, index: int, prompt: EncodedPrompt, config: GenerationConfig, session: Session | None = None
-    ) -> None:
-        """Start a prompt's answers. Raises what `Frontend.submit` does, and RequestConflictError."""
+    def expect(self, index: int, config: GenerationConfig, session: Session | None = None) -> None:
+        """Count on a prompt's answers, which `submit` starts. Raises RequestConflictError."""
         if session is not None:
             session.begin(_aborter(weakref.ref(self), index))
             self._sessions[index] = session
-        try:
-            self._requests[index] = self._frontend.submit(
-                prompt, config, self._pieces.put, index=index, stream=self._stream
-            )
-        except BaseException:
-            self._forget(index)
-            raise
         self._left[index] = config.n
 
-    def add(self, piece: Response, error: BaseException) -> None:
+    def submit(self, index: int, prompt: EncodedPrompt, config: GenerationConfig) -> None:
+        """Start a prompt's answers. Raises what `Frontend.submit` does."""
+        request = self._frontend.submit(prompt, config, self._pieces.put, index=index, stream=self._stream)
+        self._requests[index] = request
+        if index in self._aborted or index not in self._left:
+            self._frontend.abort(request)
+
+    def prepare_in_threads(self, requests: Sequence[tuple[int, PromptRequest]], encode: Encode) -> None:
+        """Submit prompts as threads have encoded them."""
+        running = weakref.ref(self)
+
+        def deliver(index: int, request: PromptRequest, encoded: EncodedPrompt | Exception) -> bool:
+            stream = running()
+            if stream is not None:
+                stream.take(index, request, encoded)
+            return stream is not None
+
+        self._threads = PreprocessingThreads(requests, encode, deliver)
+
+    def take(self, index: int, request: PromptRequest, encoded: EncodedPrompt | Exception) -> None:
+        """Submit a prompt, or let what it raised become its answer; what no prompt can cause is raised to who
+        reads the pieces.
+        """
+        try:
+            if isinstance(encoded, Exception):
+                raise encoded
+            self.submit(index, encoded, request.config)
+        except Exception as error:
+            if isinstance(error, EngineError):
+                self._pieces.put(error)
+            else:
+                self.add(index, error)
+
+    def add(self, index: int, error: BaseException) -> None:
         """Put in the whole answer to a prompt that could not be submitted because of `error`."""
+        from lmdeploy_jax.engine.io.answer import error_response
+
+        piece = error_response(error, index)
         log_failure(piece, error)
-        self._left[piece.index] = 1
+        self._left[index] = 1
         self._pieces.put(piece)
 
     @property
@@ -72,11 +103,14 @@ class ResponseStream:
 
     def abort(self, index: int) -> None:
         """End one prompt's answers; their last pieces still come."""
+        self._aborted.add(index)
         if index in self._requests:
             self._frontend.abort(self._requests[index])
 
     def close(self) -> None:
         """Abort what is still running and drop its pieces."""
+        if self._threads is not None:
+            self._threads.close()
         for index in list(self._left):
             self.abort(index)
             self._forget(index)
@@ -87,6 +121,8 @@ class ResponseStream:
     def __next__(self) -> Response:
         while self._left:
             piece = self._pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
             if piece.index in self._left:
                 self._count(piece)
                 return piece
@@ -112,6 +148,8 @@ class ResponseStream:
     def _forget(self, index: int) -> None:
         self._left.pop(index, None)
         self._requests.pop(index, None)
+        if self._threads is not None:
+            self._threads.release(index)
         session = self._sessions.pop(index, None)
         if session is not None:
             session.end()
@@ -130,29 +168,41 @@ def _aborter(stream: weakref.ref[ResponseStream], index: int) -> Callable[[], No
 
 def start(frontend: Frontend, call: Arguments, *, stream: bool) -> ResponseStream:
     """Submit each prompt as soon as it is encoded; one that cannot be served becomes an answer."""
-    running = ResponseStream(frontend, stream=stream)
+    running, encode = ResponseStream(frontend, stream=stream), partial(_encode, frontend, call.options)
     try:
-        for index, request in enumerate(call.requests):
-            _submit(running, frontend, index, request, call.options)
+        requests = list(enumerate(call.requests))
+        if len(requests) > 1 and any(_has_images(request) for _, request in requests):
+            for index, request in requests:
+                running.expect(index, request.config, request.session)
+            running.prepare_in_threads(requests, encode)
+        else:
+            for index, request in requests:
+                _submit(running, index, request, encode)
     except BaseException:
         running.close()
         raise
     return running
 
 
-def _submit(
-    running: ResponseStream, frontend: Frontend, index: int, request: PromptRequest, options: PromptOptions
-) -> None:
-    from lmdeploy_jax.engine.io.answer import error_response
+def _has_images(request: PromptRequest) -> bool:
+    return not isinstance(request.prompt, RequestError) and request.prompt.has_images
 
+
+def _encode(frontend: Frontend, options: PromptOptions, request: PromptRequest) -> EncodedPrompt:
+    if isinstance(request.prompt, RequestError):
+        raise request.prompt
+    return frontend.encode(request.prompt, options)
+
+
+def _submit(running: ResponseStream, index: int, request: PromptRequest, encode: Encode) -> None:
     try:
-        if isinstance(request.prompt, RequestError):
-            raise request.prompt
-        running.submit(index, frontend.encode(request.prompt, options), request.config, request.session)
+        encoded = encode(request)
+        running.expect(index, request.config, request.session)
+        running.submit(index, encoded, request.config)
     except (EngineError, RequestConflictError):
         raise
     except Exception as error:
-        running.add(error_response(error, index), error)
+        running.add(index, error)
 
 
 def turn_pieces(session: Session, prompt: Turn, stream: ResponseStream) -> Iterator[Response]:
