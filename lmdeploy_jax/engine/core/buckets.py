@@ -44,7 +44,8 @@ class Buckets:
         """
         first, factor = min(256, longest), 4 if platform == "cpu" else 2
         sizes = sorted({_long_run(size, unit) for size in _ladder(first, longest, factor)})
-        return replace(self, encoder=tuple(sizes), shared=PATCHES, joining=PATCHES)
+        shared = min(PATCHES, sizes[-1])
+        return replace(self, encoder=tuple(sizes), shared=shared, joining=shared)
 
 
 def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) -> Buckets:
