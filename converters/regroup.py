@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.formats import WeightFormat
-from lmdeploy_jax.models.quantised import QuantArrays, dequantise, pack_words, unpack_words
+from lmdeploy_jax.models.quantised import QuantArrays, dequantise
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import pack_words, unpack_words
 
 GROUPED = ("scales", "zeros")  # of quantised weights: their first axis counts groups of columns
 Specs = Mapping[str, jax.ShapeDtypeStruct]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.options import MASKED, AttentionOptions
 from lmdeploy_jax.pallas_kernels.shapes import Row, Softmax
@@ -86,6 +86,6 @@ def normalised(state: Softmax) -> Float32[Array, "N D"]:
     return out / jnp.maximum(denominator, 1e-30)[:, None]
 
 
-def dot(a: Float[Array, "M K"], b: Float[Array, "K N"]) -> Float32[Array, "M N"]:
-    """a @ b, accumulated in f32; float32 inputs are not rounded to TF32."""
+def dot(a: Shaped[Array, "M K"], b: Shaped[Array, "K N"]) -> Shaped[Array, "M N"]:
+    """a @ b, accumulated in f32, int8 in int32; float32 inputs are not rounded to TF32."""
     return plt.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)

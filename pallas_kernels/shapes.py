@@ -6,7 +6,9 @@ one size in all arguments and results of a call; `*S` is any number of axes, non
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Float32, Int32
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 Pages = Float[Array, "pages KH P D"]
 """K or V of a paged cache."""
@@ -26,3 +28,15 @@ Sinks = Float32[Array, "H"]
 Row = Float32[Array, "N"]
 Softmax = tuple[Row, Row, Float32[Array, "N D"]]
 """A running softmax: maximum and denominator of each row, and output."""
+
+
+class Quantised(NamedTuple):
+    """A matrix of few bits an element: `(values - zeros) * scales`, G runs of columns with a scale each.
+
+    values: E4M3 or int8, or uint16 words of four 4-bit integers (`models.formats.WeightFormat` has their
+    order). Without zeros, those of 4 bits are 8 and the others 0.
+    """
+
+    values: Shaped[Array, "*rows columns"]
+    scales: Float[Array, "G *rows"]
+    zeros: Shaped[Array, "G *rows"] | None = None

@@ -18,17 +18,19 @@ from lmdeploy_jax.models.batch import AttentionMetadata
 from lmdeploy_jax.models.config import AttentionConfig
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
-from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
+from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, tile_rows, why_not_mosaic
 from lmdeploy_jax.pallas_kernels.registry import why_not_heads
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 from lmdeploy_jax.parallel.collectives import Collectives, collectives
 from lmdeploy_jax.parallel.mesh import axis_size
 
 LayerCache = tuple[
     Array, ...
 ]  # and the split counters of decode attention, which layers of as many heads share
+FLOAT8_CAPABILITY = 8.9
 MOSAIC_TOKENS = 2048  # of the smallest step that attends through Mosaic
 
 
@@ -52,6 +54,13 @@ class Kernels:
         devices = jax.devices() if self.mesh is None else self.mesh.devices.flat
         return devices[0].platform
 
+    @property
+    def rounding_backend(self) -> str:
+        """`backend`, or XLA where the GPU knows no floats of 8 bits."""
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        capability = getattr(device, "compute_capability", None)
+        return self.backend if capability is None or float(capability) >= FLOAT8_CAPABILITY else "xla"
+
     def attention_backend(self, mixer: AttentionConfig) -> str:
         """`backend`, or XLA for heads that its kernels cannot do."""
         return "xla" if why_not_heads(mixer.head_dim, mixer.group) else self.backend
@@ -72,6 +81,13 @@ class Kernels:
             return x, x if norm is None else norm(x)
         weight, options = norm.weight[...], {"eps": norm.eps, "offset": norm.offset}
         return add_rms_norm(x, delta, weight, **options, backend=self.backend)
+
+    def add_norm_quant(
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"], norm: RMSNorm, dtype: str, groups: int
+    ) -> tuple[Float[Array, "T E"], Quantised]:
+        """The same, with what is normalised rounded to 8 bits."""
+        how: dict[str, Any] = {"eps": norm.eps, "offset": norm.offset, "backend": self.rounding_backend}
+        return add_rms_norm_quant(x, delta, norm.weight[...], dtype, groups=groups, **how)
 
     def attend(
         self,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,15 @@ from jaxtyping import Float
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
-from lmdeploy_jax.models.quantised import QuantWeight, round_rows
+from lmdeploy_jax.models.quant_products import (
+    RoundedProduct,
+    RoundingNorm,
+    Rows,
+    RowsProduct,
+    SkinnyQuantGatedProduct,
+    SkinnyQuantProduct,
+)
+from lmdeploy_jax.models.quantised import QuantWeight
 from lmdeploy_jax.models.tuning import Kind
 from lmdeploy_jax.pallas_kernels.skinny_gemm import (
     StreamTiling,
@@ -85,24 +93,6 @@ class TransposedProduct:
 
 
 @dataclass(frozen=True)
-class RoundedProduct:
-    """XLA's own of 8-bit activations and weights, for weights with a scale a row; each token has one too."""
-
-    out_dtype: DTypeLike | None = None
-
-    def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
-        weight = linear.weight
-        assert isinstance(weight, QuantWeight)  # as planned
-        assert weight.held.activations is not None
-        arrays = weight.arrays()
-        rows, scales = round_rows(x.reshape(x.shape[0], -1), weight.held.activations)
-        wide = jnp.int32 if rows.dtype == jnp.int8 else jnp.float32
-        flat = _dot(rows, arrays.values.reshape(-1, rows.shape[1]), contracted=(1, 1), out_dtype=wide)
-        flat = flat.astype(jnp.float32) * scales * arrays.scales.astype(jnp.float32).reshape(1, -1)
-        return flat.astype(self.out_dtype or x.dtype).reshape(x.shape[0], *linear.out_shape(x))
-
-
-@dataclass(frozen=True)
 class SkinnyProduct:
     """The hand-written product of a few rows, in f32 parts, or whole.
 
@@ -127,10 +117,10 @@ class XlaGatedProduct:
     """`activation(gate) * up` of a weight [2, I, E] -> [T, I], of XLA's `product`."""
 
     activation: Activation
-    product: Product = XlaProduct()
+    product: Product | RowsProduct = XlaProduct()
 
-    def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
-        both = self.product(linear, x)
+    def __call__(self, linear: Linear, x: Rows) -> Float[Array, "..."]:
+        both = self.product(linear, x)  # type: ignore[arg-type]  # rounded rows, as planned
         both = both if linear.bias is None else both + linear.bias[...]
         return self.activation(both[:, 0]) * both[:, 1]
 
@@ -219,6 +209,8 @@ class FusedNorm:
 def plan(kernels: Kernels, kind: Kind, linear: Linear, x: Float[Array, "T *inner"]) -> Product:
     """The product with x, in parts or whole as `kind` says."""
     tiling = _tiling(kernels, kind, linear, x)
+    if isinstance(tiling, Tiling) and isinstance(linear.weight, QuantWeight):
+        return SkinnyQuantProduct(tiling, kernels.backend, in_parts=kind == "parts")
     if isinstance(tiling, Tiling):
         return SkinnyProduct(tiling, kernels.backend, in_parts=kind == "parts")
     return plan_xla(kernels, linear, x, out_dtype=jnp.float32 if kind == "whole" else None)
@@ -229,13 +221,15 @@ def plan_xla(
 ) -> Product:
     """XLA's product with x, for what is read neither in parts nor by a kernel."""
     if _rounded(linear):
-        return RoundedProduct(out_dtype)
+        return RoundedProduct(out_dtype, kernels.rounding_backend)
     return TransposedProduct() if _transposed(kernels, x) else XlaProduct(out_dtype)
 
 
 def plan_gated(kernels: Kernels, linear: Linear, x: Float[Array, "T E"], activation: Activation) -> Product:
     """`activation(gate) * up` of a weight [2, I, E]."""
     tiling = None if linear.bias is not None else _tiling(kernels, "gated", linear, x)
+    if isinstance(tiling, Tiling) and isinstance(linear.weight, QuantWeight):
+        return SkinnyQuantGatedProduct(activation, tiling, kernels.backend)
     if tiling is not None and not (isinstance(tiling, StreamTiling) and x.shape[0] % 8):
         return SkinnyGatedProduct(activation, tiling, kernels.backend)
     if _transposed(kernels, x) and not _rounded(linear):
@@ -258,20 +252,39 @@ def plan_norm(
     tiling = _tiling(kernels, kind, linear, x) if fusible else None
     if isinstance(tiling, Tiling):
         return FusedNorm(tiling, kernels.backend, activation)
-    if activation is None:
-        return SeparateNorm(plan(kernels, "parts", linear, x), kernels)
-    return SeparateNorm(plan_gated(kernels, linear, x, activation), kernels)
+    product = (
+        plan(kernels, "parts", linear, x)
+        if activation is None
+        else plan_gated(kernels, linear, x, activation)
+    )
+    return (
+        RoundingNorm(product, kernels) if _takes_rounded(linear, product) else SeparateNorm(product, kernels)
+    )
 
 
 def _tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tiling | StreamTiling | None:
     """As measured for the shapes that one device sees."""
     weight, inner = linear.weight, prod(x.shape[1:])
+    if isinstance(weight, QuantWeight) and weight.operand(-1) is None:
+        return None
     out = prod(linear.out_shape(x)) // (2 if kind.endswith("gated") else 1)
     return kernels.tuning.find(weight.format, kind, (out, inner), x.shape[0])
 
 
 def _rounded(linear: Linear) -> bool:
     return isinstance(linear.weight, QuantWeight) and linear.weight.rounds_activations
+
+
+def _takes_rounded(linear: Linear, product: object) -> TypeGuard[RowsProduct]:
+    """Whether what a product reads can be rounded before."""
+    if isinstance(product, XlaGatedProduct):
+        product = product.product
+    skinny = isinstance(product, SkinnyQuantProduct | SkinnyQuantGatedProduct)
+    return isinstance(product, RoundedProduct) or (skinny and _has_rounded(linear))
+
+
+def _has_rounded(linear: Linear) -> bool:
+    return isinstance(linear.weight, QuantWeight) and linear.weight.held.activations is not None
 
 
 def _transposed(kernels: Kernels, x: Array) -> bool:

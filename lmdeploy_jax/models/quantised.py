@@ -11,11 +11,13 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Shaped
 
-from lmdeploy_jax.models.formats import E2M1, E8M0, FOUR_BITS, INT4, INT8, PER_WORD, WeightFormat
+from lmdeploy_jax.models.formats import E2M1, E8M0, FOUR_BITS, INT4, WeightFormat
 from lmdeploy_jax.models.linear import Axes, DenseWeight, Linear, param
+from lmdeploy_jax.pallas_kernels.quant_gemm import why_not_quant
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import TILE, unpack_words
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
 E2M1_VALUES = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)  # by code
-LEAST = 1e-7  # of a row's largest element, so that a row of zeros has a scale
 
 
 class QuantArrays(NamedTuple):
@@ -67,6 +69,31 @@ class QuantWeight(nnx.Module):
         found = (self.values, self.scales, self.zeros, self.row_scales, self.columns)
         return QuantArrays(*(None if leaf is None else leaf[...] for leaf in found))  # type: ignore[arg-type]
 
+    @property
+    def groups(self) -> int:
+        """Of columns, on this device."""
+        return self.scales.shape[0]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[*out] of a product, on this device."""
+        return self.shape[: -len(self.inner)]
+
+    def operand(self, *out: int) -> Quantised | None:
+        """The weight [*out, K] as the kernels take it, `out` perhaps with -1; None: they cannot read it."""
+        held, arrays = self.held, self.arrays()
+        four = held.element == INT4 and held.tile == TILE and self.dtype == jnp.bfloat16
+        eight = held.element == held.activations and held.element not in FOUR_BITS
+        if not (four or eight) or held.scale == E8M0 or held.row_scales or held.columns:
+            return None
+        scales, zeros = (
+            None if array is None else array.reshape(self.groups, *out)
+            for array in (arrays.scales, arrays.zeros)
+        )
+        assert scales is not None
+        found = Quantised(arrays.values.reshape(*out, arrays.values.shape[-1]), scales, zeros)
+        return found if why_not_quant(found) is None else None
+
     def dense(self) -> Float[Array, "..."]:
         """What is multiplied with where no kernel reads the format itself."""
         return dequantise(self.held, self.arrays(), self.dtype).reshape(self.shape)
@@ -98,15 +125,6 @@ def dequantise(held: WeightFormat, arrays: QuantArrays, dtype: DTypeLike) -> Flo
     return values if arrays.columns is None else values[..., jnp.argsort(arrays.columns)]
 
 
-def round_rows(x: Float[Array, "T K"], kind: str) -> tuple[Shaped[Array, "T K"], Float32[Array, "T 1"]]:
-    """x as INT8 or E4M3, and its rows' scales: x is their product."""
-    limit = 127.0 if kind == INT8 else float(jnp.finfo(kind).max)
-    wide = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(wide).max(-1, keepdims=True), LEAST) / limit
-    scaled = jnp.clip(wide / scale, -limit, limit)
-    return (jnp.round(scaled) if kind == INT8 else scaled).astype(kind), scale
-
-
 def elements(held: WeightFormat, arrays: QuantArrays) -> Shaped[Array, "*out K"]:
     """4-bit integers as uint8, E2M1 as its values in float32."""
     if held.element not in FOUR_BITS:
@@ -130,18 +148,3 @@ def _by_column(held: WeightFormat, grouped: Array, columns: int) -> Array:
     if moved.shape[-1] == 1:
         return moved
     return jnp.repeat(moved, held.group, axis=-1)[..., :columns]  # the last group may be short
-
-
-def pack_words(codes: Shaped[Array, "*out K"], tile: int) -> Shaped[Array, "*out words"]:
-    """The inverse of `unpack_words`."""
-    quarters = codes.reshape(*codes.shape[:-1], -1, PER_WORD, tile // PER_WORD).astype(jnp.uint16)
-    shifts = jnp.arange(0, 16, 4, dtype=jnp.uint16)[:, None]
-    words = (quarters << shifts).sum(-2, dtype=jnp.uint16)
-    return words.reshape(*codes.shape[:-1], -1)
-
-
-def unpack_words(words: Shaped[Array, "*out words"], tile: int) -> Shaped[Array, "*out K"]:
-    """uint16 [..., K / 4] -> uint8 [..., K]: in each tile, nibble q of word j is column q * tile / 4 + j."""
-    tiles = words.reshape(*words.shape[:-1], -1, 1, tile // PER_WORD)
-    shifts = jnp.arange(0, 16, 4, dtype=jnp.uint16)[:, None]
-    return (tiles >> shifts & 15).astype(jnp.uint8).reshape(*words.shape[:-1], -1)

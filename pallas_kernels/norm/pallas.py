@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
+from lmdeploy_jax.pallas_kernels.round_rows.pallas import shapes_of, store_rounded, warps_of
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
 
 def add_rms_norm(
@@ -24,13 +27,33 @@ def add_rms_norm(
     interpret: bool,
 ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
     """See `lmdeploy_jax.pallas_kernels.norm`."""
-    rows, size = x.shape
-    num_warps = min(max(pl.next_power_of_2(size) // 512, 1), 16)
-    how = Launch("add_rms_norm", (rows,), num_warps, num_stages=1, aliases={0: 0})
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     kernel = functools.partial(_kernel, eps=eps, offset=offset)
-    added, normed = launch(kernel, how, [like, like], x, parts, weight, interpret=interpret)
+    added, normed = launch(kernel, _how(x), [like, like], x, parts, weight, interpret=interpret)
     return added, normed
+
+
+def add_rms_norm_quant(
+    x: Float[Array, "T E"],
+    parts: Float[Array, "S T E"],
+    weight: Float[Array, "E"],
+    dtype: DTypeLike,
+    groups: int,
+    *,
+    eps: float,
+    offset: float,
+    interpret: bool,
+) -> tuple[Float[Array, "T E"], Quantised]:
+    """See `lmdeploy_jax.pallas_kernels.norm`."""
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes_of(x, dtype, groups)]
+    kernel = functools.partial(_kernel, eps=eps, offset=offset)
+    added, *normed = launch(kernel, _how(x), out, x, parts, weight, interpret=interpret)
+    return added, Quantised(*normed)
+
+
+def _how(x: Float[Array, "T E"]) -> Launch:
+    rows, size = x.shape
+    return Launch("add_rms_norm", (rows,), warps_of(size), num_stages=1, aliases={0: 0})
 
 
 def _kernel(
@@ -39,6 +62,7 @@ def _kernel(
     weight_ref: jax.Ref,
     added_ref: jax.Ref,
     normed_ref: jax.Ref,
+    scales_ref: jax.Ref | None = None,
     *,
     eps: float,
     offset: float,
@@ -53,8 +77,11 @@ def _kernel(
     plt.store(added_ref.at[row, column], added, mask=mask)
     weight = plt.load(weight_ref.at[column], mask=mask, other=0)
     wide = added.astype(jnp.float32)
-    normed = wide * inverse_rms(wide, size, eps)
-    plt.store(normed_ref.at[row, column], weigh(normed, weight, offset, x_ref.dtype), mask=mask)
+    normed = weigh(wide * inverse_rms(wide, size, eps), weight, offset, x_ref.dtype)
+    if scales_ref is None:
+        plt.store(normed_ref.at[row, column], normed, mask=mask)
+    else:
+        store_rounded(normed.astype(jnp.float32), row, normed_ref, scales_ref)
 
 
 def inverse_rms(wide: Float32[Array, "*rows N"], size: int, eps: float) -> Float32[Array, "*rows 1"]:

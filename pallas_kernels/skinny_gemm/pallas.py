@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
@@ -125,20 +125,25 @@ class WeightTile:
     def zeros(self) -> Float32[Array, "out rows"]:
         return jnp.zeros(self.mask.shape, jnp.float32)
 
-    def x(self, ref: jax.Ref, inner: Int32[Array, ""]) -> Float[Array, "rows {self.block_in}"]:
+    def x(self, ref: jax.Ref, inner: Int32[Array, ""]) -> Shaped[Array, "rows {self.block_in}"]:
         """x's elements from `inner` on."""
         column = inner + jnp.arange(self.block_in, dtype=jnp.int32)
         at = ref.at[self.token[:, None], column[None, :]]
         if self.tokens == self.token.size:
             return plt.load(at)
         inside = jnp.broadcast_to((self.token < self.tokens)[:, None], (self.token.size, self.block_in))
-        return plt.load(at, mask=inside, other=0)
+        return plt.load(at, mask=inside, other=_zero(ref))
 
-    def read(self, ref: jax.Ref, inner: Int32[Array, ""], *half: int) -> Float[Array, "out {self.block_in}"]:
+    def read(self, ref: jax.Ref, inner: Int32[Array, ""], *half: int) -> Shaped[Array, "out {self.block_in}"]:
         """The weight's elements from `inner` on."""
         column = inner + jnp.arange(self.block_in, dtype=jnp.int32)
         at = ref.at[(*half, self.out[:, None], column[None, :])]
         if self.in_bounds:
             return plt.load(at)
         inside = jnp.broadcast_to((self.out < self.outputs)[:, None], (self.out.size, self.block_in))
-        return plt.load(at, mask=inside, other=0)
+        return plt.load(at, mask=inside, other=_zero(ref))
+
+
+def _zero(ref: jax.Ref) -> int | float:
+    """Triton makes no float of 8 bits from an integer."""
+    return 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) and ref.dtype.itemsize == 1 else 0

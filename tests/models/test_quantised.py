@@ -13,15 +13,21 @@ from lmdeploy_jax.models import products
 from lmdeploy_jax.models.formats import E4M3, INT4, INT8, WeightFormat
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.products import plan, plan_gated, plan_norm
-from lmdeploy_jax.models.quantised import hold_quantised, round_rows
+from lmdeploy_jax.models.quantised import hold_quantised
+from lmdeploy_jax.models.tuning import Measurement, Tuning
+from lmdeploy_jax.pallas_kernels.round_rows import round_rows
+from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
 
 KERNELS = Kernels()
 LIMITS = {INT8: 127.0, E4M3: 448.0}
 
 
-def quantised(held: WeightFormat, out: tuple[int, ...], inner: tuple[int, ...]) -> Linear:
-    linear = Linear(out, inner, (None,) * len(out + inner), bias=False, dtype=jnp.dtype("float32"))
+def quantised(
+    held: WeightFormat, out: tuple[int, ...], inner: tuple[int, ...], dtype: str = "float32"
+) -> Linear:
+    linear = Linear(out, inner, (None,) * len(out + inner), bias=False, dtype=jnp.dtype(dtype))
     hold_quantised(linear, held)
     rng: Any = np.random.default_rng(0)
     values: Any = linear.weight.values
@@ -30,7 +36,11 @@ def quantised(held: WeightFormat, out: tuple[int, ...], inner: tuple[int, ...]) 
     else:
         drawn = np.clip(rng.normal(size=values.shape) * LIMITS[held.element] / 3, -127, 127)
     values[...] = jnp.asarray(drawn).astype(held.stored)
-    linear.weight.scales[...] = jnp.asarray(rng.uniform(0.01, 0.1, linear.weight.scales.shape), jnp.float32)
+    scales = linear.weight.scales
+    scales[...] = jnp.asarray(rng.uniform(0.01, 0.1, scales.shape)).astype(scales.dtype)
+    if held.zeros:
+        zeros = linear.weight.zeros
+        zeros[...] = jnp.asarray(rng.integers(0, 16, zeros.shape)).astype(held.zeros)
     return linear
 
 
@@ -49,7 +59,8 @@ def rounded(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
 def test_activations_are_rounded_a_row(kind: str) -> None:
     x = np.random.default_rng(0).normal(size=(5, 96)).astype(np.float32)
     x[2], x[3] = 0, x[3] * 1e4
-    q, scale = round_rows(jnp.asarray(x), kind)
+    q, scales, _ = round_rows(jnp.asarray(x), kind)
+    scale = scales.T
     assert (q.dtype, q.shape, scale.shape) == (jnp.dtype(kind), (5, 96), (5, 1))
     theirs, _ = rounded(np.delete(x, 2, 0), kind)
     np.testing.assert_array_equal(np.delete(np.asarray(q, np.float32), 2, 0), theirs)
@@ -88,8 +99,46 @@ def test_gated_and_normed_products_of_eight_bits() -> None:
     both = products.RoundedProduct()(linear, x)
     np.testing.assert_allclose(planned(linear, x), jax.nn.silu(both[:, 0]) * both[:, 1], rtol=1e-6)
     fused = plan_norm(KERNELS, linear, x, normed=True, activation=jax.nn.silu)
-    assert isinstance(fused, products.SeparateNorm)
+    assert isinstance(fused, products.RoundingNorm)
     assert plan(KERNELS, "whole", linear, x)(linear, x).dtype == jnp.float32
+
+
+FEW_ROWS = [  # weights that the kernels read, and how far apart whole products may be
+    (WeightFormat(E4M3, 256, 1, "float32", activations=E4M3), 1e-2),
+    (WeightFormat(E4M3, 128, 2, "float32", activations=E4M3), 5e-2),  # XLA rounds no activations
+    (WeightFormat(INT8, 256, 1, "bfloat16", activations=INT8), 1e-2),
+    (WeightFormat(INT4, 64, 4, "float16", zeros="uint8"), 1e-2),
+]
+
+
+@pytest.mark.parametrize(("held", "most"), FEW_ROWS, ids=lambda value: getattr(value, "name", None))
+def test_few_rows_are_the_kernels_where_the_table_says_so(held: WeightFormat, most: float) -> None:
+    """Norm, gated and plain products, which add up to what the plan without a table gives."""
+    tiling = Tiling(32, 128, 2, 4, 2)
+    whole = Tiling(32, 128, 1, 4, 2)
+    table = Tuning(
+        (
+            Measurement(held.name, "parts", 96, 256, 8, tiling, 1.0, 2.0),
+            Measurement(held.name, "gated", 64, 256, 8, whole, 1.0, 2.0),
+        )
+    )
+    kernels, plain = Kernels("pallas_interpret", tuning=table), Kernels("pallas_interpret")
+    x = jax.random.normal(jax.random.key(0), (3, 256), jnp.bfloat16)
+    delta = jax.random.normal(jax.random.key(1), (3, 256), jnp.bfloat16)
+    norm = RMSNorm(256, 1e-5, 1.0, dtype=jnp.bfloat16)
+    for out, activation in (((3, 32), None), ((2, 64), jax.nn.silu)):
+        linear = quantised(held, out, (256,), "bfloat16")
+        ways = [plan_norm(k, linear, x, normed=True, activation=activation) for k in (kernels, plain)]
+        wanted = products.RoundingNorm if held.activations else products.SeparateNorm
+        assert isinstance(ways[0], wanted)
+        assert "SkinnyQuant" in type(ways[0].product).__name__
+        (added, got), (same, want) = (way(linear, x, delta, norm) for way in ways)
+        np.testing.assert_array_equal(np.asarray(added, np.float32), np.asarray(same, np.float32))
+        got = np.asarray(got if activation else got.sum(0), np.float32)
+        want = np.asarray(want, np.float32)
+        assert np.linalg.norm(got - want) < most * np.linalg.norm(want)
+        first = plan_norm(kernels, linear, x, normed=False, activation=activation)
+        assert first(linear, x, None, norm)[1].shape == ways[0](linear, x, delta, norm)[1].shape
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""Products with quantised weights that are multiplied as they are, rounded activations and all.
+
+x is an array, or what the norm before the product has rounded already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.norm import Norm, RMSNorm
+from lmdeploy_jax.models.quantised import QuantWeight
+from lmdeploy_jax.pallas_kernels.quant_gemm import gated_quant_gemm, quant_gemm
+from lmdeploy_jax.pallas_kernels.round_rows import round_rows
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
+from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+
+Rows = Float[Array, "T *inner"] | Quantised
+
+
+class RowsProduct(Protocol):
+    """A `products.Product` that also takes rounded rows."""
+
+    def __call__(self, linear: Linear, x: Rows) -> Float[Array, "..."]:
+        """See `products.Product`."""
+
+
+@dataclass(frozen=True)
+class RoundedProduct:
+    """XLA's own of 8-bit activations and weights, for weights with a scale a row; each token has one too.
+
+    backend: of the rounding.
+    """
+
+    out_dtype: DTypeLike | None = None
+    backend: str = "xla"
+
+    def __call__(self, linear: Linear, x: Rows) -> Float[Array, "..."]:
+        weight = quantised(linear)
+        rows, arrays = _taken(weight, x, self.backend), weight.arrays()
+        assert isinstance(rows, Quantised)
+        wide = jnp.int32 if rows.values.dtype == jnp.int8 else jnp.float32
+        values = arrays.values.reshape(-1, rows.values.shape[1])
+        flat = lax.dot_general(rows.values, values, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+        scales = rows.scales.T * arrays.scales.astype(jnp.float32).reshape(1, -1)
+        flat = (flat.astype(jnp.float32) * scales).astype(self.out_dtype or weight.dtype)
+        return flat.reshape(-1, *weight.out_shape)
+
+
+@dataclass(frozen=True)
+class SkinnyQuantProduct:
+    """The hand-written product of a few rows, in f32 parts, or whole."""
+
+    tiling: Tiling
+    backend: str
+    in_parts: bool = True
+
+    def __call__(self, linear: Linear, x: Rows) -> Float[Array, "..."]:
+        weight = quantised(linear)
+        operand = weight.operand(-1)
+        assert operand is not None  # as planned
+        rows = _taken(weight, x, self.backend)
+        parts = quant_gemm(rows, operand, self.tiling, out_dtype=jnp.float32, backend=self.backend)
+        parts = parts.reshape(*parts.shape[:2], *weight.out_shape)
+        return parts if self.in_parts else parts[0]
+
+
+@dataclass(frozen=True)
+class SkinnyQuantGatedProduct:
+    """`activation(gate) * up` of a weight [2, I, E] without a bias, hand-written."""
+
+    activation: Callable[[Array], Array]
+    tiling: Tiling
+    backend: str
+
+    def __call__(self, linear: Linear, x: Rows) -> Float[Array, "..."]:
+        weight = quantised(linear)
+        operand = weight.operand(2, weight.out_shape[1])
+        assert operand is not None  # as planned
+        how = {"activation": self.activation, "out_dtype": weight.dtype, "backend": self.backend}
+        return gated_quant_gemm(_taken(weight, x, self.backend), operand, self.tiling, **how)
+
+
+@dataclass(frozen=True)
+class RoundingNorm:
+    """The residual addition and the norm are a kernel of their own, which rounds what the product reads."""
+
+    product: RowsProduct
+    kernels: Kernels
+
+    def __call__(
+        self,
+        linear: Linear,
+        x: Float[Array, "T E"],
+        delta: Float[Array, "*S T E"] | None,
+        norm: Norm | None,
+    ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
+        if delta is None or not isinstance(norm, RMSNorm):
+            x, normed = self.kernels.add_norm(x, delta, norm)
+            return x, self.product(linear, normed)
+        weight = quantised(linear)
+        assert weight.held.activations is not None  # as planned
+        x, rows = self.kernels.add_norm_quant(x, delta, norm, weight.held.activations, weight.groups)
+        return x, self.product(linear, rows)
+
+
+def quantised(linear: Linear) -> QuantWeight:
+    """The weight, as planned."""
+    assert isinstance(linear.weight, QuantWeight)
+    return linear.weight
+
+
+def _taken(weight: QuantWeight, x: Rows, backend: str) -> Rows:
+    """x as the product takes it."""
+    if isinstance(x, Quantised):
+        return x
+    rows, kind = x.reshape(x.shape[0], -1), weight.held.activations
+    return rows if kind is None else round_rows(rows, kind, groups=weight.groups, backend=backend)

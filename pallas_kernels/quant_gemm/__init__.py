@@ -1,0 +1,110 @@
+"""Products of a few rows with a large weight of 8 or 4 bits an element: the family of `skinny_gemm`.
+
+Weights of 8 bits are multiplied with activations of 8 bits, those of 4 bits with activations of 16. Either is
+multiplied element by element as it is, exactly, and scaled afterwards: a group's sum in f32 by the group's
+scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from lmdeploy_jax.pallas_kernels.quant_gemm import xla
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, TILE
+from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
+from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import MAX_TOKENS, Tiling
+
+__all__ = ["gated_quant_gemm", "quant_gemm", "why_not_quant"]
+
+Rows = Float[Array, "T K"] | Quantised
+
+
+def quant_gemm(
+    x: Rows, weight: Quantised, tiling: Tiling, *, out_dtype: DTypeLike, backend: str
+) -> Float[Array, "{tiling.splits} T N"]:
+    """x [T, K] @ weight [N, K]^T in parts: -> [splits, T, N] in `out_dtype`, whose sum over parts it is.
+
+    T is at most MAX_TOKENS; x is rounded to as many groups as the weight has, or of 16 bits where the weight
+    has 4. Accumulates in f32, int8 in int32. Raises ValueError for what does not fit.
+    """
+    check_backend(backend)
+    zeros = None if weight.zeros is None else weight.zeros[:, None]
+    halves = Quantised(weight.values[None], weight.scales[:, None], zeros)
+    _check(x, halves, tiling)
+    if backend == "xla":
+        return xla.quant_gemm(x, halves, tiling.splits)[:, 0].astype(out_dtype)
+    from lmdeploy_jax.pallas_kernels.quant_gemm import pallas  # CPUs never need it
+
+    return pallas.quant_gemm(x, halves, tiling, out_dtype, interpret=backend == "pallas_interpret")
+
+
+def gated_quant_gemm(
+    x: Rows,
+    weight: Quantised,
+    tiling: Tiling,
+    *,
+    activation: Callable[[jax.Array], jax.Array],
+    out_dtype: DTypeLike,
+    backend: str,
+) -> Float[Array, "T N"]:
+    """activation(x @ weight[0]^T) * (x @ weight[1]^T): x [T, K], weight [2, N, K] -> [T, N] in `out_dtype`.
+
+    As `quant_gemm`; `tiling.splits` is 1.
+    """
+    check_backend(backend)
+    if weight.values.ndim != 3 or weight.values.shape[0] != 2 or tiling.splits != 1:
+        raise ValueError(f"weight {weight.values.shape} must be [2, N, K], and splits, {tiling.splits}, 1")
+    _check(x, weight, tiling)
+    if backend == "xla":
+        gate, up = xla.quant_gemm(x, weight, 1)[0].astype(out_dtype)
+        return activation(gate) * up
+    from lmdeploy_jax.pallas_kernels.quant_gemm import pallas  # CPUs never need it
+
+    interpret = backend == "pallas_interpret"
+    return pallas.quant_gemm(x, weight, tiling, out_dtype, activation, interpret=interpret)[0]
+
+
+def why_not_quant(weight: Quantised, tiling: Tiling | None = None) -> str | None:
+    """Why the kernels cannot multiply with a weight [..., N, K], cut so, or None if they can."""
+    columns, groups = _columns(weight), weight.scales.shape[0]
+    words = weight.values.dtype == jnp.uint16
+    if columns % groups:
+        return f"{columns} columns are not {groups} groups of one size"
+    width = columns // groups
+    if words and (columns % TILE or (groups > 1 and TILE % width and width % TILE) or width % (TILE // 4)):
+        return f"4-bit weights need groups that fit {TILE} columns; there are {groups} of {width}"
+    if not words and weight.zeros is not None:
+        return "weights of 8 bits have no zero points here"
+    block = None if tiling is None else tiling.block_in
+    if block is not None and (block % TILE if words else groups > 1 and width % block):
+        return f"blocks of {block} columns do not fit groups of {width}"
+    return None
+
+
+def _columns(weight: Quantised) -> int:
+    return weight.values.shape[-1] * (PER_WORD if weight.values.dtype == jnp.uint16 else 1)
+
+
+def _check(x: Rows, weight: Quantised, tiling: Tiling) -> None:
+    rows, groups = (x.values, x.scales.shape[0]) if isinstance(x, Quantised) else (x, None)
+    columns = _columns(weight)
+    if rows.ndim != 2 or rows.shape[1] != columns:
+        raise ValueError(f"x {rows.shape} does not fit {columns} columns of a weight: it must be [T, K]")
+    if not 1 <= rows.shape[0] <= MAX_TOKENS:
+        raise ValueError(f"x has {rows.shape[0]} rows; a skinny product takes 1 to {MAX_TOKENS}")
+    wanted = None if weight.values.dtype == jnp.uint16 else weight.scales.shape[0]
+    if groups != wanted or (groups is not None and rows.dtype != weight.values.dtype):
+        raise ValueError(
+            f"x is {rows.dtype} with {groups} groups of columns; a weight of {weight.values.dtype} asks for "
+            + ("16 bits" if wanted is None else f"{weight.values.dtype} with {wanted}")
+        )
+    tiling.check(tokens=rows.shape[0], inner=columns, outputs=weight.values.shape[1])
+    fault = why_not_quant(weight, tiling)
+    if fault is not None:
+        raise ValueError(fault)

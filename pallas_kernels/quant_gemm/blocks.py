@@ -1,0 +1,178 @@
+"""Blocks of quantised weights within a kernel: read, multiplied as they are, scaled by group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, BFloat16, Float32, Int32, Shaped, UInt16
+
+from lmdeploy_jax.pallas_kernels.blocks import dot
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, TILE
+from lmdeploy_jax.pallas_kernels.skinny_gemm.pallas import WeightTile
+
+QUARTER = TILE // PER_WORD  # columns of a tile that have the same nibble of their words
+OFFSET = 128  # bfloat16's last bit is 1 from here on: the nibble becomes the end of such a number
+Index = Int32[Array, ""]
+Totals = list[Shaped[Array, "out rows"]]  # f32, or int32 of int8 times int8
+
+
+@dataclass(frozen=True)
+class Refs:
+    """x [T, K] and its scales [G, T]; the weight's values [halves, N, K], scales and zeros [G, halves, N]."""
+
+    x: jax.Ref
+    x_scales: jax.Ref | None
+    values: jax.Ref
+    scales: jax.Ref
+    zeros: jax.Ref | None
+
+    @property
+    def halves(self) -> range:
+        return range(self.values.shape[0])
+
+    @property
+    def groups(self) -> int:
+        return self.scales.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of a group."""
+        return self.x.shape[1] // self.groups
+
+
+class Blocks(Protocol):
+    """The sums of a program, over blocks of columns."""
+
+    def zeros(self) -> Totals:
+        """One of each half."""
+
+    def add(self, totals: Totals, inner: Index) -> Totals:
+        """Adds the products of the block from column `inner` on."""
+
+    def scaled(self, totals: Totals) -> Totals:
+        """The sums of all blocks, in f32."""
+
+
+class EightBits:
+    """Weights and activations of 8 bits. With one group, its scales are those of the sums."""
+
+    def __init__(self, tile: WeightTile, refs: Refs) -> None:
+        self.tile, self.refs = tile, refs
+        self.whole = refs.groups == 1
+
+    def zeros(self) -> Totals:
+        exact = self.whole and self.refs.values.dtype == jnp.int8
+        zeros = jnp.zeros(self.tile.mask.shape, jnp.int32 if exact else jnp.float32)
+        return [zeros for _ in self.refs.halves]
+
+    def add(self, totals: Totals, inner: Index) -> Totals:
+        x = self.tile.x(self.refs.x, inner).T
+        products = [dot(self.tile.read(self.refs.values, inner, half), x) for half in self.refs.halves]
+        if not self.whole:
+            products = self._scaled(products, inner // self.refs.width)
+        return [total + product for total, product in zip(totals, products, strict=True)]
+
+    def scaled(self, totals: Totals) -> Totals:
+        return self._scaled(totals, 0) if self.whole else totals
+
+    def _scaled(self, sums: list[jax.Array], group: Index | int) -> Totals:
+        tile, refs = self.tile, self.refs
+        assert refs.x_scales is not None
+        rows = plt.load(refs.x_scales.at[group, tile.token], mask=tile.token < tile.tokens, other=0)
+        scales = [of_outputs(tile, refs.scales, group, half) for half in refs.halves]
+        return [
+            total.astype(jnp.float32) * (scale[:, None] * rows[None, :])
+            for total, scale in zip(sums, scales, strict=True)
+        ]
+
+
+class FourBits:
+    """Weights of 4 bits, each less its zero in bfloat16, which is exact, times activations of 16 bits."""
+
+    def __init__(self, tile: WeightTile, refs: Refs, interpret: bool) -> None:
+        self.tile, self.refs, self.interpret = tile, refs, interpret
+        self.whole = refs.groups == 1
+
+    def zeros(self) -> Totals:
+        return [self.tile.zeros() for _ in self.refs.halves]
+
+    def add(self, totals: Totals, inner: Index) -> Totals:
+        for start in range(0, self.tile.block_in, TILE):
+            x = [self._x(inner + start + quarter * QUARTER) for quarter in range(PER_WORD)]
+            totals = [self._add(totals[half], x, inner + start, half) for half in self.refs.halves]
+        return totals
+
+    def scaled(self, totals: Totals) -> Totals:
+        if not self.whole:
+            return totals
+        scales = [of_outputs(self.tile, self.refs.scales, 0, half) for half in self.refs.halves]
+        return [total * scale[:, None] for total, scale in zip(totals, scales, strict=True)]
+
+    def _add(self, total: jax.Array, x: list[jax.Array], inner: Index, half: int) -> jax.Array:
+        """The products of one tile of columns."""
+        words, width = self._words(inner, half), min(self.refs.width, TILE)
+        for first in range(0, TILE, width):
+            group = (inner + first) // self.refs.width
+            zero = self._zero(group, half)
+            quarters = range(first // QUARTER, (first + width) // QUARTER)
+            products = sum(dot(unpacked(words, q, zero, self.interpret), x[q]) for q in quarters)
+            if self.whole:
+                total += products
+            else:
+                total += products * of_outputs(self.tile, self.refs.scales, group, half)[:, None]
+        return total
+
+    def _x(self, inner: Index) -> Shaped[Array, "columns rows"]:
+        tile, column = self.tile, inner + jnp.arange(QUARTER, dtype=jnp.int32)
+        inside = jnp.broadcast_to((tile.token < tile.tokens)[:, None], (tile.token.size, QUARTER))
+        return plt.load(self.refs.x.at[tile.token[:, None], column[None, :]], mask=inside, other=0).T
+
+    def _words(self, inner: Index, half: int) -> UInt16[Array, "out columns"]:
+        tile = self.tile
+        column = inner // PER_WORD + jnp.arange(QUARTER, dtype=jnp.int32)
+        at = self.refs.values.at[half, tile.out[:, None], column[None, :]]
+        if tile.in_bounds:
+            return plt.load(at)
+        inside = jnp.broadcast_to((tile.out < tile.outputs)[:, None], (tile.out.size, QUARTER))
+        return plt.load(at, mask=inside, other=0)
+
+    def _zero(self, group: Index, half: int) -> BFloat16[Array, "out columns"]:
+        """What is taken from a nibble at the end of OFFSET."""
+        shape = (self.tile.out.size, QUARTER)
+        if self.refs.zeros is None:
+            return jnp.full(shape, OFFSET + 8, jnp.bfloat16)
+        zeros = of_outputs(self.tile, self.refs.zeros, 0 if self.whole else group, half)
+        return jnp.broadcast_to((zeros + OFFSET).astype(jnp.bfloat16)[:, None], shape)
+
+
+def of_outputs(tile: WeightTile, ref: jax.Ref, group: Index | int, half: int) -> Float32[Array, "out"]:
+    """A group's row of an array [G, halves, N]."""
+    at = ref.at[group, half, tile.out]
+    row = plt.load(at) if tile.in_bounds else plt.load(at, mask=tile.out < tile.outputs, other=0)
+    return row.astype(jnp.float32)
+
+
+def unpacked(
+    words: UInt16[Array, "out columns"], quarter: int, zero: BFloat16[Array, "out columns"], interpret: bool
+) -> BFloat16[Array, "out columns"]:
+    """Nibble number `quarter` of each word, less its zero.
+
+    By assembly, two words at a time: Triton would widen 16-bit integers one by one. Interpreted kernels do
+    the same to the same bits.
+    """
+    if interpret:
+        bits = (words >> jnp.uint16(4 * quarter)) & jnp.uint16(15) | jnp.uint16(0x4300)
+        return lax.bitcast_convert_type(bits, jnp.bfloat16) - zero
+    shape = jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)
+    nibble = f"shr.u32 t, $1, {4 * quarter}; lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;"
+    less = "fma.rn.bf16x2 $0, $2, m, t;"  # zero times -1, and t
+    text = "{ .reg .b32 t, m; mov.b32 m, 0xbf80bf80; " + f"{nibble} {less} }}"
+    (out,) = plt.elementwise_inline_asm(
+        text, args=[words, zero], constraints="=r,r,r", pack=2, result_shape_dtypes=[shape]
+    )
+    return out

@@ -1,0 +1,67 @@
+"""Rounding of rows in Pallas (Triton backend): one program a row."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Shaped
+
+from lmdeploy_jax.pallas_kernels.launch import Launch, launch
+from lmdeploy_jax.pallas_kernels.round_rows.xla import LEAST, limit
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
+
+
+def round_rows(x: Float[Array, "T K"], dtype: DTypeLike, groups: int, *, interpret: bool) -> Quantised:
+    """See `lmdeploy_jax.pallas_kernels.round_rows`."""
+    rows, size = x.shape
+    how = Launch("round_rows", (rows,), warps_of(size), num_stages=1)
+    out = shapes_of(x, dtype, groups)
+    return Quantised(*launch(_kernel, how, out, x, interpret=interpret))
+
+
+def warps_of(size: int) -> int:
+    """Of a program that holds a row in registers."""
+    return min(max(pl.next_power_of_2(size) // 512, 1), 16)
+
+
+def shapes_of(x: Float[Array, "T K"], dtype: DTypeLike, groups: int) -> list[jax.ShapeDtypeStruct]:
+    """Values and scales."""
+    scales = jax.ShapeDtypeStruct((groups, x.shape[0]), jnp.float32)
+    return [jax.ShapeDtypeStruct(x.shape, dtype), scales]
+
+
+def _kernel(x_ref: jax.Ref, values_ref: jax.Ref, scales_ref: jax.Ref) -> None:
+    row, size = pl.program_id(0), x_ref.shape[1]
+    column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
+    wide = plt.load(x_ref.at[row, column], mask=column < size, other=0).astype(jnp.float32)
+    store_rounded(wide, row, values_ref, scales_ref)
+
+
+def store_rounded(
+    wide: Float32[Array, "padded"], row: jax.Array, values_ref: jax.Ref, scales_ref: jax.Ref
+) -> None:
+    """Rounds a row, padded with zeros to a power of two, and stores it with its scales."""
+    size, groups = values_ref.shape[1], scales_ref.shape[0]
+    width = wide.size if groups == 1 else size // groups
+    blocks = wide.reshape(-1, width)
+    largest = limit(values_ref.dtype)
+    scales = jnp.maximum(jnp.max(jnp.abs(blocks), axis=1), LEAST) / largest
+    values = rounded(blocks / scales[:, None], values_ref.dtype).reshape(wide.shape)
+    column = jnp.arange(wide.size, dtype=jnp.int32)
+    plt.store(values_ref.at[row, column], values, mask=column < size)
+    group = jnp.arange(scales.size, dtype=jnp.int32)
+    plt.store(scales_ref.at[group, row], scales, mask=group < groups)
+
+
+def rounded(scaled: Float32[Array, "*shape"], dtype: DTypeLike) -> Shaped[Array, "*shape"]:
+    """The nearest elements of `dtype`, of two the even one."""
+    largest = limit(dtype)
+    scaled = jnp.clip(scaled, -largest, largest)
+    if jnp.dtype(dtype) != jnp.int8:
+        return scaled.astype(dtype)
+    above = jnp.floor(scaled + 0.5)  # Triton has no rounding
+    odd = above - 2 * jnp.floor(0.5 * above)
+    return (above - jnp.where(above - scaled == 0.5, odd, 0.0)).astype(dtype)

@@ -1,0 +1,159 @@
+"""Products of quantised weights, every implementation, against numpy in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
+from lmdeploy_jax.pallas_kernels.quant_gemm import gated_quant_gemm, quant_gemm, why_not_quant
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import TILE, pack_words
+from lmdeploy_jax.pallas_kernels.round_rows import round_rows
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
+from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+
+BACKENDS = ["xla", "pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
+E4M3, INT8 = "float8_e4m3fn", "int8"
+SMALL, MANY = Tiling(32, 128, 2, 4, 3), Tiling(64, 128, 1, 4, 3)
+CASES = [  # element, groups, zero points, rows, outputs, columns, tiling
+    (E4M3, 1, False, 1, 96, 512, SMALL),
+    (E4M3, 1, False, 20, 100, 256, MANY),
+    (E4M3, 4, False, 5, 96, 512, SMALL),
+    (INT8, 1, False, 3, 64, 512, SMALL),
+    (INT8, 2, False, 33, 64, 256, MANY),
+    ("int4", 8, True, 1, 96, 256, Tiling(32, 128, 2, 4, 3)),  # groups of 32
+    ("int4", 4, True, 5, 100, 256, Tiling(64, 256, 1, 4, 3)),  # of 64
+    ("int4", 4, True, 17, 64, 512, SMALL),  # of 128
+    ("int4", 2, False, 2, 64, 512, SMALL),  # of 256
+    ("int4", 1, False, 3, 96, 256, MANY),
+]
+parametrize = pytest.mark.parametrize(
+    ("element", "groups", "zeros", "rows", "outputs", "columns", "tiling"), CASES, ids=str
+)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def on(backend: str) -> str:
+    if backend == "pallas" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    return backend
+
+
+def weight_of(element: str, groups: int, zeros: bool, *shape: int) -> tuple[Quantised, np.ndarray]:
+    """A random weight [*out, K], and what it means."""
+    rng = np.random.default_rng()
+    *out, columns = shape
+    scales = jnp.asarray(rng.uniform(0.5, 1.5, (groups, *out)), jnp.float16 if element == "int4" else None)
+    zero, points = 8.0 if element == "int4" else 0.0, None
+    if element == "int4":
+        codes = rng.integers(0, 16, shape)
+        values = pack_words(jnp.asarray(codes), TILE)
+    else:
+        drawn = rng.normal(size=shape) * 40
+        codes = np.asarray(jnp.asarray(np.clip(np.round(drawn), -127, 127)).astype(element), np.float64)
+        values = jnp.asarray(codes).astype(element)
+    if zeros:
+        points = jnp.asarray(rng.integers(0, 17, scales.shape), jnp.uint8)
+        zero = by_column(points, columns)
+    return Quantised(values, scales, points), (codes - zero) * by_column(scales, columns)
+
+
+def by_column(grouped: jax.Array, columns: int) -> np.ndarray:
+    moved = np.moveaxis(np.asarray(grouped, np.float64), 0, -1)
+    return moved.repeat(columns // moved.shape[-1], -1)
+
+
+def rows_of(element: str, groups: int, rows: int, columns: int) -> tuple[jax.Array | Quantised, np.ndarray]:
+    """Activations as a weight of `element` takes them, and what they mean."""
+    x = jnp.asarray(np.random.default_rng().normal(size=(rows, columns)), jnp.bfloat16)
+    if element == "int4":
+        return x, np.asarray(x, np.float64)
+    rounded = round_rows(x, element, groups=groups)
+    return rounded, np.asarray(rounded.values, np.float64) * by_column(rounded.scales, columns)
+
+
+def error(got: jax.Array, want: np.ndarray) -> float:
+    got = np.asarray(got, np.float64)
+    assert got.shape == want.shape
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@backends
+@parametrize
+def test_the_parts_sum_to_the_product(backend, element, groups, zeros, rows, outputs, columns, tiling):
+    weight, wide = weight_of(element, groups, zeros, outputs, columns)
+    x, row = rows_of(element, groups, rows, columns)
+    parts = quant_gemm(x, weight, tiling, out_dtype=jnp.float32, backend=on(backend))
+    assert parts.shape == (tiling.splits, rows, outputs)
+    assert error(parts.sum(axis=0), row @ wide.T) < 2e-6
+    first = wide.shape[1] // tiling.splits
+    assert error(parts[0], row[:, :first] @ wide[:, :first].T) < 2e-6
+
+
+@backends
+@parametrize
+def test_gated(backend, element, groups, zeros, rows, outputs, columns, tiling):
+    weight, wide = weight_of(element, groups, zeros, 2, outputs, columns)
+    x, row = rows_of(element, groups, rows, columns)
+    tiling = Tiling(tiling.block_out // 2, tiling.block_in, 1, 4, 3)
+    ways = {"activation": jnp.square, "out_dtype": jnp.float32, "backend": on(backend)}
+    got = gated_quant_gemm(x, weight, tiling, **ways)
+    gate, up = row @ wide.transpose(0, 2, 1)
+    assert error(got, gate**2 * up) < 1e-5
+
+
+@backends
+@pytest.mark.parametrize("dtype", [E4M3, INT8])
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(1, 256, 1), (5, 384, 3), (3, 200, 1)])
+def test_rows_are_rounded_alike(backend, dtype, rows, columns, groups):
+    x = np.random.default_rng().normal(size=(rows, columns))
+    x[0, : columns // groups] = 0
+    x = jnp.asarray(x, jnp.bfloat16)
+    got, want = (
+        jax.jit(partial(round_rows, dtype=dtype, groups=groups, backend=b))(x) for b in (on(backend), "xla")
+    )
+    np.testing.assert_allclose(got.scales, want.scales, rtol=1e-6)
+    differ = np.asarray(got.values, np.float32) != np.asarray(want.values, np.float32)
+    assert differ.mean() < 1e-3  # a division may fall to either side of a tie
+    wide = np.asarray(got.values, np.float64) * by_column(got.scales, columns)
+    step = 0.51 / 127 if dtype == INT8 else 0.04
+    assert np.abs(wide - np.asarray(x, np.float64)).max() <= step * np.abs(np.asarray(x, np.float64)).max()
+
+
+@backends
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_norm_rounds_what_it_gives(backend, groups):
+    rng = np.random.default_rng()
+    x, weight = (
+        jnp.asarray(rng.normal(size=(3, 384)), jnp.bfloat16),
+        jnp.asarray(rng.normal(size=384), jnp.bfloat16),
+    )
+    delta = jnp.asarray(rng.normal(size=(2, 3, 384)), jnp.float32)
+    how = {"eps": 1e-5, "backend": on(backend)}
+    wanted, normed = add_rms_norm(x, delta, weight, **how)
+    added, got = add_rms_norm_quant(x, delta, weight, E4M3, groups=groups, **how)
+    np.testing.assert_array_equal(np.asarray(added, np.float32), np.asarray(wanted, np.float32))
+    want = round_rows(normed, E4M3, groups=groups)
+    np.testing.assert_allclose(got.scales, want.scales, rtol=1e-6)
+    assert (np.asarray(got.values, np.float32) != np.asarray(want.values, np.float32)).mean() < 1e-3
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_what_does_not_fit_is_refused():
+    weight, _ = weight_of(E4M3, 1, False, 32, 256)
+    x = round_rows(jnp.ones((2, 256)), E4M3)
+    call = partial(quant_gemm, out_dtype="float32", backend="xla")
+    with pytest.raises(ValueError, match="x is bfloat16 with None groups"):
+        call(jnp.ones((2, 256), jnp.bfloat16), weight, SMALL)
+    with pytest.raises(ValueError, match="256 columns of a weight"):
+        call(round_rows(jnp.ones((2, 128)), E4M3), weight, SMALL)
+    with pytest.raises(ValueError, match="256 elements cannot be cut"):
+        call(x, weight, Tiling(32, 128, 4, 4, 2))
+    with pytest.raises(ValueError, match=r"must be \[2, N, K\]"):
+        gated_quant_gemm(x, weight, MANY, activation=jax.nn.silu, out_dtype="float32", backend="xla")
+    four, _ = weight_of("int4", 16, False, 32, 256)
+    assert "groups that fit 128 columns; there are 16 of 16" in str(why_not_quant(four))
