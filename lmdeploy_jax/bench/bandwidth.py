@@ -26,15 +26,25 @@ def matrix_parameters(config: DecoderConfig, sequences: int = 1) -> float:
     return config.hidden_size * (sum(rows) + config.vocab_size)
 
 
-def step_bytes(config: DecoderConfig, itemsize: int, contexts: Sequence[float], tp: int = 1) -> float:
+def step_bytes(
+    config: DecoderConfig,
+    itemsize: int,
+    contexts: Sequence[float],
+    tp: int = 1,
+    *,
+    weight_itemsize: float | None = None,
+) -> float:
     """Bytes a decode step reads at least: the weights, and what attention reaches back to in the KV cache of
     sequences of so many tokens.
+
+    itemsize: bytes of an element of either; weight_itemsize: of quantised weights, scales and all.
     """
     elements = 0.0
     for mixer in (layer.mixer for layer in config.layers):
         reached = sum(min(context, mixer.options.window or context) for context in contexts)
         elements += 2 * mixer.held_kv_heads(tp) * mixer.head_dim * reached
-    return itemsize * (matrix_parameters(config, len(contexts)) + elements)
+    weights = (weight_itemsize or itemsize) * matrix_parameters(config, len(contexts))
+    return weights + itemsize * elements
 
 
 def measure(devices: int = 1) -> float:

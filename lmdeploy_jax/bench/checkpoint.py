@@ -1,4 +1,4 @@
-"""Random checkpoints in HF's layout: config, bfloat16 safetensors, byte-level tokenizer; no downloads.
+"""Random checkpoints in HF's layout: config, safetensors, byte-level tokenizer; no downloads.
 
 Speed does not depend on the values of the weights: a random checkpoint of the right shape stands for the
 real one.
@@ -7,7 +7,6 @@ real one.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import struct
@@ -16,29 +15,45 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
-from lmdeploy_jax.bench import shapes
+from lmdeploy_jax.bench import quantised, shapes
 from lmdeploy_jax.bench.shapes import Tensor
 
 SHARD_BYTES = 1 << 30
 CHUNK = 4 << 20  # values drawn at once, which bounds the memory of a thread
-STD = 0.02
 SPECIAL = {"<|bos|>": 256, "<|endoftext|>": 257, "<|pad|>": 258}
 
 
-def make(name: str, root: Path, *, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> Path:
-    """The folder `root/name` with a random checkpoint of shape `name`, made unless it is there and whole."""
-    folder = root / name
+def make(
+    name: str,
+    root: Path,
+    *,
+    model_format: str | None = None,
+    block_scales: bool = False,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """The folder `root/name` with a random checkpoint of shape `name`, made unless it is there and whole.
+
+    model_format: of the linear layers' weights, in bfloat16 without one; the folder's name ends with it.
+    block_scales: those of fp8 are of 128x128 blocks, not of a tensor. Raises ConfigError for an unknown shape
+    or format.
+    """
+    form = quantised.find(model_format, block_scales=block_scales)
+    folder = root / "-".join([name, *([model_format] if model_format else []), *["blocks"] * block_scales])
     if (folder / "model.safetensors.index.json").exists():
         return folder
     config = shapes.read(name)
-    partial = root / f".{name}.partial-{os.getpid()}"
+    tensors = shapes.tensors(config)
+    if form is not None:
+        tensors = quantised.quantise(tensors, form)
+        config["quantization_config"] = form.settings
+    partial = root / f".{folder.name}.partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True)
         _write_small_files(partial, config)
-        _write_weights(partial, list(shapes.tensors(config)), seed, shard_bytes)
+        _write_weights(partial, list(tensors), seed, shard_bytes)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -88,7 +103,7 @@ def _write_weights(folder: Path, tensors: list[Tensor], seed: int, shard_bytes: 
         for job in jobs:
             job.result()
     weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
-    index = {"metadata": {"total_size": sum(map(_bytes, tensors))}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(tensor.bytes for tensor in tensors)}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
 
 
@@ -96,7 +111,7 @@ def _shards(tensors: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
     shard: list[Tensor] = []
     for tensor in tensors:
         shard.append(tensor)
-        if sum(map(_bytes, shard)) >= limit:
+        if sum(tensor.bytes for tensor in shard) >= limit:
             yield shard
             shard = []
     if shard:
@@ -115,8 +130,8 @@ def _header(tensors: list[Tensor]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
-        span = [offset, offset + _bytes(tensor)]
-        header[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": span}
+        span = [offset, offset + tensor.bytes]
+        header[tensor.name] = {"dtype": tensor.values.dtype, "shape": tensor.shape, "data_offsets": span}
         offset = span[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -124,16 +139,12 @@ def _header(tensors: list[Tensor]) -> bytes:
 
 
 def _write_values(file: BinaryIO, tensor: Tensor, rng: np.random.Generator) -> None:
-    left = math.prod(tensor.shape)
+    left = tensor.bytes
     while left:
-        count = min(left, CHUNK)
-        values = np.ones(count, np.float32) if tensor.ones else rng.standard_normal(count, np.float32) * STD
-        file.write(values.astype(ml_dtypes.bfloat16).tobytes())
-        left -= count
-
-
-def _bytes(tensor: Tensor) -> int:
-    return 2 * math.prod(tensor.shape)
+        count = max(1, min(left // tensor.values.bytes, CHUNK))
+        data = tensor.values.draw(rng, count).tobytes()
+        file.write(data)
+        left -= len(data)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.engine.core.engine import Engine
 
 GIB = 2**30
+ALL = 10**9  # sequences, whose tokens choose every expert
 
 
 class Session:
@@ -70,8 +71,18 @@ class Session:
         elements = page_bytes(engine.facts.cache_layout.arrays, "int8")  # a byte each
         itemsize = engine.memory.page_bytes // elements
         contexts = report.mean_contexts(jobs)
-        read = bandwidth.step_bytes(engine.model_config, itemsize, contexts, engine.config.tp)
+        config, weight_itemsize = engine.model_config, self._weight_itemsize(itemsize)
+        read = bandwidth.step_bytes(
+            config, itemsize, contexts, engine.config.tp, weight_itemsize=weight_itemsize
+        )
         return read / self._bandwidth
+
+    def _weight_itemsize(self, itemsize: int) -> float:
+        """Mean bytes of an element of the matrices, less than `itemsize` where they are quantised."""
+        config = self.engine.model_config
+        embedding = 0 if config.tie_embeddings else itemsize * config.vocab_size * config.hidden_size
+        matrices = self.engine.startup.weight_bytes - embedding
+        return min(itemsize, matrices / bandwidth.matrix_parameters(config, ALL))
 
     def _machine(self, compiled_before: int) -> dict[str, Any]:
         stats = jax.devices()[0].memory_stats() or {}

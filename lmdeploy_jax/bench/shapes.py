@@ -3,24 +3,67 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
 
 import lmdeploy_jax
 from lmdeploy_jax.errors import ConfigError
 
+STD = 0.02  # of weights
 FOLDER = Path(lmdeploy_jax.__file__).parent / "configs" / "models"
 
 
 @dataclass(frozen=True)
+class Values:
+    """What a tensor is filled with: its dtype as safetensors names it, and how a run of values is drawn.
+
+    Words of 4-bit integers are drawn in halves: an I32 has two of what is drawn then.
+    """
+
+    dtype: str
+    draw: Callable[[np.random.Generator, int], np.ndarray]
+
+    DTYPES: ClassVar[Mapping[str, np.dtype]] = {
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F16": np.dtype(np.float16),
+        "F32": np.dtype(np.float32),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "I8": np.dtype(np.int8),
+        "I32": np.dtype(np.int32),
+        "I64": np.dtype(np.int64),
+    }
+
+    @property
+    def bytes(self) -> int:
+        """Of a value."""
+        return self.DTYPES[self.dtype].itemsize
+
+
+NORMAL = Values("BF16", lambda rng, count: _bfloat16(rng.standard_normal(count, np.float32) * STD))
+ONES = Values("BF16", lambda rng, count: _bfloat16(np.ones(count, np.float32)))
+
+
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    return values.astype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True)
 class Tensor:
-    """One tensor of a random checkpoint: normal values, or ones for a norm's scale."""
+    """One tensor of a random checkpoint."""
 
     name: str
     shape: tuple[int, ...]
-    ones: bool = False
+    values: Values = NORMAL
+
+    @property
+    def bytes(self) -> int:
+        return self.values.bytes * math.prod(self.shape)
 
 
 def names() -> list[str]:
@@ -42,11 +85,11 @@ def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
     yield Tensor("model.embed_tokens.weight", (vocab, hidden))
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        yield Tensor(prefix + "input_layernorm.weight", (hidden,), ones=True)
-        yield Tensor(prefix + "post_attention_layernorm.weight", (hidden,), ones=True)
+        yield Tensor(prefix + "input_layernorm.weight", (hidden,), ONES)
+        yield Tensor(prefix + "post_attention_layernorm.weight", (hidden,), ONES)
         yield from _attention(config, prefix + "self_attn.")
         yield from _mlp(config, prefix + "mlp.")
-    yield Tensor("model.norm.weight", (hidden,), ones=True)
+    yield Tensor("model.norm.weight", (hidden,), ONES)
     if not config["tie_word_embeddings"]:
         yield Tensor("lm_head.weight", (vocab, hidden))
 
@@ -60,8 +103,8 @@ def _attention(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
             yield Tensor(f"{prefix}{name}.bias", (rows,))
     yield Tensor(prefix + "o_proj.weight", (hidden, queries))
     if config["model_type"] == "qwen3":
-        yield Tensor(prefix + "q_norm.weight", (head_dim,), ones=True)
-        yield Tensor(prefix + "k_norm.weight", (head_dim,), ones=True)
+        yield Tensor(prefix + "q_norm.weight", (head_dim,), ONES)
+        yield Tensor(prefix + "k_norm.weight", (head_dim,), ONES)
 
 
 def _mlp(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:

@@ -127,12 +127,17 @@ def tune(shape: Shape, known: Tuning) -> list[Measurement]:
 
     `known` says how a product that follows its norm would be done by itself.
     """
+    return fastest(FORMAT, shape, measure(shape, known))
+
+
+def fastest(name: str, shape: Shape, measured: dict[int, dict[Candidate, float | None]]) -> list[Measurement]:
+    """The best of each number of tokens, with a weight in the format `name`."""
     found = []
-    for tokens, candidates in measure(shape, known).items():
+    for tokens, candidates in measured.items():
         timed = {candidate: seconds for candidate, seconds in candidates.items() if seconds is not None}
         best = min(timed, key=lambda candidate: timed[candidate])
         us, xla_us = (round(1e6 * timed[candidate], 2) for candidate in (best, None))
-        found.append(Measurement(FORMAT, shape.kind, shape.out, shape.inner, tokens, best, us, xla_us))
+        found.append(Measurement(name, shape.kind, shape.out, shape.inner, tokens, best, us, xla_us))
     return found
 
 
@@ -159,7 +164,7 @@ def measure(shape: Shape, known: Tuning) -> dict[int, dict[Candidate, float | No
             seconds += (
                 _extra_norm_seconds(shape, candidate, unfused)
                 if shape.normed
-                else _extra_seconds(shape, candidate, tokens)
+                else extra_seconds(shape, candidate, tokens)
             )
         measured[tokens][candidate] = seconds
     return measured
@@ -241,7 +246,7 @@ def _gated(candidate: Candidate) -> Callable[..., jax.Array]:
     return gated
 
 
-def _extra_seconds(shape: Shape, candidate: Candidate, tokens: int) -> float:
+def extra_seconds(shape: Shape, candidate: Candidate, tokens: int) -> float:
     """Seconds that a candidate costs beside its own kernel: its parts are read by the next kernel or summed
     over devices, its activation is a launch of its own, or Mosaic is called in a CUDA graph.
     """
@@ -259,7 +264,5 @@ def _extra_seconds(shape: Shape, candidate: Candidate, tokens: int) -> float:
 def _extra_norm_seconds(shape: Shape, candidate: Candidate, unfused: Candidate) -> float:
     """The same of a product after its norm, which alone is one launch more."""
     return (
-        _extra_seconds(shape, unfused, 1) + LAUNCH
-        if candidate is None
-        else _extra_seconds(shape, candidate, 1)
+        extra_seconds(shape, unfused, 1) + LAUNCH if candidate is None else extra_seconds(shape, candidate, 1)
     )

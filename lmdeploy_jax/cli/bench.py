@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from lmdeploy_jax.bench import checkpoint, shapes
+from lmdeploy_jax.bench import checkpoint, quantised, shapes
 from lmdeploy_jax.bench.workloads import HIGHEST_ID, MAX_LEN, WORKLOADS, Job, make
 from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
 from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError
@@ -25,7 +25,7 @@ DEFAULT_WORKLOADS = {"throughput": "b1,b32,b128,mix256", "latency": "b1", "serve
 SECTION = "Work"
 USAGE = "bench throughput|latency|kernels|tune MODEL [FLAGS], or bench serve URL [FLAGS]"
 MODEL = f"""MODEL is a checkpoint folder, a hub id, or one of these shapes, for which a checkpoint of random
-weights is made: {", ".join(shapes.names())}."""
+weights is made, quantised as --model-format says: {", ".join(shapes.names())}."""
 RUNS = """Every run is greedy and ignores stop ids. A first, unreported run warms up. Figures go to standard
 output as JSON lines, everything else to standard error."""
 ABOUT = f"""throughput  all requests of a workload at once: tokens a second, share of the bandwidth limit
@@ -81,7 +81,13 @@ def _define_engine(flags: FlagSet) -> None:
     _define_bandwidth(flags)
     text = "where random checkpoints are kept; without it the cache folder"
     flags.add(SECTION, absl_flags.DEFINE_string, "checkpoint_dir", None, text)
+    _define_block_scales(flags)
     add_engine_flags(flags, {"enable_prefix_caching": False, "session_len": MAX_LEN})
+
+
+def _define_block_scales(flags: FlagSet) -> None:
+    text = "of fp8 weights: a scale for each block of 128x128, as in DeepSeek's, rather than one for a matrix"
+    flags.add(SECTION, absl_flags.DEFINE_boolean, "block_scales", False, text)
 
 
 def _define_serve(flags: FlagSet) -> None:
@@ -104,6 +110,9 @@ def _define_kernels(flags: FlagSet) -> None:
 def _define_tune(flags: FlagSet) -> None:
     share = "devices that the engine will use: the products are those of one of them; one GPU measures them"
     flags.add(SECTION, absl_flags.DEFINE_integer, "tp", 1, share, lower_bound=1)
+    formats = f"format of the weights but a head's: {', '.join(quantised.FORMATS)}; without it 16 bits"
+    flags.add(SECTION, absl_flags.DEFINE_string, "model_format", None, formats)
+    _define_block_scales(flags)
     text = "folder of the table, where the engine looks for it; without it the cache folder"
     flags.add(SECTION, absl_flags.DEFINE_string, "tuning_dir", None, text)
     _define_out(flags)
@@ -114,7 +123,9 @@ def _engine(mode: str, flags: FlagSet, args: list[str]) -> int:
     model = _target(mode, args)
     names = _workloads(flags["workloads"] or DEFAULT_WORKLOADS[mode])
     config = engine_config(flags)
-    folder = _checkpoint(model, flags["checkpoint_dir"])
+    folder = _checkpoint(model, flags)
+    if folder != model:  # it says itself how it is quantised
+        config = replace(config, model_format=None)
 
     from lmdeploy_jax.bench.session import Session  # JAX is imported here
 
@@ -153,6 +164,7 @@ def _tune(flags: FlagSet, args: list[str]) -> int:
     model = _target("tune", args)
     import jax
 
+    from lmdeploy_jax.bench import quant_tune
     from lmdeploy_jax.bench.tune import products, tune
     from lmdeploy_jax.engine.core.compile import tuning_dir
     from lmdeploy_jax.models import tuning
@@ -160,9 +172,12 @@ def _tune(flags: FlagSet, args: list[str]) -> int:
     folder = Path(flags["tuning_dir"]) if flags["tuning_dir"] else tuning_dir()
     path = folder / tuning.file_name(jax.devices()[0].device_kind)
     table = tuning.read(path) if path.exists() else tuning.UNTUNED
+    form = quantised.find(flags["model_format"], block_scales=flags["block_scales"])
     common = {"mode": "tune", "model": model, "tp": flags["tp"]}
     for name, shape in products(_decoder_config(model), flags["tp"]).items():
-        found = tune(shape, table)
+        if form is not None and name not in quant_tune.QUANTISED:
+            continue
+        found = tune(shape, table) if form is None else quant_tune.tune(shape, form.held(shape.inner))
         table = table.merged(tuning.Tuning(tuple(found)))
         for product in found:
             _write({**common, "product": name, **asdict(product)}, flags["out"])
@@ -229,15 +244,21 @@ def _workloads(text: str) -> list[str]:
     return names
 
 
-def _checkpoint(model: str, root: str | None) -> str:
+def _checkpoint(model: str, flags: FlagSet) -> str:
     """A random checkpoint where MODEL names a shape, else MODEL itself."""
+    model_format, block_scales = flags["model_format"], flags["block_scales"]
     if model not in shapes.names() or Path(model).is_dir():
+        if block_scales:
+            raise UsageError(f"--block_scales is for random checkpoints, and {model} is none; leave it out")
         return model
     from lmdeploy_jax.engine.core.compile import default_cache_dir
 
+    root = flags["checkpoint_dir"]
     folder = Path(root) if root else default_cache_dir().parent / "bench"
     _say(f"random checkpoint of shape {model} in {folder}")
-    return str(checkpoint.make(model, folder))
+    if model_format == "hf":
+        model_format = None
+    return str(checkpoint.make(model, folder, model_format=model_format, block_scales=block_scales))
 
 
 def _bandwidth(given: float | None, devices: int) -> tuple[float, str]:

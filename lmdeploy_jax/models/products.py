@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Protocol, TypeGuard
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -257,9 +257,9 @@ def plan_norm(
         if activation is None
         else plan_gated(kernels, linear, x, activation)
     )
-    return (
-        RoundingNorm(product, kernels) if _takes_rounded(linear, product) else SeparateNorm(product, kernels)
-    )
+    if _takes_rounded(linear, product):
+        return RoundingNorm(cast(RowsProduct, product), kernels)
+    return SeparateNorm(product, kernels)
 
 
 def _tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tiling | StreamTiling | None:
@@ -275,7 +275,7 @@ def _rounded(linear: Linear) -> bool:
     return isinstance(linear.weight, QuantWeight) and linear.weight.rounds_activations
 
 
-def _takes_rounded(linear: Linear, product: object) -> TypeGuard[RowsProduct]:
+def _takes_rounded(linear: Linear, product: object) -> bool:
     """Whether what a product reads can be rounded before."""
     if isinstance(product, XlaGatedProduct):
         product = product.product

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.round_rows.xla import LEAST, limit
@@ -41,7 +41,7 @@ def _kernel(x_ref: jax.Ref, values_ref: jax.Ref, scales_ref: jax.Ref) -> None:
 
 
 def store_rounded(
-    wide: Float32[Array, "padded"], row: jax.Array, values_ref: jax.Ref, scales_ref: jax.Ref
+    wide: Float32[Array, "padded"], row: Int32[Array, ""], values_ref: jax.Ref, scales_ref: jax.Ref
 ) -> None:
     """Rounds a row, padded with zeros to a power of two, and stores it with its scales."""
     size, groups = values_ref.shape[1], scales_ref.shape[0]

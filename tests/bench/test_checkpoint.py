@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lmdeploy_jax.bench import checkpoint, shapes
+from lmdeploy_jax.bench.quantised import FORMATS, find
 from lmdeploy_jax.converters.config import read_config
+from lmdeploy_jax.converters.load import load_model
 from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.models.quantised import QuantWeight
 
 
 def values(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,6 +57,39 @@ def test_an_existing_checkpoint_is_kept_and_an_unfinished_one_is_not(tmp_path: P
     assert checkpoint.make("tiny-qwen2", tmp_path) == folder
     assert (folder / "config.json").stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-qwen2"]
+
+
+@pytest.mark.parametrize(
+    ("model_format", "block_scales"), [*((name, False) for name in FORMATS), ("fp8", True)]
+)
+def test_quantised_ones_are_held_as_the_kernels_read_them(
+    model_format: str, block_scales: bool, tmp_path: Path
+) -> None:
+    options = {"model_format": model_format, "block_scales": block_scales}
+    folder = checkpoint.make("tiny-llama", tmp_path, **options)
+    assert folder.name == f"tiny-llama-{model_format}{'-blocks' * block_scales}"
+    model = load_model(folder, dtype="bfloat16", dequantise=False)
+    form, linears = find(**options), [layer.mlp.down for layer in model.merge(model.leaves).layers]
+    for linear in linears:
+        weight = linear.weight
+        assert isinstance(weight, QuantWeight)
+        assert (weight.format, weight.shape) == (form.held(512).name, (256, 512))
+        assert weight.operand(-1) is not None
+        assert 0.017 < float(weight.dense().astype("float32").std()) < 0.023
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_format": "mxfp4"}, "choose one of fp8, awq"),
+        ({"model_format": "awq", "block_scales": True}, "fp8"),
+    ],
+)
+def test_formats_that_cannot_be_made_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checkpoint.make("tiny-llama", tmp_path, **options)
 
 
 def test_unknown_shape(tmp_path: Path) -> None:

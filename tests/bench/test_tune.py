@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import jax
+import numpy as np
 import pytest
 
-from lmdeploy_jax.bench import shapes, tune
+from lmdeploy_jax.bench import quant_tune, shapes, tune
+from lmdeploy_jax.bench.quantised import FORMATS, FP8_BLOCKS
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
@@ -40,12 +43,31 @@ def test_parts_that_travel_between_devices_cost_what_they_weigh():
     alone, shared = (tune.products(config("llama3-8b"), tp)["o"] for tp in (1, 2))
     whole, parts = Tiling(64, 128, 1, 4, 4), Tiling(64, 128, 4, 4, 4)
     costs = {
-        (shape.summed, tokens): tune._extra_seconds(shape, parts, tokens)
-        - tune._extra_seconds(shape, whole, tokens)
+        (shape.summed, tokens): tune.extra_seconds(shape, parts, tokens)
+        - tune.extra_seconds(shape, whole, tokens)
         for shape in (alone, shared)
         for tokens in (1, 128)
     }
     assert 0 < costs[False, 1] < costs[True, 1] < 1e-6
-    assert tune._extra_seconds(shared, parts, 128) - tune._extra_seconds(alone, parts, 128) == pytest.approx(
+    assert tune.extra_seconds(shared, parts, 128) - tune.extra_seconds(alone, parts, 128) == pytest.approx(
         2e-6
     )
+
+
+@pytest.mark.parametrize("form", [*FORMATS.values(), FP8_BLOCKS], ids=lambda form: form.held(4096).name)
+def test_quantised_products_are_timed_as_the_engine_does_them(form):
+    """Every product of a layer has cuts that the kernels take, whose result is that of XLA's."""
+    for name in quant_tune.QUANTISED:
+        shape = tune.products(config("llama3-8b"))[name]
+        candidates = list(quant_tune.tilings(quant_tune.Quantised(shape, form.held(shape.inner))))
+        assert len(candidates) >= 3
+    shape = tune.Shape(64, 256, "gated" if form is FP8_BLOCKS else "parts")
+    product = quant_tune.Quantised(shape, form.held(256), "pallas_interpret")
+    leaves = product.weight(jax.random.key(0))
+    tiling = Tiling(32, 128, 1 if shape.kind == "gated" else 2, 4, 3)
+    got, want = (
+        np.asarray(product.function(way)(product.rows(3, way), leaves), np.float32) for way in (tiling, None)
+    )
+    got = got if shape.kind == "gated" else got.sum(0)
+    # XLA's product of blocks takes activations of 16 bits.
+    assert np.linalg.norm(got - want) < (0.06 if form is FP8_BLOCKS else 5e-3) * np.linalg.norm(want)

@@ -1,0 +1,187 @@
+"""Products of few rows with quantised weights on a GPU: right, and how fast beside XLA's and 16 bits.
+
+    python -m benchmarks.quantised_products llama3-8b --formats fp8,smooth_quant,awq,fp8_blocks
+
+The fastest cut of each of the model's matrices is held against `xla.py`. The table has microseconds by the
+profiler, GB/s of the weight, and what was expected; the cuts go to --tuning_dir, where the engine looks for
+them. `--interpret` runs it all but the times on a CPU, for tiny shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmdeploy_jax.bench import quant_tune, quantised, shapes, tune
+from lmdeploy_jax.bench.device_time import Case, device_seconds
+from lmdeploy_jax.bench.quant_tune import TOKENS, Quantised
+from lmdeploy_jax.bench.quantised import CheckpointFormat
+from lmdeploy_jax.bench.tune import Shape
+from lmdeploy_jax.converters.families import build_config
+from lmdeploy_jax.engine.core.compile import tuning_dir
+from lmdeploy_jax.models import tuning
+from lmdeploy_jax.models.products import dense_product
+from lmdeploy_jax.models.tuning import Measurement, Tuning
+from lmdeploy_jax.pallas_kernels.norm import add_rms_norm_quant
+from lmdeploy_jax.pallas_kernels.round_rows import round_rows
+from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+
+FORMATS = {**quantised.FORMATS, "fp8_blocks": quantised.FP8_BLOCKS}
+MOST = {
+    "parts": 1e-4,
+    "gated": 6e-3,
+}  # error as a share of the product: f32 sums, rounded to 16 bits if gated
+EXPECTED = {  # microseconds on an H200 for Llama-3-8B's shapes at 1, 16 and 64 rows, guessed before measuring
+    "fp8": {"qkv": (9.5, 9.8, 11.5), "o": (7.5, 8, 9.5), "gate_up": (31, 31.5, 36), "down": (17.5, 18, 22)},
+    "smooth_quant": {"qkv": (9, 9.3, 11), "o": (7, 7.5, 9), "gate_up": (31, 31, 34), "down": (17, 17.5, 21)},
+    "fp8_blocks": {"qkv": (10, 10.5, 14), "o": (8, 8.5, 12), "gate_up": (32, 33, 45), "down": (18, 19, 28)},
+    "awq": {"qkv": (9.5, 10, 14), "o": (8, 8.5, 11), "gate_up": (27, 30, 45), "down": (16, 17, 24)},
+}
+SMALL = {1: 2.2, 64: 2.5}  # the same of a rounding, alone or with the norm, by rows
+
+
+def check(product: Quantised, measured: Measurement) -> float:
+    """The error of the fastest cut, as a share of the product of `xla.py`."""
+    assert isinstance(measured.tiling, Tiling)
+    leaves, x = product.weight(jax.random.key(3)), product.rows(measured.tokens, measured.tiling)
+    plain = Quantised(product.shape, product.held, "xla")
+    got, want = (
+        np.asarray(jax.jit(way.function(measured.tiling))(x, leaves), np.float64) for way in (product, plain)
+    )
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def check_rounding(backend: str, columns: int) -> None:
+    """Rounded rows, with and without a norm before, are those of XLA."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, weight = jax.random.normal(keys[0], (3, columns), "bfloat16"), jnp.ones(columns, "bfloat16")
+    delta = jax.random.normal(keys[1], (2, 3, columns))
+    for dtype in ("float8_e4m3fn", "int8"):
+        for groups in (1, columns // 128):
+            how = {"groups": groups, "eps": 1e-5}
+            ways = [
+                (
+                    jax.jit(lambda x, b=b, d=dtype, g=groups: round_rows(x, d, groups=g, backend=b))(x),
+                    jax.jit(lambda *a, b=b, d=dtype, how=how: add_rms_norm_quant(*a, d, **how, backend=b)[1])(
+                        x, delta, weight
+                    ),
+                )
+                for b in (backend, "xla")
+            ]
+            for got, want in zip(*ways, strict=True):
+                np.testing.assert_allclose(got.scales, want.scales, rtol=1e-2)  # of a norm in 16 bits
+                wide = [np.asarray(rows.values, np.float32) for rows in (got, want)]
+                differ = (wide[0] != wide[1]).mean()
+                print(f"rounding to {dtype}, {columns} columns in {groups}: {differ:.2%} of elements differ")
+                assert differ < 0.02
+
+
+def plain_us(shape: Shape) -> dict[int, float]:
+    """XLA's product with a weight of 16 bits."""
+    size = 2 * shape.out * shape.inner * (2 if shape.kind == "gated" else 1)
+    count = max(2, -(-tune.BEYOND_CACHE // size))
+    weights = [
+        jax.random.normal(key, shape.weight, "bfloat16") for key in jax.random.split(jax.random.key(0), count)
+    ]
+    x = {tokens: jax.random.normal(jax.random.key(1), (tokens, shape.inner), "bfloat16") for tokens in TOKENS}
+    cases = [Case(dense_product, [(x[tokens], weight) for weight in weights]) for tokens in TOKENS]
+    return {tokens: 1e6 * (s or 0) for tokens, s in zip(TOKENS, device_seconds(cases), strict=True)}
+
+
+def small_us(columns: list[int]) -> Iterator[tuple[str, int, int, float]]:
+    """The roundings alone, and with the norm."""
+
+    def rounded(x: jax.Array) -> Any:
+        return round_rows(x, "float8_e4m3fn", backend="pallas")
+
+    def normed(x: jax.Array, delta: jax.Array, weight: jax.Array) -> Any:
+        return add_rms_norm_quant(x, delta, weight, "float8_e4m3fn", eps=1e-5, backend="pallas")
+
+    cases, names = [], []
+    for tokens, size in itertools.product(SMALL, columns):
+        x, delta = (
+            jax.random.normal(jax.random.key(0), (tokens, size), "bfloat16"),
+            jnp.zeros((4, tokens, size)),
+        )
+        names += [("round_rows", tokens, size), ("add_rms_norm_quant", tokens, size)]
+        cases += [
+            Case(rounded, [(x,)] * 4),
+            Case(normed, [(delta, jnp.ones(size, "bfloat16"))] * 4, [x.copy()]),
+        ]
+    for name, seconds in zip(names, device_seconds(cases), strict=True):
+        yield *name, 1e6 * (seconds or 0)
+
+
+def interpreted(product: Quantised) -> list[Measurement]:
+    """Cuts to check where nothing can be timed."""
+    shape, whole = product.shape, product.shape.kind != "parts"
+    tiling = Tiling(32, 128, 1 if whole else 2, 4, 3)
+    return [Measurement(product.held.name, shape.kind, shape.out, shape.inner, 3, tiling, 1.0, 1.0)]
+
+
+def measure(name: str, form: CheckpointFormat, products: dict[str, Shape], backend: str) -> list[Measurement]:
+    """Times, checks and prints a format."""
+    found = []
+    for shape_name, shape in products.items():
+        product = Quantised(shape, form.held(shape.inner), backend)
+        timed = quant_tune.tune(shape, product.held) if backend == "pallas" else interpreted(product)
+        for index, best in enumerate(timed):
+            error = 0.0 if best.tiling is None else check(product, best)
+            rate = product.weight_bytes / best.us / 1e3
+            expected = EXPECTED.get(name, {}).get(shape_name, ())[index:][:1]
+            print(
+                f"{name:12} {shape_name:8} {best.tokens:3} rows: {best.us:7.2f} us {rate:6.0f} GB/s,",
+                f"expected {expected[0] if expected else '-'}, XLA {best.xla_us:7.2f},",
+                f"error {error:.1e}, {best.tiling}",
+                flush=True,
+            )
+            if not error < MOST[shape.kind]:
+                print(f"WRONG: {name} {shape_name} {best}; its error is {error:.1e}", flush=True)
+            else:
+                found.append(best)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help=f"a shape: {', '.join(shapes.names())}")
+    parser.add_argument("--formats", default="fp8,smooth_quant,awq,fp8_blocks", help=", ".join(FORMATS))
+    parser.add_argument("--tuning_dir", type=Path, default=None)
+    parser.add_argument("--interpret", action="store_true")
+    args = parser.parse_args()
+    backend = "pallas_interpret" if args.interpret else "pallas"
+    config = build_config(shapes.read(args.model), args.model)
+    products = {k: v for k, v in tune.products(config).items() if k in quant_tune.QUANTISED}
+    sizes = sorted({shape.inner for shape in products.values()})
+    for columns in sizes:
+        check_rounding(backend, columns)
+    path = (args.tuning_dir or tuning_dir()) / tuning.file_name(jax.devices()[0].device_kind)
+    table = tuning.read(path) if path.exists() else tuning.UNTUNED
+    if not args.interpret:
+        for kernel, tokens, size, us in small_us(sizes):
+            print(f"{kernel} [{tokens}, {size}]: {us:.2f} us, expected {SMALL[tokens]}", flush=True)
+        for name, shape in products.items():
+            print(
+                f"16 bits, XLA: {name} "
+                + ", ".join(f"{t} rows {us:.2f} us" for t, us in plain_us(shape).items())
+            )
+    for name in args.formats.split(","):
+        try:
+            table = table.merged(Tuning(tuple(measure(name, FORMATS[name], products, backend))))
+        except Exception:  # the other formats are still worth the machine's time
+            traceback.print_exc()
+        if not args.interpret:
+            tuning.write(path, table)
+    print(f"kept in {path}" if not args.interpret else "nothing kept")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Which cut of a product with a quantised weight is fastest on this GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
+from lmdeploy_jax.bench.tune import BEYOND_CACHE, PROGRAMS, Candidate, Shape, extra_seconds, fastest
+from lmdeploy_jax.models.formats import INT4, WeightFormat
+from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.products import XlaGatedProduct, XlaProduct
+from lmdeploy_jax.models.quant_products import (
+    RoundedProduct,
+    Rows,
+    SkinnyQuantGatedProduct,
+    SkinnyQuantProduct,
+)
+from lmdeploy_jax.models.quantised import hold_quantised
+from lmdeploy_jax.models.tuning import Measurement
+from lmdeploy_jax.pallas_kernels.round_rows import round_rows
+from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+
+TOKENS = (1, 16, 64)  # XLA's products and those of Mosaic are for more
+EIGHT_BITS = (  # outputs and inner elements of a tile, warps, stages
+    (32, 256, 4, 4),
+    (64, 128, 4, 4),
+    (64, 128, 4, 6),
+    (64, 256, 4, 3),
+    (64, 256, 4, 4),
+    (64, 512, 8, 3),
+    (128, 128, 8, 4),
+    (128, 256, 8, 3),
+)
+FOUR_BITS = (
+    (32, 128, 2, 4),
+    (64, 128, 2, 4),
+    (64, 128, 4, 4),
+    (64, 256, 2, 3),
+    (64, 256, 4, 3),
+    (128, 128, 4, 3),
+    (128, 128, 4, 4),
+)
+SPLITS = (1, 2, 4, 8, 16)
+QUANTISED = ("qkv", "o", "gate_up", "down")  # of `tune.products`; a head is of 16 bits
+SCALE = 1e-2
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A product of `shape` with a weight in the format `held`."""
+
+    shape: Shape
+    held: WeightFormat
+    backend: str = "pallas"
+
+    @cached_property
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
+        out = self.shape.weight[:-1]
+        axes = (None,) * (len(out) + 1)
+
+        def build() -> Linear:
+            linear = Linear(out, self.shape.weight[-1:], axes, bias=False, dtype=jnp.dtype("bfloat16"))
+            hold_quantised(linear, self.held)
+            return linear
+
+        return nnx.split(nnx.eval_shape(build))
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._split[1]))
+
+    def weight(self, key: jax.Array) -> list[jax.Array]:
+        """The leaves of a random one."""
+        return [_random(leaf, key) for leaf in jax.tree.leaves(self._split[1])]
+
+    def rows(self, tokens: int, candidate: Candidate) -> Rows:
+        """Random activations, rounded as they would be before the product."""
+        x = jax.random.normal(jax.random.key(1), (tokens, self.shape.inner), jnp.bfloat16)
+        by_group = candidate is None and self.held.groups > 1
+        if self.held.activations is None or by_group:
+            return x
+        return round_rows(x, self.held.activations, groups=self.held.groups)
+
+    def function(self, candidate: Candidate) -> Callable[[Rows, list[jax.Array]], jax.Array]:
+        """Of activations and a weight's leaves."""
+        graph, state = self._split
+        tree, product = jax.tree.structure(state), self._product(candidate)
+        return lambda x, leaves: product(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), x)
+
+    def _product(self, candidate: Candidate) -> Callable[[Linear, Any], jax.Array]:
+        gated = self.shape.product == "gated"
+        if isinstance(candidate, Tiling):
+            if gated:
+                return SkinnyQuantGatedProduct(jax.nn.silu, candidate, self.backend)
+            return SkinnyQuantProduct(candidate, self.backend)
+        whole = self.held.activations is not None and self.held.groups == 1
+        product = RoundedProduct() if whole else XlaProduct()
+        return XlaGatedProduct(jax.nn.silu, product) if gated else product
+
+
+def _random(leaf: Any, key: jax.Array) -> jax.Array:
+    if leaf.dtype == jnp.uint16:
+        return jax.random.bits(key, leaf.shape, jnp.uint16)
+    if leaf.dtype == jnp.uint8:
+        return jax.random.randint(key, leaf.shape, 7, 10).astype(jnp.uint8)
+    if leaf.dtype.itemsize == 1:
+        return jnp.clip(jax.random.normal(key, leaf.shape, jnp.bfloat16) * 32, -127, 127).astype(leaf.dtype)
+    return (SCALE * jax.random.uniform(key, leaf.shape, jnp.float32, 0.5, 1.5)).astype(leaf.dtype)
+
+
+def tune(shape: Shape, held: WeightFormat) -> list[Measurement]:
+    """The fastest candidate for each number of tokens. Raises ConfigError where there is no GPU."""
+    return fastest(held.name, shape, measure(shape, held))
+
+
+def measure(shape: Shape, held: WeightFormat) -> dict[int, dict[Candidate, float | None]]:
+    """Seconds of each candidate for each number of tokens; None for what does not compile."""
+    require_gpu()
+    product = Quantised(shape, held)
+    keys = jax.random.split(jax.random.key(0), max(2, -(-BEYOND_CACHE // product.weight_bytes)))
+    weights = [product.weight(key) for key in keys]
+    tried = [(tokens, candidate) for tokens in TOKENS for candidate in [None, *tilings(product)]]
+    cases = []
+    for tokens, candidate in tried:
+        x = product.rows(tokens, candidate)
+        cases.append(Case(product.function(candidate), [(x, weight) for weight in weights]))
+    measured: dict[int, dict[Candidate, float | None]] = {tokens: {} for tokens in TOKENS}
+    for (tokens, candidate), seconds in zip(tried, device_seconds(cases), strict=True):
+        extra = extra_seconds(shape, candidate, tokens)
+        measured[tokens][candidate] = None if seconds is None else seconds + extra
+    return measured
+
+
+def tilings(product: Quantised) -> Iterator[Tiling]:
+    """Those worth measuring."""
+    shape, held = product.shape, product.held
+    for block_out, block_in, num_warps, num_stages in FOUR_BITS if held.element == INT4 else EIGHT_BITS:
+        if held.element != INT4 and held.groups > 1 and held.group % block_in:
+            continue
+        for splits in SPLITS if shape.kind == "parts" else (1,):
+            programs = -(-shape.out // block_out) * splits
+            crowded = shape.kind == "parts" and not PROGRAMS[0] <= programs <= PROGRAMS[1]
+            if shape.inner % (splits * block_in) == 0 and not crowded:
+                yield Tiling(block_out, block_in, splits, num_warps, num_stages)
