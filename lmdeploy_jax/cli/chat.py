@@ -17,26 +17,29 @@ from lmdeploy_jax.cli.generation_flags import add_generation_flags, generation_c
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.messages import GenerationConfig, Response
+from lmdeploy_jax.session import Turn
 from lmdeploy_jax.stream import failures
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from lmdeploy_jax.pipeline import Pipeline
 
 DEFAULT_MODEL = "tiny-chat"
-QUIT, FORGET = "/bye", "/new"
+QUIT, FORGET, SHOW = "/bye", "/new", "/image"
 COMMANDS = {
     "exit": QUIT, "/exit": QUIT, "/quit": QUIT, "/bye": QUIT,
     "end": FORGET, "/end": FORGET, "/new": FORGET, "/clear": FORGET, "/reset": FORGET,
 }  # fmt: skip
-HELP_WORDS = "exit or /bye: quit, end or /new: forget the conversation."
+HELP_WORDS = "exit or /bye: quit, end or /new: forget the conversation, /image FILE: show an image."
 INPUT_PROMPT = "\ndouble enter to end input >>> "
 USAGE = "chat [MODEL] [FLAGS]"
 ABOUT = f"""MODEL is a checkpoint folder, a hub id, or the output of `lmdeploy_jax convert`; without it the
 embedded demonstration model {DEFAULT_MODEL}.
 
 An empty line ends a message. `exit`, `/bye` or Ctrl-C at the prompt quits, `end` or `/new` forgets the
-conversation, Ctrl-C during an answer drops that turn. Sampling follows the checkpoint's
-generation_config.json and the flags."""
+conversation, `/image FILE` shows an image with the next message, Ctrl-C during an answer drops that turn.
+Sampling follows the checkpoint's generation_config.json and the flags."""
 
 
 def define(flags: FlagSet) -> None:
@@ -44,6 +47,8 @@ def define(flags: FlagSet) -> None:
     text, section = absl_flags.DEFINE_string, "Conversation"
     about = "variable of the chat template; for models that think before they answer"
     flags.add(section, text, "prompt", None, "print the answer to this message and quit")
+    shown = "file or URL of an image to show with the first message; may be given several times"
+    flags.add(section, absl_flags.DEFINE_multi_string, "image", None, shown)
     flags.add(section, text, "system", None, "system prompt")
     server = "talk to the model of a running server, such as http://localhost:23333, MODEL is its name there"
     flags.add(section, text, "url", None, server)
@@ -89,10 +94,14 @@ class Talker(Protocol):
 
     def answer(self, text: str) -> None: ...
 
+    def show(self, source: str) -> None: ...
+
     def forget(self) -> None: ...
 
 
 def _converse(flags: FlagSet, conversation: Talker) -> int:
+    for source in flags["image"] or ():
+        conversation.show(source)
     if flags["prompt"] is not None:
         conversation.answer(flags["prompt"])
     else:
@@ -110,6 +119,7 @@ class Conversation:
         self._session = pipe.session(gen_config)
         self._system = system
         self._enable_thinking = enable_thinking
+        self._images: list[Image.Image] = []  # of the next message
 
     def answer(self, text: str) -> None:
         """Stream the answer to standard output. Raises `RequestError` where there is none."""
@@ -132,14 +142,26 @@ class Conversation:
                 print(last.text, end="", flush=True)
         return last
 
+    def show(self, source: str) -> None:
+        """An image for the next message, from a file or URL. Raises `RequestError` where there is none."""
+        if not self._pipe.frontend.takes_images:
+            raise RequestError(f"This model takes no images, such as {source!r}. Open one that does.")
+        from lmdeploy_jax.vl import load_image  # text models do without what images need
+
+        self._images.append(load_image(source))
+
     def forget(self) -> None:
         """Start anew; the system prompt stays."""
         self._session.reset()
+        self._images = []
 
-    def _turn(self, text: str) -> Any:
-        if self._system is None or self._session.history:
-            return text
-        return [{"role": "system", "content": self._system}, {"role": "user", "content": text}]
+    def _turn(self, text: str) -> Turn:
+        images, self._images = self._images, []
+        shown: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+        content: Any = [*shown, {"type": "text", "text": text}] if shown else text
+        first = self._system is not None and not self._session.history
+        system: list[dict[str, Any]] = [{"role": "system", "content": self._system}] if first else []
+        return [*system, {"role": "user", "content": content}]
 
 
 @contextlib.contextmanager
@@ -161,6 +183,8 @@ def _talk(conversation: Talker) -> None:
         if text == FORGET:
             conversation.forget()
             print("[the conversation was forgotten]", file=sys.stderr)
+        elif text.startswith(f"{SHOW} ") and "\n" not in text:
+            _show(conversation, text.removeprefix(SHOW).strip(" '\""))
         elif text:
             _answer(conversation, text)
 
@@ -181,8 +205,16 @@ def _answer(conversation: Talker, text: str) -> None:
         print("\n[aborted: this turn was dropped]", file=sys.stderr)
 
 
+def _show(conversation: Talker, source: str) -> None:
+    try:
+        conversation.show(source)
+        print(f"[{source} is shown with the next message]", file=sys.stderr)
+    except RequestError as error:
+        print(f"[{error}]", file=sys.stderr)
+
+
 def _read_message() -> str | None:
-    """Lines up to an empty one, or `FORGET`; None to quit."""
+    """Lines up to an empty one, or a command; None to quit."""
     lines: list[str] = []
     prompt = INPUT_PROMPT if sys.stdin.isatty() else ""
     try:
@@ -199,12 +231,15 @@ def _read_message() -> str | None:
 
 
 def _command(word: str) -> str | None:
-    """What a line by itself asks for: `QUIT` or `FORGET`, "" where help was printed; None: a message."""
+    """What a line by itself asks for: `QUIT`, `FORGET`, `SHOW` with a file, "" where help was printed; None:
+    a message.
+    """
     if word in COMMANDS:
         return COMMANDS[word]
+    if word.startswith(f"{SHOW} "):
+        return word
     if re.fullmatch(r"/[a-z?]+", word):  # one word; what has more slashes may be a path
-        print(
-            f"[{'' if word in ('/help', '/?') else f'{word} is no command. '}{HELP_WORDS}]", file=sys.stderr
-        )
+        complaint = "" if word in ("/help", "/?", SHOW) else f"{word} is no command. "
+        print(f"[{complaint}{HELP_WORDS}]", file=sys.stderr)
         return ""
     return None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import mimetypes
 import sys
+from pathlib import Path
 from typing import Any
 
 from lmdeploy_jax.cli.flags import FlagSet
@@ -21,10 +24,11 @@ class RemoteConversation:
         self._first = [{"role": "system", "content": flags["system"]}] if flags["system"] else []
         self._history: list[dict[str, Any]] = []
         self._fields = _fields(flags)
+        self._images: list[str] = []  # URLs, of the next message
 
     def answer(self, text: str) -> None:
         """Stream the answer to standard output; the turn is remembered once it is complete."""
-        asked = [*self._history, {"role": "user", "content": text}]
+        asked = [*self._history, {"role": "user", "content": self._content(text)}]
         said, reason, failure = "", None, None
         chunks = self._client.chat_completions_v1(
             self._model, [*self._first, *asked], stream=True, **self._fields
@@ -41,9 +45,30 @@ class RemoteConversation:
         if reason == "length":
             print("[the answer was cut off: it reached the length limit]", file=sys.stderr)
 
+    def show(self, source: str) -> None:
+        """An image for the next message: a URL, which the server fetches, or a file, which is sent.
+
+        Raises `RequestError` for a file that cannot be read.
+        """
+        self._images.append(source if "://" in source or source.startswith("data:") else _data_url(source))
+
     def forget(self) -> None:
         """Start anew; the system prompt stays."""
-        self._history = []
+        self._history, self._images = [], []
+
+    def _content(self, text: str) -> str | list[dict[str, Any]]:
+        images, self._images = self._images, []
+        shown = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+        return [*shown, {"type": "text", "text": text}] if shown else text
+
+
+def _data_url(path: str) -> str:
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the file {path!r} cannot be read: {error}. Check the path.") from error
+    kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _printed(delta: dict[str, Any]) -> str:

@@ -15,10 +15,15 @@ import pytest
 import lmdeploy_jax
 from lmdeploy_jax.cli import chat
 from lmdeploy_jax.cli.chat import Conversation, Talker
+from lmdeploy_jax.cli.flags import FlagSet
 from lmdeploy_jax.cli.main import main
+from lmdeploy_jax.cli.remote_chat import RemoteConversation
 from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.pipeline import Pipeline
+from tests.engine.test_images import ONE, save
+from tests.server.live import LiveServer, serving
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
 CONFIG = GenerationConfig(max_new_tokens=6)
@@ -136,6 +141,11 @@ class Scribe:
     def answer(self, text: str) -> None:
         self.heard.append(text)
 
+    def show(self, source: str) -> None:
+        if source == "missing":
+            raise RequestError("no such file")
+        self.heard.append(f"image {source}")
+
     def forget(self) -> None:
         self.heard.append(None)
 
@@ -145,6 +155,66 @@ def test_words_that_quit(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scribe = Scribe()
     talk(scribe, f"one\n\n/new\n{word}\ntwo\n\n", monkeypatch)
     assert scribe.heard == ["one", None]
+
+
+def test_images_are_shown_with_the_next_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scribe = Scribe()
+    talk(scribe, "/image a b.png\n/image 'c.png'\n/image missing\n/image\none\n/image d\n\n", monkeypatch)
+    assert scribe.heard == ["image a b.png", "image c.png", "one\n/image d"]
+    told = capsys.readouterr().err.splitlines()
+    assert told[:3] == [
+        "[a b.png is shown with the next message]",
+        "[c.png is shown with the next message]",
+        "[no such file]",
+    ]
+    assert "/image FILE" in told[3]
+
+
+def test_a_text_model_takes_no_images(conversation: Conversation) -> None:
+    with pytest.raises(RequestError, match="takes no images"):
+        conversation.show("a.png")
+    assert main(["chat", "--image", "a.png", "--prompt", "hi", "--eager-mode"]) == 1
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """A tiny random InternVL, whose words are w0, w1, ..."""
+    folder = save("internvl_hf", tmp_path_factory.mktemp("seeing"))
+    with Pipeline(folder, SMALL, progress=False) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def live(seeing: Pipeline) -> Iterator[LiveServer]:
+    """Begun before a test captures stderr: uvicorn has absl's log closed, which closes a stderr of before."""
+    with serving(seeing.frontend) as server:
+        yield server
+
+
+def test_images_of_a_message(
+    seeing: Pipeline, live: LiveServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both conversations send them before the text, once, and again with the history."""
+    path = tmp_path / "one.png"
+    ONE.save(path)
+    gen_config = GenerationConfig(max_new_tokens=6)
+    first = seeing((ONE, "w5 w6"), gen_config).text
+    said = [{"role": "user", "content": [{"type": "image", "image": ONE}, "w5 w6"]}]
+    said += [{"role": "assistant", "content": first}, {"role": "user", "content": "w7"}]
+    expected = f"{first}\n{seeing(said, gen_config).text}\n"
+    near = Conversation(seeing, gen_config, None, None)
+    flags = FlagSet()
+    chat.define(flags)
+    flags.parse(["--url", live.url, "--temperature", "0", "--max-new-tokens", "6"])
+    for talker in (near, RemoteConversation(live.url, None, None, flags)):
+        talker.show(str(path))
+        talker.answer("w5 w6")
+        talker.answer("w7")
+        assert capsys.readouterr().out == expected
+        with pytest.raises(RequestError, match="cannot be read"):
+            talker.show("/no/such.png")
 
 
 def test_words_with_a_slash_are_not_sent(

@@ -34,4 +34,5 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": service.frontend.limits.session_len,
         "permission": [],
+        "input_modalities": ["text", *(["image"] if service.frontend.takes_images else [])],
     }

@@ -14,8 +14,8 @@ router = APIRouter(include_in_schema=False)
 PAGES = Path(__file__).parent.parent / "static"
 # The pages load nothing from elsewhere, and nothing that a model says can make them.
 POLICY = (
-    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
