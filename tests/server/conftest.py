@@ -2,6 +2,8 @@ import openai
 import pytest
 
 from lmdeploy_jax import JaxEngineConfig, pipeline
+from tests.engine.harness import config
+from tests.engine.test_images import save
 from tests.server.live import serving
 
 
@@ -35,3 +37,11 @@ def client(live):
 @pytest.fixture
 def aclient(live):
     return openai.AsyncOpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="package")
+def seeing(tmp_path_factory):
+    """A tiny random InternVL, whose words are w0, w1, ..."""
+    folder = save("internvl_hf", tmp_path_factory.mktemp("seeing"))
+    with pipeline(folder, config(tmp_path_factory.mktemp("xla")), progress=False) as pipe:
+        yield pipe

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from base64 import b64encode
+from contextlib import contextmanager
 
 import pytest
+from PIL import Image
 
+from lmdeploy_jax import GenerationConfig
 from tests import patience
 from tests.server.live import serving
+from tests.vision.media import PNG
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CALCULATOR = {
@@ -32,17 +37,23 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(browser, live):
+@contextmanager
+def opened(browser, url):
     page = browser.new_page(bypass_csp=True)  # the waits below are scripts of their own
     faults = []
     page.set_default_timeout(patience.PATIENCE * 1000)
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(live.url)
+    page.goto(url)
     page.wait_for_function("document.querySelectorAll('#model option').length > 0")
     yield page
     page.close()
     assert not faults
+
+
+@pytest.fixture
+def page(browser, live):
+    with opened(browser, live.url) as page:
+        yield page
 
 
 def send(page, text):
@@ -79,6 +90,59 @@ def test_tools_are_shown_apart_and_answered(page):
     answer.locator("input.result").fill("391")
     answer.locator("input.result").press("Enter")
     assert "391" in finished(page, 2).locator(".text").inner_text()
+
+
+GIVEN = """([kind, bytes]) => {
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([new Uint8Array(bytes)], "a.png", { type: "image/png" }));
+  transfer.items.add(new File(["no image"], "a.txt", { type: "text/plain" }));
+  const options = { bubbles: true, cancelable: true };
+  document.getElementById("input").dispatchEvent(kind === "paste"
+    ? new ClipboardEvent(kind, { clipboardData: transfer, ...options })
+    : new DragEvent(kind, { dataTransfer: transfer, ...options }));
+}"""
+
+
+def test_images_are_attached_pasted_and_dropped(browser, seeing, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(PNG)
+    url = "data:image/png;base64," + b64encode(PNG).decode()
+    shown = {"type": "image_url", "image_url": {"url": url}}
+    with serving(seeing.frontend) as live, opened(browser, live.url) as page:
+        page.fill("#temperature", "0")
+        page.fill("#max_tokens", "4")
+        page.locator("#attach").wait_for()
+        page.set_input_files("#files", path)
+        for kind in ("paste", "drop"):
+            page.evaluate(GIVEN, [kind, list(PNG)])
+        page.wait_for_function("document.querySelectorAll('#attached img').length === 3")
+        page.locator("#attached img").first.click()
+        with page.expect_request("**/v1/chat/completions") as sent:
+            send(page, "w5 w6")
+        asked = {"role": "user", "content": [shown, shown, {"type": "text", "text": "w5 w6"}]}
+        assert sent.value.post_data_json["messages"] == [asked]
+        image = Image.open(path)
+        assert finished(page).locator(".text").inner_text() == said(seeing, ([image, image], "w5 w6"))
+        page.wait_for_function(
+            "[...document.querySelectorAll('.user img')].every((i) => i.naturalWidth === 7)"
+        )
+        assert page.locator(".user img").count() == 2
+        assert page.locator("#attached img").count() == 0
+        with page.expect_request("**/v1/chat/completions") as again:
+            send(page, "w7")
+        assert again.value.post_data_json["messages"][0] == asked
+        assert again.value.post_data_json["messages"][2] == {"role": "user", "content": "w7"}
+        finished(page, 2)
+
+
+def said(pipe, prompt):
+    return pipe(prompt, GenerationConfig(max_new_tokens=4)).text
+
+
+def test_a_text_model_offers_no_images(page):
+    page.evaluate(GIVEN, ["paste", list(PNG)])
+    assert page.locator("#attach").is_hidden()
+    assert page.locator("#attached img").count() == 0
 
 
 def test_the_stop_button(page, live):

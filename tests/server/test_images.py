@@ -15,10 +15,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from lmdeploy_jax import GenerationConfig, pipeline
+from lmdeploy_jax import GenerationConfig
 from tests import patience
-from tests.engine.harness import config
-from tests.engine.test_images import save
 from tests.patience import PATIENCE, wait_until
 from tests.server.live import begun, serving
 from tests.server.test_broken_requests import check_unharmed
@@ -28,14 +26,6 @@ ASK, COUNT = "w5 w6 w7", 8
 GREEDY = GenerationConfig(max_new_tokens=COUNT, ignore_eos=True)
 DATA = "data:image/png;base64," + b64encode(PNG).decode()
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
-    """A tiny random InternVL, whose words are w0, w1, ..."""
-    folder = save("internvl_hf", tmp_path_factory.mktemp("seeing"))
-    with pipeline(folder, config(tmp_path_factory.mktemp("xla")), progress=False) as pipe:
-        yield pipe
 
 
 @pytest.fixture(scope="module")
