@@ -162,6 +162,26 @@ class RepeatedHeads:
 
 
 @dataclass(frozen=True)
+class TurnedTails:
+    """One source whose rows, the leading `row_axes` axes, are heads of `fixed` elements and `rotating` ones.
+
+    These rotate in pairs of neighbours there, and in halves here, as `GroupedQKV.interleaved` tells.
+    """
+
+    fixed: int
+    rotating: int
+    row_axes: int
+
+    def assemble(self, shape: Shape) -> Assembly:
+        size, rows = self.fixed + self.rotating, math.prod(shape[: self.row_axes])
+        runs: list[Run] = []
+        for first in range(0, rows, size):
+            runs.append(Run("", first, self.fixed))
+            runs += halves("", first + self.fixed, self.rotating, self.rotating)
+        return Assembly(self.row_axes, _merge(runs), {"": (rows, *shape[self.row_axes :])})
+
+
+@dataclass(frozen=True)
 class PermutedHeads:
     """One source of rows q|k|v as [3, H, D, ...], the elements of each head of q and k in another order:
     `order` names the source's element for each, so that another kind of rotation becomes the model's own.

@@ -74,6 +74,14 @@ SIGMOID = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
+LATENT = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+}
 BIAS = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
 
@@ -276,6 +284,17 @@ CONFIGS: Mapping[str, Spec] = {
     "starcoder2": Spec("Starcoder2", {"sliding_window": None}),
     "apertus": Spec("Apertus", {"rope_parameters": LLAMA3["rope_parameters"]}),
     "arcee": Spec("Arcee", {"mlp_bias": True}),
+    "deepseek_v2": Spec(
+        "DeepseekV2",
+        {**SIGMOID, **LATENT, "topk_method": "group_limited_greedy", "q_lora_rank": None},
+    ),
+    "deepseek_v3": Spec(
+        "DeepseekV3", SIGMOID | LATENT | {"attention_bias": True} | _yarn(mscale=0.7, mscale_all_dim=1.3)
+    ),
+    "glm4_moe_lite": Spec(
+        "Glm4MoeLite",
+        {**SIGMOID, **LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
+    ),
     "internlm3_dynamic": Spec("InternLM3", {"head_dim": 16, **BIAS, **DYNAMIC}, _internlm3),
 }
 """Every feature alone and several together."""

@@ -14,6 +14,12 @@ from lmdeploy_jax.converters.families.apertus import (
     arcee_rules,
 )
 from lmdeploy_jax.converters.families.cohere import cohere2_config, cohere_config, cohere_rules
+from lmdeploy_jax.converters.families.deepseek import (
+    deepseek_v2_config,
+    deepseek_v3_config,
+    glm4_moe_lite_config,
+    latent_rules,
+)
 from lmdeploy_jax.converters.families.ernie import (
     ernie_config,
     ernie_moe_config,
@@ -104,6 +110,9 @@ FAMILIES: Mapping[str, Family] = {
     "GlmForCausalLM": Family(glm_config, glm_rules),
     "Glm4ForCausalLM": Family(glm4_config, glm4_rules),
     "Glm4MoeForCausalLM": Family(glm4_moe_config, mixture_rules, STACKED),
+    "DeepseekV2ForCausalLM": Family(deepseek_v2_config, latent_rules, STACKED),
+    "DeepseekV3ForCausalLM": Family(deepseek_v3_config, latent_rules, STACKED),
+    "Glm4MoeLiteForCausalLM": Family(glm4_moe_lite_config, latent_rules, STACKED),
     "MiniMaxM2ForCausalLM": Family(minimax_m2_config, partial(mixture_rules, names=MINIMAX_NAMES), STACKED),
     "Ernie4_5ForCausalLM": Family(ernie_config, ernie_rules),
     "Ernie4_5_MoeForCausalLM": Family(ernie_moe_config, ernie_moe_rules, STACKED),
@@ -148,6 +157,10 @@ MODEL_TYPES: Mapping[str, str] = {
     "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",

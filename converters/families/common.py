@@ -11,6 +11,7 @@ from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import (
     AttentionConfig,
     DecoderConfig,
+    LatentConfig,
     LayerConfig,
     MixtureConfig,
     MlpConfig,
@@ -45,6 +46,7 @@ def decoder_config(
     windows: Sequence[int | None] | None = None,
     local_rope: RopeConfig | None = None,
     rope_layers: Sequence[bool] | None = None,
+    latent: LatentConfig | None = None,
     mixture: MixtureConfig | None = None,
     sparse: Sequence[bool] | None = None,
     attention: Features = NONE,
@@ -57,6 +59,7 @@ def decoder_config(
     scale, soft_cap: of the attention logits; by default 1 / sqrt(head_dim), and none.
     windows: each layer's; None: no layer has one. local_rope: that of the layers with a window, where it is
         another. rope_layers: which layers rotate at all.
+    latent: what stands in the place of attention over q, k and v.
     mixture: what stands in the place of the MLP, in all layers or in those that are `sparse`.
     attention, mlp, layer, features: fields of `AttentionConfig`, `MlpConfig`, `LayerConfig`, `DecoderConfig`.
     """
@@ -68,7 +71,8 @@ def decoder_config(
     def made(window: int | None, rotates: bool, is_sparse: bool) -> LayerConfig:
         layer_rope = rope if window is None or local_rope is None else local_rope
         options = AttentionOptions(head_dim**-0.5 if scale is None else scale, window, soft_cap)
-        mixer = AttentionConfig(options=options, rope=layer_rope if rotates else None, **heads)
+        plain = AttentionConfig(options=options, rope=layer_rope if rotates else None, **heads)
+        mixer = plain if latent is None else latent
         return LayerConfig(mixer, mixture if mixture is not None and is_sparse else block, **layer)
 
     each = (windows or (None,) * layers, rope_layers or (True,) * layers, sparse or (True,) * layers)

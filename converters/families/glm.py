@@ -58,7 +58,15 @@ def glm4_moe_config(fields: Fields) -> DecoderConfig:
     )
 
 
-def sigmoid_mixture(fields: Fields, *, width: int, experts: int, per_token: int) -> MixtureConfig:
+def sigmoid_mixture(
+    fields: Fields,
+    *,
+    width: int,
+    experts: int,
+    per_token: int,
+    groups: tuple[int, int] = (1, 1),
+    scale: float = 1.0,
+) -> MixtureConfig:
     """The mixture of DeepSeek V3 and its kin; the numbers are the family's defaults.
 
     Raises UnsupportedModelError for another way of choosing, which transformers would pass over.
@@ -74,9 +82,9 @@ def sigmoid_mixture(fields: Fields, *, width: int, experts: int, per_token: int)
         per_token=per_token,
         scores="sigmoid",
         normalise=fields.flag("norm_topk_prob", True),
-        scale=fields.number("routed_scaling_factor", 1.0),
+        scale=fields.number("routed_scaling_factor", scale),
         correction=True,
-        groups=fields.size("n_group", 1),
-        top_groups=fields.size("topk_group", 1),
+        groups=fields.size("n_group", groups[0]),
+        top_groups=fields.size("topk_group", groups[1]),
         float32=True,
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lmdeploy_jax.converters.keytable import Rule
 from lmdeploy_jax.converters.layouts import GroupedQKV, Layout, RepeatedHeads, Rows, Stack
-from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig
 
 FLAT_COLUMNS = Rows(1, flat_columns=True)
 LAYER = r"model\.layers\.(\d+)\."
@@ -24,16 +24,20 @@ def hf_rules(
     fused_mlp: bool = False,
     plain_mlp: tuple[str, str] | None = None,
     interleaved: bool = False,
+    attention: tuple[Rule, ...] | None = None,
 ) -> tuple[Rule, ...]:
     """The names that most HF models use.
 
     `fused`: qkv and gate and up are one tensor each, as in Phi-3; `fused_mlp`: gate and up alone.
     `plain_mlp`: the two weights of an MLP that is not gated. `interleaved`: q and k rotate in pairs of
-    neighbours.
+    neighbours. `attention`: what fills its weights but for `o`, where that is not q, k and v.
     On `tp` devices the model may hold more KV heads than the checkpoint (see `AttentionConfig`).
     """
-    attention, replicas = LAYER + r"self_attn\.", _replicas(config, tp)
-    packing = GroupedQKV(replicas, "rows" if fused else "split", _rotating(config) if interleaved else 0)
+    prefix = LAYER + r"self_attn\."
+    if attention is None:
+        replicas = _replicas(config, tp)
+        packing = GroupedQKV(replicas, "rows" if fused else "split", _rotating(config) if interleaved else 0)
+        attention = (_qkv_rule(prefix, packing), *_qk_norm_rules(config, replicas, qk_norms))
     return (
         *outer_rules(config, "model.embed_tokens", "lm_head"),
         Rule(r"model\.norm\.(weight|bias)", r"norm.\1"),
@@ -41,11 +45,10 @@ def hf_rules(
             Rule(LAYER + name + r"\.(weight|bias)", LAYER_TARGET + target + r".\2")
             for name, target in norms.items()
         ),
-        _qkv_rule(attention, packing),
-        Rule(attention + r"o_proj\.weight", LAYER_TARGET + "attention.o.weight", "", FLAT_COLUMNS),
-        Rule(attention + r"o_proj\.bias", LAYER_TARGET + "attention.o.bias"),
-        *_qk_norm_rules(config, replicas, qk_norms),
-        Rule(attention + r"sinks", LAYER_TARGET + "attention.sinks", "", Rows(2)),
+        *attention,
+        Rule(prefix + r"o_proj\.weight", LAYER_TARGET + "attention.o.weight", "", FLAT_COLUMNS),
+        Rule(prefix + r"o_proj\.bias", LAYER_TARGET + "attention.o.bias"),
+        Rule(prefix + r"sinks", LAYER_TARGET + "attention.sinks", "", Rows(2)),
         *(_plain_mlp_rules(*plain_mlp) if plain_mlp else _mlp_rules(fused or fused_mlp)),
     )
 
@@ -75,7 +78,7 @@ def _plain_mlp_rules(up: str, down: str) -> tuple[Rule, ...]:
 
 
 def _qk_norm_rules(config: DecoderConfig, replicas: int, names: tuple[str, str]) -> tuple[Rule, ...]:
-    width = config.layers[0].mixer.qk_norm_width
+    width = any(isinstance(m, AttentionConfig) and m.qk_norm_width for m in (x.mixer for x in config.layers))
     layouts: tuple[Layout, Layout] = (Rows(3), RepeatedHeads(replicas)) if width else (Rows(), Rows())
     return tuple(
         Rule(LAYER + rf"self_attn\.{name}\.weight", LAYER_TARGET + f"attention.{target}.weight", "", layout)
@@ -91,7 +94,8 @@ def _rotating(config: DecoderConfig) -> int:
 
 def _replicas(config: DecoderConfig, tp: int) -> int:
     """How often each KV head is held, which so far is the same in all layers of every family."""
-    (replicas,) = {layer.mixer.held_kv_heads(tp) // layer.mixer.kv_heads for layer in config.layers}
+    mixers = (layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig))
+    (replicas,) = {mixer.held_kv_heads(tp) // mixer.kv_heads for mixer in mixers}
     return replicas
 
 

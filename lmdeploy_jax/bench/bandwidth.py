@@ -19,11 +19,9 @@ def matrix_parameters(config: DecoderConfig, sequences: int = 1) -> float:
     """Weights that a decode step of so many sequences reads: all matrices but an untied embedding (read by
     row), and of experts as many as are chosen at random.
     """
-    rows: list[float] = [
-        2 * m.head_dim * (m.heads + m.kv_heads) for m in (layer.mixer for layer in config.layers)
-    ]
-    rows += [layer.mlp.weight_rows(sequences) for layer in config.layers]
-    return config.hidden_size * (sum(rows) + config.vocab_size)
+    attention = sum(layer.mixer.weights(config.hidden_size) for layer in config.layers)
+    rows = sum(layer.mlp.weight_rows(sequences) for layer in config.layers)
+    return attention + config.hidden_size * (rows + config.vocab_size)
 
 
 def step_bytes(
@@ -42,7 +40,7 @@ def step_bytes(
     elements = 0.0
     for mixer in (layer.mixer for layer in config.layers):
         reached = sum(min(context, mixer.options.window or context) for context in contexts)
-        elements += 2 * mixer.held_kv_heads(tp) * mixer.head_dim * reached
+        elements += mixer.cached(tp) * reached
     weights = (weight_itemsize or itemsize) * matrix_parameters(config, len(contexts))
     return weights + itemsize * elements
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
-from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig
+from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LatentConfig
 from lmdeploy_jax.models.rope import rotation
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, prefill_attention, tile_rows
@@ -47,9 +48,11 @@ class Result:
 def measure(config: DecoderConfig, bandwidth: float, backend: str = "pallas") -> Iterator[Result]:
     """bandwidth in bytes a second. Raises ConfigError where there is no GPU."""
     require_gpu()
-    bench = _Attention(config.layers[0].mixer, backend)
-    arithmetic = _arithmetic()
     mixer = config.layers[0].mixer
+    if isinstance(mixer, LatentConfig):
+        raise ConfigError(f"there are no kernels to time for {mixer}: {mixer.why_not_kernels()}")
+    bench = _Attention(mixer, backend)
+    arithmetic = _arithmetic()
     work = mixer.heads * mixer.head_dim
     for case, lengths in DECODE.items():
         size = 4 * sum(lengths) * mixer.kv_heads * mixer.head_dim  # K and V, 16 bits

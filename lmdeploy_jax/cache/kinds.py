@@ -13,6 +13,26 @@ Axes = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
+class LatentCache:
+    """A latent of each token for all heads, by page: one array [pages, 1, PAGE_SIZE, width], whole on every
+    device.
+    """
+
+    width: int
+    window: int | None = None
+
+    axes: ClassVar[Axes] = ()
+
+    def shapes(self, num_pages: int) -> tuple[Shape, ...]:
+        """As `PagedCache.shapes`."""
+        return ((num_pages, 1, PAGE_SIZE, self.width),)
+
+    def page_bytes(self, itemsize: int, devices: int = 1) -> int:
+        """As `PagedCache.page_bytes`."""
+        return devices * itemsize * sum(map(prod, self.shapes(1)))
+
+
+@dataclass(frozen=True)
 class PagedCache:
     """K and V of tokens, by page: two arrays [pages, kv_heads, PAGE_SIZE, head_dim], cut by heads.
 
@@ -30,6 +50,9 @@ class PagedCache:
         """The shapes of its arrays, over all devices."""
         return ((num_pages, self.kv_heads, PAGE_SIZE, self.head_dim),) * 2
 
-    def page_bytes(self, itemsize: int) -> int:
-        """Bytes of one page over all devices, at `itemsize` bytes an element."""
+    def page_bytes(self, itemsize: int, devices: int = 1) -> int:
+        """Bytes of one page over all `devices`, at `itemsize` bytes an element."""
         return itemsize * sum(map(prod, self.shapes(1)))
+
+
+CacheKind = PagedCache | LatentCache

@@ -13,7 +13,7 @@ import psutil
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lmdeploy_jax.cache.kinds import PagedCache
+from lmdeploy_jax.cache.kinds import CacheKind
 from lmdeploy_jax.cache.layout import CacheLayout
 from lmdeploy_jax.errors import ConfigError
 
@@ -56,7 +56,7 @@ class CacheSpec:
     def shardings(self) -> KVCache:
         return jax.tree.map(lambda spec: spec.sharding, self.specs)
 
-    def _arrays(self, kind: PagedCache) -> Iterator[jax.ShapeDtypeStruct]:
+    def _arrays(self, kind: CacheKind) -> Iterator[jax.ShapeDtypeStruct]:
         where = NamedSharding(self.mesh, PartitionSpec(*kind.axes))
         for shape in kind.shapes(self.num_pages):
             yield jax.ShapeDtypeStruct(shape, self.dtype, sharding=where)
@@ -73,9 +73,9 @@ def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Callable
     return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=where)
 
 
-def page_bytes(arrays: Iterable[PagedCache], dtype: Any) -> int:
+def page_bytes(arrays: Iterable[CacheKind], dtype: Any, devices: int = 1) -> int:
     """Bytes of one page over all arrays and all devices."""
-    return sum(kind.page_bytes(jnp.dtype(dtype).itemsize) for kind in arrays)
+    return sum(kind.page_bytes(jnp.dtype(dtype).itemsize, devices) for kind in arrays)
 
 
 def free_bytes(mesh: Mesh) -> int:

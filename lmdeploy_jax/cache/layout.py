@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lmdeploy_jax.cache.kinds import PagedCache
+from lmdeploy_jax.cache.kinds import CacheKind
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 
 MOST_GROUPS = 8  # each has a page table, which goes to the device with every step
@@ -50,7 +50,7 @@ class CacheLayout:
     """The groups of a cache, its arrays, and where each layer finds its own."""
 
     groups: tuple[CacheGroup, ...]
-    arrays: tuple[PagedCache, ...]
+    arrays: tuple[CacheKind, ...]
     places: tuple[tuple[int, int], ...]
     """Of each layer: its group, and the index of its arrays."""
 
@@ -73,7 +73,7 @@ class CacheLayout:
         return num_pages * session_len // pages if len(self.groups) > 1 else num_pages * PAGE_SIZE
 
 
-def plan_layout(layers: Sequence[PagedCache], *, session_len: int, step_tokens: int) -> CacheLayout:
+def plan_layout(layers: Sequence[CacheKind], *, session_len: int, step_tokens: int) -> CacheLayout:
     """The layout in which a sequence of `session_len` tokens takes the least memory.
 
     layers: what each layer keeps. step_tokens: most tokens of a step.
@@ -85,7 +85,7 @@ def plan_layout(layers: Sequence[PagedCache], *, session_len: int, step_tokens: 
     return min(few, key=lambda layout: (_cost(layout, session_len), len(layout.groups)))
 
 
-def _reaching(kind: PagedCache, session_len: int) -> PagedCache:
+def _reaching(kind: CacheKind, session_len: int) -> CacheKind:
     """A window that no sequence outgrows is none."""
     return replace(kind, window=None) if kind.window is None or kind.window >= session_len else kind
 
@@ -100,13 +100,13 @@ def _cost(layout: CacheLayout, session_len: int) -> int:
     return pages * sum(kind.page_bytes(1) for kind in layout.arrays)
 
 
-def _one_group(kinds: Sequence[PagedCache]) -> CacheLayout:
+def _one_group(kinds: Sequence[CacheKind]) -> CacheLayout:
     """Every layer has arrays of its own and keeps every token, whatever its window."""
     arrays = tuple(replace(kind, window=None) for kind in kinds)
     return CacheLayout((CacheGroup(),), arrays, tuple((0, i) for i in range(len(kinds))))
 
 
-def _grouped(kinds: Sequence[PagedCache], size: int, step_tokens: int) -> CacheLayout:
+def _grouped(kinds: Sequence[CacheKind], size: int, step_tokens: int) -> CacheLayout:
     """Groups of at most `size` layers of one kind, which share `size` arrays with the other groups."""
     shapes = list(dict.fromkeys(replace(kind, window=None) for kind in kinds))
     groups: list[CacheGroup] = []
@@ -125,5 +125,5 @@ def _group(window: int | None, step_tokens: int) -> CacheGroup:
     return CacheGroup() if window is None else CacheGroup(window, _reach(window, step_tokens))
 
 
-def _layers_of(kinds: Sequence[PagedCache], kind: PagedCache) -> Iterator[int]:
+def _layers_of(kinds: Sequence[CacheKind], kind: CacheKind) -> Iterator[int]:
     return (i for i, other in enumerate(kinds) if other == kind)

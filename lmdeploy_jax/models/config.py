@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lmdeploy_jax.cache.kinds import PagedCache
+from lmdeploy_jax.cache.kinds import LatentCache, PagedCache
 from lmdeploy_jax.cache.layout import CacheLayout, plan_layout
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
+from lmdeploy_jax.pallas_kernels.registry import why_not_heads
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 ROPE_KINDS: Mapping[str, RopeKind] = {kind: kind for kind in get_args(RopeKind)}
@@ -109,6 +110,65 @@ class AttentionConfig:
         """What the layer keeps of each token. Raises ConfigError as `held_kv_heads` does."""
         return PagedCache(self.held_kv_heads(tp), self.head_dim, self.options.window)
 
+    def why_not_kernels(self) -> str | None:
+        """Why the hand-written kernels cannot do it, or None if they can."""
+        return why_not_heads(self.head_dim, self.group)
+
+    def weights(self, hidden: int) -> int:
+        """Elements of its matrices."""
+        return 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
+
+    def cached(self, tp: int) -> int:
+        """Elements that `tp` devices read of a token in the cache."""
+        return 2 * self.held_kv_heads(tp) * self.head_dim
+
+    def __str__(self) -> str:
+        return f"attention with {self.heads} heads in {self.kv_heads} KV heads of {self.head_dim}"
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention over a cache of one latent a token."""
+
+    heads: int
+    latent_rank: int
+    nope_dim: int
+    """Elements of a head's query and key that do not rotate, and that the latent holds."""
+    rope_dim: int
+    """Those that rotate; all heads share their key."""
+    value_dim: int
+    options: AttentionOptions
+    rope: RopeConfig | None
+    query_rank: int | None = None
+    """Queries come by way of a space of that many dimensions; None: straight."""
+    bias: bool = False
+    norm_eps: float = 1e-6
+    """Of the norms of both latents."""
+
+    def cache(self, tp: int) -> LatentCache:
+        """What the layer keeps of each token."""
+        return LatentCache(self.latent_rank + self.rope_dim)
+
+    def why_not_kernels(self) -> str | None:
+        """As `AttentionConfig.why_not_kernels`."""
+        return "latent attention has no hand-written kernel yet"
+
+    def weights(self, hidden: int) -> int:
+        """As `AttentionConfig.weights`."""
+        query = self.heads * (self.nope_dim + self.rope_dim)
+        rank = self.query_rank
+        queries = hidden * query if rank is None else rank * (hidden + query)
+        both = self.latent_rank * self.heads * (self.nope_dim + self.value_dim)
+        latents = hidden * (self.latent_rank + self.rope_dim)
+        return queries + latents + both + hidden * self.heads * self.value_dim
+
+    def cached(self, tp: int) -> int:
+        """As `AttentionConfig.cached`."""
+        return tp * (self.latent_rank + self.rope_dim)
+
+    def __str__(self) -> str:
+        return f"latent attention with {self.heads} heads"
+
 
 @dataclass(frozen=True)
 class MlpConfig:
@@ -191,7 +251,7 @@ class MixtureConfig:
 class LayerConfig:
     """A mixer of tokens and a feed-forward block, each with its norms, added to the residual stream."""
 
-    mixer: AttentionConfig
+    mixer: AttentionConfig | LatentConfig
     mlp: MlpConfig | MixtureConfig
     pre_norm: bool = True
     """A norm on what enters mixer and MLP."""

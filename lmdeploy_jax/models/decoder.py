@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from jaxtyping import Float, Float32
 from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.models.attention import Attention
 from lmdeploy_jax.models.batch import AttentionMetadata, Batch
-from lmdeploy_jax.models.config import DecoderConfig, LayerConfig, MixtureConfig, RopeConfig
+from lmdeploy_jax.models.config import DecoderConfig, LatentConfig, LayerConfig, MixtureConfig, RopeConfig
 from lmdeploy_jax.models.embedding import Embedding
 from lmdeploy_jax.models.kernels import Kernels, LayerCache
+from lmdeploy_jax.models.latent import LatentAttention
 from lmdeploy_jax.models.linear import soft_cap
 from lmdeploy_jax.models.mixture import Mixture
 from lmdeploy_jax.models.mlp import GatedMLP, PlainMLP
@@ -32,12 +34,11 @@ class DecoderLayer(nnx.Module):
         def norm(present: bool) -> Norm | None:
             return _norm(model, dtype) if present else None
 
-        plainly = config.added_plainly
         self.parallel = config.parallel
         self.kernels = kernels
         self.residual_multiplier = config.residual_multiplier
         self.attention_norm = norm(config.pre_norm)
-        self.attention = Attention(model, config.mixer, added_plainly=plainly, dtype=dtype, kernels=kernels)
+        self.attention = _mixer(model, config, dtype=dtype, kernels=kernels)
         self.attention_post_norm = norm(config.post_norm)
         self.mlp_norm = norm(config.pre_norm and not config.parallel)
         self.mlp = _feed_forward(model, config, dtype=dtype, kernels=kernels)
@@ -80,6 +81,15 @@ def _norm(model: DecoderConfig, dtype: jnp.dtype) -> Norm:
     if model.norm == "layer":
         return LayerNorm(model.hidden_size, model.norm_eps, bias=model.norm_bias, dtype=dtype, axis="embed")
     return RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset, dtype=dtype, axis="embed")
+
+
+def _mixer(
+    model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels
+) -> Attention | LatentAttention:
+    how: dict[str, Any] = {"added_plainly": config.added_plainly, "dtype": dtype, "kernels": kernels}
+    if isinstance(config.mixer, LatentConfig):
+        return LatentAttention(model, config.mixer, **how)
+    return Attention(model, config.mixer, **how)
 
 
 def _feed_forward(

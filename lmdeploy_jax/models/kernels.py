@@ -15,13 +15,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
 from lmdeploy_jax.models.batch import AttentionMetadata
-from lmdeploy_jax.models.config import AttentionConfig
+from lmdeploy_jax.models.config import AttentionConfig, LatentConfig
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
+from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, tile_rows, why_not_mosaic
-from lmdeploy_jax.pallas_kernels.registry import why_not_heads
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
 from lmdeploy_jax.parallel.collectives import Collectives, collectives
@@ -63,7 +63,7 @@ class Kernels:
 
     def attention_backend(self, mixer: AttentionConfig) -> str:
         """`backend`, or XLA for heads that its kernels cannot do."""
-        return "xla" if why_not_heads(mixer.head_dim, mixer.group) else self.backend
+        return "xla" if mixer.why_not_kernels() else self.backend
 
     @property
     def collectives(self) -> Collectives:
@@ -118,6 +118,23 @@ class Kernels:
         how = {"sinks": sinks, "backend": backend, "tile_rows": height}
         out = prefill_attention(*arguments, options=options, **how)
         return out.reshape(q.shape), (k_pages, v_pages, split_counters)
+
+    def attend_latent(
+        self,
+        queries: Float[Array, "T H D"],
+        latents: Float[Array, "T D"],
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        mixer: LatentConfig,
+    ) -> tuple[Float[Array, "T H R"], LayerCache]:
+        """The latents into the cache, and the queries' attention to them."""
+        pages, *rest = cache
+        where = (metadata.slots, metadata.page_table, metadata.kv_lens, metadata.tiles)
+        rank, height = mixer.latent_rank, tile_rows(self.backend)
+        out, pages = latent_attention(
+            queries, latents, pages, *where, rank=rank, options=mixer.options, tile_rows=height
+        )
+        return out, (pages, *rest)
 
     def _prefill_backend(self, q: Array, k_pages: Array, mixer: AttentionConfig) -> str:
         """Mosaic's calls take the host longer than a short step lasts: they are for long ones."""

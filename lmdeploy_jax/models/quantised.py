@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Float32, Int32, Shaped
 
 from lmdeploy_jax.models.formats import E2M1, E8M0, FOUR_BITS, INT4, WeightFormat
 from lmdeploy_jax.models.linear import Axes, DenseWeight, Linear, param
@@ -98,7 +98,7 @@ class QuantWeight(nnx.Module):
         """What is multiplied with where no kernel reads the format itself."""
         return dequantise(self.held, self.arrays(), self.dtype).reshape(self.shape)
 
-    def dense_at(self, index: Array) -> Float[Array, "..."]:
+    def dense_at(self, index: Int32[Array, ""]) -> Float[Array, "..."]:
         """`dense()[index]`, of a scalar index: an expert's weight, of whose arrays alone it is made."""
         values, scales, zeros, row_scales, columns = self.arrays()
         zeros = None if zeros is None else zeros[:, index]

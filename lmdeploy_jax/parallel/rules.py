@@ -15,6 +15,7 @@ RULES: Mapping[str, str | None] = {
     "vocab": "tp",
     "embed": None,
     "kv_heads": "tp",
+    "heads": "tp",
     "mlp": "tp",
     "experts": None,
 }

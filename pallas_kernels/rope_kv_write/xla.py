@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.norm.xla import rms_norm
 from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
@@ -38,8 +38,10 @@ def rope_kv_write(
     return q, *_write(k_pages, v_pages, k, v, slots)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the leading elements of each head, the first half paired with the second; x [T, ..., D]."""
+def rotate(
+    x: Float[Array, "T *heads D"], cos: Float32[Array, "T half"], sin: Float32[Array, "T half"]
+) -> Float[Array, "T *heads D"]:
+    """Rotates the leading elements of each head, the first half paired with the second."""
     half = cos.shape[-1]
     shape = (x.shape[0], *(1,) * (x.ndim - 2), half)
     cos, sin = cos.reshape(shape), sin.reshape(shape)

@@ -16,9 +16,17 @@ FAMILIES = (
     "internlm2_dynamic",
     "internlm3",
     "phi3_longrope",
-    "qwen3_moe",
+    "deepseek_v3",
 )
-VARIANTS = ("llama_llama3", "llama_head80", "yi", "qwen2_window", "qwen3")  # their logits: tests/models
+VARIANTS = (
+    "llama_llama3",
+    "llama_head80",
+    "yi",
+    "qwen2_window",
+    "qwen3",
+    "qwen3_moe",
+    "gpt_oss",
+)  # their logits: tests/models
 
 
 def test_llama(engine, prompts, expected):

@@ -32,6 +32,8 @@ DECODE_PROGRAM = {
     "hunyuan",
     "ministral3",
     "cohere2",
+    "deepseek_v2",
+    "deepseek_v3",
 }
 TOLERANCE = 1e-4
 

@@ -173,21 +173,17 @@ def choose_backend(backend: str, device: jax.Device, model: DecoderConfig) -> st
         return "xla"
     if backend == "pallas" and reason:
         raise ConfigError(f"backend='pallas' cannot be used: {reason}. Use backend='auto' or 'xla'.")
-    for heads, why in reasons.items() if backend != "xla" else ():
+    for kind, why in reasons.items() if backend != "xla" else ():
         if why:
-            log.warning("attention with %s heads in %s KV heads of %s uses xla: %s", *heads, why)
+            log.warning("%s uses xla: %s", kind, why)
     return "pallas" if backend == "auto" else backend
 
 
-def _why_not_pallas(device: jax.Device, model: DecoderConfig) -> dict[tuple[int, int, int], str | None]:
-    """What speaks against it for each kind of heads: how many, in how many KV heads, of what size."""
-    capability = _compute_capability(device)
-    return {
-        (mixer.heads, mixer.kv_heads, mixer.head_dim): why_not(
-            device.platform, mixer.head_dim, group=mixer.group, compute_capability=capability
-        )
-        for mixer in (layer.mixer for layer in model.layers)
-    }
+def _why_not_pallas(device: jax.Device, model: DecoderConfig) -> dict[str, str | None]:
+    """What speaks against it for each kind of attention."""
+    general = why_not(device.platform, compute_capability=_compute_capability(device))
+    mixers = (layer.mixer for layer in model.layers)
+    return {str(mixer): general or mixer.why_not_kernels() for mixer in mixers}
 
 
 def _compute_capability(device: jax.Device) -> float | None:
@@ -294,7 +290,7 @@ def _plan(
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
     return plan_memory(
         layout,
-        page_bytes(layout.arrays, model.dtype),
+        page_bytes(layout.arrays, model.dtype, mesh.devices.size),
         share=config.cache_max_entry_count,
         free=free_bytes(mesh),
         reserved=activations + logits,
