@@ -36,7 +36,11 @@ class ChatTemplate(Protocol):
     """Prints messages, in the shape of `normalise_messages`, as the text that the model was trained on."""
 
     stop_words: tuple[str, ...]
-    reads: frozenset[str]  # names of the variables that it looks at
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the variables that it looks at."""
+        ...
 
     def render(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jinja2
@@ -75,9 +75,16 @@ class HfChatTemplate:
     ) -> None:
         sources = {"default": source} if isinstance(source, str) else dict(source)
         self._templates = {name: _compile(name, text) for name, text in sources.items()}
-        self.reads = frozenset().union(*map(_variables, sources.values()))
+        self._sources = sources
         self._tokens = dict(tokens)
         self.stop_words = stop_words
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """Variables that the templates take from outside. To find them takes up to 25 ms, for which only a
+        request that brings some waits.
+        """
+        return frozenset().union(*map(_variables, self._sources.values()))
 
     def render(
         self,

@@ -181,7 +181,8 @@ class Frontend:
 
     def _warn_of_unread(self, variables: dict[str, Any]) -> None:
         """Who sends a variable that the template never reads should know it."""
-        unread = {name[:_LONGEST_NAME] for name in {*variables} - self.template.reads.union(SWITCHES)}
+        told = {*variables}.difference(SWITCHES)
+        unread = {name[:_LONGEST_NAME] for name in told - self.template.reads} if told else set()
         new = unread - self._unread
         if new and len(self._unread) < _MOST_NAMES:
             self._unread |= new
