@@ -82,6 +82,7 @@ LATENT = {
     "v_head_dim": 12,
     "num_key_value_heads": 4,
 }
+INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 256}
 BIAS = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
 
@@ -290,6 +291,11 @@ CONFIGS: Mapping[str, Spec] = {
     ),
     "deepseek_v3": Spec(
         "DeepseekV3", SIGMOID | LATENT | {"attention_bias": True} | _yarn(mscale=0.7, mscale_all_dim=1.3)
+    ),
+    "deepseek_v32": Spec("DeepseekV32", SIGMOID | LATENT | INDEX | {"mlp_layer_types": ["dense", "sparse"]}),
+    "glm_moe_dsa": Spec(
+        "GlmMoeDsa",
+        {**SIGMOID, **LATENT, **INDEX, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
     ),
     "glm4_moe_lite": Spec(
         "Glm4MoeLite",

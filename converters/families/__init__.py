@@ -17,7 +17,9 @@ from lmdeploy_jax.converters.families.cohere import cohere2_config, cohere_confi
 from lmdeploy_jax.converters.families.deepseek import (
     deepseek_v2_config,
     deepseek_v3_config,
+    deepseek_v32_config,
     glm4_moe_lite_config,
+    glm_moe_dsa_config,
     latent_rules,
 )
 from lmdeploy_jax.converters.families.ernie import (
@@ -66,6 +68,7 @@ from lmdeploy_jax.converters.families.qwen import (
     qwen3_config,
     qwen3_moe_config,
 )
+from lmdeploy_jax.converters.families.refused import REFUSED
 from lmdeploy_jax.converters.families.seed_oss import seed_oss_config
 from lmdeploy_jax.converters.families.smollm3 import smollm3_config
 from lmdeploy_jax.converters.families.starcoder2 import starcoder2_config, starcoder2_rules
@@ -112,6 +115,8 @@ FAMILIES: Mapping[str, Family] = {
     "Glm4MoeForCausalLM": Family(glm4_moe_config, mixture_rules, STACKED),
     "DeepseekV2ForCausalLM": Family(deepseek_v2_config, latent_rules, STACKED),
     "DeepseekV3ForCausalLM": Family(deepseek_v3_config, latent_rules, STACKED),
+    "DeepseekV32ForCausalLM": Family(deepseek_v32_config, latent_rules, STACKED),
+    "GlmMoeDsaForCausalLM": Family(glm_moe_dsa_config, latent_rules, STACKED),
     "Glm4MoeLiteForCausalLM": Family(glm4_moe_lite_config, latent_rules, STACKED),
     "MiniMaxM2ForCausalLM": Family(minimax_m2_config, partial(mixture_rules, names=MINIMAX_NAMES), STACKED),
     "Ernie4_5ForCausalLM": Family(ernie_config, ernie_rules),
@@ -159,6 +164,8 @@ MODEL_TYPES: Mapping[str, str] = {
     "glm4_moe": "Glm4MoeForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
@@ -197,8 +204,9 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
+    needs = next((f" (it needs {REFUSED[name]})" for name in names if name in REFUSED), "")
     raise UnsupportedModelError(
-        f"{where}: architecture {', '.join(names)} is not supported; supported: {', '.join(FAMILIES)}"
+        f"{where}: architecture {', '.join(names)} is not supported{needs}; supported: {', '.join(FAMILIES)}"
     )
 
 

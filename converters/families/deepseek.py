@@ -1,8 +1,9 @@
-"""DeepSeek V2, V3 and R1, Kimi K2, GLM-4.7-Flash: latent attention, and mixtures behind the first layers."""
+"""DeepSeek V2 to V3.2, Kimi K2, GLM-4.7-Flash and 5: latent attention, mixtures behind the first layers."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from lmdeploy_jax.converters.families.common import (
@@ -49,6 +50,26 @@ def deepseek_v3_config(fields: Fields) -> DecoderConfig:
     return _latent_config(fields, mixture, after_dense(fields, 3), eps=1e-6)
 
 
+def deepseek_v32_config(fields: Fields) -> DecoderConfig:
+    """HF `DeepseekV32Config`, as long as a sequence has no more tokens than its index would choose."""
+    return replace(deepseek_v3_config(fields), exact_length=_index_length(fields))
+
+
+def glm_moe_dsa_config(fields: Fields) -> DecoderConfig:
+    """HF `GlmMoeDsaConfig`, as long as a sequence has no more tokens than its index would choose."""
+    mixture = sigmoid_mixture(fields, width=2048, experts=256, per_token=8, scale=2.5)
+    for name in ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"):
+        fields.get(name)
+    config = _latent_config(fields, mixture, after_dense(fields, 3), eps=1e-5, query_rank=2048)
+    return replace(config, exact_length=_index_length(fields))
+
+
+def _index_length(fields: Fields) -> int:
+    for name in ("index_n_heads", "index_head_dim", "indexer_rope_interleave", "layer_types"):
+        fields.get(name)
+    return fields.size("index_topk", 2048)
+
+
 def glm4_moe_lite_config(fields: Fields) -> DecoderConfig:
     """HF `Glm4MoeLiteConfig`."""
     mixture = sigmoid_mixture(fields, width=1536, experts=64, per_token=4, scale=1.8)
@@ -58,7 +79,7 @@ def glm4_moe_lite_config(fields: Fields) -> DecoderConfig:
 
 
 def _latent_config(
-    fields: Fields, mixture: MixtureConfig, sparse: tuple[bool, ...], *, eps: float
+    fields: Fields, mixture: MixtureConfig, sparse: tuple[bool, ...], *, eps: float, query_rank: int = 1536
 ) -> DecoderConfig:
     nope, rope_dim = fields.size("qk_nope_head_dim", 128), fields.size("qk_rope_head_dim", 64)
     for name in ("head_dim", "qk_head_dim", "ep_size", "num_mtp_layers"):  # said otherwise, or of training
@@ -74,7 +95,7 @@ def _latent_config(
         value_dim=fields.size("v_head_dim", 128),
         options=AttentionOptions((nope + rope_dim) ** -0.5 * _temperature(fields, rope) ** 2),
         rope=rope,
-        query_rank=fields.optional_size("q_lora_rank", 1536),
+        query_rank=fields.optional_size("q_lora_rank", query_rank),
         bias=fields.flag("attention_bias", False),
     )
     return decoder_config(
@@ -113,5 +134,6 @@ def latent_rules(config: DecoderConfig, tp: int, **usual: Any) -> tuple[Rule, ..
         Rule(block + r"kv_a_proj_with_mqa\.(weight|bias)", target + r"kv_a.\2", "", latents),
         Rule(block + r"kv_a_layernorm\.weight", target + "kv_a_norm.weight"),
         Rule(block + r"kv_b_proj\.weight", target + "kv_b.weight", "", Rows(2)),
+        Rule(block + r"indexer\..*", None),  # see `DecoderConfig.exact_length`
     )
     return mixture_rules(config, tp, attention=attention, **usual)

@@ -276,6 +276,10 @@ class DecoderConfig:
     max_position: int
     """Longest sequence the checkpoint's config names; the default session length."""
     layers: tuple[LayerConfig, ...]
+    exact_length: int | None = None
+    """Longest sequence of which all tokens are attended to: of longer ones the model would choose some, by an
+    index that does not exist here.
+    """
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm or LayerNorm."""
     norm_bias: bool = False
@@ -289,6 +293,18 @@ class DecoderConfig:
     logit_soft_cap: float | None = None
     embedding_multiplier: float = 1.0
     logit_multiplier: float = 1.0
+
+    def check_length(self, session_len: int | None) -> int:
+        """What an engine's `session_len`, or None, comes to. Raises ConfigError for one that is too long."""
+        limit = self.exact_length
+        if limit is None:
+            return session_len or self.max_position
+        if session_len is not None and session_len > limit:
+            raise ConfigError(
+                f"session_len={session_len}: of more than {limit} tokens this model chooses some by an index "
+                f"that is not implemented; choose a session_len of at most {limit}"
+            )
+        return session_len or min(self.max_position, limit)
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from lmdeploy_jax.converters.families import FAMILIES, MODEL_TYPES, build_config
-from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
+from lmdeploy_jax.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lmdeploy_jax.models.config import DecoderConfig
 
 BASE = {
@@ -259,3 +259,14 @@ def test_fields_that_nobody_knows_are_logged_and_off_switches_ignored(caplog):
     assert [record.message for record in caplog.records] == [
         "config.json: fields without a meaning here are ignored: favourite_colour"
     ]
+
+
+def test_sequences_that_an_index_would_thin_out_are_refused():
+    config = build("DeepseekV32ForCausalLM", q_lora_rank=8, index_topk=512)
+    assert config.check_length(None) == config.check_length(512) == 512
+    with pytest.raises(
+        ConfigError, match="session_len=513: of more than 512 tokens .* choose a session_len of"
+    ):
+        config.check_length(513)
+    assert build().check_length(None) == 4096
+    assert build().check_length(9999) == 9999

@@ -80,6 +80,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     mesh = make_mesh(tp=config.tp)
     platform = mesh.devices.flat[0].platform
     model_config = read_config(folder, config.hf_overrides, config.model_format)
+    session_len = _session_len(config, model_config)
     backend = choose_backend(config.backend, mesh.devices.flat[0], model_config)
     begun = time.perf_counter()
     reload = partial(_reload, folder, config, mesh, backend)
@@ -87,7 +88,6 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     vision = _load_vision(folder, config, mesh)
     loading = time.perf_counter() - begun
     steps = _decode_steps(config, loaded, mesh)
-    session_len = config.session_len or model_config.max_position
     buckets, encoder_cache = _buckets(config, platform, steps), None
     if vision is not None:
         buckets = _encoder_buckets(buckets, loaded, vision, platform, session_len)
@@ -308,6 +308,14 @@ def _image_bytes(vision: LoadedVisionModel, buckets: Buckets, width: int, itemsi
     levels = 1 + len(vision.config.tower.deepstack)
     rows = levels * (buckets.image_rows + 1) * width * itemsize
     return mesh.devices.size * (rows + run_bytes(vision.config, buckets.encoder[-1], itemsize))
+
+
+def _session_len(config: JaxEngineConfig, model: DecoderConfig) -> int:
+    if model.exact_length is not None and config.session_len is None:
+        log.warning(
+            "sequences have at most %d tokens: the index of longer ones is missing", model.exact_length
+        )
+    return model.check_length(config.session_len)
 
 
 def _fitting(session_len: int, most: int) -> int:

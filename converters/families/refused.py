@@ -1,0 +1,64 @@
+"""Architectures that people load and that do not run here: what they would need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+STATE = "layers with a recurrent state"
+PACKED = "remote code's names of tensors; give the checkpoint in transformers' layout"
+REWARD = "a value head: it gives no text"
+OLD = "an older block of its own"
+
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM",
+            "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "KimiLinearForCausalLM",
+            "NemotronHForCausalLM", "GraniteMoeHybridForCausalLM", "FalconH1ForCausalLM", "Lfm2ForCausalLM",
+            "Lfm2MoeForCausalLM", "MambaForCausalLM", "Mamba2ForCausalLM", "JambaForCausalLM",
+            "BambaForCausalLM", "Zamba2ForCausalLM", "MiniMaxForCausalLM", "OlmoHybridForCausalLM",
+            "BailingMoeV2_5ForCausalLM",
+        ),
+        STATE,
+    ),
+    **dict.fromkeys(
+        ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma3nForConditionalGeneration"),
+        "heads of two sizes, shared caches and inputs of each layer",
+    ),
+    **dict.fromkeys(
+        ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
+        "attention within chunks, experts whose inputs are scaled",
+    ),
+    "DeepseekV4ForCausalLM": "compressed attention and several residual streams",
+    "Mistral4ForCausalLM": "latent attention whose queries grow with their position",
+    "MiniCPM3ForCausalLM": "latent attention with factors of embeddings, residuals and logits",
+    "MiMoV2FlashForCausalLM": "values of another size than keys",
+    "KimiK25ForConditionalGeneration": "the names of the language model within it",
+    "DeepseekForCausalLM": "mixtures in a block that transformers does not have",
+    "GraniteMoeForCausalLM": "experts under names of their own",
+    "GraniteMoeSharedForCausalLM": "experts under names of their own",
+    "Cohere2MoeForCausalLM": "mixtures beside attention",
+    "ExaoneMoeForCausalLM": "mixtures with windows whose layers alone rotate",
+    "HYV3ForCausalLM": "experts under names of their own",
+    "Dots1ForCausalLM": "experts behind norms of q and k",
+    "AfmoeForCausalLM": "gates on attention's output",
+    "LongcatFlashForCausalLM": "two blocks a layer, and experts that do nothing",
+    "BailingMoeV2ForCausalLM": PACKED,
+    "ChatGLMForConditionalGeneration": PACKED,
+    "ChatGLMModel": PACKED,
+    "BaichuanForCausalLM": PACKED,
+    "QWenLMHeadModel": PACKED,
+    **dict.fromkeys(
+        (
+            "NemotronForCausalLM", "StableLmForCausalLM", "PhiForCausalLM", "GPTNeoXForCausalLM",
+            "GPT2LMHeadModel", "FalconForCausalLM", "GPTJForCausalLM", "BloomForCausalLM", "MptForCausalLM",
+            "DbrxForCausalLM", "OlmoForCausalLM", "HeliumForCausalLM", "MiniCPMForCausalLM",
+        ),
+        OLD,
+    ),
+    "SDARForCausalLM": "decoding by blocks of noise",
+    "SDARMoeForCausalLM": "decoding by blocks of noise",
+    "InternLM2ForRewardModel": REWARD,
+    "Qwen2ForRewardModel": REWARD,
+}  # fmt: skip
+"""What each would need that does not exist here yet."""
