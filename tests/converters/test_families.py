@@ -265,7 +265,7 @@ def test_sequences_that_an_index_would_thin_out_are_refused():
     config = build("DeepseekV32ForCausalLM", q_lora_rank=8, index_topk=512)
     assert config.check_length(None) == config.check_length(512) == 512
     with pytest.raises(
-        ConfigError, match="session_len=513: of more than 512 tokens .* choose a session_len of"
+        ConfigError, match=r"session_len=513: of more than 512 tokens .* choose a session_len of"
     ):
         config.check_length(513)
     assert build().check_length(None) == 4096

@@ -311,10 +311,9 @@ def _image_bytes(vision: LoadedVisionModel, buckets: Buckets, width: int, itemsi
 
 
 def _session_len(config: JaxEngineConfig, model: DecoderConfig) -> int:
-    if model.exact_length is not None and config.session_len is None:
-        log.warning(
-            "sequences have at most %d tokens: the index of longer ones is missing", model.exact_length
-        )
+    limit = model.exact_length
+    if limit is not None and config.session_len is None:
+        log.warning("sequences have at most %d tokens: the index of longer ones is missing", limit)
     return model.check_length(config.session_len)
 
 
