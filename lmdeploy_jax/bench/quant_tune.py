@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
-from lmdeploy_jax.bench.tune import BEYOND_CACHE, PROGRAMS, Candidate, Shape, extra_seconds, fastest
+from lmdeploy_jax.bench.tune import BEYOND_CACHE, EPS, PROGRAMS, Candidate, Shape, extra_seconds, fastest
 from lmdeploy_jax.models.formats import INT4, WeightFormat
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.products import XlaGatedProduct, XlaProduct
@@ -24,6 +25,7 @@ from lmdeploy_jax.models.quant_products import (
 )
 from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.tuning import Measurement
+from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
 
@@ -50,6 +52,7 @@ FOUR_BITS = (
 SPLITS = (1, 2, 4, 8, 16)
 QUANTISED = ("qkv", "o", "gate_up", "down")  # of `tune.products`; a head is of 16 bits
 SCALE = 1e-2
+ROUNDED_ROWS, ROUNDED_SETS = (1, 64, 4096), 4
 
 
 @dataclass(frozen=True)
@@ -149,3 +152,29 @@ def tilings(product: Quantised) -> Iterator[Tiling]:
             crowded = shape.kind == "parts" and not PROGRAMS[0] <= programs <= PROGRAMS[1]
             if shape.inner % (splits * block_in) == 0 and not crowded:
                 yield Tiling(block_out, block_in, splits, num_warps, num_stages)
+
+
+def rounding(hidden: int, kind: str) -> str:
+    """The faster backend of rounding what a norm gives, over one row and many. ConfigError without a GPU."""
+    keys = jax.random.split(jax.random.key(0), ROUNDED_SETS)
+    cases = []
+    for fused in (True, False):
+        for rows in ROUNDED_ROWS:
+            x = jax.random.normal(keys[0], (rows, hidden), jnp.bfloat16)
+            deltas = [jax.random.normal(key, x.shape, jnp.bfloat16) for key in keys]
+            cases.append(
+                Case(_norm(fused, kind), [(delta, jnp.ones(hidden, x.dtype)) for delta in deltas], [x])
+            )
+    seconds = [inf if time is None else time for time in device_seconds(cases)]
+    fused_seconds, separate = sum(seconds[: len(ROUNDED_ROWS)]), sum(seconds[len(ROUNDED_ROWS) :])
+    return "pallas" if fused_seconds < separate else "xla"
+
+
+def _norm(fused: bool, kind: str) -> Callable[..., Any]:
+    def norm(x: jax.Array, delta: jax.Array, weight: jax.Array) -> Any:
+        if fused:
+            return add_rms_norm_quant(x, delta, weight, kind, eps=EPS, backend="pallas")
+        x, normed = add_rms_norm(x, delta, weight, eps=EPS, backend="pallas")
+        return x, round_rows(normed, kind)
+
+    return norm

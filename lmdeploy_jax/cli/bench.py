@@ -174,7 +174,10 @@ def _tune(flags: FlagSet, args: list[str]) -> int:
     table = tuning.read(path) if path.exists() else tuning.UNTUNED
     form = quantised.find(flags["model_format"], block_scales=flags["block_scales"])
     common = {"mode": "tune", "model": model, "tp": flags["tp"]}
-    for name, shape in products(_decoder_config(model), flags["tp"]).items():
+    config = _decoder_config(model)
+    if form is not None and (kind := form.held(config.hidden_size).activations):
+        table = replace(table, rounding=quant_tune.rounding(config.hidden_size, kind))
+    for name, shape in products(config, flags["tp"]).items():
         if form is not None and name not in quant_tune.QUANTISED:
             continue
         found = tune(shape, table) if form is None else quant_tune.tune(shape, form.held(shape.inner))

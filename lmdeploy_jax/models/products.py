@@ -276,11 +276,12 @@ def _rounded(linear: Linear) -> bool:
 
 
 def _takes_rounded(linear: Linear, product: object) -> bool:
-    """Whether what a product reads can be rounded before."""
+    """Whether what a product reads is rounded by a kernel, which the norm before it can be."""
     if isinstance(product, XlaGatedProduct):
         product = product.product
-    skinny = isinstance(product, SkinnyQuantProduct | SkinnyQuantGatedProduct)
-    return isinstance(product, RoundedProduct) or (skinny and _has_rounded(linear))
+    if isinstance(product, RoundedProduct):
+        return product.backend != "xla"
+    return isinstance(product, SkinnyQuantProduct | SkinnyQuantGatedProduct) and _has_rounded(linear)
 
 
 def _has_rounded(linear: Linear) -> bool:

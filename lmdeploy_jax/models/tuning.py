@@ -50,10 +50,12 @@ class Tuning:
     """What was measured on one GPU. Products that are not here are XLA's.
 
     prefill_attention: the faster backend of that op where it can do the model; None: not measured.
+    rounding: that of activations that XLA's products of 8 bits read; those of kernels round in kernels.
     """
 
     products: tuple[Measurement, ...] = ()
     prefill_attention: str | None = None
+    rounding: str | None = None
 
     def find(
         self, format: str, kind: Kind, weight: tuple[int, int], tokens: int
@@ -70,7 +72,11 @@ class Tuning:
         """With `newer` products in place of those of the same shape."""
         replaced = {p.shape for p in newer.products}
         others = tuple(p for p in self.products if p.shape not in replaced)
-        return Tuning(others + newer.products, newer.prefill_attention or self.prefill_attention)
+        return Tuning(
+            others + newer.products,
+            newer.prefill_attention or self.prefill_attention,
+            newer.rounding or self.rounding,
+        )
 
 
 UNTUNED = Tuning()
@@ -99,7 +105,7 @@ def read(path: Path) -> Tuning:
     try:
         table = json.loads(path.read_text())
         products = [_measurement(row) for row in table["products"]]
-        return Tuning(tuple(products), table["prefill_attention"])
+        return Tuning(tuple(products), table["prefill_attention"], table.get("rounding"))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the tuning table {path} cannot be read ({error!r}); delete it, or make it anew "
@@ -122,8 +128,9 @@ def write(path: Path, tuning: Tuning) -> None:
     """One product a line."""
     rows = [json.dumps(asdict(product)) for product in sorted(tuning.products, key=_order)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    attention = json.dumps(tuning.prefill_attention)
-    path.write_text(f'{{"prefill_attention": {attention}, "products": [\n' + ",\n".join(rows) + "\n]}\n")
+    ops = {"prefill_attention": tuning.prefill_attention, "rounding": tuning.rounding}
+    head = json.dumps({name: backend for name, backend in ops.items() if backend or name != "rounding"})
+    path.write_text(head[:-1] + ', "products": [\n' + ",\n".join(rows) + "\n]}\n")
 
 
 def _order(product: Measurement) -> tuple[str, str, int, int, int]:

@@ -98,8 +98,13 @@ def test_gated_and_normed_products_of_eight_bits() -> None:
     planned = plan_gated(KERNELS, linear, x, jax.nn.silu)
     both = products.RoundedProduct()(linear, x)
     np.testing.assert_allclose(planned(linear, x), jax.nn.silu(both[:, 0]) * both[:, 1], rtol=1e-6)
-    fused = plan_norm(KERNELS, linear, x, normed=True, activation=jax.nn.silu)
-    assert isinstance(fused, products.RoundingNorm)
+    measured = Kernels("pallas_interpret", tuning=Tuning(rounding="pallas"))
+    for kernels, wanted in ((KERNELS, products.SeparateNorm), (measured, products.RoundingNorm)):
+        fused = plan_norm(kernels, linear, x, normed=True, activation=jax.nn.silu)
+        assert isinstance(fused, wanted)
+        norm = RMSNorm(64, 1e-5, 1.0, dtype=jnp.float32)
+        _, got = fused(linear, x, x, norm)
+        np.testing.assert_allclose(got, planned(linear, norm(2 * x)), rtol=2e-2, atol=2e-3)
     assert plan(KERNELS, "whole", linear, x)(linear, x).dtype == jnp.float32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -31,6 +32,9 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     assert path.name == "nvidia-h200.json"
     assert set(tuning.read(path).products) == set(TABLE.products)
     assert tuning.read(path).prefill_attention is None
+    tuning.write(path, replace(TABLE, rounding="pallas"))
+    assert tuning.read(path) == replace(tuning.read(path), rounding="pallas")
+    assert tuning.read(path).merged(TABLE).rounding == "pallas"
 
 
 def test_the_machine_s_own_table_wins(tmp_path):
