@@ -70,7 +70,9 @@ def test_the_page_needs_nothing_from_elsewhere(live):
     answer = patience.get(live.url)
     assert answer.status_code == 200
     assert "https://" not in answer.text
-    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "img-src data:" in policy, "the page shows the images that it sends"
 
 
 def test_a_conversation(page, pipe):
