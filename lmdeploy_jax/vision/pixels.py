@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.vision.access import MAX_PIXELS
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 Colour = tuple[int, int, int]
@@ -54,9 +55,22 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def resize(image: Image.Image, height: int, width: int, resample: Resample) -> Image.Image:
-    """The picture stretched to a size, rows filtered first."""
+    """The picture stretched to a size, rows filtered first.
+
+    Raises RequestError for one so thin that it would take gigabytes on the way.
+    """
+    _check(image, image.height, width)
+    _check(image, height, width)
     chosen = FILTERS[resample]
     return image.resize((width, image.height), chosen).resize((width, height), chosen)
+
+
+def _check(image: Image.Image, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise RequestError(
+            f"the image is {image.width} pixels wide and {image.height} high, and would become {width} x "
+            f"{height}, more than {MAX_PIXELS} pixels; crop it or pad it"
+        )
 
 
 def crop(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
@@ -65,7 +79,8 @@ def crop(image: Image.Image, top: int, left: int, height: int, width: int) -> Im
 
 
 def pad(image: Image.Image, height: int, width: int, top: int, left: int, colour: Colour) -> Image.Image:
-    """The picture at a place within a larger one of one colour."""
+    """The picture at a place within a larger one of one colour. Raises RequestError as `resize` does."""
+    _check(image, height, width)
     padded = Image.new("RGB", (width, height), colour)
     padded.paste(image, (left, top))
     return padded

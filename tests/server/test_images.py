@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import json
 import random
+import sys
 from base64 import b64encode
 
 import anthropic
@@ -17,7 +19,7 @@ from PIL import Image
 
 from lmdeploy_jax import GenerationConfig
 from tests import patience
-from tests.patience import PATIENCE, wait_until
+from tests.patience import PATIENCE
 from tests.server.live import begun, serving
 from tests.server.test_broken_requests import check_unharmed
 from tests.vision.media import LEVELS, PNG, bomb, encoded, media_site
@@ -249,7 +251,7 @@ def hostile(draw: random.Random, url: str) -> object:
     """What should not be sent as an image's URL."""
     whole = encoded(draw.choice(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]), LEVELS)
     as_data = "data:image/png;base64,"
-    match draw.randrange(9):
+    match draw.randrange(10):
         case 0:
             return as_data + b64encode(whole[: draw.randrange(len(whole))]).decode()
         case 1:
@@ -272,6 +274,9 @@ def hostile(draw: random.Random, url: str) -> object:
                 [None, 5, True, [], {}, [DATA], {"url": DATA}, DATA * 3, "data:", "data:,", "data"]
             )
         case 7:
+            line = Image.new("1", draw.choice([(1, 200_000), (200_000, 1), (9, 9_000_000)]))
+            return as_data + b64encode(encoded("PNG", line)).decode()
+        case 8:
             return as_data + "A" * draw.choice([1, 1000, 10**6])
     return "data:" + "".join(chr(draw.randrange(1, 0x250)) for _ in range(draw.randrange(40)))
 
@@ -284,7 +289,7 @@ def test_no_image_or_url_harms_the_server(cases, sees, seeing, site):
 
     async def send(client: httpx.AsyncClient, turns: asyncio.Semaphore) -> int:
         said = asked(
-            hostile(draw, site.url), **draw.choice([{}, {"detail": "low"}, {"max_dynamic_patch": 2**40}])
+            hostile(draw, site.url), **draw.choice([{}, {"detail": "low"}, {"max_dynamic_patch": 2**30}])
         )
         body = json.dumps({"messages": said, "max_tokens": 2}).encode()
         async with turns:
@@ -297,12 +302,15 @@ def test_no_image_or_url_harms_the_server(cases, sees, seeing, site):
         async with httpx.AsyncClient(base_url=sees.url, timeout=PATIENCE) as client:
             return await asyncio.gather(*(send(client, turns) for _ in range(cases)))
 
-    statuses = asyncio.run(main())
-    assert statuses.count(400) > cases / 2
-    check_unharmed(sees, seeing)
-    gc.collect()
-    before = psutil.Process().memory_info().rss
-    asyncio.run(main())
-    wait_until(lambda: not sees.service.running)
-    gc.collect()
-    assert psutil.Process().memory_info().rss < before + (64 << 20)
+    def sent() -> int:
+        """Sends the same again; what the process holds then, in bytes, as far as it can be told."""
+        draw.seed(17)
+        assert asyncio.run(main()).count(400) > cases / 2
+        check_unharmed(sees, seeing)
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free counts as held otherwise
+        return psutil.Process().memory_info().rss
+
+    warm = [sent() for _ in range(2)]
+    assert sent() < warm[-1] + (64 << 20)

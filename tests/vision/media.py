@@ -16,9 +16,10 @@ from PIL import Image
 LEVELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 
 
-def encoded(kind: str = "PNG", levels: np.ndarray = LEVELS) -> bytes:
+def encoded(kind: str = "PNG", levels: np.ndarray | Image.Image = LEVELS) -> bytes:
     file = BytesIO()
-    Image.fromarray(levels).save(file, kind)
+    image = levels if isinstance(levels, Image.Image) else Image.fromarray(levels)
+    image.save(file, kind)
     return file.getvalue()
 
 

@@ -206,6 +206,32 @@ def test_a_line_is_too_thin_for_hd():
 
 
 @pytest.mark.parametrize(
+    "rule",
+    [
+        FixedSize(896),
+        ShortestEdge(336, 336),
+        ShortestEdge(336, 336, square=(0, 0, 0)),
+        GridRatio(448),
+        GridRatio(448, most=1024),
+        Pinpoints(336, PINPOINTS),
+        PanAndScan(896, 256, 4, 1.2),
+    ],
+)
+def test_a_line_may_not_become_gigabytes(rule):
+    """A file of a hundred bytes may hold one."""
+    with pytest.raises(RequestError, match="crop it or pad it"):
+        rule.views(Image.new("RGB", (1, 300_000)))
+
+
+@pytest.mark.parametrize("bounds", [{"least": 3, "most": 2}, {"most": 1025}, {"most": 2**31 - 1}])
+def test_numbers_of_tiles_have_bounds(bounds):
+    with pytest.raises(RequestError, match="max_dynamic_patch"):
+        GridRatio(448, **bounds)
+    with pytest.raises(RequestError, match="num_crops"):
+        HDTransform(336, 1025)
+
+
+@pytest.mark.parametrize(
     ("rule", "sizes"),
     [
         (GridRatio(448), {(600, 800): (3, 4, 13), (1080, 1920): (2, 4, 9), (1024, 1024): (3, 3, 10),

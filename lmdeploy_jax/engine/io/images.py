@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from math import prod
 
 import numpy as np
-from PIL import Image
 
 from lmdeploy_jax.errors import CheckpointError, ContextLengthError, RequestError
 from lmdeploy_jax.prompt import RopePositions, Span, SpanImage
@@ -65,28 +65,19 @@ class PromptImages:
         fetched = _fetched(parts, access)
         images, rows = [], 0
         for part, processor in zip(parts, processors, strict=True):
-            try:
-                with _DECODING:
-                    images.append(self._processed(load_image(part.source, access, fetched), processor))
-            except RequestError as error:
-                raise _named(error, part) from error
-            rows += len(self._family.rows(self._config, images[-1].plan))
-            if rows >= most:
-                raise ContextLengthError(
-                    f"Input length ({len(images)} images of {rows} tokens) must be smaller than the model "
-                    f"context length ({most})."
-                )
+            with _DECODING, _naming(part):
+                image = load_image(part.source, access, fetched)
+                plan = processor.plan(image.height, image.width)
+                self._check_size(plan)
+                rows += len(self._family.rows(self._config, plan))
+                if rows >= most:
+                    raise _too_long(rows, most)
+                images.append(processor(image))
         return images
 
     def _processor(self, part: ImagePart) -> ImageProcessor:
-        try:
+        with _naming(part):
             return self._config.processor.with_options(part.options)
-        except RequestError as error:
-            raise _named(error, part) from error
-
-    def _processed(self, image: Image.Image, processor: ImageProcessor) -> ProcessedImage:
-        self._check_size(processor.plan(image.height, image.width))
-        return processor(image)
 
     def _check_size(self, plan: ImagePlan) -> None:
         """Raises RequestError for a view that no run of the encoder takes."""
@@ -150,8 +141,22 @@ def _fetched(parts: Sequence[ImagePart], access: MediaAccess) -> dict[str, bytes
     return fetch(urls, access)
 
 
-def _named(error: RequestError, part: ImagePart) -> RequestError:
-    return RequestError(f"{part.where}: {error}", param=part.where)
+@contextmanager
+def _naming(part: ImagePart) -> Iterator[None]:
+    """Errors say which image they are about."""
+    try:
+        yield
+    except ContextLengthError:
+        raise
+    except RequestError as error:
+        raise RequestError(f"{part.where}: {error}", param=part.where) from error
+
+
+def _too_long(rows: int, most: int) -> ContextLengthError:
+    return ContextLengthError(
+        f"Input length (images of at least {rows} tokens) must be smaller than the model context length "
+        f"({most})."
+    )
 
 
 def _span(at: ImageSpan, image: ProcessedImage) -> Span:

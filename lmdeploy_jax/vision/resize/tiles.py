@@ -17,6 +17,8 @@ from lmdeploy_jax.vision.interpolate import resample_bicubic
 from lmdeploy_jax.vision.pixels import BLACK, WHITE, Colour, Resample
 from lmdeploy_jax.vision.resize.plan import ImagePlan, cut
 
+MOST_TILES = 1024  # that a request may ask for; grids of so many are gone through one by one
+
 
 @dataclass(frozen=True)
 class FixedSize:
@@ -81,6 +83,13 @@ class GridRatio:
     resample: Resample = "bicubic"
 
     OPTIONS: ClassVar[Mapping[str, str]] = {"max_dynamic_patch": "most", "min_dynamic_patch": "least"}
+
+    def __post_init__(self) -> None:
+        if not self.least <= self.most <= MOST_TILES:
+            raise RequestError(
+                f"min_dynamic_patch is {self.least} and max_dynamic_patch {self.most}; the first may be at "
+                f"most the second, and that {MOST_TILES}"
+            )
 
     def plan(self, height: int, width: int) -> ImagePlan:
         columns, rows = self._grid(height, width)
@@ -214,6 +223,10 @@ class HDTransform:
     most: int
 
     OPTIONS: ClassVar[Mapping[str, str]] = {"num_crops": "most"}
+
+    def __post_init__(self) -> None:
+        if self.most > MOST_TILES:
+            raise RequestError(f"num_crops is {self.most}; it may be at most {MOST_TILES}")
 
     def plan(self, height: int, width: int) -> ImagePlan:
         short, long = sorted((height, width))
