@@ -22,12 +22,14 @@ NAMES: Mapping[str, str] = {"gate_up_proj": "gate_up", "down_proj": "down"}
 class StackedExperts:
     """How a family stacks its experts: `PREFIX.gate_up_proj` [X, 2 I, E] and `PREFIX.down_proj` [X, E, I].
 
-    names: tensor -> what it holds, where it is called otherwise. interleaved: gate and up take turns, row by
+    names: tensor -> what it holds, where it is called otherwise; below: what stands below the prefix in the
+    names of single ones. interleaved: gate and up take turns, row by
     row, instead of half and half. transposed: plain weights, and no others, have their inner axis first.
     """
 
     prefix: str = r".*\.experts"
     names: Mapping[str, str] = field(default_factory=lambda: NAMES)
+    below: str = ""
     interleaved: bool = False
     transposed: bool = False
 
@@ -43,7 +45,7 @@ class StackedExperts:
         found = {}
         for expert in range(info.shape[0]):
             for number, part in enumerate(parts):
-                single = f"{match[1]}.{expert}.{part}_proj{suffix.replace('_bias', '.bias')}"
+                single = f"{match[1]}{self.below}.{expert}.{part}_proj{suffix.replace('_bias', '.bias')}"
                 found[single] = _View(name, expert, number, len(parts), self.interleaved, turned)
         return found
 

@@ -292,6 +292,23 @@ CONFIGS: Mapping[str, Spec] = {
     "deepseek_v3": Spec(
         "DeepseekV3", SIGMOID | LATENT | {"attention_bias": True} | _yarn(mscale=0.7, mscale_all_dim=1.3)
     ),
+    "dots1": Spec("Dots1", {**SIGMOID, "norm_topk_prob": True, "sliding_window": 24, "max_window_layers": 1}),
+    "hy_v3": Spec(
+        "HYV3", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    ),
+    "granite_moe_shared": Spec(
+        "GraniteMoeShared",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 40,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 1.7,
+            "attention_multiplier": 0.1,
+        },
+    ),
+    "granite_moe": Spec("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v32": Spec("DeepseekV32", SIGMOID | LATENT | INDEX | {"mlp_layer_types": ["dense", "sparse"]}),
     "glm_moe_dsa": Spec(
         "GlmMoeDsa",

@@ -18,6 +18,7 @@ from lmdeploy_jax.converters.families.deepseek import (
     deepseek_v2_config,
     deepseek_v3_config,
     deepseek_v32_config,
+    dots1_config,
     glm4_moe_lite_config,
     glm_moe_dsa_config,
     latent_rules,
@@ -38,12 +39,19 @@ from lmdeploy_jax.converters.families.glm import (
     glm_rules,
 )
 from lmdeploy_jax.converters.families.gpt_oss import GPT_OSS_STACKED, gpt_oss_config, gpt_oss_rules
-from lmdeploy_jax.converters.families.granite import granite_config
+from lmdeploy_jax.converters.families.granite import (
+    GRANITE_STACKED,
+    granite_config,
+    granite_moe_config,
+    granite_moe_rules,
+)
 from lmdeploy_jax.converters.families.hunyuan import (
+    HY_V3_NAMES,
     hunyuan_config,
     hunyuan_moe_config,
     hunyuan_moe_rules,
     hunyuan_rules,
+    hy_v3_config,
 )
 from lmdeploy_jax.converters.families.internlm import internlm2_config, internlm3_config
 from lmdeploy_jax.converters.families.llama import llama_config
@@ -132,7 +140,11 @@ FAMILIES: Mapping[str, Family] = {
     "Starcoder2ForCausalLM": Family(starcoder2_config, starcoder2_rules),
     "ApertusForCausalLM": Family(apertus_config, apertus_rules),
     "ArceeForCausalLM": Family(arcee_config, arcee_rules),
+    "HYV3ForCausalLM": Family(hy_v3_config, partial(mixture_rules, names=HY_V3_NAMES), STACKED),
+    "Dots1ForCausalLM": Family(dots1_config, mixture_rules, STACKED),
     "GraniteForCausalLM": Family(granite_config),
+    "GraniteMoeForCausalLM": Family(granite_moe_config, granite_moe_rules, GRANITE_STACKED),
+    "GraniteMoeSharedForCausalLM": Family(granite_moe_config, granite_moe_rules, GRANITE_STACKED),
     "SmolLM3ForCausalLM": Family(smollm3_config),
     "SeedOssForCausalLM": Family(seed_oss_config),
     "GemmaForCausalLM": Family(gemma_config),
@@ -182,7 +194,11 @@ MODEL_TYPES: Mapping[str, str] = {
     "starcoder2": "Starcoder2ForCausalLM",
     "apertus": "ApertusForCausalLM",
     "arcee": "ArceeForCausalLM",
+    "hy_v3": "HYV3ForCausalLM",
+    "dots1": "Dots1ForCausalLM",
     "granite": "GraniteForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "granitemoeshared": "GraniteMoeSharedForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "gemma": "GemmaForCausalLM",

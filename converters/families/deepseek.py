@@ -7,9 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from lmdeploy_jax.converters.families.common import (
+    FULL,
+    SLIDING,
     count_heads,
     count_layers,
     decoder_config,
+    head_size,
+    layer_windows,
 )
 from lmdeploy_jax.converters.families.glm import sigmoid_mixture
 from lmdeploy_jax.converters.families.mixture import after_dense, mixture_rules, read_mixture, sparse_layers
@@ -68,6 +72,26 @@ def _index_length(fields: Fields) -> int:
     for name in ("index_n_heads", "index_head_dim", "indexer_rope_interleave", "layer_types"):
         fields.get(name)
     return fields.size("index_topk", 2048)
+
+
+def dots1_config(fields: Fields) -> DecoderConfig:
+    """HF `Dots1Config`: V3's mixtures behind plain attention, with norms of q and k."""
+    head_dim, layers = head_size(fields), count_layers(fields)
+    window, first = (
+        fields.optional_size("sliding_window", 4096),
+        fields.size("max_window_layers", 62, least=0),
+    )
+    default = [SLIDING if window is not None and i >= first else FULL for i in range(layers)]
+    bias = fields.flag("attention_bias", False)
+    return decoder_config(
+        fields,
+        head_dim=head_dim,
+        rope=read_rope(fields, head_dim),
+        windows=layer_windows(fields, default, window),
+        attention={"qkv_bias": bias, "o_bias": bias, "qk_norm": True},
+        mixture=sigmoid_mixture(fields, width=1408, experts=128, per_token=6, normalise=False),
+        sparse=after_dense(fields, 0),
+    )
 
 
 def glm4_moe_lite_config(fields: Fields) -> DecoderConfig:

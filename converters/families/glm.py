@@ -66,6 +66,7 @@ def sigmoid_mixture(
     per_token: int,
     groups: tuple[int, int] = (1, 1),
     scale: float = 1.0,
+    normalise: bool = True,
 ) -> MixtureConfig:
     """The mixture of DeepSeek V3 and its kin; the numbers are the family's defaults.
 
@@ -81,7 +82,7 @@ def sigmoid_mixture(
         experts=experts,
         per_token=per_token,
         scores="sigmoid",
-        normalise=fields.flag("norm_topk_prob", True),
+        normalise=fields.flag("norm_topk_prob", normalise),
         scale=fields.number("routed_scaling_factor", scale),
         correction=True,
         groups=fields.size("n_group", groups[0]),

@@ -1,4 +1,4 @@
-"""Tencent Hunyuan, dense and mixtures: norms of q and k come behind the rotation."""
+"""Tencent Hunyuan, dense and mixtures: norms of q and k come behind the rotation, but for Hy3's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from lmdeploy_jax.converters.families.common import decoder_config, head_size
-from lmdeploy_jax.converters.families.mixture import MixtureNames, mixture_rules, read_mixture
+from lmdeploy_jax.converters.families.mixture import MixtureNames, after_dense, mixture_rules, read_mixture
 from lmdeploy_jax.converters.families.rope import read_rope
 from lmdeploy_jax.converters.families.tables import hf_rules
 from lmdeploy_jax.converters.fields import Fields
@@ -15,6 +15,7 @@ from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
 QK_NORMS = ("query_layernorm", "key_layernorm")
 NAMES = MixtureNames(router="gate.wg", shared="shared_mlp")
 ONES = ("num_shared_expert", "cla_share_factor")
+HY_V3_NAMES = MixtureNames(router="router.gate", correction="expert_bias", shared="shared_mlp")
 hunyuan_rules = partial(hf_rules, qk_norms=QK_NORMS)
 hunyuan_moe_rules = partial(mixture_rules, names=NAMES, qk_norms=QK_NORMS)
 
@@ -52,6 +53,35 @@ def hunyuan_moe_config(fields: Fields) -> DecoderConfig:
         whole, width=width, shared=width, experts=1, per_token=1, normalise=True, float32=True
     )
     return hunyuan_config(fields, mixture=mixture)
+
+
+def hy_v3_config(fields: Fields) -> DecoderConfig:
+    """HF `HYV3Config`."""
+    head_dim = head_size(fields, 128)
+    bias = fields.flag("attention_bias", False)
+    inner = fields.size("moe_intermediate_size", 1536)
+    fields.get("enable_moe_fp32_combine")  # sums are always made in float32
+    mixture = read_mixture(
+        fields,
+        width=inner,
+        shared=inner * fields.size("num_shared_experts", 1, least=0),
+        experts=192,
+        per_token=8,
+        scores="sigmoid",
+        normalise=True,
+        scale=fields.number("router_scaling_factor", 2.826),
+        correction=True,
+        float32=True,
+    )
+    return decoder_config(
+        fields,
+        head_dim=head_dim,
+        rope=read_rope(fields, head_dim, theta=11158840.0),
+        attention={"qkv_bias": bias, "o_bias": bias, "qk_norm": True},
+        mixture=mixture,
+        sparse=after_dense(fields, 1),
+        norm_eps=fields.positive("rms_norm_eps", 1e-5),
+    )
 
 
 def _alike(fields: Fields, name: str) -> Any:
