@@ -17,6 +17,7 @@ from lmdeploy_jax.errors import CheckpointError
 TEXT_PARTS: Mapping[str, str] = {
     "InternVLChatModel": "llm_config",
     "InternVLForConditionalGeneration": "text_config",
+    "Gemma3ForConditionalGeneration": "text_config",
     "LlavaForConditionalGeneration": "text_config",
     "LlavaNextForConditionalGeneration": "text_config",
     "Mistral3ForConditionalGeneration": "text_config",

@@ -31,17 +31,20 @@ def attend_paged(
     options: AttentionOptions,
     *,
     group: int,
+    lookahead: Int32[Array, "B N"] | None = None,
 ) -> Float32[Array, "B KH N D"]:
     """Attention of B independent blocks of N query rows for each KV head.
 
-    `tables` has each block's pages; a row at position -1 sees nothing and comes out as zeros.
+    `tables` has each block's pages; a row at position -1 sees nothing and comes out as zeros. `lookahead`:
+    how many positions beyond its own each row sees, 0 for those.
     Blocks run `group` at a time, each group for as many steps as its longest block needs; groups after the
     last live block cost nothing.
     """
     blocks = q.shape[0]
     if blocks <= group:
-        return _attend_group(q, k_pages, v_pages, tables, positions, sinks, options)
+        return _attend_group(q, k_pages, v_pages, tables, positions, lookahead, sinks, options)
     padding = -blocks % group
+    lookahead = None if lookahead is None else _pad_rows(lookahead, padding, 0)
     q, tables = _pad_rows(q, padding, 0), _pad_rows(tables, padding, 0)
     positions = _pad_rows(positions, padding, -1)
     live = jnp.max(positions, axis=1) >= 0
@@ -50,7 +53,8 @@ def attend_paged(
     def step(index: jax.Array, out: jax.Array) -> jax.Array:
         start = index * group
         q_, tables_, positions_ = (lax.dynamic_slice_in_dim(x, start, group) for x in (q, tables, positions))
-        part = _attend_group(q_, k_pages, v_pages, tables_, positions_, sinks, options)
+        ahead = None if lookahead is None else lax.dynamic_slice_in_dim(lookahead, start, group)
+        part = _attend_group(q_, k_pages, v_pages, tables_, positions_, ahead, sinks, options)
         return lax.dynamic_update_slice_in_dim(out, part, start, 0)
 
     return lax.fori_loop(0, last // group + 1, step, jnp.zeros(q.shape, jnp.float32))[:blocks]
@@ -66,12 +70,13 @@ def _attend_group(
     v_pages: jax.Array,
     tables: jax.Array,
     positions: jax.Array,
+    lookahead: jax.Array | None,
     sinks: jax.Array | None,
     options: AttentionOptions,
 ) -> jax.Array:
     page_size = k_pages.shape[2]
-    first, steps = _page_range(positions, page_size, options.window)
-    newest = jnp.max(positions, axis=1)[:, None]
+    newest = jnp.max(positions if lookahead is None else positions + lookahead, axis=1)
+    first, steps = _page_range(positions, newest, page_size, options.window)
     q = q.astype(jnp.float32) * options.scale
 
     def step(index: jax.Array, state: State) -> State:
@@ -80,17 +85,20 @@ def _attend_group(
         key_positions = column[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)  # [B, P]
         keys, values = _read_pages(k_pages, pages), _read_pages(v_pages, pages)
         # Whatever unused slots hold, NaN too, must not count: a weight of zero alone would keep a NaN.
-        values = jnp.where((key_positions <= newest)[:, None, :, None], values, 0.0)
-        visible = _visible(positions, key_positions, options.window)
+        values = jnp.where((key_positions <= newest[:, None])[:, None, :, None], values, 0.0)
+        visible = _visible(positions, lookahead, key_positions, options.window)
         return _online_softmax(state, q, keys, values, visible, options.soft_cap)
 
     _, denominator, out = lax.fori_loop(0, steps, step, _initial_state(q, sinks))
     return out / jnp.maximum(denominator, 1e-30)[..., None]
 
 
-def _page_range(positions: jax.Array, page_size: int, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """First page [B] that any row of a block sees, and the number of pages that covers every block."""
-    newest = jnp.max(positions, axis=1)
+def _page_range(
+    positions: jax.Array, newest: jax.Array, page_size: int, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """First page [B] that any row of a block sees, and the number of pages that covers every block, up to its
+    `newest` key [B].
+    """
     first = jnp.zeros_like(newest)
     if window is not None:
         oldest = jnp.min(jnp.where(positions < 0, newest[:, None], positions), axis=1)
@@ -109,10 +117,12 @@ def _read_pages(pages: jax.Array, indices: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, pages.dtype).astype(jnp.float32)
 
 
-def _visible(positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
+def _visible(
+    positions: jax.Array, lookahead: jax.Array | None, key_positions: jax.Array, window: int | None
+) -> jax.Array:
     """Which keys [B, P] the rows [B, N] see -> bool [B, 1, N, P]."""
     age = positions[:, :, None] - key_positions[:, None, :]
-    visible = age >= 0
+    visible = age >= 0 if lookahead is None else age + lookahead[:, :, None] >= 0
     if window is not None:
         visible &= age < window
     return visible[:, None]

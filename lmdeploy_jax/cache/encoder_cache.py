@@ -80,12 +80,36 @@ def rows_of(image: SpanImage, number: int) -> np.ndarray:
     return np.unique(image.rows[image.rows // image.view_rows == number])
 
 
+def _blocks(prompt: EncodedPrompt, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Tokens in a row that have rows of images, first and last but one: those of which `start .. stop` has
+    some.
+    """
+    for span, image in zip(prompt.spans, prompt.images, strict=True):
+        if span.start < stop and start < span.stop:
+            gaps = np.flatnonzero(np.diff(image.places) > 1)
+            firsts, lasts = image.places[np.append(0, gaps + 1)], image.places[np.append(gaps, -1)]
+            for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+                if span.start + first < stop and start <= span.start + last:
+                    yield span.start + first, span.start + last + 1
+
+
+def _uncut(prompt: EncodedPrompt, start: int, stop: int, most: int) -> int:
+    """Where tokens `start .. stop` end so that no block is cut: before the last one, or after it where there
+    is nothing before it and `most` allows.
+    """
+    for first, end in _blocks(prompt, stop - 1, stop):
+        if end > stop:
+            return first if first > start else end if end <= most else start
+    return stop
+
+
 class EncoderCacheManager:
     """Rows of views, the longest unused of which make room for others; those that a step reads stay for it.
 
     capacity: rows that are held, the last `learned` of which are the vision model's own and always there.
     run_size: of the largest run; joining_size: of one beside answers that somebody reads along, whose next
-    tokens wait for it. max_batch_size: images of a run (None: as many as fit).
+    tokens wait for it. max_batch_size: images of a run (None: as many as fit). bidirectional: a view's tokens
+    attend to each other both ways, so that one step computes all of them.
     """
 
     def __init__(
@@ -96,8 +120,9 @@ class EncoderCacheManager:
         joining_size: int,
         max_batch_size: int | None = None,
         learned: int = 0,
+        bidirectional: bool = False,
     ) -> None:
-        self.capacity, self._learned = capacity, learned
+        self.capacity, self._learned, self._bidirectional = capacity, learned, bidirectional
         self._run_size, self._joining_size, self._max_images = run_size, joining_size, max_batch_size
         self.queries = self.hits = 0  # images that prompts had to read, and those of them that were held
         self.forget()
@@ -124,10 +149,13 @@ class EncoderCacheManager:
             self.queries += 1
             self.hits += self._held.keys() >= part.views().keys()
 
-    def reach(self, prompt: EncodedPrompt, start: int, stop: int) -> int:
+    def reach(self, prompt: EncodedPrompt, start: int, stop: int, most: int) -> int:
         """Up to where the step can compute tokens `start .. stop`: the first that has a row of a view which
-        is not held and can't be encoded before it.
+        is not held and can't be encoded before it. Where a view must not be cut, it is `most` that counts for
+        the first one.
         """
+        if self._bidirectional:
+            stop = _uncut(prompt, start, stop, most)
         for part in parts(prompt, start, stop):
             for key, token in part.views().items():
                 if not self._will_hold(key, part.image):
@@ -194,6 +222,20 @@ class EncoderCacheManager:
         for tokens, places in found:
             index[tokens] = places
         return index if (index >= 0).any() else None
+
+    def lookahead(self, chunks: Iterable[tuple[EncodedPrompt, int, int]]) -> np.ndarray | None:
+        """How many tokens after it each of a step's tokens sees: int32, the rest of its view's; None for
+        models whose tokens see none. Given what `index` is given.
+        """
+        if not self._bidirectional:
+            return None
+        ahead: list[np.ndarray] = []
+        for prompt, start, stop in chunks:
+            ahead.append(np.zeros(stop - start, np.int32))
+            for first, end in _blocks(prompt, start, stop):
+                first = max(first, start)
+                ahead[-1][first - start : end - start] = np.arange(end - first)[::-1]
+        return np.concatenate(ahead)
 
     def _places(self, part: Part) -> np.ndarray:
         places = self.capacity + part.rows  # as learned rows have it

@@ -23,6 +23,9 @@ class AttentionMetadata:
     page_table: Int32[Array, "S M"]  # pages of each sequence in order; unused entries 0
     kv_lens: Int32[Array, "S"]  # tokens in the cache including this step's; 0 in padding rows
     tiles: Int32[Array, "W 4"] | None = None  # see lmdeploy_jax.pallas_kernels.prefill_attention
+    lookahead: Int32[Array, "T"] | None = (
+        None  # positions beyond its own that a token sees; None: no token does
+    )
 
 
 @jax.tree_util.register_dataclass

@@ -109,10 +109,10 @@ class Kernels:
         q, k_pages, v_pages = rope_kv_write(qkv, k_pages, v_pages, metadata.slots, work, **how)
         queries = q.reshape(q.shape[0], -1, q.shape[-1])
         if backend == "pallas":
-            backend = self._prefill_backend(q, k_pages, mixer)
+            backend = self._prefill_backend(q, k_pages, mixer, metadata)
         arguments = (queries, k_pages, v_pages, metadata.page_table, metadata.tiles)
         height = tile_rows(self.backend)  # of the batch's tiles, which layers of both backends share
-        how = {"sinks": sinks, "backend": backend, "tile_rows": height}
+        how = {"sinks": sinks, "lookahead": metadata.lookahead, "backend": backend, "tile_rows": height}
         out = prefill_attention(*arguments, options=options, **how)
         return out.reshape(q.shape), (k_pages, v_pages, split_counters)
 
@@ -133,9 +133,12 @@ class Kernels:
         )
         return out, (pages, *rest)
 
-    def _prefill_backend(self, q: Array, k_pages: Array, mixer: AttentionConfig) -> str:
+    def _prefill_backend(
+        self, q: Array, k_pages: Array, mixer: AttentionConfig, metadata: AttentionMetadata
+    ) -> str:
         """Mosaic's calls take the host longer than a short step lasts: they are for long ones."""
         long = self.tuning.prefill_attention == "mosaic" and q.shape[0] >= MOSAIC_TOKENS
         options = mixer.options
-        plain = long and options.window is None and options.soft_cap is None and not mixer.sinks
+        causal = long and metadata.lookahead is None and not mixer.sinks
+        plain = causal and options.window is None and options.soft_cap is None
         return "mosaic" if plain and why_not_mosaic(q.dtype, k_pages.dtype, q.shape[-1]) is None else "pallas"

@@ -16,7 +16,7 @@ __all__ = ["build_tiles", "max_tiles", "prefill_attention", "tile_rows", "why_no
 
 
 def why_not_mosaic(dtype: DTypeLike, cache_dtype: DTypeLike, head_dim: int) -> str | None:
-    """Why backend "mosaic" cannot do it, or None. It knows no sinks, window or soft cap either."""
+    """Why backend "mosaic" cannot do it, or None. It knows no sinks, lookahead, window or soft cap either."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16) or jnp.dtype(cache_dtype) != jnp.dtype(dtype):
         return f"it multiplies 16-bit numbers, not {dtype} with {cache_dtype}"
     if head_dim not in (64, 128):
@@ -33,6 +33,7 @@ def prefill_attention(
     *,
     options: AttentionOptions,
     sinks: Sinks | None = None,
+    lookahead: Int32[Array, "T"] | None = None,
     backend: str,
     tile_rows: int | None = None,
 ) -> Float[Array, "T H D"]:
@@ -40,10 +41,11 @@ def prefill_attention(
 
     q [T, H, D]; k_pages, v_pages [pages, KH, PAGE_SIZE, D]; page_table int32 [S, M], padded with 0; tiles
     int32 [W, 4] from `build_tiles` with this backend's `tile_rows`; "xla" also takes those of another one,
-    whose `tile_rows` it is told. A row at position p sees keys at
-    positions p-window < j <= p. `sinks` f32 [H] adds a logit to each head's softmax denominator. Softmax in
-    f32. Backend "mosaic" is for Hopper, see `why_not_mosaic`. Returns [T, H, D] in q's dtype; rows that no
-    tile covers hold anything finite, as q does. Raises ValueError for shapes or options that do not fit.
+    whose `tile_rows` it is told. A row at position p sees keys at positions p-window < j <= p + `lookahead`,
+    int32 [T], None being 0: those must be in the pages too. `sinks` f32 [H] adds a logit to each head's
+    softmax denominator. Softmax in f32. Backend "mosaic" is for Hopper, see `why_not_mosaic`. Returns
+    [T, H, D] in q's dtype; rows that no tile covers hold anything finite, as q does. Raises ValueError for
+    shapes or options that do not fit.
     """
     check_backend(backend, "mosaic")
     check_cache(k_pages, v_pages)
@@ -52,18 +54,18 @@ def prefill_attention(
         raise ValueError(f"tiles has shape {tiles.shape}; it must be [tiles, 4], as build_tiles makes it")
     if backend == "xla":
         rows = tile_rows or TILE_ROWS["xla"]
-        return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options, rows)
+        return xla.prefill_attention(q, k_pages, v_pages, page_table, tiles, sinks, options, rows, lookahead)
     from lmdeploy_jax.pallas_kernels.prefill_attention import pallas  # CPUs never need it
 
-    arrays = (q, k_pages, v_pages, page_table, tiles)
+    arrays = (q, k_pages, v_pages, page_table, tiles, sinks, lookahead)
     if backend != "mosaic":
-        return pallas.prefill_attention(*arrays, sinks, options, interpret=backend == "pallas_interpret")
+        return pallas.prefill_attention(*arrays, options, interpret=backend == "pallas_interpret")
     reason = why_not_mosaic(q.dtype, k_pages.dtype, q.shape[2])
-    if sinks is not None or options.window is not None or options.soft_cap is not None:
-        reason = "it knows no sinks, window or soft cap"
+    if any(each is not None for each in (sinks, lookahead, options.window, options.soft_cap)):
+        reason = "it knows no sinks, lookahead, window or soft cap"
     if reason:
         raise ValueError(f"backend 'mosaic' cannot do this prefill attention: {reason}; take 'pallas'")
     from lmdeploy_jax.pallas_kernels.prefill_attention import mosaic
 
-    some = pallas.prefill_attention(*arrays, sinks, options, only_short=True, interpret=False)
-    return mosaic.prefill_attention(some, *arrays[1:], options)
+    some = pallas.prefill_attention(*arrays, options, only_short=True, interpret=False)
+    return mosaic.prefill_attention(some, *arrays[1:5], options)

@@ -48,6 +48,7 @@ def prefill_attention(
     page_table: Int32[Array, "S M"],
     tiles: Tiles,
     sinks: Sinks | None,
+    lookahead: Int32[Array, "T"] | None,
     options: AttentionOptions,
     *,
     tuning: Tuning | None = None,
@@ -65,7 +66,7 @@ def prefill_attention(
     grid = (blocks, kv_heads, tiles.shape[0])
     how = Launch("prefill_attention", grid, tuning.num_warps, tuning.num_stages, aliases={0: 0})
     kernel = functools.partial(_kernel, block=None if only_short else block, group=group, options=options)
-    inputs = (q, k_pages, v_pages, page_table, tiles, sinks)
+    inputs = (q, k_pages, v_pages, page_table, tiles, sinks, lookahead)
     return launch(kernel, how, jax.ShapeDtypeStruct(q.shape, q.dtype), *inputs, interpret=interpret)
 
 
@@ -96,6 +97,7 @@ def _kernel(
     table_ref: jax.Ref,
     tiles_ref: jax.Ref,
     sinks_ref: jax.Ref | None,
+    ahead_ref: jax.Ref | None,
     o_ref: jax.Ref,
     *,
     block: int | None,
@@ -109,7 +111,8 @@ def _kernel(
     def run(size: int, enabled: jax.Array) -> None:
         first = index * (size // group)
         part = _Block(size, group, kv_head, table_row, start, count, position, first)
-        attend = functools.partial(_attend_block, q_ref, k_ref, v_ref, table_ref, sinks_ref, o_ref)
+        refs = (q_ref, k_ref, v_ref, table_ref, sinks_ref, ahead_ref, o_ref)
+        attend = functools.partial(_attend_block, *refs)
         pl.when(enabled & (first < count))(lambda: attend(part, options))
 
     if block is not None:
@@ -123,6 +126,7 @@ def _attend_block(
     v_ref: jax.Ref,
     table_ref: jax.Ref,
     sinks_ref: jax.Ref | None,
+    ahead_ref: jax.Ref | None,
     o_ref: jax.Ref,
     part: _Block,
     options: AttentionOptions,
@@ -136,7 +140,10 @@ def _attend_block(
     mask = valid[:, None] & (column < head_dim)
     at = ((part.start + query)[:, None], head[:, None], column)
     q = plt.load(q_ref.at[at], mask=mask, other=0).astype(k_ref.dtype)
-    state = _attend_pages(q, k_ref, v_ref, table_ref, part.position + query, part, options)
+    ahead = None
+    if ahead_ref is not None:
+        ahead = plt.load(ahead_ref.at[part.start + query], mask=valid, other=0)
+    state = _attend_pages(q, k_ref, v_ref, table_ref, part.position + query, ahead, part, options)
     if sinks_ref is not None:
         state = add_sink(state, plt.load(sinks_ref.at[head], mask=valid, other=0.0))
     plt.store(o_ref.at[at], normalised(state).astype(o_ref.dtype), mask=mask)
@@ -148,43 +155,47 @@ def _attend_pages(
     v_ref: jax.Ref,
     table_ref: jax.Ref,
     positions: jax.Array,
+    ahead: jax.Array | None,
     part: _Block,
     options: AttentionOptions,
 ) -> Softmax:
+    """`ahead`: how many positions beyond its own each row sees; None: none does."""
     page_size = k_ref.shape[2]
     oldest = part.position + part.first
     newest = part.position + jnp.minimum(part.first + part.size // part.group, part.count) - 1
+    last = newest if ahead is None else jnp.max(jnp.minimum(positions, newest) + ahead)
 
     def step(index: jax.Array, state: Softmax, *, masked: bool) -> Softmax:
         page = table_ref[part.table_row, index]
         keys = load_page(k_ref, page, part.kv_head)
         if not masked:
             return attend_page(state, q, keys, load_page(v_ref, page, part.kv_head), None, options)
-        values = load_page(v_ref, page, part.kv_head, newest + 1 - index * page_size)
+        values = load_page(v_ref, page, part.kv_head, last + 1 - index * page_size)
         key = index * page_size + jnp.arange(page_size, dtype=jnp.int32)
         age = positions[:, None] - key[None, :]
-        visible = age >= 0 if options.window is None else (age >= 0) & (age < options.window)
+        visible = age >= 0 if ahead is None else age + ahead[:, None] >= 0
+        if options.window is not None:
+            visible = visible & (age < options.window)
         return attend_page(state, q, keys, values, visible, options)
 
     masked, unmasked = (functools.partial(step, masked=flag) for flag in (True, False))
-    begin, unmasked_begin, unmasked_end, end = _page_ranges(oldest, newest, page_size, options.window)
+    begin, unmasked_begin, unmasked_end = _page_ranges(oldest, newest, page_size, options.window)
     state = initial_state(*q.shape)
     if options.window is not None:
         state = lax.fori_loop(begin, unmasked_begin, masked, state)
     state = lax.fori_loop(unmasked_begin, unmasked_end, unmasked, state)
-    return lax.fori_loop(unmasked_end, end, masked, state)
+    return lax.fori_loop(unmasked_end, lax.div(last, page_size) + 1, masked, state)
 
 
 def _page_ranges(
     oldest: jax.Array, newest: jax.Array, page_size: int, window: int | None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Pages that queries `oldest` to `newest` see: (first, first whole, past the whole, past all)."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pages that queries `oldest` to `newest` see: (first, first whole, past the whole)."""
     zero = jnp.int32(0)
-    end = lax.div(newest, page_size) + 1
     unmasked_end = lax.div(oldest + 1, page_size)
     if window is None:
-        return zero, zero, unmasked_end, end
+        return zero, zero, unmasked_end
     begin = lax.div(jnp.maximum(oldest - window + 1, zero), page_size)
     unmasked_begin = lax.div(jnp.maximum(newest - window + 1, zero) + page_size - 1, page_size)
     unmasked_end = jnp.maximum(unmasked_end, begin)
-    return begin, jnp.minimum(unmasked_begin, unmasked_end), unmasked_end, end
+    return begin, jnp.minimum(unmasked_begin, unmasked_end), unmasked_end

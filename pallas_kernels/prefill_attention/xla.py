@@ -22,6 +22,7 @@ def prefill_attention(
     sinks: Sinks | None,
     options: AttentionOptions,
     rows: int,
+    lookahead: Int32[Array, "T"] | None,
 ) -> Float[Array, "T H D"]:
     """See `lmdeploy_jax.pallas_kernels.prefill_attention`; `rows` is the most that one tile holds."""
     tokens, heads, head_dim = q.shape
@@ -30,7 +31,9 @@ def prefill_attention(
     width = tiles.shape[0]
     row = jnp.arange(rows, dtype=jnp.int32)
     positions = jnp.where(row < tiles[:, 2:3], tiles[:, 3:4] + row, -1)  # [W, R]
-    queries = q.at[tiles[:, 1:2] + row].get(mode="clip")  # [W, R, H, D]
+    packed = tiles[:, 1:2] + row
+    queries = q.at[packed].get(mode="clip")  # [W, R, H, D]
+    ahead = None if lookahead is None else lookahead.at[packed].get(mode="clip") * (positions >= 0)
     queries = queries.reshape(width, rows, kv_heads, groups, head_dim).swapaxes(1, 2)
     out = attend_paged(
         queries.reshape(width, kv_heads, rows * groups, head_dim),
@@ -41,6 +44,7 @@ def prefill_attention(
         None if sinks is None else jnp.tile(sinks.reshape(kv_heads, groups), (1, rows)),
         options,
         group=GROUP,
+        lookahead=None if ahead is None else jnp.repeat(ahead, groups, axis=1),
     )
     out = (
         out.reshape(width, kv_heads, rows, groups, head_dim)

@@ -49,7 +49,7 @@ def test_small_images_share_a_run(name: str, configs: dict[str, VisionModelConfi
     images = [image(config, 4, 6), image(config, 2, 2, views=3), image(config, 20, 20), image(config, 2, 4)]
     cache = EncoderCacheManager(1000, run_size=buckets.shared, joining_size=buckets.joining)
     asked = prompt(*images)
-    assert cache.reach(asked, 0, len(asked)) == len(asked)
+    assert cache.reach(asked, 0, len(asked), len(asked)) == len(asked)
     runs = cache.take_runs()
     assert [len(run.views) for run in runs] == [4, 1, 1]
     places = np.concatenate([view.places for run in runs for view in run.views])
@@ -61,7 +61,7 @@ def test_views_of_which_nothing_is_wanted_are_left_out(configs: dict[str, Vision
     whole = image(configs["internvl_hf"], 2, 2, views=30)
     some = replace(whole, rows=np.array([-1, 9, 110]), places=np.arange(3))
     cache = EncoderCacheManager(1000, run_size=13, joining_size=4, learned=1)
-    assert cache.reach(prompt(some), 0, 3) == 3
+    assert cache.reach(prompt(some), 0, 3, 3) == 3
     (run,) = cache.take_runs()
     assert [(view.number, view.rows.tolist()) for view in run.views] == [(2, [9]), (27, [110])]
     index = cache.index([(prompt(some), 0, 3)])

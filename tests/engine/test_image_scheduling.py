@@ -158,7 +158,7 @@ def test_rows_that_a_running_sequence_needs_are_the_last_to_make_room(needed):
 
     def encoded(name: str) -> int:
         cache.begin_step(joining=False, needed=lambda: {ViewKey(needed.encode(), 0)})
-        assert cache.reach(prompt((name.encode(), image(1))), 0, VIEW) == VIEW
+        assert cache.reach(prompt((name.encode(), image(1))), 0, VIEW, VIEW) == VIEW
         return len(cache.take_runs())
 
     assert [encoded(name) for name in ("old", "new", "old", "new", "third", needed)] == [1, 1, 0, 0, 1, 0]

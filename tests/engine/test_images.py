@@ -41,7 +41,8 @@ ASK, MORE = "w5 w6 w7", "w8 w9"
 TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}w3"
 PLACEHOLDER, ROW_BYTES = 100, 64 * 4
 BESIDE = {"<img>": 101, "</img>": 102, "[IMG_BREAK]": 103, "[IMG_END]": 104,
-          "<|vision_start|>": 105, "<|vision_end|>": 106, "<|video_pad|>": 107}  # fmt: skip
+          "<|vision_start|>": 105, "<|vision_end|>": 106, "<|video_pad|>": 107, "<start_of_image>": 108,
+          "<end_of_image>": 109}  # fmt: skip
 
 
 def save(name: str, folder: Path) -> Path:
@@ -73,6 +74,8 @@ def hf_tokens(name: str, folder: Path, ids: Sequence[int], images: Sequence[Imag
     tokens = torch.tensor([list(ids)])
     if "image_grid_thw" in inputs:
         given["mm_token_type_ids"] = (tokens == PLACEHOLDER).int()
+    if name.startswith("gemma3"):
+        given["token_type_ids"] = (tokens == PLACEHOLDER).int()
     options = {"max_new_tokens": COUNT, "do_sample": False, "pad_token_id": 0}
     out = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **given, **options)
     return out[0, len(ids) :].tolist()
@@ -106,7 +109,7 @@ def opened(compile_cache: Path) -> Iterator[Open]:
 
 
 FAMILIES = ["internvl_hf", "internvl", "llava", "llava_next", "mistral3", "pixtral", "qwen2_vl", "qwen2_5_vl",
-            "qwen3_vl"]  # fmt: skip
+            "qwen3_vl", "gemma3"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -32,11 +32,13 @@ LAYERS = 2  # enough kernels for XLA to make a command buffer
 
 LLAMA = Model(head_dim=128, heads=32, kv_heads=8, dtype="bfloat16")
 ODD = Model(head_dim=80, heads=14, kv_heads=2, dtype="float16", window=100, soft_cap=30.0, sinks=True)
+GEMMA = Model(head_dim=256, heads=8, kv_heads=4, dtype="bfloat16", window=1024, lookahead=True)
 PROGRAMS = {
     "decode llama": (decode_step, LLAMA),
     "prefill llama": (prefill_step, LLAMA),
     "decode odd": (decode_step, ODD),
     "prefill odd": (prefill_step, ODD),
+    "prefill both ways": (prefill_step, GEMMA),
 }
 
 

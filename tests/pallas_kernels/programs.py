@@ -29,6 +29,7 @@ class Model:
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
+    lookahead: bool = False
 
     def __str__(self) -> str:
         return f"{self.dtype}-{self.head_dim}"
@@ -67,10 +68,13 @@ def prefill_step(model: Model, layers: int) -> Program:
     """What precedes attention, and prefill attention, layer after layer."""
 
     def step(caches: list, x: jax.Array, slots: jax.Array, table: jax.Array, tiles: jax.Array) -> tuple:
+        ahead = slots if model.lookahead else None
+
         def attend(qkv: jax.Array, k: jax.Array, v: jax.Array, work: HeadWork) -> tuple:
             q, k, v = rope_kv_write(qkv, k, v, slots, work, dtype=model.dtype, backend="pallas")
             q = q.reshape(x.shape)
-            return prefill_attention(q, k, v, table, tiles, **model.options(), backend="pallas"), k, v
+            how = {**model.options(), "lookahead": ahead, "backend": "pallas"}
+            return prefill_attention(q, k, v, table, tiles, **how), k, v
 
         return _layers(model, caches, x, slots, attend)
 

@@ -48,6 +48,8 @@ class Shape:
     lengths: tuple[int, ...] = LENGTHS
     options: dict[str, float] = field(default_factory=dict)
     sinks: bool = False
+    block: int | None = None
+    """Prefill: tokens `i * block .. (i + 1) * block` of a sequence attend both ways, for odd i."""
 
     def __str__(self) -> str:
         return self.name
@@ -92,6 +94,13 @@ class PagedBatch:
         """Full softmax of q [H, D] at `position` of sequence `row` -> [H, D]."""
         return np.stack([self._head(q[head], row, position, head) for head in range(q.shape[0])])
 
+    def lookahead(self, row: int, position: int) -> int:
+        """How many keys after its own a query of prefill attention sees: those of its block."""
+        block = self.shape.block
+        if block is None or position // block % 2 == 0:
+            return 0
+        return min((position // block + 1) * block, self.shape.lengths[row]) - 1 - position
+
     def qkv(self, q: np.ndarray) -> np.ndarray:
         """q [S, H, D] with k and v of each sequence's newest token -> [S, KH, G + 2, D]."""
         heads = q.reshape(len(q), self.shape.kv_heads, self.shape.group, self.shape.head_dim)
@@ -128,12 +137,13 @@ class PagedBatch:
     def _head(self, q: np.ndarray, row: int, position: int, head: int) -> np.ndarray:
         options, kv_head = self.shape.options, head // self.shape.group
         first = max(position + 1 - options["window"], 0) if "window" in options else 0
-        logits = self.keys[row][first : position + 1, kv_head].astype(np.float64) @ q * options["scale"]
+        stop = position + 1 + self.lookahead(row, position)
+        logits = self.keys[row][first:stop, kv_head].astype(np.float64) @ q * options["scale"]
         if "soft_cap" in options:
             logits = options["soft_cap"] * np.tanh(logits / options["soft_cap"])
         weights = np.exp(logits)
         denominator = weights.sum() + (0 if self.sinks is None else np.exp(self.sinks[head]))
-        return weights @ self.values[row][first : position + 1, kv_head] / denominator
+        return weights @ self.values[row][first:stop, kv_head] / denominator
 
 
 def decode_case(
@@ -168,7 +178,14 @@ def prefill_case(
     q = batch.queries(tokens)
     width = max_tiles(tokens, len(batch.lengths), tile_rows(backend))
     tiles = build_tiles(rows, starts, counts, positions, tile_rows(backend), width)
-    out = _jitted(op, batch, backend)(*batch.device(q, batch.k_pages, batch.v_pages, batch.table, tiles))
+    more: dict[str, object] = {}
+    if batch.shape.block is not None:
+        ahead = np.zeros(tokens, np.int32)
+        for row, start, count, position in zip(rows, starts, counts, positions, strict=True):
+            ahead[start : start + count] = [batch.lookahead(row, position + i) for i in range(count)]
+        more["lookahead"] = jnp.asarray(ahead)
+    arrays = batch.device(q, batch.k_pages, batch.v_pages, batch.table, tiles)
+    out = _jitted(op, batch, backend, **more)(*arrays)
     expected = np.zeros(q.shape)
     for row, start, count, position in zip(rows, starts, counts, positions, strict=True):
         for i in range(count):

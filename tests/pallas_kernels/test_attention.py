@@ -48,6 +48,12 @@ MOSAIC = [
     Shape("mosaic-64", group=7, head_dim=64, dtype="float16", options={"scale": 0.1}, lengths=LONG),
 ]
 
+BOTH_WAYS = [
+    Shape("blocks-of-20", group=2, options={"scale": 0.2}, block=20),
+    Shape("blocks-in-a-window", group=1, head_dim=64, options={"scale": 0.2, "window": 50}, block=70),
+    Shape("whole-sequences", group=7, head_dim=80, options=ALL, sinks=True, block=100),
+]
+
 CASES = [("xla", shape) for shape in XLA] + [("pallas_interpret", shape) for shape in INTERPRET]
 GPU_CASES = [pytest.param("pallas", shape, marks=pytest.mark.gpu) for shape in DEVICE]
 
@@ -61,6 +67,17 @@ def test_equals_full_softmax(op: object, backend: str, shape: Shape) -> None:
     out, expected = case(op, PagedBatch(shape), backend)
     assert relative_error(out, expected) < TOLERANCE[shape.dtype]
     assert not out[np.all(expected == 0, axis=(1, 2))].any(), "a row that sees nothing is not zero"
+
+
+@pytest.mark.parametrize(
+    "backend", ["xla", "pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("shape", BOTH_WAYS, ids=str)
+def test_blocks_attend_both_ways(backend: str, shape: Shape) -> None:
+    if backend == "pallas" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    out, expected = prefill_case(prefill_attention, PagedBatch(shape), backend)
+    assert relative_error(out, expected) < TOLERANCE[shape.dtype]
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ MODELS = [
     Model(head_dim=80, heads=6, kv_heads=6, dtype="float16", window=100, soft_cap=30.0, sinks=True),
     Model(head_dim=96, heads=16, kv_heads=1, dtype="bfloat16", sinks=True),
     Model(head_dim=128, heads=32, kv_heads=8, dtype="float32"),
-    Model(head_dim=256, heads=8, kv_heads=4, dtype="bfloat16", window=4096, soft_cap=50.0),
+    Model(head_dim=256, heads=8, kv_heads=4, dtype="bfloat16", window=4096, soft_cap=50.0, lookahead=True),
 ]
 TRITON_CALL = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
 

@@ -148,6 +148,19 @@ CLIP = {
     "image_size": 16,
     "patch_size": 4,
 }
+SIGLIP = CLIP | {
+    "model_type": "siglip_vision_model",
+    "vision_use_head": False,
+    "num_hidden_layers": 2,
+    "image_size": 32,
+}
+GEMMA_TEXT = {  # windows smaller than an image, and a layer without one
+    "head_dim": 16,
+    "sliding_window": 8,
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 CROP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 POINTS = [[16, 32], [32, 16], [32, 32]]
 PIXTRAL = {
@@ -229,11 +242,11 @@ CONFIGS: Mapping[str, Spec] = {
     ),
     "gemma3": Spec(
         "Gemma3",
-        CLIP | {"model_type": "siglip_vision_model", "vision_use_head": False, "num_hidden_layers": 2},
-        {"mm_tokens_per_image": 4, "image_token_index": 100, "boi_token_index": 101, "eoi_token_index": 102},
+        SIGLIP,
+        {"mm_tokens_per_image": 16, "image_token_index": 100, "boi_token_index": 101, "eoi_token_index": 102},
         "Gemma3",
-        {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-        {"head_dim": 16, "sliding_window": 8, "model_type": "gemma3_text"},
+        {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        GEMMA_TEXT,
     ),
     "pixtral": Spec(
         "Llava",

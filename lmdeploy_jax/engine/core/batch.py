@@ -206,17 +206,30 @@ def _rope_positions(chunks: abc.Sequence[Chunk], positions: np.ndarray) -> np.nd
 
 
 class ImageLayout(RaggedLayout):
-    """A ragged step among whose tokens are images': text turns by one position, images by three."""
+    """A ragged step among whose tokens are images': text turns by one position, images by three.
 
-    def __init__(self, slots: Slots, tokens: int, tile_rows: int) -> None:
+    bidirectional: an image's tokens see those of the same view that come after them.
+    """
+
+    def __init__(self, slots: Slots, tokens: int, tile_rows: int, *, bidirectional: bool = False) -> None:
         rope = {"rope_positions": (3, tokens)} if slots.mrope else {}
-        super().__init__(slots, tokens, tile_rows, embedding_index=(tokens,), **rope)
+        ahead = {"lookahead": (tokens,)} if bidirectional else {}
+        super().__init__(slots, tokens, tile_rows, embedding_index=(tokens,), **rope, **ahead)
 
-    def pack(self, chunks: abc.Sequence[Chunk], index: abc.Sequence[int] | np.ndarray = ()) -> np.ndarray:
-        """`index`: of each token, which of the images' rows it has; -1: its own embedding."""
+    def pack(
+        self,
+        chunks: abc.Sequence[Chunk],
+        index: abc.Sequence[int] | np.ndarray = (),
+        lookahead: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """`index`: of each token, which of the images' rows it has; -1: its own embedding. `lookahead`: how
+        many tokens after it it sees.
+        """
         flat = super().pack(chunks)
-        field = self.views(flat)["embedding_index"]
-        field[: len(index)], field[len(index) :] = index, -1
+        field = self.views(flat)
+        field["embedding_index"][: len(index)], field["embedding_index"][len(index) :] = index, -1
+        if lookahead is not None:
+            field["lookahead"][: len(lookahead)] = lookahead
         return flat
 
 

@@ -116,6 +116,7 @@ def ragged_metadata(field: Fields) -> tuple[AttentionMetadata, ...]:
             page_table=table,
             kv_lens=_from(first, field["kv_lens"]),
             tiles=field["tiles"] if first is None else _tiles_from(first, field["tiles"]),
+            lookahead=field.get("lookahead"),
         )
         for i, (table, first) in enumerate(_tables(field))
     )

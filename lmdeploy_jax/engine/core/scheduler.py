@@ -57,6 +57,7 @@ class Scheduler:
         self._slots = list(range(max_batch_size))[::-1]
         self._admitted: list[Sequence] = []
         self._burst = False
+        self._spare = 0  # tokens of the step beyond its budget, for images that must not be cut
         self._paused = 0  # tokens of the burst that were taken in while decoding stood still
 
     # -- requests in and out ------------------------------------------------------------------------------
@@ -131,6 +132,7 @@ class Scheduler:
             chunks = self._decode_chunks()
             budget = self._token_budget(chunks)
             if self.encoder_cache is not None:
+                self._spare = self.max_tokens - budget
                 self._begin_encoding(any(chunk.sequence.request.streams for chunk in chunks))
             chunks += self._prompt_chunks(budget - len(chunks))
         return chunks
@@ -202,6 +204,7 @@ class Scheduler:
         reads = any(sequence.request.streams and self._ready(sequence) for sequence in self.running)
         if not reads or self._paused >= PAUSE_TOKENS:
             return []
+        self._spare = 0
         self._begin_encoding(True)
         chunks = self._prompt_chunks(self.max_tokens)
         self._paused += sum(chunk.count for chunk in chunks)
@@ -258,7 +261,8 @@ class Scheduler:
         sequence.pages.room = 0
         start, count = sequence.computed, min(sequence.remaining, budget)
         if self.encoder_cache is not None and sequence.request.prompt.images:
-            count = self.encoder_cache.reach(sequence.request.prompt, start, start + count) - start
+            most = start + budget + self._spare
+            count = self.encoder_cache.reach(sequence.request.prompt, start, start + count, most) - start
         if count:
             chunks.append(self._plan(sequence, count))
             self._register(sequence, start + count)
@@ -373,8 +377,9 @@ class Scheduler:
                     step.sampled.append((drawn, row))
         if self.encoder_cache is not None and not step.decode_only:
             step.encoder_runs = self.encoder_cache.take_runs()
-            parts = ((c.sequence.request.prompt, c.start, c.start + c.count) for c in chunks)
+            parts = [(c.sequence.request.prompt, c.start, c.start + c.count) for c in chunks]
             step.embedding_index = self.encoder_cache.index(parts)
+            step.lookahead = self.encoder_cache.lookahead(parts)
         return step
 
     def _fork(self, first: Sequence, step: Step) -> None:

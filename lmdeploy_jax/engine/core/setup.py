@@ -88,7 +88,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     vision = _load_vision(folder, config, mesh)
     loading = time.perf_counter() - begun
     steps = _decode_steps(config, loaded, mesh)
-    buckets, encoder_cache = _buckets(config, platform, steps), None
+    buckets, encoder_cache = _buckets(config, platform, steps, vision), None
     if vision is not None:
         buckets = _encoder_buckets(buckets, loaded, vision, platform, session_len)
         encoder_cache = _encoder_cache(config, vision, buckets)
@@ -240,10 +240,22 @@ def _decode_steps(config: JaxEngineConfig, model: LoadedModel, mesh: Mesh) -> in
     return 4 if mesh.devices.flat[0].platform != "cpu" and weights < HOST_BOUND else 1
 
 
-def _buckets(config: JaxEngineConfig, platform: str, steps: int) -> Buckets:
+def _buckets(config: JaxEngineConfig, platform: str, steps: int, vision: LoadedVisionModel | None) -> Buckets:
     batch, tokens = DEFAULTS["cpu" if platform == "cpu" else "gpu"]
-    most = config.max_prefill_token_num or tokens
-    return bucket_plan.plan(platform, config.max_batch_size or batch, most, steps)
+    batch, most = config.max_batch_size or batch, config.max_prefill_token_num or tokens
+    if vision is not None and vision.family.bidirectional:
+        most = _for_whole_views(most, vision, batch)
+    return bucket_plan.plan(platform, batch, most, steps)
+
+
+def _for_whole_views(tokens: int, vision: LoadedVisionModel, batch: int) -> int:
+    """Tokens of a step that can hold all of a view's, beside sequences that decode."""
+    from lmdeploy_jax.vision.packing import output_of
+
+    least = output_of(vision.config, 1) + batch
+    if tokens < least:
+        log.warning("max_prefill_token_num is %d instead of %d: no step cuts an image", least, tokens)
+    return max(tokens, least)
 
 
 def _encoder_buckets(
@@ -270,6 +282,7 @@ def _encoder_cache(
         joining_size=buckets.joining,
         max_batch_size=config.vision_max_batch_size,
         learned=vision.config.learned,
+        bidirectional=vision.family.bidirectional,
     )
 
 

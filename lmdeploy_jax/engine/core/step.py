@@ -34,6 +34,7 @@ class Step:
     repeat: int = 1  # tokens that each sequence draws, one after another, where all are decoding
     encoder_runs: list[EncoderRun] = field(default_factory=list)  # before it
     embedding_index: np.ndarray | None = None  # int32, see `models.batch.Batch`; None: no token is an image's
+    lookahead: np.ndarray | None = None  # int32, see `models.batch.AttentionMetadata`
 
     @property
     def num_tokens(self) -> int:

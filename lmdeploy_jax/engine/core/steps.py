@@ -101,7 +101,9 @@ class Steps(ABC):
         self._with_images = Ladder(sizes, partial(self._image_program, tile_rows))
 
     def _image_program(self, tile_rows: int, tokens: int) -> Program:
-        layout = ImageLayout(self._slots, tokens, tile_rows)
+        vision = self._state.vision
+        both = vision is not None and vision.family.bidirectional
+        layout = ImageLayout(self._slots, tokens, tile_rows, bidirectional=both)
         function = partial(ragged_with_images, skeleton=self._state.skeleton, layout=layout)
         return self._programs.add("images", function, size=tokens, writes=("caches",), layout=layout)
 
@@ -155,7 +157,7 @@ class Steps(ABC):
         if self._encoder is not None and (index := step.embedding_index) is not None:
             self._encoder.prepare(step)
             program = self._with_images.fit(step.num_tokens)
-            return program(packed=program.pack(step.chunks, index))
+            return program(packed=program.pack(step.chunks, index, step.lookahead))
         program = self._ragged.fit(step.num_tokens)
         return program(packed=program.pack(step.chunks))
 

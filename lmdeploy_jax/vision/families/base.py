@@ -45,6 +45,7 @@ class VisionFamily:
     rules: the key table, for the names of a checkpoint's tensors; the language model's are left unread.
     rows: which rows of the projector an image gives, in the order of its placeholder tokens.
     mrope: whether the language model rotates by `mrope.mrope_positions`.
+    bidirectional: whether a view's tokens attend to each other both ways in the language model.
     """
 
     config: Callable[[Fields, Fields], VisionModelConfig]
@@ -52,6 +53,7 @@ class VisionFamily:
     placeholder: Placeholder
     rows: ImageRows = rows_in_order
     mrope: bool = False
+    bidirectional: bool = False
 
 
 # --- Reading configs ----------------------------------------------------------------------------------------

@@ -124,4 +124,4 @@ def expand(processor: ImageProcessor, plan: ImagePlan) -> str:
 
 
 PLACEHOLDER = Placeholder("<start_of_image>", "<image_soft_token>", expand, "<start_of_image>")
-GEMMA3 = VisionFamily(gemma3_config, rules, PLACEHOLDER)
+GEMMA3 = VisionFamily(gemma3_config, rules, PLACEHOLDER, bidirectional=True)
