@@ -32,6 +32,14 @@ BESIDE_TEXT = ("vision_config", "vision_token_id", "vision_start_token_id", "vis
                "image_token_id", "video_token_id")  # fmt: skip
 SHARED = ("tie_word_embeddings", "quantization_config", "compression_config")
 """Fields of the whole config that hold for the language model, whatever its own part says."""
+_SEVEN_BILLION = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+LEFT_OUT: Mapping[str, Mapping[str, Any]] = {
+    "gemma3_text": {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "llama": {**_SEVEN_BILLION, "intermediate_size": 11008},
+    "mistral": _SEVEN_BILLION,
+}
+"""By `model_type`, what released checkpoints do not write into such a part since transformers' classes say it
+(Gemma 3, LLaVA); a text model's own config says it."""
 NAME = re.compile(
     r"language_model\.(.*)|(model\.)language_model\.(.*)|(model\.(?:embed_tokens|layers|norm)\..*|lm_head\..*)"
 )
@@ -53,7 +61,8 @@ def text_part(raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], st
     part = raw.get(key)
     if not isinstance(part, Mapping):
         raise CheckpointError(f"{where}: {key} is {part!r:.100}; it must be the language model's config")
-    return {**part, **{name: raw[name] for name in SHARED if name in raw}}, f"{where} ({key})"
+    shared = {name: raw[name] for name in SHARED if name in raw}
+    return {**LEFT_OUT.get(str(part.get("model_type")), {}), **part, **shared}, f"{where} ({key})"
 
 
 class TextPartReader:

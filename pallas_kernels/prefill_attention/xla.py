@@ -22,7 +22,7 @@ def prefill_attention(
     sinks: Sinks | None,
     options: AttentionOptions,
     rows: int,
-    lookahead: Int32[Array, "T"] | None,
+    lookahead: Int32[Array, "T"] | None = None,
 ) -> Float[Array, "T H D"]:
     """See `lmdeploy_jax.pallas_kernels.prefill_attention`; `rows` is the most that one tile holds."""
     tokens, heads, head_dim = q.shape
