@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 # The image processor's settings, and the name under which a file of several processors holds them.
 PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
+VIDEO_FILES = (("video_preprocessor_config.json", None), ("processor_config.json", "video_processor"))
 
 
 def read_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionModelConfig]:
@@ -32,12 +35,16 @@ def read_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionMod
             f"{where}: architectures {shown(raw.get('architectures'))} take no images here; "
             f"those that do: {known}"
         )
-    return family, family.config(Fields(raw, where), _processor_fields(Path(folder)))
+    config = family.config(Fields(raw, where), _processor_fields(Path(folder), PROCESSOR_FILES))
+    if family.video is None:
+        return family, config
+    video = family.video.rule(Fields(raw, where), _processor_fields(Path(folder), VIDEO_FILES))
+    return family, replace(config, video=video)
 
 
-def _processor_fields(folder: Path) -> Fields:
-    """The image processor's file; empty where there is none, so that the family's own values hold."""
-    for name, within in PROCESSOR_FILES:
+def _processor_fields(folder: Path, files: Sequence[tuple[str, str | None]]) -> Fields:
+    """A processor's file; empty where there is none, so that the family's own values hold."""
+    for name, within in files:
         path = folder / name
         if path.is_file():
             try:
@@ -47,7 +54,7 @@ def _processor_fields(folder: Path) -> Fields:
             found = raw.get(within) if within and isinstance(raw, dict) else raw
             if isinstance(found, dict):
                 return Fields(found, str(path))
-    return Fields({}, str(folder / PROCESSOR_FILES[0][0]))
+    return Fields({}, str(folder / files[0][0]))
 
 
 def servable_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionModelConfig] | None:

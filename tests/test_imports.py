@@ -218,7 +218,8 @@ def test_environment_variables_are_not_configuration() -> None:
 
 def test_dependencies_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {_distribution(text) for text in project["dependencies"]}
+    extras = project["optional-dependencies"]["video"]
+    declared = {_distribution(text) for text in (*project["dependencies"], *extras)}
     provided = {
         "absl": "absl-py",
         "orbax": "orbax-checkpoint",

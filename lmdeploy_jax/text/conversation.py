@@ -37,6 +37,17 @@ class ImagePart:
     where: str = "the image"
 
 
+@dataclass(frozen=True, eq=False)
+class VideoPart(ImagePart):
+    """A video in an image's place. source: see `vision.load_video`; options: see `VideoRule.with_options`."""
+
+
+MADE: Mapping[str, tuple[type[ImagePart], str]] = {
+    "images": (ImagePart, "image"),
+    "videos": (VideoPart, "video"),
+}
+
+
 def normalise_messages(messages: Sequence[Mapping[str, Any]], *, images: bool = False) -> list[Message]:
     """Copies of the messages with text as one string and tool arguments as objects.
 
@@ -131,8 +142,8 @@ def _part(part: Any, where: str, images: bool) -> str | ImagePart:
         raise RequestError(f"{where} must be an object with a 'type', not {type(part).__name__}.")
     kind = part.get("type", "text" if "text" in part else None)
     if isinstance(kind, str) and kind in MEDIA_PARTS:
-        if images and MEDIA_PARTS[kind] == "images":
-            return _image(part, kind, where)
+        if images and MEDIA_PARTS[kind] in MADE:
+            return _media(part, kind, where)
         raise _unsupported(MEDIA_PARTS[kind], where)
     if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
         raise RequestError(
@@ -145,9 +156,10 @@ def _unsupported(media: str, where: str) -> RequestError:
     return RequestError(f"{where}: {media} are not supported by this model.", param=where)
 
 
-def _image(part: Mapping[str, Any], kind: str, where: str) -> ImagePart:
+def _media(part: Mapping[str, Any], kind: str, where: str) -> ImagePart:
     """LMDeploy's and OpenAI's forms: the source itself, or an object with `url` or `data` and options."""
-    names = (kind, "image_url", "image", "url", "path", "data")
+    made, one = MADE[MEDIA_PARTS[kind]]
+    names = (kind, f"{one}_url", one, "url", "path", "data")
     key = next((name for name in names if part.get(name) is not None), None)
     given = None if key is None else part[key]
     options = {name: value for name, value in part.items() if name not in ("type", key)}
@@ -157,9 +169,9 @@ def _image(part: Mapping[str, Any], kind: str, where: str) -> ImagePart:
         given = None if inner is None else given[inner]
     if given is None:
         raise RequestError(
-            f"{where}: no image. Use {{'type': 'image_url', 'image_url': {{'url': ...}}}}.", param=where
+            f"{where}: no {one}. Use {{'type': '{one}_url', '{one}_url': {{'url': ...}}}}.", param=where
         )
-    return ImagePart(given, without_nulls(options), where)
+    return made(given, without_nulls(options), where)
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:

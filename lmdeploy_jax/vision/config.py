@@ -8,6 +8,7 @@ from typing import Literal
 
 from lmdeploy_jax.vision.interpolate import Interpolation
 from lmdeploy_jax.vision.processor import ImageProcessor
+from lmdeploy_jax.vision.video import VideoRule
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 NormKind = Literal["layer", "rms"]
@@ -164,12 +165,14 @@ class VisionModelConfig:
     """How images are prepared, the tower and the projector.
 
     deepstack: the projector of the features that `TowerConfig.deepstack` takes, one set of weights a layer.
+    video: how videos are prepared; None: the family takes none.
     """
 
     processor: ImageProcessor
     tower: TowerConfig
     projector: tuple[Step, ...]
     deepstack: tuple[Step, ...] = ()
+    video: VideoRule | None = None
 
     @property
     def learned(self) -> int:

@@ -70,12 +70,20 @@ def _opened(
         raise RequestError(
             f"{type(source).__name__} is no image: give a path, a URL, bytes, a PIL image or an array."
         )
+    name, data = read_source(source, access, fetched)
+    return name, _decoder(data, name)
+
+
+def read_source(
+    source: str | Path | bytes, access: MediaAccess, fetched: Mapping[str, bytes | RequestError]
+) -> tuple[str, bytes]:
+    """What to call the source of an image or a video in an error, and its bytes; see `load_image`."""
     if is_url(source):
         name, data = shortened(str(source), _SHOWN), _body(str(source), access, fetched)
     else:
         name, data = ("the bytes", source) if isinstance(source, bytes) else _read(source, access)
     access.check_size(len(data), name)
-    return name, _decoder(data, name)
+    return name, data
 
 
 def _from_array(levels: np.ndarray) -> Image.Image:

@@ -32,7 +32,10 @@ def most_places(config: VisionModelConfig, tokens: int) -> int | None:
     processor, rule = config.processor, config.processor.rule
     if config.tower.grid is not None or not isinstance(rule, PACKED):
         return None
-    patches = min(rule.most_pixels // processor.patch**2, tokens * processor.merge**2)
+    pixels = rule.most_pixels
+    if config.video is not None:
+        pixels = max(pixels, config.video.most_pixels)
+    patches = min(pixels // processor.patch**2, tokens * processor.merge**2)
     if config.tower.window is None:
         return patches
     rows = math.isqrt(patches // MOST_RATIO)  # of the thinnest view, whose windows are the emptiest

@@ -21,12 +21,14 @@ class Placeholder:
     token: the special token whose embeddings are replaced, one by one, by the image's rows.
     expand: what takes the place of `written` for an image of a plan, with `token` once a row.
     item: what stands for an image in a message where the chat template knows no images.
+    media: what images are called in errors, since videos are placed alike.
     """
 
     written: str
     token: str
     expand: Callable[[ImageProcessor, ImagePlan], str]
     item: str
+    media: str = "images"
 
 
 def expand_placeholders(
@@ -42,8 +44,8 @@ def expand_placeholders(
     numbers = [int(match[1]) for match in found] if numbered else range(1, len(found) + 1)
     if sorted(numbers) != list(range(1, len(plans) + 1)):
         raise RequestError(
-            f"the prompt has {len(found)} placeholders {placeholder.written} for {len(plans)} images; "
-            "give one for each image, or none at all"
+            f"the prompt has {len(found)} placeholders {placeholder.written} for {len(plans)} "
+            f"{placeholder.media}; give one for each, or none at all"
         )
     pieces, end = [], 0
     for match, number in zip(found, numbers, strict=True):
@@ -66,12 +68,12 @@ class ImageSpan:
     places: np.ndarray
 
 
-def image_spans(ids: Sequence[int], token: int, rows: Sequence[int]) -> list[ImageSpan]:
-    """The spans of images that have so many rows each, `token` being the id that stands for a row.
+def image_spans(ids: Sequence[int], tokens: Sequence[int], rows: Sequence[int]) -> list[ImageSpan]:
+    """The spans of images that have so many rows each, `tokens` being the ids that stand for a row.
 
     Raises RequestError where the ids hold more or fewer of it, as where a user typed the token's text.
     """
-    found = np.flatnonzero(np.asarray(ids) == token)
+    found = np.flatnonzero(np.isin(ids, tokens))
     if len(found) != sum(rows):
         raise RequestError(
             f"the prompt holds {len(found)} image tokens for {sum(rows)} rows of {len(rows)} images; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +45,13 @@ class ProcessedImage:
     def views(self) -> list[View]:
         """Its views, in order."""
         return [View(patches, self.grid) for patches in self.patches]
+
+    def parts(self) -> list[ProcessedImage]:
+        """What stands for itself in a prompt: a picture, or each view of a video."""
+        if not self.plan.is_video:
+            return [self]
+        plan = replace(self.plan, views=1, times=())
+        return [replace(self, plan=plan, patches=self.patches[i : i + 1]) for i in range(len(self.patches))]
 
 
 @dataclass(frozen=True)
@@ -108,17 +115,20 @@ class ImageProcessor:
         patches = np.stack([self.patchify(view) for view in self.rule.views(image)])
         return ProcessedImage(plan, patches, self.grid(plan))
 
-    def video(self, frames: Sequence[Image.Image]) -> ProcessedImage:
+    def video(self, frames: Iterable[Image.Image]) -> ProcessedImage:
         """Frames of one size, in order: a view for each `frames` of them, the last one repeated to fill it
-        up.
+        up. They are resized as they come.
 
         The rule's bounds are a frame's. Raises RequestError for no frames, and for frames of several sizes.
         """
-        pictures = [pixels.to_rgb(frame) for frame in frames]
-        if len({picture.size for picture in pictures}) != 1:
-            raise RequestError(f"a video of {len(pictures)} frames must have one or more, all of one size")
-        plan = self.plan(pictures[0].height, pictures[0].width)
-        stack = np.stack([self.rule.views(picture)[0] for picture in pictures])
+        sizes, resized = set(), []
+        for picture in map(pixels.to_rgb, frames):
+            sizes.add((picture.height, picture.width))
+            if len(sizes) == 1:
+                resized += self.rule.views(picture)
+        if len(sizes) != 1:
+            raise RequestError(f"a video of {len(resized)} frames must have one or more, all of one size")
+        plan, stack = self.plan(*sizes.pop()), np.stack(resized)
         missing = -len(stack) % self.frames
         groups = np.concatenate([stack, np.repeat(stack[-1:], missing, axis=0)])
         groups = groups.reshape(-1, self.frames, *groups.shape[1:])

@@ -1,15 +1,44 @@
-"""Images for prompts, under LMDeploy's names."""
+"""Images and videos for prompts, under LMDeploy's names."""
 
 from __future__ import annotations
 
 import base64
 from io import BytesIO
+from typing import Any
+
+import numpy as np
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.vision.load import ImageSource, load_image
+from lmdeploy_jax.vision.load_video import VideoSource
+from lmdeploy_jax.vision.load_video import load_video as open_video
 from lmdeploy_jax.vl.constants import IMAGE_TOKEN
 
-__all__ = ["IMAGE_TOKEN", "encode_image_base64", "load_image"]
+__all__ = ["IMAGE_TOKEN", "encode_image_base64", "load_image", "load_video"]
+
+
+def load_video(
+    source: VideoSource, *, num_frames: int = 32, fps: float | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Frames of a video that stand equally far apart, uint8 [T, H, W, 3], and where they are from.
+
+    num_frames: most of them; fps: most of them in a second. source: see `vision.load_video`.
+    The second says the source's `total_num_frames`, `fps` and `duration` in seconds, `frames_indices`, and
+    the `sampled_fps` that goes with the frames into a prompt: {"type": "video", "video": frames, "fps": ...}.
+    Raises `RequestError` for what is no video.
+    """
+    video = open_video(source)
+    duration = video.total / video.fps
+    count = min(num_frames, video.total, int(duration * fps) if fps is not None else video.total)
+    numbers = np.linspace(0, video.total - 1, max(count, 1), dtype=int).tolist()
+    frames = np.stack([np.asarray(frame.convert("RGB")) for frame in video.frames(numbers)])
+    return frames, {
+        "total_num_frames": video.total,
+        "fps": video.fps,
+        "duration": duration,
+        "frames_indices": numbers,
+        "sampled_fps": len(numbers) / duration,
+    }
 
 
 def encode_image_base64(image: ImageSource, format: str = "PNG") -> str:

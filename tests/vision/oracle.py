@@ -134,9 +134,9 @@ def _replace(path: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
 
 MROPE = {
     "image_token_id": 100,
-    "video_token_id": 101,
-    "vision_start_token_id": 102,
-    "vision_end_token_id": 103,
+    "video_token_id": 107,
+    "vision_start_token_id": 105,
+    "vision_end_token_id": 106,
 }
 QWEN_TEXT = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 CLIP = {

@@ -114,12 +114,12 @@ def test_placeholders_and_images_must_correspond(text: str, images: int, checkpo
 
 def test_spans() -> None:
     ids = [5, 10, 10, 12, 10, 10, 13, 7, 10, 6]
-    first, second = image_spans(ids, 10, [4, 1])
+    first, second = image_spans(ids, [10], [4, 1])
     assert (first.start, first.stop, first.places.tolist()) == (1, 6, [0, 1, 3, 4])
     assert (second.start, second.stop, second.places.tolist()) == (8, 9, [0])
-    assert image_spans([1, 2], 10, []) == []
+    assert image_spans([1, 2], [10], []) == []
 
 
 def test_image_tokens_that_a_user_typed_are_refused() -> None:
     with pytest.raises(RequestError, match="leave the model's image tokens out"):
-        image_spans([10, 10, 10], 10, [2])
+        image_spans([10, 10, 10], [10], [2])

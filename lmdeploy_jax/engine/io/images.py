@@ -6,24 +6,28 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
+from itertools import islice
 from math import prod
 
 import numpy as np
 
 from lmdeploy_jax.errors import CheckpointError, ContextLengthError, RequestError
 from lmdeploy_jax.prompt import RopePositions, Span, SpanImage
-from lmdeploy_jax.text.conversation import ImagePart, Message
+from lmdeploy_jax.text.conversation import ImagePart, Message, VideoPart
 from lmdeploy_jax.text.tokenizer import Tokenizer
 from lmdeploy_jax.vision.access import MediaAccess
 from lmdeploy_jax.vision.config import VisionModelConfig
 from lmdeploy_jax.vision.families import VisionFamily
 from lmdeploy_jax.vision.load import is_url, load_image
+from lmdeploy_jax.vision.load_video import load_video
 from lmdeploy_jax.vision.mrope import VisionGrid, mrope_positions
 from lmdeploy_jax.vision.packing import most_places, size_of
 from lmdeploy_jax.vision.placeholders import ImageSpan, expand_placeholders, image_spans
 from lmdeploy_jax.vision.processor import ImageProcessor, ProcessedImage
 from lmdeploy_jax.vision.resize import ImagePlan
+from lmdeploy_jax.vision.video import FPS, VideoRule, prepare_video
 
 # Images that are decoded at once, of whichever prompts: each may take hundreds of megabytes meanwhile.
 _DECODING = threading.BoundedSemaphore(min(8, os.cpu_count() or 1))
@@ -40,14 +44,8 @@ class PromptImages:
     ) -> None:
         self._family, self._config = family, config
         self._most = most_places(config, session_len)
-        token = family.placeholder.token
-        found = tokenizer.token_to_id(token)
-        if found is None:
-            raise CheckpointError(
-                f"the tokenizer has no token {token}, which stands for images; download the checkpoint's "
-                "tokenizer files again"
-            )
-        self._token = found
+        known = (family.placeholder, *(() if family.video is None else (family.video.placeholder,)))
+        self._tokens = [_id(tokenizer, placeholder.token) for placeholder in known]
 
     def parts(self, messages: Sequence[Message]) -> list[ImagePart]:
         """The images of a conversation, in order."""
@@ -61,23 +59,40 @@ class PromptImages:
         Raises RequestError for one that cannot be had, or not as it is asked for, ContextLengthError as soon
         as they have `most` rows.
         """
-        processors = [self._processor(part) for part in parts]
+        rules = [self._rule(part) for part in parts]
         fetched = _fetched(parts, access)
         images, rows = [], 0
-        for part, processor in zip(parts, processors, strict=True):
+        for part, rule in zip(parts, rules, strict=True):
+            check = partial(self._check, rows, most)
             with _DECODING, _naming(part):
-                image = load_image(part.source, access, fetched)
-                plan = processor.plan(image.height, image.width)
-                self._check_size(plan)
-                rows += len(self._family.rows(self._config, plan))
-                if rows >= most:
-                    raise _too_long(rows, most)
-                images.append(processor(image))
+                if isinstance(rule, VideoRule):
+                    video = load_video(part.source, access, fetched, fps=part.options.get("fps", FPS))
+                    image = prepare_video(self._config.processor, rule, video, part.options, check)
+                else:
+                    picture = load_image(part.source, access, fetched)
+                    check(rule.plan(picture.height, picture.width))
+                    image = rule(picture)
+            images.append(image)
+            rows += self._rows(image.plan)
         return images
 
-    def _processor(self, part: ImagePart) -> ImageProcessor:
+    def _rule(self, part: ImagePart) -> ImageProcessor | VideoRule:
+        """How it is prepared, as it is asked for."""
         with _naming(part):
-            return self._config.processor.with_options(part.options)
+            if not isinstance(part, VideoPart):
+                return self._config.processor.with_options(part.options)
+            if self._config.video is None:
+                raise RequestError("videos are not supported by this model. Give images.")
+            return self._config.video.with_options(part.options)
+
+    def _check(self, before: int, most: int, plan: ImagePlan) -> None:
+        """Before it is cut into patches, what comes after so many rows of other images."""
+        self._check_size(plan)
+        if (rows := before + self._rows(plan)) >= most:
+            raise _too_long(rows, most)
+
+    def _rows(self, plan: ImagePlan) -> int:
+        return len(self._family.rows(self._config, plan))
 
     def _check_size(self, plan: ImagePlan) -> None:
         """Raises RequestError for a view that no run of the encoder takes."""
@@ -100,24 +115,30 @@ class PromptImages:
         ]
 
     def _text(self, part: str | ImagePart) -> str:
+        if isinstance(part, VideoPart) and self._family.video is not None:
+            return self._family.video.placeholder.item
         return part if isinstance(part, str) else self._family.placeholder.item
 
     def expand(self, text: str, images: Sequence[ProcessedImage]) -> str:
         """A rendered prompt with a token for each row. Raises RequestError where a text holds such tokens."""
-        plans = [image.plan for image in images]
-        return expand_placeholders(text, self._family.placeholder, self._config.processor, plans)
+        processor = self._config.processor
+        pictures, videos = ([i.plan for i in images if i.plan.is_video is video] for video in (False, True))
+        text = expand_placeholders(text, self._family.placeholder, processor, pictures)
+        if self._family.video is None:
+            return text
+        return expand_placeholders(text, self._family.video.placeholder, processor, videos)
 
     def placed(
         self, ids: Sequence[int], images: Sequence[ProcessedImage]
     ) -> tuple[tuple[Span, ...], tuple[SpanImage, ...], RopePositions | None]:
-        """The spans of a prompt's tokens that stand for the images, what these are encoded from, and what
-        the tokens turn by.
+        """The spans of a prompt's tokens that stand for the images and the views of videos, what these are
+        encoded from, and what the tokens turn by.
         """
-        rows = [self._family.rows(self._config, image.plan) for image in images]
-        found = image_spans(ids, self._token, [len(each) for each in rows])
-        spans = tuple(map(_span, found, images))
-        given = zip(images, rows, found, strict=True)
-        encoded = tuple(self._given(image, row, at) for image, row, at in given)
+        parts = [part for image in images for part in image.parts()]
+        rows = [self._family.rows(self._config, part.plan) for part in parts]
+        found = image_spans(ids, self._tokens, [len(each) for each in rows])
+        spans = tuple(map(_span, found, parts))
+        encoded = tuple(map(self._given, parts, rows, found))
         return spans, encoded, self._rope(len(ids), spans, images) if self._family.mrope else None
 
     def _given(self, image: ProcessedImage, rows: np.ndarray, at: ImageSpan) -> SpanImage:
@@ -126,9 +147,26 @@ class PromptImages:
         return SpanImage(image.patches, image.grid, rows, at.places, tokens, size)
 
     def _rope(self, length: int, spans: Sequence[Span], images: Sequence[ProcessedImage]) -> RopePositions:
-        sizes = [self._config.processor.tokens(image.plan) for image in images]
-        grids = [VisionGrid(span.start, *size) for span, size in zip(spans, sizes, strict=True)]
+        """A video is one grid, unless the times of its views stand between them."""
+        grids, starts = [], iter([span.start for span in spans])
+        for image in images:
+            plan, size = image.plan, self._config.processor.tokens(image.plan)
+            own = list(islice(starts, plan.views if plan.is_video else 1))
+            if plan.is_video and not plan.times:
+                grids.append(VisionGrid(own[0], *size, plan.views, plan.interval or 1.0))
+            else:
+                grids += [VisionGrid(start, *size) for start in own]
         return RopePositions(*mrope_positions(length, grids))
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise CheckpointError(
+            f"the tokenizer has no token {token}, which stands for images; download the checkpoint's "
+            "tokenizer files again"
+        )
+    return found
 
 
 def _fetched(parts: Sequence[ImagePart], access: MediaAccess) -> dict[str, bytes | RequestError]:

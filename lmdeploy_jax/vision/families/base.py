@@ -14,6 +14,7 @@ from lmdeploy_jax.vision.config import Activation, TowerConfig, VisionModelConfi
 from lmdeploy_jax.vision.pixels import RESAMPLE, Resample
 from lmdeploy_jax.vision.placeholders import Placeholder
 from lmdeploy_jax.vision.resize import ImagePlan
+from lmdeploy_jax.vision.video import VideoRule
 
 LAYER = r"tower.layers.\1."
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -38,6 +39,17 @@ def rows_in_order(config: VisionModelConfig, plan: ImagePlan) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class VideoFamily:
+    """An architecture's videos.
+
+    rule: of `config.json` and the video processor's own file.
+    """
+
+    rule: Callable[[Fields, Fields], VideoRule]
+    placeholder: Placeholder
+
+
+@dataclass(frozen=True)
 class VisionFamily:
     """One architecture's images.
 
@@ -46,6 +58,7 @@ class VisionFamily:
     rows: which rows of the projector an image gives, in the order of its placeholder tokens.
     mrope: whether the language model rotates by `mrope.mrope_positions`.
     bidirectional: whether a view's tokens attend to each other both ways in the language model.
+    video: None: it takes no videos.
     """
 
     config: Callable[[Fields, Fields], VisionModelConfig]
@@ -54,6 +67,7 @@ class VisionFamily:
     rows: ImageRows = rows_in_order
     mrope: bool = False
     bidirectional: bool = False
+    video: VideoFamily | None = None
 
 
 # --- Reading configs ----------------------------------------------------------------------------------------

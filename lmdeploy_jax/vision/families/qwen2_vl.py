@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.converters.keytable import Rule
@@ -20,6 +21,7 @@ from lmdeploy_jax.vision.config import (
 from lmdeploy_jax.vision.families.base import (
     ACTIVATIONS,
     LAYER,
+    VideoFamily,
     VisionFamily,
     gated_rule,
     language_model,
@@ -29,10 +31,11 @@ from lmdeploy_jax.vision.families.base import (
     plain,
     tower_rules,
 )
-from lmdeploy_jax.vision.families.smart import count, patch_shape, smart_processor
+from lmdeploy_jax.vision.families.smart import count, patch_shape, pixel_bounds, smart_processor
 from lmdeploy_jax.vision.placeholders import Placeholder
 from lmdeploy_jax.vision.processor import CLIP_MEAN, CLIP_STD, ImageProcessor
 from lmdeploy_jax.vision.resize import ImagePlan
+from lmdeploy_jax.vision.video import VideoRule
 
 PIXELS = (56 * 56, 28 * 28 * 1280)
 BLOCKS = r"visual\.blocks\."
@@ -87,7 +90,7 @@ def qwen2_5_config(fields: Fields, files: Fields) -> VisionModelConfig:
         full_layers=layer_numbers(vision, "fullatt_block_indexes", [7, 15, 23, 31], layers),
     )
     out = vision.size("out_hidden_size", 3584)
-    vision.get("tokens_per_second")  # of videos' positions
+    vision.get("tokens_per_second")  # see `qwen2_5_video`
     _finish(vision)
     return VisionModelConfig(processor, tower, _projector(width, processor.merge, "rms", out))
 
@@ -136,5 +139,29 @@ def expand(processor: ImageProcessor, plan: ImagePlan) -> str:
 PLACEHOLDER = Placeholder(
     "<|image_pad|>", "<|image_pad|>", expand, "<|vision_start|><|image_pad|><|vision_end|>"
 )
-QWEN2_VL = VisionFamily(qwen2_config, rules, PLACEHOLDER, mrope=True)
-QWEN2_5_VL = VisionFamily(qwen2_5_config, rules, PLACEHOLDER, mrope=True)
+VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)  # of a frame
+
+
+def expand_video(processor: ImageProcessor, plan: ImagePlan) -> str:
+    return "<|video_pad|>" * count(processor, plan)
+
+
+def qwen2_video(_: Fields, files: Fields) -> VideoRule:
+    """`Qwen2VLVideoProcessor`."""
+    return VideoRule(*pixel_bounds(files, VIDEO_PIXELS))
+
+
+def qwen2_5_video(fields: Fields, files: Fields) -> VideoRule:
+    """The same, views standing as far apart as they do in time."""
+    speed = fields.within("vision_config").positive("tokens_per_second", 4)
+    return replace(qwen2_video(fields, files), tokens_per_second=speed)
+
+
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+VIDEO_PLACEHOLDER = Placeholder("<|video_pad|>", "<|video_pad|>", expand_video, VIDEO, "videos")
+QWEN2_VL = VisionFamily(
+    qwen2_config, rules, PLACEHOLDER, mrope=True, video=VideoFamily(qwen2_video, VIDEO_PLACEHOLDER)
+)
+QWEN2_5_VL = VisionFamily(
+    qwen2_5_config, rules, PLACEHOLDER, mrope=True, video=VideoFamily(qwen2_5_video, VIDEO_PLACEHOLDER)
+)

@@ -20,6 +20,7 @@ from lmdeploy_jax.vision.config import (
 )
 from lmdeploy_jax.vision.families.base import (
     ACTIVATIONS,
+    VideoFamily,
     VisionFamily,
     language_model,
     layer_numbers,
@@ -28,9 +29,12 @@ from lmdeploy_jax.vision.families.base import (
     plain,
     tower_rules,
 )
-from lmdeploy_jax.vision.families.qwen2_vl import EPS, PLACEHOLDER
-from lmdeploy_jax.vision.families.smart import patch_shape, smart_processor
-from lmdeploy_jax.vision.processor import HALF
+from lmdeploy_jax.vision.families.qwen2_vl import EPS, PLACEHOLDER, VIDEO
+from lmdeploy_jax.vision.families.smart import patch_shape, pixel_bounds, smart_processor
+from lmdeploy_jax.vision.placeholders import Placeholder
+from lmdeploy_jax.vision.processor import HALF, ImageProcessor
+from lmdeploy_jax.vision.resize import ImagePlan
+from lmdeploy_jax.vision.video import VideoRule
 
 PIXELS = (256 * 256, 4096 * 4096)
 
@@ -90,4 +94,22 @@ def rules(config: VisionModelConfig, _: Sequence[str]) -> tuple[Rule, ...]:
     )
 
 
-QWEN3_VL = VisionFamily(qwen3_config, rules, PLACEHOLDER, mrope=True)
+VIDEO_PIXELS = (128 * 32 * 32, 768 * 32 * 32)  # of all frames together
+
+
+def expand_video(processor: ImageProcessor, plan: ImagePlan) -> str:
+    """View by view, each after its time."""
+    rows, columns = processor.tokens(plan)
+    view = f"<|vision_start|>{'<|video_pad|>' * (rows * columns)}<|vision_end|>"
+    return "".join(f"<{seconds:.1f} seconds>{view}" for seconds in plan.times)
+
+
+def qwen3_video(_: Fields, files: Fields) -> VideoRule:
+    """`Qwen3VLVideoProcessor`."""
+    return VideoRule(*pixel_bounds(files, VIDEO_PIXELS), dated=True)
+
+
+VIDEO_PLACEHOLDER = Placeholder(VIDEO, "<|video_pad|>", expand_video, VIDEO, "videos")
+QWEN3_VL = VisionFamily(
+    qwen3_config, rules, PLACEHOLDER, mrope=True, video=VideoFamily(qwen3_video, VIDEO_PLACEHOLDER)
+)

@@ -30,13 +30,13 @@ def smart_processor(
     for name, own in (("patch_size", patch), ("merge_size", merge), ("temporal_patch_size", temporal)):
         if (given := files.size(name, own)) != own:
             raise files.unsupported(name, given, f"{own}, as the tower has it")
-    least, most = _bounds(files, pixels)
+    least, most = pixel_bounds(files, pixels)
     rule = SmartResize(patch * merge, least, most, frames, enlarges, resample(files, "bicubic"))
     mean, std = normalisation(files, *normal)
     return ImageProcessor(rule, patch, merge, frames=temporal, mean=mean, std=std)
 
 
-def _bounds(files: Fields, pixels: tuple[int, int]) -> tuple[int, int]:
+def pixel_bounds(files: Fields, pixels: tuple[int, int]) -> tuple[int, int]:
     """Old names at the top go before `size`, whose edges are pixels in all here."""
     size = files.within("size")
     least = files.size("min_pixels", size.size("shortest_edge", pixels[0], most=MOST_PIXELS))

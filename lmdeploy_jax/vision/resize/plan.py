@@ -17,6 +17,7 @@ class ImagePlan:
     rows, columns: of the tiles that the whole picture is cut in; 1, 1 where it is not cut.
     views: tiles and whole pictures together.
     source: height and width of the picture as it came.
+    times, interval: of the views of a video, see `VideoRule`; a picture has no interval.
     """
 
     source: tuple[int, int]
@@ -25,6 +26,12 @@ class ImagePlan:
     rows: int = 1
     columns: int = 1
     views: int = 1
+    times: tuple[float, ...] = ()
+    interval: float | None = None
+
+    @property
+    def is_video(self) -> bool:
+        return self.interval is not None
 
 
 class ResizeRule(Protocol):
