@@ -58,7 +58,25 @@ def glm4_call(writer: Writer, function: Function) -> str:
     return f"{begin} {literal(function.name + chr(10))} {parameters} {end}"
 
 
-def _parameters(writer: Writer, function: Function, close: _Close, label: Callable[[str], str]) -> str:
+def minimax_m2_call(writer: Writer, function: Function) -> str:
+    parameters = _parameters(
+        writer,
+        function,
+        _Close("</parameter>"),
+        lambda key: literal(f'<parameter name="{key}">'),
+        not_in_keys='<>\n"',
+    )
+    name = literal(f'<invoke name="{function.name}">\n')
+    return f'{name} {parameters} "</invoke>\\n"'
+
+
+def _parameters(
+    writer: Writer,
+    function: Function,
+    close: _Close,
+    label: Callable[[str], str],
+    not_in_keys: str = "<>\n",
+) -> str:
     """All parameters in the schema's order; those that are not required may be left out."""
     schema = function.parameters
     properties, required = schema.get("properties", {}), schema.get("required", [])
@@ -68,7 +86,7 @@ def _parameters(writer: Writer, function: Function, close: _Close, label: Callab
         raise _refusal(function, "its parameters", unknown | missing)
     parts = []
     for key in properties:
-        if not key or any(char in "<>\n" for char in key):
+        if not key or any(char in not_in_keys for char in key):
             raise _refusal(function, f"parameter {key!r}", {"its name"})
         rule = writer.rule(f"{label(key)} {_value(writer, function, key, close)}")
         parts.append(rule if key in required else f"{rule}?")

@@ -14,7 +14,7 @@ from lmdeploy_jax.guided.limits import TOOLS, check
 from lmdeploy_jax.guided.reasoning import thinking
 from lmdeploy_jax.guided.response_format import Written
 from lmdeploy_jax.guided.schemas import schema_json
-from lmdeploy_jax.guided.tagged import Function, glm4_call, qwen3coder_call
+from lmdeploy_jax.guided.tagged import Function, glm4_call, minimax_m2_call, qwen3coder_call
 from lmdeploy_jax.text.parsers import ReasoningFormat, ToolFormat, json_formats, xml_formats
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
@@ -144,12 +144,32 @@ def _deepseek_v3(writer: Writer) -> _Style:
     return _Style(call, '"\\n"?', *marks)
 
 
+def _kimi_k2(writer: Writer) -> _Style:
+    begin, argument, end = (
+        writer.tag(f"<|tool_call_{word}|>") for word in ("begin", "argument_begin", "end")
+    )
+
+    def call(function: Function) -> str:
+        number = literal(f"functions.{function.name}:")
+        return f"{begin} {number} /[0-9]/ {argument} {function.json()} {end}"
+
+    marks = (writer.tag(f"<|tool_calls_section_{word}|>") for word in ("begin", "end"))
+    return _Style(call, "", *marks)
+
+
+def _minimax_m2(writer: Writer) -> _Style:
+    begin, end = writer.tag("<minimax:tool_call>"), writer.tag("</minimax:tool_call>")
+    return _Style(partial(minimax_m2_call, writer), "", f'{begin} "\\n"', end)
+
+
 _STYLES: dict[ToolFormat, Callable[[Writer], _Style]] = {
     json_formats.QWEN: _qwen,
     json_formats.INTERNLM: _internlm,
     json_formats.LLAMA3: _llama3,
     json_formats.MISTRAL: _mistral,
     json_formats.DEEPSEEK_V3: _deepseek_v3,
+    json_formats.KIMI_K2: _kimi_k2,
+    xml_formats.MINIMAX_M2: _minimax_m2,
     xml_formats.QWEN3CODER: lambda writer: _Style(partial(qwen3coder_call, writer)),
     xml_formats.GLM4: lambda writer: _Style(partial(glm4_call, writer)),
 }

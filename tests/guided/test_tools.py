@@ -53,7 +53,17 @@ TOOLS = [
     {"type": "function", "function": {"name": "now"}},
 ]
 SCHEMAS = {"get_weather": WEATHER, "now": {"type": "object", "maxProperties": 0}}
-FORMATS = ["qwen", "llama3", "internlm", "mistral", "deepseek-v3", "glm4", "qwen3coder"]
+FORMATS = [
+    "qwen",
+    "llama3",
+    "internlm",
+    "mistral",
+    "deepseek-v3",
+    "glm4",
+    "qwen3coder",
+    "kimi_k2",
+    "minimax_m2",
+]
 THINK = reasoning_format("default")
 
 

@@ -115,6 +115,23 @@ def glm47(calls: Calls) -> str:
     return glm(calls, "")
 
 
+def kimi_k2(calls: Calls) -> str:
+    blocks = (
+        f"<|tool_call_begin|>functions.{name}:{i}<|tool_call_argument_begin|>{dump(arguments)}"
+        "<|tool_call_end|>"
+        for i, (name, arguments) in enumerate(calls)
+    )
+    return "<|tool_calls_section_begin|>" + "".join(blocks) + "<|tool_calls_section_end|>"
+
+
+def minimax_m2(calls: Calls) -> str:
+    def parameters(arguments: Arguments) -> str:
+        return "".join(f'<parameter name="{k}">{text_of(v)}</parameter>\n' for k, v in arguments.items())
+
+    blocks = (f'<invoke name="{name}">\n{parameters(arguments)}</invoke>\n' for name, arguments in calls)
+    return "<minimax:tool_call>\n" + "".join(blocks) + "</minimax:tool_call>"
+
+
 WRITERS: list[tuple[str, Callable[[Calls], str]]] = [
     ("qwen", qwen),
     ("internlm", internlm),
@@ -128,6 +145,8 @@ WRITERS: list[tuple[str, Callable[[Calls], str]]] = [
     ("qwen3coder", qwen3coder),
     ("glm4", glm45),
     ("glm47", glm47),
+    ("kimi_k2", kimi_k2),
+    ("minimax_m2", minimax_m2),
 ]
 
 

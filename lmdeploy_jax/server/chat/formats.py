@@ -14,6 +14,8 @@ _MARKS = (
     ("<function=", "qwen3coder"),
     ("<arg_key>", "glm4"),
     ("<tool_call>", "qwen"),
+    ("<|tool_call_argument_begin|>", "kimi_k2"),
+    ("<minimax:tool_call>", "minimax_m2"),
     ("<｜tool▁call▁begin｜>", "deepseek-v3"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|action_start|>", "internlm"),

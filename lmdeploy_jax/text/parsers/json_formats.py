@@ -203,6 +203,35 @@ def _read_deepseek_call(block: Block) -> Reading[None]:
     yield from block.close(_CALL_END)
 
 
+_KIMI_CALLS = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")
+_KIMI_CALL = ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
+
+
+def _read_kimi_k2(block: Block) -> Reading[None]:
+    yield from block.space()
+    tag = yield from block.one_of(_KIMI_CALL[0])
+    while tag == _KIMI_CALL[0]:
+        block.begun = True
+        yield from block.space()
+        name = _name_in_id((yield from block.word(_NOT_IN_NAMES)))
+        yield from block.space()
+        yield from block.one_of(_KIMI_CALL[1])
+        yield from block.space()
+        yield from read_object(block, Call(block, name))
+        yield from block.close(_KIMI_CALL[2])
+        yield from block.space()
+        tag = yield from block.one_of(_KIMI_CALL[0], _KIMI_CALLS[1])
+    block.commit()
+
+
+def _name_in_id(text: str) -> str:
+    """`functions.NAME:0` is how such models number their calls."""
+    name, _, number = text.removeprefix("functions.").rpartition(":")
+    if not name or not number.isdecimal():
+        raise ViolationError
+    return name
+
+
 QWEN = ToolFormat(("<tool_call>",), _read_qwen)
 INTERNLM = ToolFormat(
     ("<|action_start|>",),
@@ -216,3 +245,4 @@ DEEPSEEK_V3 = ToolFormat(
     _read_deepseek_v3,
     special_tokens=(_CALLS_BEGIN, _CALL_BEGIN, _SEP, _CALL_END, _CALLS_END),
 )
+KIMI_K2 = ToolFormat((_KIMI_CALLS[0],), _read_kimi_k2, special_tokens=(*_KIMI_CALLS, *_KIMI_CALL))

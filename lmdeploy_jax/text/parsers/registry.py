@@ -58,16 +58,23 @@ def _look_up(known: Mapping[str, Callable[[], F]], what: str, name: str) -> F:
 
 
 _BUILT_IN = {
-    json_formats.QWEN: ("qwen", "qwen3", "qwen2d5"),
+    json_formats.QWEN: ("qwen", "qwen3", "qwen2d5", "hermes"),
     json_formats.INTERNLM: ("internlm", "intern-s1"),
-    json_formats.LLAMA3: ("llama3",),
+    json_formats.LLAMA3: ("llama3", "llama3_json", "llama4_json"),
     json_formats.MISTRAL: ("mistral",),
-    json_formats.DEEPSEEK_V3: ("deepseek-v3", "deepseek-r1"),
-    xml_formats.QWEN3CODER: ("qwen3coder", "interns2-preview"),
+    json_formats.DEEPSEEK_V3: ("deepseek-v3", "deepseek-r1", "deepseek_v3", "deepseek_v31"),
+    json_formats.KIMI_K2: ("kimi_k2", "kimi-k2"),
+    xml_formats.QWEN3CODER: ("qwen3coder", "interns2-preview", "qwen3_coder", "qwen3_xml"),
     xml_formats.GLM4: ("glm4", "glm45", "glm47"),
+    xml_formats.MINIMAX_M2: ("minimax_m2",),
 }
+_THINK = (
+    *("default", "qwen3", "qwen-qwq", "deepseek-v3", "deepseek-r1", "intern-s1", "glm45"),
+    *("deepseek_r1", "deepseek_v3", "glm47", "kimi_k2", "minimax_m2", "nemotron_v3"),
+)
+"""Names, LMDeploy's and vLLM's, of reasoning between `<think>` and `</think>`."""
 for _format, _names in _BUILT_IN.items():
     for _name in _names:
         register_tool_format(_name, lambda _format=_format: _format)  # type: ignore[misc]
-for _name in ("default", "qwen3", "qwen-qwq", "deepseek-v3", "deepseek-r1", "intern-s1", "glm45"):
+for _name in _THINK:
     register_reasoning_format(_name, ReasoningFormat)

@@ -24,9 +24,11 @@ class _Tags:
     value_end: tuple[str, ...]
     end: str
     newline_first: bool  # whether a value's first newline belongs to the format
+    not_in_keys: str = "<>\n"
 
 
 _QWEN3CODER = _Tags("<parameter=", ">", "", ("</parameter>", "\n</parameter>"), "</function>", True)
+_MINIMAX_M2 = _Tags('<parameter name="', '">', "", ("</parameter>",), "</invoke>", False, '<>\n"')
 _GLM4 = _Tags("<arg_key>", "</arg_key>", "<arg_value>", ("</arg_value>",), "</tool_call>", False)
 
 
@@ -36,7 +38,7 @@ def _read_parameters(block: Block, call: Call, tags: _Tags) -> Reading[None]:
     before = "{"
     yield from block.space()
     while (yield from block.one_of(tags.name, tags.end)) == tags.name:
-        key = yield from block.take_while(lambda char: char not in "<>\n")
+        key = yield from block.take_while(lambda char: char not in tags.not_in_keys)
         if not key:
             raise ViolationError
         yield from block.one_of(tags.name_end)
@@ -88,6 +90,20 @@ def _read_qwen3coder(block: Block) -> Reading[None]:
     yield from block.close("</tool_call>")
 
 
+def _read_minimax_m2(block: Block) -> Reading[None]:
+    begin, end = '<invoke name="', "</minimax:tool_call>"
+    yield from block.space()
+    tag = yield from block.one_of(begin)
+    while tag == begin:
+        block.begun = True
+        call = Call(block, (yield from block.word(_NOT_IN_NAMES)))
+        yield from block.one_of('">')
+        yield from _read_parameters(block, call, _MINIMAX_M2)
+        yield from block.space()
+        tag = yield from block.one_of(begin, end)
+    block.commit()
+
+
 def _read_glm4(block: Block) -> Reading[None]:
     yield from block.space()
     call = Call(block, (yield from block.word(_NOT_IN_NAMES)))
@@ -99,4 +115,9 @@ GLM4 = ToolFormat(
     ("<tool_call>",),
     _read_glm4,
     special_tokens=("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
+MINIMAX_M2 = ToolFormat(
+    ("<minimax:tool_call>",),
+    _read_minimax_m2,
+    special_tokens=("<minimax:tool_call>", "</minimax:tool_call>"),
 )
