@@ -94,6 +94,20 @@ class Skeleton:
         head = "embedding" if self.config.tie_embeddings else "lm_head"
         return tuple(i for i, name in enumerate(self.specs) if name.split(".")[0] == head)
 
+    @property
+    def widened_elements(self) -> int:
+        """On a device, of the largest weight that XLA writes out in the model's dtype before a product; of
+        experts', one at a time.
+        """
+        sizes = [0]
+        for name, held in self.formats.items():
+            values = self.specs[f"{name}.values"]
+            assert values.sharding is not None
+            shape = values.sharding.shard_shape(values.shape)
+            if not held.rounds_activations:
+                sizes.append(math.prod(shape[1:] if ".experts." in name else shape) * held.per_value)
+        return max(sizes)
+
 
 @dataclass(frozen=True)
 class LoadedModel:

@@ -86,8 +86,7 @@ class Quantised:
     def rows(self, tokens: int, candidate: Candidate) -> Rows:
         """Random activations, rounded as they would be before the product."""
         x = jax.random.normal(jax.random.key(1), (tokens, self.shape.inner), jnp.bfloat16)
-        by_group = candidate is None and self.held.groups > 1
-        if self.held.activations is None or by_group:
+        if self.held.activations is None or (candidate is None and not self.held.rounds_activations):
             return x
         return round_rows(x, self.held.activations, groups=self.held.groups)
 
@@ -103,8 +102,7 @@ class Quantised:
             if gated:
                 return SkinnyQuantGatedProduct(jax.nn.silu, candidate, self.backend)
             return SkinnyQuantProduct(candidate, self.backend)
-        whole = self.held.activations is not None and self.held.groups == 1
-        product = RoundedProduct() if whole else XlaProduct()
+        product = RoundedProduct() if self.held.rounds_activations else XlaProduct()
         return XlaGatedProduct(jax.nn.silu, product) if gated else product
 
 

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
+
+FLOAT8_CAPABILITY = 8.9  # of the first GPUs that multiply FP8
+QUANTISED = {  # as `models.tuning` names them
+    "FP8": "w8a8_float8_e4m3fn",
+    "FP8 in blocks of 128": "w8a8_float8_e4m3fn_g128",
+    "INT8": "w8a8_int8",
+    "4 bits in groups of 32": "w4a16_g32",
+    "4 bits in groups of 64": "w4a16_g64",
+    "4 bits in groups of 128": "w4a16_g128",
+}
 
 
 def main() -> None:
@@ -13,6 +23,7 @@ def main() -> None:
         "devices": _devices,
         "runtime": _runtime,
         "kernel backends": _kernel_backends,
+        "quantised weights": _quantised_weights,
     }
     print(json.dumps({name: _safely(part) for name, part in parts.items()}))
 
@@ -51,6 +62,38 @@ def _kernel_backends() -> dict[str, str]:
 
     reason = why_not(jax.devices()[0].platform, 128)
     return {"xla": "usable", "pallas": f"not usable: {reason}" if reason else "usable"}
+
+
+def _quantised_weights() -> dict[str, str]:
+    import jax
+
+    from lmdeploy_jax.engine.core.compile import tuning_dir
+    from lmdeploy_jax.models import tuning
+
+    device = jax.devices()[0]
+    measured = {p.format for p in tuning.load(device.device_kind, tuning_dir()).products if p.tiling}
+    capability = getattr(device, "compute_capability", None)
+    return {
+        name: products_of(kind, measured, device.platform, None if capability is None else float(capability))
+        for name, kind in QUANTISED.items()
+    }
+
+
+def products_of(kind: str, measured: Container[str], platform: str, capability: float | None) -> str:
+    """How products with weights of a format are done on a device.
+
+    kind: the format as `models.tuning` names it; measured: those with a kernel that is faster than XLA.
+    """
+    if platform == "cpu":
+        return "widened to float32 when loaded"
+    kernels = "few rows by kernels, as measured; " if kind in measured else ""
+    if "float8" in kind and capability is not None and capability < FLOAT8_CAPABILITY:
+        return f"slow: FP8 needs compute capability {FLOAT8_CAPABILITY}, this GPU has {capability}"
+    if kind.startswith("w8a8") and "_g" not in kind:
+        return f"fast: {kernels}8 bits times 8 bits by XLA"
+    if kernels:
+        return f"fast: {kernels}other weights are widened before each product"
+    return "slow: widened before each product; `bench tune MODEL --model-format ...` measures kernels"
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ class WeightFormat:
             and isinstance(self.columns, bool)
         )
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether XLA's product is one of 8-bit activations and 8-bit weights, scaled afterwards."""
+        return self.activations is not None and self.groups == 1 and self.zeros is None
+
     def cut(self, columns: int, devices: int) -> WeightFormat:
         """The same where `columns` are dealt out over devices, which then share neither words nor groups."""
         share = columns // devices

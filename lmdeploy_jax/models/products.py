@@ -272,7 +272,7 @@ def _tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tiling | 
 
 
 def _rounded(linear: Linear) -> bool:
-    return isinstance(linear.weight, QuantWeight) and linear.weight.rounds_activations
+    return isinstance(linear.weight, QuantWeight) and linear.weight.held.rounds_activations
 
 
 def _takes_rounded(linear: Linear, product: object) -> bool:

@@ -59,11 +59,6 @@ class QuantWeight(nnx.Module):
         columns = self.values.shape[-1] * self.held.per_value
         return (*self.values.shape[:-1], columns // prod(self.inner[1:]), *self.inner[1:])
 
-    @property
-    def rounds_activations(self) -> bool:
-        """Whether a product is one of 8-bit activations and 8-bit weights, scaled afterwards."""
-        return self.held.activations is not None and self.held.groups == 1 and self.zeros is None
-
     def arrays(self) -> QuantArrays:
         """The leaves' arrays, on this device."""
         found = (self.values, self.scales, self.zeros, self.row_scales, self.columns)

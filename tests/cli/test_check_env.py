@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 import lmdeploy_jax
-from lmdeploy_jax.cli import check_env, probes
+from lmdeploy_jax.bench.quantised import FORMATS, FP8_BLOCKS
+from lmdeploy_jax.cli import check_env, jax_probe, probes
 from lmdeploy_jax.cli.main import main
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
@@ -97,3 +98,23 @@ def test_a_sound_installation_has_no_problems() -> None:
     assert list(check_env.problems(report())) == []
     seen = {"devices": ["gpu:0 NVIDIA H200"]}
     assert list(check_env.problems(report(**{"NVIDIA GPUs": [H200], "JAX": seen}))) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "measured", "platform", "capability", "told"),
+    [
+        ("w8a8_float8_e4m3fn", (), "gpu", 9.0, "fast: 8 bits times 8 bits by XLA"),
+        ("w8a8_int8", ("w8a8_int8",), "gpu", 9.0, "fast: few rows by kernels"),
+        ("w8a8_float8_e4m3fn", (), "gpu", 8.0, "slow: FP8 needs compute capability 8.9, this GPU has 8.0"),
+        ("w4a16_g128", (), "gpu", 9.0, "slow: widened before each product; `bench tune"),
+        ("w4a16_g128", ("w4a16_g128",), "gpu", 9.0, "fast: few rows by kernels"),
+        ("w4a16_g128", (), "cpu", None, "widened to float32"),
+    ],
+)
+def test_which_formats_are_fast_is_told(kind, measured, platform, capability, told):
+    assert jax_probe.products_of(kind, measured, platform, capability).startswith(told)
+
+
+def test_the_formats_are_named_as_their_times_are():
+    names = {form.held(4096).name for form in (*FORMATS.values(), FP8_BLOCKS)}
+    assert names <= set(jax_probe.QUANTISED.values())

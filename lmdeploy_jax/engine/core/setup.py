@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lmdeploy_jax")
 HOST_BOUND = 4e9  # bytes of weights a device below which a GPU's step ends before the host has the next
+WIDENED_AT_ONCE = 2  # quantised weights that XLA writes out: the next while one is multiplied with
 DEFAULTS = {"cpu": (32, 256), "gpu": (256, 8192)}  # sequences, tokens a step
 
 
@@ -299,6 +300,7 @@ def _plan(
     size = jnp.dtype(model.dtype).itemsize
     widest = max(layer.mlp.activations(shape.hidden_size) for layer in shape.layers)
     activations = buckets.max_tokens * (widest + 8 * shape.hidden_size) * size
+    widened = WIDENED_AT_ONCE * model.skeleton.widened_elements * size
     images = 0 if vision is None else _image_bytes(vision, buckets, shape.hidden_size, size, mesh)
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
     return plan_memory(
@@ -306,7 +308,7 @@ def _plan(
         page_bytes(layout.arrays, model.dtype, mesh.devices.size),
         share=config.cache_max_entry_count,
         free=free_bytes(mesh),
-        reserved=activations + logits,
+        reserved=activations + logits + widened,
         images=images,
         session_len=session_len,
         sequences=buckets.max_batch_size,

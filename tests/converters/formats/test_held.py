@@ -59,6 +59,7 @@ def test_every_linear_layer_is_held_as_it_was_stored(kind: str, llama: Path, tmp
     held, widened = both(llama, tmp_path, CASES[kind])
     names = {f"layers.{layer}.{weight}.weight" for layer in (0, 1) for weight in WEIGHTS}
     assert set(held.skeleton.formats) == names
+    assert widened.skeleton.widened_elements == 0
     for name, leaf in named_leaves(widened).items():
         if name in held.skeleton.formats:
             ours = dequantise(held.skeleton.formats[name], arrays_of(held, name), jnp.float32)
@@ -67,6 +68,16 @@ def test_every_linear_layer_is_held_as_it_was_stored(kind: str, llama: Path, tmp
             )
         else:
             np.testing.assert_array_equal(named_leaves(held)[name], leaf)
+
+
+@pytest.mark.parametrize(("kind", "elements"), [("awq", 2 * 96 * 64), ("smooth_int8", 0)])
+def test_what_xla_widens_is_known_to_the_memory_plan(
+    kind: str, elements: int, llama: Path, tmp_path: Path
+) -> None:
+    """Of a 4-bit checkpoint its largest matrix, gate and up; 8 bits are multiplied as they are."""
+    held, widened = both(llama, tmp_path, CASES[kind])
+    assert held.skeleton.widened_elements == elements
+    assert widened.skeleton.widened_elements == 0
 
 
 @pytest.mark.parametrize(
