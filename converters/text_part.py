@@ -24,12 +24,13 @@ TEXT_PARTS: Mapping[str, str] = {
     "Qwen2VLForConditionalGeneration": "text_config",
     "Qwen2_5_VLForConditionalGeneration": "text_config",
     "Qwen3VLForConditionalGeneration": "text_config",
+    "Phi3VForCausalLM": "text_config",
 }
 """Under which name the configs of such architectures hold that of their language model."""
-FLAT = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-"""Those whose older configs hold it among the fields of the whole."""
+FLAT = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Phi3VForCausalLM")
+"""Those whose configs may hold it among the fields of the whole."""
 BESIDE_TEXT = ("vision_config", "vision_token_id", "vision_start_token_id", "vision_end_token_id",
-               "image_token_id", "video_token_id")  # fmt: skip
+               "image_token_id", "video_token_id", "embd_layer", "img_processor")  # fmt: skip
 SHARED = ("tie_word_embeddings", "quantization_config", "compression_config")
 """Fields of the whole config that hold for the language model, whatever its own part says."""
 _SEVEN_BILLION = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.vision import pixels
-from lmdeploy_jax.vision.resize import ImagePlan, ResizeRule
+from lmdeploy_jax.vision.resize import HDTransform, ImagePlan, ResizeRule
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -94,6 +94,11 @@ class ImageProcessor:
                 raise RequestError(f"image option {name} is {value!r}; it must be a positive integer")
             rule = replace(rule, **{known[name]: value})  # type: ignore[type-var]
         return replace(self, rule=rule)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the patches: where a rule does not round, their levels lie between those of 8 bits."""
+        return np.dtype(np.float32 if isinstance(self.rule, HDTransform) else np.uint8)
 
     def plan(self, height: int, width: int) -> ImagePlan:
         """The views of a picture of a size. Raises RequestError for a size that the rule refuses."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +53,12 @@ def save(name: str, folder: Path) -> Path:
     if "llm_config" in raw:  # the checkpoint that it was made of ties its head
         raw["llm_config"]["tie_word_embeddings"] = True
         path.write_text(json.dumps(raw))
+    save_tokenizer(folder, raw)
+    return folder
+
+
+def save_tokenizer(folder: Path, raw: Mapping[str, Any]) -> None:
+    """For the checkpoint of a config."""
     family = vision_family(raw)
     assert family is not None
     special = {family.placeholder.token: PLACEHOLDER} | BESIDE
@@ -61,7 +67,6 @@ def save(name: str, folder: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in special])
     PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE).save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from lmdeploy_jax.converters.vision import load_vision
+from lmdeploy_jax.converters.vision_config import read_vision
 from lmdeploy_jax.vision.pixels import normalize
 from tests.oracle import scramble
 from tests.vision.pictures import picture
@@ -91,6 +94,17 @@ def _kimi_name(name: str) -> str:
 @torch.no_grad()
 def test_phi3_v(tmp_path: Path) -> None:
     """By CLIP and the steps of the checkpoints' own code: merged by 2 x 2, lines ended, views divided."""
+    features_of = save_phi3_v(tmp_path, {}, {"hidden_size": 64})
+    images = [picture(60, 85), picture(90, 30, seed=1)]
+    assert_close(features(load_vision(tmp_path), images)[0], features_of(images).numpy())
+
+
+def save_phi3_v(
+    folder: Path, text: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> Callable[[Sequence[Image.Image]], torch.Tensor]:
+    """Saves a checkpoint with the tensors and the config of a language model 64 wide -> what gives the rows
+    of images.
+    """
     torch.manual_seed(0)
     clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CLIP)).eval()
     scramble(clip)
@@ -100,28 +114,31 @@ def test_phi3_v(tmp_path: Path) -> None:
     tensors = {f"{prefix}img_projection.{name}": value for name, value in project.state_dict().items()}
     tensors |= {f"{prefix}img_processor.vision_model.{n}": v for n, v in clip.state_dict().items()}
     tensors |= {f"{prefix}sub_GN": newline, f"{prefix}glb_GN": separator}
-    save_file({name: value.numpy() for name, value in tensors.items()}, tmp_path / "model.safetensors")
-    raw = {
+    whole = {name: value.numpy() for name, value in tensors.items()} | dict(text)
+    save_file(whole, folder / "model.safetensors")
+    raw = dict(config) | {
         "architectures": ["Phi3VForCausalLM"],
-        "hidden_size": 64,
         "img_processor": CLIP | {"name": "clip_vision_model", "image_dim_out": 32, "num_img_tokens": 4},
         "embd_layer": {"hd_transform_order": "sub_glb", "projection_cls": "mlp"},
     }
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"num_crops": 4}))
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"num_crops": 4}))
+    processor = read_vision(folder)[1].processor
 
-    loaded = load_vision(tmp_path)
-    images = [picture(60, 85), picture(90, 30, seed=1)]
-    processor, expected = loaded.config.processor, []
-    for image in images:
+    def rows_of(image: Image.Image) -> torch.Tensor:
         views = normalize(np.stack(processor.rule.views(image)), processor.mean, processor.std)
         inputs = torch.tensor(views).permute(0, 3, 1, 2)
         hidden = clip(inputs, output_hidden_states=True).hidden_states[-2][:, 1:]
         plan = processor.plan(image.height, image.width)
         tiles = _phi_lines(hidden[1:], plan.rows, plan.columns, newline)
         whole = _phi_lines(hidden[:1], 1, 1, newline)
-        expected.append(project(torch.cat([tiles, separator[0], whole])))
-    assert_close(features(loaded, images)[0], torch.cat(expected).numpy())
+        return project(torch.cat([tiles, separator[0], whole]))
+
+    @torch.no_grad()
+    def features_of(images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.cat([rows_of(image) for image in images])
+
+    return features_of
 
 
 def _phi_lines(hidden: torch.Tensor, rows: int, columns: int, newline: torch.Tensor) -> torch.Tensor:

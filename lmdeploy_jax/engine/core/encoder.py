@@ -88,7 +88,8 @@ class Encoder:
 
 def _blank(config: VisionModelConfig) -> View:
     side = config.tower.grid or config.processor.merge
-    return View(np.zeros((side**2, prod(config.tower.patch_shape)), np.uint8), (side, side))
+    shape = (side**2, prod(config.tower.patch_shape))
+    return View(np.zeros(shape, config.processor.dtype), (side, side))
 
 
 def run_bytes(config: VisionModelConfig, size: int, itemsize: int) -> int:

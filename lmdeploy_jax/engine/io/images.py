@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
-from itertools import islice
+from itertools import count, islice
 from math import prod
 
 import numpy as np
@@ -107,17 +107,20 @@ class PromptImages:
         """The messages with each image as the text that stands for it, which templates of text models print
         too.
         """
+        numbers = count(1)
         return [
-            message | {"content": "".join(map(self._text, content))}
+            message | {"content": "".join(self._text(part, numbers) for part in content)}
             if isinstance(content := message.get("content"), list)
             else message
             for message in messages
         ]
 
-    def _text(self, part: str | ImagePart) -> str:
+    def _text(self, part: str | ImagePart, numbers: Iterator[int]) -> str:
+        if isinstance(part, str):
+            return part
         if isinstance(part, VideoPart) and self._family.video is not None:
             return self._family.video.placeholder.item
-        return part if isinstance(part, str) else self._family.placeholder.item
+        return self._family.placeholder.item.replace("{number}", str(next(numbers)))
 
     def expand(self, text: str, images: Sequence[ProcessedImage]) -> str:
         """A rendered prompt with a token for each row. Raises RequestError where a text holds such tokens."""
