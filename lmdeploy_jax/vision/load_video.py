@@ -45,19 +45,21 @@ def load_video(
     if isinstance(source, np.ndarray):
         source = list(source)
     if not isinstance(source, str | Path | bytes):
-        return _of_frames(source, access, fps)
+        return _of_frames(source, access, fetched, fps)
     name, data = read_source(source, access, fetched or {})
     return _of_file(name, data, access)
 
 
-def _of_frames(source: Any, access: MediaAccess, fps: float) -> Video:
+def _of_frames(
+    source: Any, access: MediaAccess, fetched: Mapping[str, bytes | RequestError] | None, fps: float
+) -> Video:
     if not isinstance(source, Sequence) or not source:
         raise RequestError(
             f"{type(source).__name__} is no video: give a list of frames, a path, a URL or bytes."
         )
 
     def frames(numbers: Sequence[int]) -> Iterator[Image.Image]:
-        return (load_image(source[number], access) for number in numbers)
+        return (load_image(source[number], access, fetched) for number in numbers)
 
     first = next(frames([0]))
     return Video(len(source), fps, first.height, first.width, frames, whole=True)

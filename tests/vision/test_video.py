@@ -112,6 +112,8 @@ def test_lists_of_frames() -> None:
         assert np.array_equal(frame, FRAMES[7])
         assert QWEN2.sample(video, {}, 2) == list(range(12))
     assert load_video(jpegs(3)).total == 3
+    url = "https://example.org/one.png"
+    assert load_video([url], fetched={url: picture_bytes()}).height == 48
     with pytest.raises(RequestError, match="of a list all are taken"):
         QWEN2.sample(video, {"num_frames": 4}, 2)
     for wrong in ([], 5, ["/no/such.png"]):

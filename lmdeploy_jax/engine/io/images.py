@@ -174,7 +174,8 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
 
 def _fetched(parts: Sequence[ImagePart], access: MediaAccess) -> dict[str, bytes | RequestError]:
     """What the URLs among the sources give."""
-    urls = [part.source for part in parts if is_url(part.source)]
+    sources = [part.source if isinstance(part.source, list | tuple) else [part.source] for part in parts]
+    urls = [source for each in sources for source in each if is_url(source)]
     if not urls:
         return {}
     from lmdeploy_jax.vision.fetch import fetch  # aiohttp is loaded with the first URL
