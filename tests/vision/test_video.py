@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from base64 import b64encode
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from lmdeploy_jax.vision.access import MediaAccess
 from lmdeploy_jax.vision.load_video import load_video
 from lmdeploy_jax.vision.resize import SmartResize
 from lmdeploy_jax.vision.video import Video, VideoRule, prepare_video
+from tests.fuzz import cases
 from tests.vision.oracle import save_checkpoint
 from tests.vision.pictures import picture
 
@@ -166,6 +169,23 @@ def test_broken_files(tmp_path: Path) -> None:
     for broken in (b"", data[:100], b"\0" * 1000, picture_bytes()):
         with pytest.raises(RequestError, match=r"no video|damaged|too many|not say"):
             list(load_video(broken).frames([0]))
+
+
+@cases(1000)
+def test_damaged_files(cases: int) -> None:
+    """Whatever a byte is changed to, a file gives frames or an error of ours."""
+    rng = random.Random(0)
+    kinds = (("mp4", "mpeg4"), ("matroska", "mpeg4"), ("avi", "mpeg4"), ("mpegts", "mpeg2video"))
+    files = [movie(*kind) for kind in kinds]
+    decoded = 0
+    for number in range(cases):
+        data = bytearray(files[number % len(files)])
+        for _ in range(rng.choice((1, 3, 20))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        with suppress(RequestError):
+            video = load_video(bytes(data[: rng.choice((len(data), rng.randrange(len(data))))]))
+            decoded += len(list(video.frames([0, video.total - 1])))
+    assert 0 < decoded < 2 * cases
 
 
 def picture_bytes() -> bytes:
