@@ -222,6 +222,7 @@ def test_dependencies_are_declared() -> None:
     declared = {_distribution(text) for text in (*project["dependencies"], *extras)}
     provided = {
         "absl": "absl-py",
+        "jaxlib": "jax",
         "orbax": "orbax-checkpoint",
         "PIL": "pillow",
         "starlette": "fastapi",

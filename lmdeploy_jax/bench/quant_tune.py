@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf
-from typing import Any
+from math import inf, prod
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
-from lmdeploy_jax.bench.tune import BEYOND_CACHE, EPS, PROGRAMS, Candidate, Shape, extra_seconds, fastest
+from lmdeploy_jax.bench.tune import (
+    BEYOND_CACHE,
+    EPS,
+    PROGRAMS,
+    Candidate,
+    Shape,
+    extra_seconds,
+    fastest,
+    is_hopper,
+)
 from lmdeploy_jax.models.formats import INT4, WeightFormat
 from lmdeploy_jax.models.linear import Linear
-from lmdeploy_jax.models.products import XlaGatedProduct, XlaProduct
+from lmdeploy_jax.models.products import Product, XlaGatedProduct, XlaProduct
 from lmdeploy_jax.models.quant_products import (
     RoundedProduct,
     Rows,
+    RowsProduct,
     SkinnyQuantGatedProduct,
     SkinnyQuantProduct,
+    StreamedQuantProduct,
 )
 from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.tuning import Measurement
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
+from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import deepest, why_not_streamed
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
-from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+from lmdeploy_jax.pallas_kernels.shapes import Quantised as Operand
+from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
-TOKENS = (1, 16, 64)  # XLA's products and those of Mosaic are for more
+TOKENS = (1, 16, 64)  # of the kernels of few rows
+MANY_TOKENS = (128, 256, 1024, 4096)  # of those that stream
 EIGHT_BITS = (  # outputs and inner elements of a tile, warps, stages
     (32, 256, 4, 4),
     (64, 128, 4, 4),
@@ -96,13 +110,17 @@ class Quantised:
         tree, product = jax.tree.structure(state), self._product(candidate)
         return lambda x, leaves: product(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), x)
 
-    def _product(self, candidate: Candidate) -> Callable[[Linear, Any], jax.Array]:
+    def _product(self, candidate: Candidate) -> Callable[..., jax.Array]:
         gated = self.shape.product == "gated"
         if isinstance(candidate, Tiling):
             if gated:
                 return SkinnyQuantGatedProduct(jax.nn.silu, candidate, self.backend)
             return SkinnyQuantProduct(candidate, self.backend)
-        product = RoundedProduct() if self.held.rounds_activations else XlaProduct()
+        product: Product | RowsProduct = XlaProduct()
+        if isinstance(candidate, StreamTiling):
+            product = StreamedQuantProduct(candidate, self.backend)
+        elif self.held.rounds_activations:
+            product = RoundedProduct()
         return XlaGatedProduct(jax.nn.silu, product) if gated else product
 
 
@@ -127,16 +145,33 @@ def measure(shape: Shape, held: WeightFormat) -> dict[int, dict[Candidate, float
     product = Quantised(shape, held)
     keys = jax.random.split(jax.random.key(0), max(2, -(-BEYOND_CACHE // product.weight_bytes)))
     weights = [product.weight(key) for key in keys]
-    tried = [(tokens, candidate) for tokens in TOKENS for candidate in [None, *tilings(product)]]
+    # XLA is at its best with many rows of 8 bits; the kernel's source is that of JAX 0.11.
+    hopper = is_hopper() and jax.__version_info__ >= (0, 11)
+    streamed = MANY_TOKENS if hopper and not held.rounds_activations else ()
+    tried: list[tuple[int, Candidate]] = []
+    tried += [(tokens, candidate) for tokens in TOKENS for candidate in [None, *tilings(product)]]
+    tried += [(tokens, candidate) for tokens in streamed for candidate in [None, *streams(product, tokens)]]
     cases = []
     for tokens, candidate in tried:
         x = product.rows(tokens, candidate)
         cases.append(Case(product.function(candidate), [(x, weight) for weight in weights]))
-    measured: dict[int, dict[Candidate, float | None]] = {tokens: {} for tokens in TOKENS}
+    measured: dict[int, dict[Candidate, float | None]] = {tokens: {} for tokens, _ in tried}
     for (tokens, candidate), seconds in zip(tried, device_seconds(cases), strict=True):
         extra = extra_seconds(shape, candidate, tokens)
         measured[tokens][candidate] = None if seconds is None else seconds + extra
     return measured
+
+
+def streams(product: Quantised, tokens: int) -> Iterator[StreamTiling]:
+    """Those worth measuring for many rows."""
+    outputs = prod(product.shape.weight[:-1])
+    held, columns = product.held, product.shape.inner // product.held.per_value
+    values = jax.ShapeDtypeStruct((outputs, columns), held.stored)
+    scales = jax.ShapeDtypeStruct((held.groups, outputs), "float32")
+    operand = Operand(cast(jax.Array, values), cast(jax.Array, scales))  # nothing but shapes is asked for
+    if why_not_streamed(tokens, operand) is None:
+        most = deepest(tokens, operand, getattr(jax.devices()[0], "core_count", 132))
+        yield from (replace(most, num_stages=stages) for stages in (most.num_stages, most.num_stages - 1))
 
 
 def tilings(product: Quantised) -> Iterator[Tiling]:

@@ -180,7 +180,7 @@ def tilings(shape: Shape, tokens: int) -> Iterator[Tiling | StreamTiling]:
             crowded = shape.kind == "parts" and not PROGRAMS[0] <= programs <= PROGRAMS[1]
             if shape.inner % (splits * block_in) == 0 and not crowded:
                 yield Tiling(block_out, block_in, splits, num_warps, num_stages)
-    if shape.kind == "gated" and tokens % 8 == 0 and _is_hopper():
+    if shape.kind == "gated" and tokens % 8 == 0 and is_hopper():
         cores = getattr(jax.devices()[0], "core_count", 132)
         for block_out in STREAMED:
             tiles = shape.out // block_out
@@ -189,7 +189,7 @@ def tilings(shape: Shape, tokens: int) -> Iterator[Tiling | StreamTiling]:
                 yield from {StreamTiling.deepest(block_out, count, tokens) for count in (cores, even)}
 
 
-def _is_hopper() -> bool:
+def is_hopper() -> bool:
     return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 

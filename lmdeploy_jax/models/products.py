@@ -28,6 +28,8 @@ from lmdeploy_jax.models.quant_products import (
     RowsProduct,
     SkinnyQuantGatedProduct,
     SkinnyQuantProduct,
+    StreamedQuantProduct,
+    can_stream,
 )
 from lmdeploy_jax.models.quantised import QuantWeight
 from lmdeploy_jax.models.tuning import Kind
@@ -209,8 +211,9 @@ class FusedNorm:
 def plan(kernels: Kernels, kind: Kind, linear: Linear, x: Float[Array, "T *inner"]) -> Product:
     """The product with x, in parts or whole as `kind` says."""
     tiling = _tiling(kernels, kind, linear, x)
-    if isinstance(tiling, Tiling) and isinstance(linear.weight, QuantWeight):
-        return SkinnyQuantProduct(tiling, kernels.backend, in_parts=kind == "parts")
+    if isinstance(linear.weight, QuantWeight):
+        found = _plan_quant(kernels, kind, linear, x, tiling)
+        return found or plan_xla(kernels, linear, x, out_dtype=jnp.float32 if kind == "whole" else None)
     if isinstance(tiling, Tiling):
         return SkinnyProduct(tiling, kernels.backend, in_parts=kind == "parts")
     return plan_xla(kernels, linear, x, out_dtype=jnp.float32 if kind == "whole" else None)
@@ -228,9 +231,13 @@ def plan_xla(
 def plan_gated(kernels: Kernels, linear: Linear, x: Float[Array, "T E"], activation: Activation) -> Product:
     """`activation(gate) * up` of a weight [2, I, E]."""
     tiling = None if linear.bias is not None else _tiling(kernels, "gated", linear, x)
-    if isinstance(tiling, Tiling) and isinstance(linear.weight, QuantWeight):
-        return SkinnyQuantGatedProduct(activation, tiling, kernels.backend)
-    if tiling is not None and not (isinstance(tiling, StreamTiling) and x.shape[0] % 8):
+    if isinstance(linear.weight, QuantWeight):
+        if isinstance(tiling, Tiling):
+            return SkinnyQuantGatedProduct(activation, tiling, kernels.backend)
+        found = _plan_quant(kernels, "gated", linear, x, tiling)
+        if found is not None:
+            return XlaGatedProduct(activation, found)
+    elif tiling is not None and not (isinstance(tiling, StreamTiling) and x.shape[0] % 8):
         return SkinnyGatedProduct(activation, tiling, kernels.backend)
     if _transposed(kernels, x) and not _rounded(linear):
         return TransposedGatedProduct(activation)
@@ -262,6 +269,17 @@ def plan_norm(
     return SeparateNorm(product, kernels)
 
 
+def _plan_quant(
+    kernels: Kernels, kind: Kind, linear: Linear, x: Array, tiling: Tiling | StreamTiling | None
+) -> SkinnyQuantProduct | StreamedQuantProduct | None:
+    """A kernel's product with a quantised weight, without an activation."""
+    if isinstance(tiling, Tiling):
+        return SkinnyQuantProduct(tiling, kernels.backend, in_parts=kind == "parts")
+    if tiling is None or kind == "whole" or not can_stream(linear, x.shape[0]):
+        return None
+    return StreamedQuantProduct(tiling, kernels.backend)
+
+
 def _tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tiling | StreamTiling | None:
     """As measured for the shapes that one device sees."""
     weight, inner = linear.weight, prod(x.shape[1:])
@@ -281,7 +299,8 @@ def _takes_rounded(linear: Linear, product: object) -> bool:
         product = product.product
     if isinstance(product, RoundedProduct):
         return product.backend != "xla"
-    return isinstance(product, SkinnyQuantProduct | SkinnyQuantGatedProduct) and _has_rounded(linear)
+    kernel = isinstance(product, SkinnyQuantProduct | SkinnyQuantGatedProduct | StreamedQuantProduct)
+    return kernel and _has_rounded(linear)
 
 
 def _has_rounded(linear: Linear) -> bool:

@@ -18,10 +18,15 @@ from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.quantised import QuantWeight
-from lmdeploy_jax.pallas_kernels.quant_gemm import gated_quant_gemm, quant_gemm
+from lmdeploy_jax.pallas_kernels.quant_gemm import (
+    gated_quant_gemm,
+    quant_gemm,
+    streamed_quant_gemm,
+    why_not_streamed,
+)
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
-from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
 Rows = Float[Array, "T *inner"] | Quantised
 
@@ -90,6 +95,21 @@ class SkinnyQuantGatedProduct:
 
 
 @dataclass(frozen=True)
+class StreamedQuantProduct:
+    """The hand-written product of many rows, for Hopper."""
+
+    tiling: StreamTiling
+    backend: str
+
+    def __call__(self, linear: Linear, x: Rows) -> Float[Array, "..."]:
+        weight = quantised(linear)
+        operand = weight.operand(-1)
+        assert operand is not None  # as planned
+        rows, how = _taken(weight, x, self.backend), {"out_dtype": weight.dtype, "backend": self.backend}
+        return streamed_quant_gemm(rows, operand, self.tiling, **how).reshape(-1, *weight.out_shape)
+
+
+@dataclass(frozen=True)
 class RoundingNorm:
     """The residual addition and the norm are a kernel of their own, which rounds what the product reads."""
 
@@ -116,6 +136,12 @@ def quantised(linear: Linear) -> QuantWeight:
     """The weight, as planned."""
     assert isinstance(linear.weight, QuantWeight)
     return linear.weight
+
+
+def can_stream(linear: Linear, tokens: int) -> bool:
+    """Whether a `StreamedQuantProduct` of so many rows is one that its kernel can do."""
+    operand = quantised(linear).operand(-1)
+    return operand is not None and why_not_streamed(tokens, operand) is None
 
 
 def _taken(weight: QuantWeight, x: Rows, backend: str) -> Rows:

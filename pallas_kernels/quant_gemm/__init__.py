@@ -15,12 +15,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.quant_gemm import xla
+from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import why_not_streamed
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, TILE
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
-from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import MAX_TOKENS, Tiling
+from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import MAX_TOKENS, StreamTiling, Tiling
 
-__all__ = ["gated_quant_gemm", "quant_gemm", "why_not_quant"]
+__all__ = ["gated_quant_gemm", "quant_gemm", "streamed_quant_gemm", "why_not_quant", "why_not_streamed"]
 
 Rows = Float[Array, "T K"] | Quantised
 
@@ -34,8 +35,7 @@ def quant_gemm(
     has 4. Accumulates in f32, int8 in int32. Raises ValueError for what does not fit.
     """
     check_backend(backend)
-    zeros = None if weight.zeros is None else weight.zeros[:, None]
-    halves = Quantised(weight.values[None], weight.scales[:, None], zeros)
+    halves = Quantised(weight.values[None], weight.scales[:, None], _with_half(weight.zeros))
     _check(x, halves, tiling)
     if backend == "xla":
         return xla.quant_gemm(x, halves, tiling.splits)[:, 0].astype(out_dtype)
@@ -70,6 +70,26 @@ def gated_quant_gemm(
     return pallas.quant_gemm(x, weight, tiling, out_dtype, activation, interpret=interpret)[0]
 
 
+def streamed_quant_gemm(
+    x: Rows, weight: Quantised, tiling: StreamTiling, *, out_dtype: DTypeLike, backend: str
+) -> Float[Array, "T N"]:
+    """`quant_gemm` of many rows, whole, on Hopper: x [T, K], weight [N, K] -> [T, N] in `out_dtype`.
+
+    Raises ValueError for what does not fit, see `why_not_streamed`.
+    """
+    check_backend(backend)
+    rows = _check_rows(x, weight)
+    fault = why_not_streamed(rows.shape[0], weight)
+    if fault is not None:
+        raise ValueError(f"{fault}; leave this product to XLA")
+    if backend == "xla":
+        half = Quantised(weight.values[None], weight.scales[:, None], _with_half(weight.zeros))
+        return xla.quant_gemm(x, half, 1)[0, 0].astype(out_dtype)
+    from lmdeploy_jax.pallas_kernels.quant_gemm import mosaic  # CPUs never need it
+
+    return mosaic.quant_gemm(x, weight, tiling, out_dtype)
+
+
 def why_not_quant(weight: Quantised, tiling: Tiling | None = None) -> str | None:
     """Why the kernels cannot multiply with a weight [..., N, K], cut so, or None if they can."""
     columns, groups = _columns(weight), weight.scales.shape[0]
@@ -91,20 +111,30 @@ def _columns(weight: Quantised) -> int:
     return weight.values.shape[-1] * (PER_WORD if weight.values.dtype == jnp.uint16 else 1)
 
 
+def _with_half(zeros: jax.Array | None) -> jax.Array | None:
+    return None if zeros is None else zeros[:, None]
+
+
 def _check(x: Rows, weight: Quantised, tiling: Tiling) -> None:
+    rows = _check_rows(x, weight)
+    if not 1 <= rows.shape[0] <= MAX_TOKENS:
+        raise ValueError(f"x has {rows.shape[0]} rows; a skinny product takes 1 to {MAX_TOKENS}")
+    tiling.check(tokens=rows.shape[0], inner=rows.shape[1], outputs=weight.values.shape[1])
+    fault = why_not_quant(weight, tiling)
+    if fault is not None:
+        raise ValueError(fault)
+
+
+def _check_rows(x: Rows, weight: Quantised) -> jax.Array:
+    """The values of x, which fit the weight."""
     rows, groups = (x.values, x.scales.shape[0]) if isinstance(x, Quantised) else (x, None)
     columns = _columns(weight)
     if rows.ndim != 2 or rows.shape[1] != columns:
         raise ValueError(f"x {rows.shape} does not fit {columns} columns of a weight: it must be [T, K]")
-    if not 1 <= rows.shape[0] <= MAX_TOKENS:
-        raise ValueError(f"x has {rows.shape[0]} rows; a skinny product takes 1 to {MAX_TOKENS}")
     wanted = None if weight.values.dtype == jnp.uint16 else weight.scales.shape[0]
     if groups != wanted or (groups is not None and rows.dtype != weight.values.dtype):
         raise ValueError(
             f"x is {rows.dtype} with {groups} groups of columns; a weight of {weight.values.dtype} asks for "
             + ("16 bits" if wanted is None else f"{weight.values.dtype} with {wanted}")
         )
-    tiling.check(tokens=rows.shape[0], inner=columns, outputs=weight.values.shape[1])
-    fault = why_not_quant(weight, tiling)
-    if fault is not None:
-        raise ValueError(fault)
+    return rows

@@ -18,7 +18,7 @@ from lmdeploy_jax.models.products import plan, plan_gated, plan_norm
 from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.tuning import Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
-from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
 KERNELS = Kernels()
 LIMITS = {INT8: 127.0, E4M3: 448.0}
@@ -144,6 +144,20 @@ def test_few_rows_are_the_kernels_where_the_table_says_so(held: WeightFormat, mo
         assert np.linalg.norm(got - want) < most * np.linalg.norm(want)
         first = plan_norm(kernels, linear, x, normed=False, activation=activation)
         assert first(linear, x, None, norm)[1].shape == ways[0](linear, x, delta, norm)[1].shape
+
+
+def test_many_rows_stream_where_the_table_says_so_and_the_kernel_can() -> None:
+    held = WeightFormat(INT4, 128, 2, "float16", zeros="uint8")
+    stream = StreamTiling(128, 132, 4)
+    measured = [Measurement(held.name, kind, 128, 256, 4096, stream, 1.0, 2.0) for kind in ("parts", "gated")]
+    kernels = Kernels("pallas_interpret", tuning=Tuning(tuple(measured)))
+    plain, gate_up = (quantised(held, out, (256,), "bfloat16") for out in ((2, 64), (2, 128)))
+    for rows, streams in ((96, True), (256, True), (100, False), (8192, False)):
+        x = jnp.zeros((rows, 256), jnp.bfloat16)
+        found = plan(kernels, "parts", plain, x)
+        streamed = products.StreamedQuantProduct(stream, kernels.backend)
+        assert found == (streamed if streams else products.XlaProduct())
+        assert plan_gated(kernels, gate_up, x, jax.nn.silu) == products.XlaGatedProduct(jax.nn.silu, found)
 
 
 @pytest.mark.parametrize(

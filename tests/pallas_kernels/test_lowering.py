@@ -8,6 +8,11 @@ import jax
 import pytest
 from jax import export
 
+from lmdeploy_jax.pallas_kernels.quant_gemm import quant_gemm
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD
+from lmdeploy_jax.pallas_kernels.round_rows import round_rows
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
+from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
 from tests.pallas_kernels.programs import Model, Program, as_on_h200, decode_step, prefill_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -32,3 +37,29 @@ def test_lowers_for_a_gpu(step: Callable[[Model, int], Program], model: Model) -
     kernels = ["paged_attention"] if step is decode_step else ["rope_kv_write", "prefill_attention"]
     for kernel in kernels:
         assert f'name = "{kernel}"' in module
+
+
+QUANTISED = {"float8_e4m3fn": 1, "int8": 2, "uint16": 4}  # values of a weight, and groups of its columns
+
+
+@pytest.mark.parametrize("values", QUANTISED)
+@pytest.mark.parametrize("outputs", [128, 100])  # with rows that no tile has
+def test_quantised_products_lower_for_a_gpu(values: str, outputs: int) -> None:
+    groups, words = QUANTISED[values], values == "uint16"
+
+    def step(x: jax.Array, weight: list[jax.Array]) -> jax.Array:
+        rows = x if words else round_rows(x, values, groups=groups, backend="pallas")
+        tiling = Tiling(64, 128, 2, 4, 3)
+        return quant_gemm(rows, Quantised(*weight), tiling, out_dtype="float32", backend="pallas")
+
+    shape = jax.ShapeDtypeStruct
+    weight = [
+        shape((outputs, 512 // PER_WORD if words else 512), values),
+        shape((groups, outputs), "float32"),
+    ]
+    weight += [shape((groups, outputs), "uint8")] if words else []
+    with as_on_h200():
+        lower = export.export(jax.jit(step), platforms=["cuda"], disabled_checks=[TRITON_CALL])
+        module = lower(shape((5, 512), "bfloat16"), weight).mlir_module()
+    assert 'name = "quant_gemm"' in module
+    assert ('name = "round_rows"' in module) != words

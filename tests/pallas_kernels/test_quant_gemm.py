@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
-from lmdeploy_jax.pallas_kernels.quant_gemm import gated_quant_gemm, quant_gemm, why_not_quant
+from lmdeploy_jax.pallas_kernels.quant_gemm import (
+    gated_quant_gemm,
+    quant_gemm,
+    streamed_quant_gemm,
+    why_not_quant,
+    why_not_streamed,
+)
+from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import deepest
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import TILE, pack_words
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
@@ -104,6 +111,38 @@ def test_gated(backend, element, groups, zeros, rows, outputs, columns, tiling):
     got = gated_quant_gemm(x, weight, tiling, **ways)
     gate, up = row @ wide.transpose(0, 2, 1)
     assert error(got, gate**2 * up) < 1e-5
+
+
+STREAMED = [  # element, groups, zero points, rows, outputs, columns
+    (E4M3, 4, False, 96, 256, 512),
+    (E4M3, 1, False, 8, 128, 256),
+    ("int4", 4, True, 144, 128, 512),
+    ("int4", 2, False, 128, 256, 512),
+    ("int4", 1, True, 360, 128, 256),
+]
+
+
+@pytest.mark.parametrize("backend", ["xla", pytest.param("pallas", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("element", "groups", "zeros", "rows", "outputs", "columns"), STREAMED)
+def test_products_of_many_rows(backend, element, groups, zeros, rows, outputs, columns):
+    weight, wide = weight_of(element, groups, zeros, outputs, columns)
+    x, row = rows_of(element, groups, rows, columns)
+    tiling = deepest(rows, weight, 3)
+    got = streamed_quant_gemm(x, weight, tiling, out_dtype=jnp.bfloat16, backend=on(backend))
+    assert error(got, row @ wide.T) < 3e-3  # of one rounding to 16 bits
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weight", "fault"),
+    [
+        (100, (E4M3, 1, False, 128, 256), "100 rows cannot be cut"),
+        (128, (E4M3, 1, False, 96, 256), "96 outputs are no whole blocks of 128"),
+        (128, (INT8, 1, False, 128, 256), "weights of int8 are XLA's"),
+        (128, ("int4", 8, True, 128, 512), "groups of 64 columns are no blocks of 128"),
+    ],
+)
+def test_what_cannot_be_streamed_is_told(tokens, weight, fault):
+    assert fault in str(why_not_streamed(tokens, weight_of(*weight)[0]))
 
 
 @backends

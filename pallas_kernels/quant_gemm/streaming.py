@@ -1,0 +1,48 @@
+"""How products of many rows are cut, and which ones the kernel for them (`mosaic.py`) can do."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, TILE
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
+from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import SHARED_BYTES, StreamTiling
+
+BLOCK_OUT = 128  # outputs of a tile: two warpgroups with 64 each
+BLOCK_IN = TILE
+MAX_TILE = 128  # tokens, beside which two sums fit registers
+MAX_ROWS = 8192
+
+
+def tile_of(tokens: int) -> int:
+    """Tokens of a tile, all tiles alike."""
+    return tokens // -(-tokens // MAX_TILE)
+
+
+def why_not_streamed(tokens: int, weight: Quantised) -> str | None:
+    """Why a product of so many rows with a weight [N, K] cannot be streamed, or None if it can."""
+    words, (outputs, columns) = weight.values.dtype == jnp.uint16, weight.values.shape
+    columns *= PER_WORD if words else 1
+    if not words and (weight.values.dtype != jnp.float8_e4m3fn or weight.zeros is not None):
+        return f"weights of {weight.values.dtype} are XLA's"
+    sizes = {"outputs": (outputs, BLOCK_OUT), "columns": (columns, BLOCK_IN * weight.scales.shape[0])}
+    if weight.scales.shape[0] == 1:
+        sizes["columns"] = (columns, BLOCK_IN)
+    elif columns // weight.scales.shape[0] % BLOCK_IN:
+        return f"groups of {columns // weight.scales.shape[0]} columns are no blocks of {BLOCK_IN}"
+    for name, (size, unit) in sizes.items():
+        if size % unit:
+            return f"{size} {name} are no whole blocks of {unit}"
+    tile = tile_of(tokens)
+    if tokens > MAX_ROWS or tile % 8 or tokens % tile:
+        return f"{tokens} rows cannot be cut into tiles of up to {MAX_TILE}, of a size that 8 divides"
+    return None
+
+
+def deepest(tokens: int, weight: Quantised, programs: int) -> StreamTiling:
+    """With as many stages as shared memory holds."""
+    tile, words = tile_of(tokens), weight.values.dtype == jnp.uint16
+    block = tile * BLOCK_IN * (2 if words else 1) + BLOCK_OUT * BLOCK_IN // (2 if words else 1)
+    vectors = 3 * 4 * max(tile, BLOCK_OUT)
+    out = 2 * tile * BLOCK_OUT
+    return StreamTiling(BLOCK_OUT, programs, (SHARED_BYTES - out) // (block + vectors))
