@@ -165,7 +165,7 @@ class EncoderCacheManager:
     def take_runs(self) -> list[EncoderRun]:
         """What must be encoded before the step, whose plan is complete."""
         runs, self._runs, self._read = self._runs, [], set()
-        return runs
+        return [run for run in runs if run.views]  # one was begun for a view that found no room
 
     def _will_hold(self, key: ViewKey, image: SpanImage) -> bool:
         """Whether the step can read a view, which is encoded before it where it must be."""

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lmdeploy_jax.cache.layout import CacheGroup
 from lmdeploy_jax.cache.manager import PageRun, PageTable
-from lmdeploy_jax.engine.core.batch import DecodeLayout, RaggedLayout, Slots, decode_batch, ragged_batch
+from lmdeploy_jax.engine.core.batch import (
+    DecodeLayout,
+    ImageLayout,
+    RaggedLayout,
+    Slots,
+    decode_batch,
+    ragged_batch,
+)
 from lmdeploy_jax.engine.core.buckets import plan
 from lmdeploy_jax.engine.core.page_tables import PageTables
 from lmdeploy_jax.engine.core.step import Chunk
 from lmdeploy_jax.engine.request import Request, SamplingParams, Sequence
-from lmdeploy_jax.prompt import EncodedPrompt
+from lmdeploy_jax.prompt import EncodedPrompt, RopePositions
 
 SLOTS, SESSION = 4, 256
 
@@ -40,6 +48,35 @@ def test_a_decode_step_knows_its_sequences_slots(slots):
     assert batch.attention[0].kv_lens.tolist() == [6, 71, 0]
     assert batch.attention[0].slots.tolist() == [5 * 64 + 5, 2 * 64 + 6, 0]
     assert batch.embeddings is None
+
+
+def test_positions_of_time_row_and_column_reach_a_step(slots):
+    """A chunk from within the prompt into what was drawn; text turns by one position. Other models' steps are
+    told nothing of it.
+    """
+    with_mrope = Slots(slots.tables, vocab_size=100, mrope=True)
+    turned = np.array([[0, 1, 1, 3], [0, 1, 2, 3], [0, 1, 1, 3]], np.int32)
+    prompt = EncodedPrompt(range(4), rope=RopePositions(turned, -1))
+    running = chunk(2, 2, 3, decoding=False)
+    running.sequence.request = Request(prompt, SamplingParams(max_new_tokens=9), print)
+    other = chunk(1, 5, 1, decoding=True)
+    ragged, images = RaggedLayout(with_mrope, 8, 4), ImageLayout(with_mrope, 8, 4)
+    found = [
+        jax.jit(lambda packed, layout=layout: ragged_batch(layout.views(packed), jnp.zeros(5, jnp.int32)))(
+            layout.pack([running, other])
+        ).rope_positions.tolist()
+        for layout in (ragged, images)
+    ]
+    assert found[0][:4] == [1, 3, 3, 5]  # no token of the step has a row of an image
+    assert [axis[:4] for axis in found[1]] == [[1, 3, 3, 5], [2, 3, 3, 5], [1, 3, 3, 5]]
+    drawn = chunk(2, 6, 1, decoding=True)
+    drawn.sequence.request = running.sequence.request
+    layout = DecodeLayout(with_mrope, rows=3)
+    step = jax.jit(lambda packed: decode_batch(layout.views(packed), jnp.zeros(3, jnp.int32), 2))
+    assert step(layout.pack([drawn, other])).rope_positions.tolist()[:2] == [7, 7]
+    for plain, more in ((DecodeLayout(slots, 3), layout), (RaggedLayout(slots, 8, 4), ragged)):
+        assert not {"rope_offsets", "rope_positions"} & plain.views(np.zeros(plain.size)).keys()
+        assert plain.size < more.size
 
 
 def test_a_ragged_step_knows_its_sequences_slots(slots):

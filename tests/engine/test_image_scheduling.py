@@ -218,3 +218,10 @@ def test_random_load_reads_the_rows_of_its_images(seed):
         rows.run(step)
     assert scheduler.cache.pool.used == 0
     assert not scheduler.running
+
+
+def test_a_view_that_finds_no_room_leaves_no_run_behind() -> None:
+    images = EncoderCacheManager(VIEW, run_size=1, joining_size=1)
+    asked = prompt((b"one", image(2)))
+    assert images.reach(asked, 0, 2 * VIEW) == VIEW
+    assert [len(run.views) for run in images.take_runs()] == [1]

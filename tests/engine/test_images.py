@@ -26,7 +26,7 @@ from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.io.frontend import PromptOptions
 from lmdeploy_jax.engine.process.remote import _message
 from lmdeploy_jax.engine.request import Request, SamplingParams
-from lmdeploy_jax.prompt import EncodedPrompt, Span, SpanImage
+from lmdeploy_jax.prompt import EncodedPrompt, RopePositions, Span, SpanImage
 from lmdeploy_jax.text.prompts import normalise_prompts
 from lmdeploy_jax.vision.families import vision_family
 from tests.engine.harness import Collector, config, submit, tokens
@@ -286,8 +286,12 @@ def test_text_models_have_no_program_more(engine: Engine) -> None:
 
 def test_images_cross_to_the_engines_process() -> None:
     image = SpanImage(np.arange(6, dtype=np.uint8).reshape(1, 2, 3), (1, 2), np.arange(2), np.arange(2), 2)
-    prompt = EncodedPrompt([PLACEHOLDER] * 2, (Span(0, 2, b"content"),), b"salt", (image,))
+    rope = RopePositions(np.arange(6).reshape(3, 2), -1)
+    prompt = EncodedPrompt([PLACEHOLDER] * 2, (Span(0, 2, b"content"),), b"salt", (image,), rope)
     sent = _message(Request(prompt, SamplingParams(max_new_tokens=1), print))
     got = EncodedPrompt(*pickle.loads(pickle.loads(sent).body).prompt)
     assert (got.ids, got.spans, got.salt) == (prompt.ids, prompt.spans, prompt.salt)
     assert np.array_equal(got.images[0].patches, image.patches)
+    assert got.rope is not None
+    assert got.rope.offset == -1
+    assert np.array_equal(got.rope.positions, rope.positions)
