@@ -26,7 +26,7 @@ _TEMPLATE_WORDS = (
 )  # variables of chat templates with a name of their own
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 logger = logging.getLogger("lmdeploy_jax")
-KEYWORDS = ("input_ids", "tools", "chat_template_kwargs", *_TEMPLATE_WORDS)
+KEYWORDS = ("input_ids", "tools", "chat_template_kwargs", "mm_processor_kwargs", *_TEMPLATE_WORDS)
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def parse(
     _check_sampling(gen_config)
     options = _prompt_options(do_preprocess, adapter_name, kwargs, images)
     given, single = _given_prompts(prompts, kwargs, images is not None)
+    given = [_with_media_options(prompt, kwargs.get("mm_processor_kwargs")) for prompt in given]
     configs = _aligned_configs(gen_config, len(given))
     owners = _aligned_sessions(sessions, len(given))
     requests = [PromptRequest(*each) for each in zip(given, configs, owners, strict=True)]
@@ -164,6 +165,16 @@ def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
         if name not in KEYWORDS:
             hint = f": give gen_config=GenerationConfig({name}=...)" if name in settings else ""
             raise TypeError(f"unexpected keyword argument {name!r}{hint}. Known are {', '.join(KEYWORDS)}.")
+
+
+def _with_media_options(
+    prompt: Prompt | RequestError, mm_processor_kwargs: Mapping[str, Any] | None
+) -> Prompt | RequestError:
+    from lmdeploy_jax.text.prompts import with_media_options
+
+    if isinstance(prompt, RequestError):
+        return prompt
+    return with_media_options(prompt, mm_processor_kwargs)
 
 
 def _given_prompts(

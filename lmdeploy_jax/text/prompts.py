@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lmdeploy_jax.errors import RequestError
-from lmdeploy_jax.text.conversation import ImagePart, Message, normalise_messages
+from lmdeploy_jax.text.conversation import ImagePart, Message, VideoPart, normalise_messages
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,37 @@ class Prompt:
     @property
     def has_images(self) -> bool:
         return any(isinstance(message.get("content"), list) for message in self.messages or ())
+
+
+def with_media_options(prompt: Prompt, mm_processor_kwargs: Mapping[str, Any] | None) -> Prompt:
+    """The prompt with options of all its images and videos, in LMDeploy's form {"image": {...}, "video":
+    {...}}; one's own options hold before them. Raises `RequestError` for another form.
+    """
+    given = mm_processor_kwargs or {}
+    for kind, options in given.items():
+        if kind not in ("image", "video") or not isinstance(options, Mapping):
+            raise RequestError(
+                f"mm_processor_kwargs={given!r:.200} is not supported: give {{'image': {{...}}, 'video': "
+                "{...}}, the options of images and of videos.",
+                param="mm_processor_kwargs",
+            )
+    if not given or prompt.messages is None:
+        return prompt
+    return replace(prompt, messages=tuple(_with_options(message, given) for message in prompt.messages))
+
+
+def _with_options(message: Message, given: Mapping[str, Mapping[str, Any]]) -> Message:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return message | {"content": [_with_own(part, given) for part in content]}
+
+
+def _with_own(part: str | ImagePart, given: Mapping[str, Mapping[str, Any]]) -> str | ImagePart:
+    if isinstance(part, str):
+        return part
+    options = given.get("video" if isinstance(part, VideoPart) else "image", {})
+    return replace(part, options={**options, **part.options})
 
 
 def normalise_prompts(prompts: Any, *, images: bool = False) -> tuple[list[Prompt | RequestError], bool]:

@@ -96,6 +96,12 @@ def test_options_are_an_images_own(pipe: Pipeline) -> None:
     least, most = count(one), count(many)
     assert most > least
     assert count(one, many) == least + most - len(encoded(pipe, user("")))
+    for given, expected in ((part(image), least), (part(image, max_dynamic_patch=6), most)):
+        answer = pipe(user(given), SHORT, mm_processor_kwargs={"image": {"max_dynamic_patch": 1}})
+        assert answer.input_token_len == expected
+    for wrong in ({"audio": {}}, {"image": 5}, {"image": {}, "min_pixels": 4}):
+        with pytest.raises(RequestError, match="mm_processor_kwargs"):
+            pipe(user(part(image)), SHORT, mm_processor_kwargs=wrong)
     (answer,) = pipe([user(part(image, max_pixels=9))], SHORT)
     assert "image option max_pixels is unknown to this model; known: detail, max_" in answer.error_message
 

@@ -152,6 +152,22 @@ def test_a_response_goes_on_from_one_with_an_image(sees):
     assert second.usage.input_tokens > first.usage.input_tokens + alone.usage.input_tokens
 
 
+def test_options_of_all_images(sees):
+    """And of one, which hold before them."""
+    wide = "data:image/png;base64," + b64encode(encoded("PNG", Image.new("RGB", (300, 100)))).decode()
+
+    def tokens(url_options, **fields):
+        body = {"messages": asked(wide, **url_options), "max_tokens": 1} | fields
+        return patience.post(sees.url + CHAT, json=body).json()["usage"]["prompt_tokens"]
+
+    one = {"max_dynamic_patch": 1}
+    assert tokens({"detail": "low"}) > tokens(one) == tokens({}, mm_processor_kwargs={"image": one})
+    assert tokens({"max_dynamic_patch": 6}, mm_processor_kwargs={"image": one}) == tokens({"detail": "low"})
+    for name in ("mm_processor_kwargs", "media_io_kwargs"):
+        wrong = patience.post(sees.url + CHAT, json={"messages": asked(wide), name: {"audio": {"fps": 1}}})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, name)
+
+
 def test_files_of_the_folder_that_is_allowed(sees, seeing, expected):
     path = sees.folder / "a.png"
     assert chat(sees, path.as_uri())[0] == expected.text

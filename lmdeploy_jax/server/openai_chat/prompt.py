@@ -10,7 +10,7 @@ from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.openai_chat.bodies import AllowedChoice, ChatCompletionRequest, Choice, NamedChoice
 from lmdeploy_jax.text.conversation import normalise_messages
-from lmdeploy_jax.text.prompts import Prompt
+from lmdeploy_jax.text.prompts import Prompt, with_media_options
 
 
 def chat_call(body: ChatCompletionRequest, defaults: SamplingDefaults, *, images: bool) -> ChatCall:
@@ -39,7 +39,8 @@ def _prompt(body: ChatCompletionRequest, images: bool) -> tuple[Prompt, bool]:
         return Prompt(token_ids=tuple(body.input_ids)), True
     if isinstance(body.messages, str):
         return Prompt(text=body.messages), False
-    return Prompt(messages=tuple(normalise_messages(body.messages, images=images))), True
+    prompt = Prompt(messages=tuple(normalise_messages(body.messages, images=images)))
+    return with_media_options(prompt, body.mm_processor_kwargs), True
 
 
 def _config(body: ChatCompletionRequest, defaults: SamplingDefaults) -> GenerationConfig:
