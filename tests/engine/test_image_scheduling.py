@@ -223,5 +223,5 @@ def test_random_load_reads_the_rows_of_its_images(seed):
 def test_a_view_that_finds_no_room_leaves_no_run_behind() -> None:
     images = EncoderCacheManager(VIEW, run_size=1, joining_size=1)
     asked = prompt((b"one", image(2)))
-    assert images.reach(asked, 0, 2 * VIEW) == VIEW
+    assert images.reach(asked, 0, 2 * VIEW, 2 * VIEW) == VIEW
     assert [len(run.views) for run in images.take_runs()] == [1]
