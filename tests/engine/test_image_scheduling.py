@@ -20,11 +20,15 @@ VIEW = 16  # rows of a view
 LEARNED = 2
 
 
-def image(views: int, *, order: Sequence[int] | None = None) -> SpanImage:
-    """An image whose tokens have its rows in `order`, -1 and -2 being the model's own."""
-    rows = np.array(range(views * VIEW) if order is None else order, np.int32)
-    patches = np.zeros((views, 1, 1), np.uint8)
-    return SpanImage(patches, (1, 1), rows, np.arange(len(rows), dtype=np.int32), VIEW)
+def image(
+    views: int, *, order: Sequence[int] | None = None, size: int = VIEW, apart: bool = False
+) -> SpanImage:
+    """An image whose tokens have its rows in `order`, -1 and -2 being the model's own. apart: there is text
+    between the views.
+    """
+    rows = np.array(range(views * size) if order is None else order, np.int32)
+    places = np.arange(len(rows), dtype=np.int32) + apart * (rows // size)
+    return SpanImage(np.zeros((views, 1, 1), np.uint8), (1, 1), rows, places, size)
 
 
 def prompt(*pieces: int | tuple[bytes, SpanImage]) -> EncodedPrompt:
@@ -32,17 +36,25 @@ def prompt(*pieces: int | tuple[bytes, SpanImage]) -> EncodedPrompt:
     spans, images, length = [], [], 0
     for piece in pieces:
         if isinstance(piece, tuple):
-            spans.append(Span(length, len(piece[1].rows), piece[0]))
+            spans.append(Span(length, int(piece[1].places[-1]) + 1, piece[0]))
             images.append(piece[1])
-        length += piece if isinstance(piece, int) else len(piece[1].rows)
+        length += piece if isinstance(piece, int) else int(piece[1].places[-1]) + 1
     return EncodedPrompt(range(length), tuple(spans), images=tuple(images))
 
 
-def make(capacity=64 * VIEW, pages=400, batch=32, tokens=512, most=None, enabled=False) -> Scheduler:
-    cache = CacheManager(pages, FULL, enabled=enabled)
-    images = EncoderCacheManager(capacity, run_size=13, joining_size=4, max_batch_size=most, learned=LEARNED)
+def make(
+    capacity=64 * VIEW, pages=400, batch=32, tokens=512, most=None, enabled=False, bidirectional=False
+) -> Scheduler:
+    images = EncoderCacheManager(
+        capacity,
+        run_size=13,
+        joining_size=4,
+        max_batch_size=most,
+        learned=LEARNED,
+        bidirectional=bidirectional,
+    )
     sizes = {"max_batch_size": batch, "max_tokens": tokens, "session_len": SESSION}
-    return Scheduler(cache, encoder_cache=images, **sizes)
+    return Scheduler(CacheManager(pages, FULL, enabled=enabled), encoder_cache=images, **sizes)
 
 
 class Rows:
@@ -51,6 +63,7 @@ class Rows:
     def __init__(self, scheduler: Scheduler) -> None:
         self.capacity = scheduler.encoder_cache.capacity
         self.places = {self.capacity - 1 - i: (b"", -1 - i) for i in range(LEARNED)}
+        self.bidirectional = scheduler.encoder_cache._bidirectional
         self.content: dict[int, bytes] = {}  # by the identity of the image
 
     def know(self, asked: Request) -> None:
@@ -65,10 +78,27 @@ class Rows:
                 assert place < self.capacity - LEARNED
                 self.places[place] = self.content[id(each.image)], row
         wanted = [row for chunk in step.chunks for row in self._wanted(chunk)]
+        if self.bidirectional:
+            self._check_lookahead(step)
         index = [-1] * len(wanted) if step.embedding_index is None else step.embedding_index.tolist()
         for expected, place in zip(wanted, index, strict=True):
             assert (place == -1) == (expected is None)
             assert expected is None or self.places[place] == expected
+
+    def _check_lookahead(self, step: Step) -> None:
+        """Each token of an image sees as far as the last of its row of such tokens, which the step has."""
+        expected = []
+        for chunk in step.chunks:
+            asked = chunk.sequence.request.prompt
+            spans = zip(asked.spans, asked.images, strict=True)
+            rows = {place + span.start for span, each in spans for place in each.places.tolist()}
+            for position in range(chunk.start, chunk.start + chunk.count):
+                end = position
+                while end in rows and end + 1 in rows:
+                    end += 1
+                assert end < chunk.start + chunk.count, "a view was cut"
+                expected.append(end - position)
+        assert step.decode_only or step.lookahead.tolist() == expected
 
     def _wanted(self, chunk) -> list[tuple[bytes, int] | None]:
         found: list[tuple[bytes, int] | None] = [None] * chunk.count
@@ -152,6 +182,18 @@ def test_a_run_takes_views_of_no_more_images_than_it_may():
     assert sizes(scheduler.schedule()) == [4, 4, 2]
 
 
+def test_no_step_cuts_a_view_that_attends_both_ways():
+    """The budget beside answers that are read along gives way for the first one of a step."""
+    scheduler = decoding(2, tokens=VIEW + 14, bidirectional=True)
+    scheduler.add(request(prompt(20, (b"a", image(1)), 3, (b"b", image(1)), 3)))
+    steps = [scheduler.schedule() for _ in range(3)]
+    assert [(step.chunks[-1].start, step.chunks[-1].count) for step in steps] == [(0, 20), (20, 19), (39, 19)]
+    assert steps[1].lookahead.tolist() == [0, 0, *range(VIEW - 1, -1, -1), 0, 0, 0]
+    scheduler = decoding(120, batch=130, tokens=600, bidirectional=True)
+    scheduler.add(request(prompt((b"a", image(1, size=300)), 3)))
+    assert scheduler.schedule().chunks[-1].count == 300, "beyond the budget of 256"
+
+
 @pytest.mark.parametrize("needed", ["old", "new"])
 def test_rows_that_a_running_sequence_needs_are_the_last_to_make_room(needed):
     cache = EncoderCacheManager(2 * VIEW, run_size=4, joining_size=1)
@@ -172,8 +214,9 @@ def test_an_image_that_is_held_is_counted_as_a_hit():
     assert (scheduler.encoder_cache.queries, scheduler.encoder_cache.hits) == (3, 1)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_load_reads_the_rows_of_its_images(seed):
+def test_random_load_reads_the_rows_of_its_images(seed, bidirectional):
     """However few rows are held, down to one view's; prompts come, share images, give way and are aborted."""
     rnd = random.Random(seed)
     views = rnd.choice([1, 2, 5, 40])
@@ -181,12 +224,15 @@ def test_random_load_reads_the_rows_of_its_images(seed):
         capacity=views * VIEW + LEARNED,
         pages=rnd.choice([14, 60]),
         batch=rnd.choice([1, 3, 8]),
-        tokens=rnd.choice([8, 70]),
+        tokens=rnd.choice([VIEW + 8, 70] if bidirectional else [8, 70]),
+        bidirectional=bidirectional,
         most=rnd.choice([None, 1]),
         enabled=rnd.random() < 0.7,
     )
     interleaved = [row + view * VIEW for row in range(VIEW) for view in range(3)] + [-1, 0, -2]
     known = [image(1), image(4), image(3, order=interleaved), image(2, order=[-1, *range(20, 32)])]
+    if bidirectional:
+        known = [image(views, apart=True) for views in (1, 2, 3, 4)]
     rows, flight, live = Rows(scheduler), [], []
     for turn in range(500):
         if rnd.random() < 0.15 and turn < 350:

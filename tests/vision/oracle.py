@@ -154,6 +154,8 @@ SIGLIP = CLIP | {
     "num_hidden_layers": 2,
     "image_size": 32,
 }
+CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16, "pan_and_scan_max_num_crops": 4,
+         "pan_and_scan_min_ratio_to_activate": 1.2}  # fmt: skip
 GEMMA_TEXT = {  # windows smaller than an image, and a layer without one
     "head_dim": 16,
     "sliding_window": 8,
@@ -246,6 +248,14 @@ CONFIGS: Mapping[str, Spec] = {
         {"mm_tokens_per_image": 16, "image_token_index": 100, "boi_token_index": 101, "eoi_token_index": 102},
         "Gemma3",
         {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        GEMMA_TEXT,
+    ),
+    "gemma3_crops": Spec(
+        "Gemma3",
+        SIGLIP,
+        {"mm_tokens_per_image": 16, "image_token_index": 100, "boi_token_index": 101, "eoi_token_index": 102},
+        "Gemma3",
+        {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, **CROPS},
         GEMMA_TEXT,
     ),
     "pixtral": Spec(
