@@ -108,8 +108,8 @@ class EncoderCacheManager:
 
     capacity: rows that are held, the last `learned` of which are the vision model's own and always there.
     run_size: of the largest run; joining_size: of one beside answers that somebody reads along, whose next
-    tokens wait for it. max_batch_size: images of a run (None: as many as fit). bidirectional: tokens of a view,
-    which stand in a row apart from others', attend to each other both ways: one step computes all of them.
+    tokens wait for it. max_batch_size: images of a run (None: as many as fit). bidirectional: tokens of a
+    view, which stand in a row apart from others', attend to each other both ways: one step computes all.
     """
 
     def __init__(
