@@ -124,6 +124,21 @@ def kimi_k2(calls: Calls) -> str:
     return "<|tool_calls_section_begin|>" + "".join(blocks) + "<|tool_calls_section_end|>"
 
 
+def harmony(calls: Calls) -> str:
+    return "<|start|>assistant".join(
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{dump(arguments)}<|call|>"
+        for name, arguments in calls
+    )
+
+
+def harmony_by_role(calls: Calls) -> str:
+    return "".join(
+        f"<|start|>assistant to=functions.{name}<|channel|>commentary json<|message|>"
+        f"{dump(arguments)}<|call|>"
+        for name, arguments in calls
+    )
+
+
 def minimax_m2(calls: Calls) -> str:
     def parameters(arguments: Arguments) -> str:
         return "".join(f'<parameter name="{k}">{text_of(v)}</parameter>\n' for k, v in arguments.items())
@@ -147,6 +162,8 @@ WRITERS: list[tuple[str, Callable[[Calls], str]]] = [
     ("glm47", glm47),
     ("kimi_k2", kimi_k2),
     ("minimax_m2", minimax_m2),
+    ("gpt-oss", harmony),
+    ("gpt-oss", harmony_by_role),
 ]
 
 

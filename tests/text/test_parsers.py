@@ -271,3 +271,37 @@ def test_formats_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     register_reasoning_format("mine", lambda: ReasoningFormat("[", "]"))
     answer = parse('[hm]<call>f {"a": 1}</call>x<call>', "mine", "mine")
     assert answer == ParsedAnswer("x<call>", "hm", [ToolCall("f", '{"a": 1}')])
+
+
+def harmony_answer(*messages: str) -> str:
+    """What a model writes behind `<|start|>assistant`; the mark that ends it is no text."""
+    return "<|end|><|start|>assistant".join(messages)
+
+
+def test_the_channels_of_harmony() -> None:
+    thought = "<|channel|>analysis<|message|>It is 2 + 2.\n"
+    final = "<|channel|>final<|message|>Four, or <b>4</b>."
+    call = '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 2, "b": 2}'
+    preamble = "<|channel|>commentary<|message|>I add."
+
+    def read(text: str) -> ParsedAnswer:
+        whole = parse(text, "gpt-oss", "gpt-oss")
+        cut = collect(stream(new_parser("gpt-oss", "gpt-oss"), text))
+        assert cut == whole
+        return whole
+
+    answer = read(harmony_answer(thought, final))
+    assert (answer.reasoning, answer.content) == ("It is 2 + 2.", "Four, or <b>4</b>.")
+    answer = read(harmony_answer(thought, preamble, call))
+    assert (answer.reasoning, answer.content) == ("It is 2 + 2.", "I add.")
+    assert [(c.name, json.loads(c.arguments)) for c in answer.tool_calls] == [("add", {"a": 2, "b": 2})]
+    answer = read(harmony_answer(thought, thought, final))
+    assert answer.content == "Four, or <b>4</b>."
+    assert read(final + "<|return|>").content == "Four, or <b>4</b>."
+
+
+def test_a_call_in_harmony_that_is_cut_off_is_one_that_broke() -> None:
+    text = '<|channel|>commentary to=functions.add <|message|>{"a": 2, "b'
+    answer = parse(text, "gpt-oss", "gpt-oss")
+    assert not answer.tool_calls
+    assert '{"a": 2, "b' in answer.content

@@ -11,6 +11,7 @@ from lmdeploy_jax.text.parsers import ReasoningFormat, ToolFormat, reasoning_for
 
 # What a chat template prints around a call -> its format. The first that fits counts.
 _MARKS = (
+    ("<|channel|>", "gpt-oss"),
     ("<function=", "qwen3coder"),
     ("<arg_key>", "glm4"),
     ("<tool_call>", "qwen"),
@@ -68,6 +69,8 @@ def _shown_calls(template: ChatTemplate) -> str:
 def _shown_reasoning(template: ChatTemplate) -> str:
     thinking = {"role": "assistant", "content": "a", "reasoning_content": "t", "thinking": "t"}
     text = _rendered(template, [_USER, thinking], None) + _rendered(template, [_USER], None)
+    if "<|channel|>analysis" in text:
+        return "gpt-oss"
     return "default" if "<think>" in text else "none"
 
 

@@ -122,13 +122,18 @@ class Chat:
                 starts_in_reasoning=started,
                 reasoning_forbidden=thinks_not,
             )
+        if form is not None and self.tools is not None and self.tools.frames:
+            raise RequestError(
+                "response_format cannot be enforced in the channels of this model's answers; leave it out, "
+                "or start the server with --tool-call-parser none --reasoning-parser none."
+            )
         if form is None or self.reasoning is None:
             return form
         return after_reasoning(form, self._tokenizer, self.reasoning, started, thinks_not)
 
     def _tags_are_special(self, with_tools: bool) -> bool:
         """Whether leaving special tokens out of the text would hide the tags from the parser."""
-        tags = list(self.tools.special_tokens) if with_tools and self.tools else []
+        tags = list(self.tools.special_tokens) if self.tools and (with_tools or self.tools.frames) else []
         tags += [self.reasoning.open, self.reasoning.close] if self.reasoning else []
         ids = (self._tokenizer.token_to_id(tag) for tag in tags)
         return any(i is not None and self._tokenizer.is_special(i) for i in ids)
@@ -137,7 +142,8 @@ class Chat:
         self, call: ChatCall, tools: list[Tool], reasoning: ReasoningFormat | None, started: bool
     ) -> ReaderFactory:
         """Content that is held to a form is not looked through for calls: it cannot hold any."""
-        tool_format = self.tools if tools and not call.has_form else None
+        frames = self.tools is not None and self.tools.frames
+        tool_format = self.tools if (tools or frames) and not call.has_form else None
         if tool_format is None and reasoning is None:
             return partial(AnswerReader, config=call.config)
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}

@@ -158,12 +158,14 @@ class ToolFormat:
     read: the grammar of a block after its open tag. It must take or peek at least once.
     edge_tags: open tags only where no text stands before them since the answer's start or the last block.
     special_tokens: strings that are special tokens in such models' vocabularies and must stay in the text.
+    frames: whether tags stand around everything in an answer, so that they are read without tools too.
     """
 
     open_tags: tuple[str, ...]
     read: Callable[[Block], Reading[None]]
     edge_tags: tuple[str, ...] = ()
     special_tokens: tuple[str, ...] = ()
+    frames: bool = False
 
     def __post_init__(self) -> None:
         if not all((*self.open_tags, *self.edge_tags)):

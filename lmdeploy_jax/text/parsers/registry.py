@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.text.parsers import json_formats, xml_formats
+from lmdeploy_jax.text.parsers import harmony, json_formats, xml_formats
 from lmdeploy_jax.text.parsers.block import ReasoningFormat, ToolFormat
 
 F = TypeVar("F")
@@ -63,6 +63,7 @@ _BUILT_IN = {
     json_formats.LLAMA3: ("llama3", "llama3_json", "llama4_json"),
     json_formats.MISTRAL: ("mistral",),
     json_formats.DEEPSEEK_V3: ("deepseek-v3", "deepseek-r1", "deepseek_v3", "deepseek_v31"),
+    harmony.HARMONY: ("gpt-oss", "openai"),
     json_formats.KIMI_K2: ("kimi_k2", "kimi-k2"),
     xml_formats.QWEN3CODER: ("qwen3coder", "interns2-preview", "qwen3_coder", "qwen3_xml"),
     xml_formats.GLM4: ("glm4", "glm45", "glm47"),
@@ -78,3 +79,5 @@ for _format, _names in _BUILT_IN.items():
         register_tool_format(_name, lambda _format=_format: _format)  # type: ignore[misc]
 for _name in _THINK:
     register_reasoning_format(_name, ReasoningFormat)
+for _name in ("gpt-oss", "openai_gptoss"):
+    register_reasoning_format(_name, lambda: harmony.HARMONY_THOUGHT)
