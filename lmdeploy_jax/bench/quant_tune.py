@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, prod
@@ -134,36 +134,47 @@ def _random(leaf: Any, key: jax.Array) -> jax.Array:
     return (SCALE * jax.random.uniform(key, leaf.shape, jnp.float32, 0.5, 1.5)).astype(leaf.dtype)
 
 
-def tune(shape: Shape, held: WeightFormat) -> list[Measurement]:
-    """The fastest candidate for each number of tokens. Raises ConfigError where there is no GPU."""
-    return fastest(held.name, shape, measure(shape, held))
+def tune(shape: Shape, held: WeightFormat, tokens: Sequence[int] | None = None) -> list[Measurement]:
+    """The fastest candidate for each number of tokens (default: all that `tokens_of` has).
+
+    Raises ConfigError where there is no GPU.
+    """
+    return fastest(held.name, shape, measure(shape, held, tokens_of(held) if tokens is None else tokens))
 
 
-def measure(shape: Shape, held: WeightFormat) -> dict[int, dict[Candidate, float | None]]:
+def tokens_of(held: WeightFormat) -> tuple[int, ...]:
+    """Numbers of rows for which there are kernels; many rows of 8 bits with one scale are XLA's."""
+    hopper = is_hopper() and jax.__version_info__ >= (0, 11)  # whose Mosaic the kernel is written for
+    return TOKENS + MANY_TOKENS if hopper and not held.rounds_activations else TOKENS
+
+
+def measure(
+    shape: Shape, held: WeightFormat, tokens: Sequence[int]
+) -> dict[int, dict[Candidate, float | None]]:
     """Seconds of each candidate for each number of tokens; None for what does not compile."""
     require_gpu()
     product = Quantised(shape, held)
     keys = jax.random.split(jax.random.key(0), max(2, -(-BEYOND_CACHE // product.weight_bytes)))
     weights = [product.weight(key) for key in keys]
-    # XLA is at its best with many rows of 8 bits; the kernel's source is that of JAX 0.11.
-    hopper = is_hopper() and jax.__version_info__ >= (0, 11)
-    streamed = MANY_TOKENS if hopper and not held.rounds_activations else ()
-    tried: list[tuple[int, Candidate]] = []
-    tried += [(tokens, candidate) for tokens in TOKENS for candidate in [None, *tilings(product)]]
-    tried += [(tokens, candidate) for tokens in streamed for candidate in [None, *streams(product, tokens)]]
+    tried = [(count, candidate) for count in tokens for candidate in [None, *candidates(product, count)]]
     cases = []
-    for tokens, candidate in tried:
-        x = product.rows(tokens, candidate)
+    for count, candidate in tried:
+        x = product.rows(count, candidate)
         cases.append(Case(product.function(candidate), [(x, weight) for weight in weights]))
-    measured: dict[int, dict[Candidate, float | None]] = {tokens: {} for tokens, _ in tried}
-    for (tokens, candidate), seconds in zip(tried, device_seconds(cases), strict=True):
-        extra = extra_seconds(shape, candidate, tokens)
-        measured[tokens][candidate] = None if seconds is None else seconds + extra
+    measured: dict[int, dict[Candidate, float | None]] = {count: {} for count in tokens}
+    for (count, candidate), seconds in zip(tried, device_seconds(cases), strict=True):
+        extra = extra_seconds(shape, candidate, count)
+        measured[count][candidate] = None if seconds is None else seconds + extra
     return measured
 
 
+def candidates(product: Quantised, tokens: int) -> Iterator[Tiling | StreamTiling]:
+    """Those worth measuring."""
+    yield from tilings(product) if tokens <= max(TOKENS) else streams(product, tokens)
+
+
 def streams(product: Quantised, tokens: int) -> Iterator[StreamTiling]:
-    """Those worth measuring for many rows."""
+    """Of many rows."""
     outputs = prod(product.shape.weight[:-1])
     held, columns = product.held, product.shape.inner // product.held.per_value
     values = jax.ShapeDtypeStruct((outputs, columns), held.stored)
@@ -175,7 +186,7 @@ def streams(product: Quantised, tokens: int) -> Iterator[StreamTiling]:
 
 
 def tilings(product: Quantised) -> Iterator[Tiling]:
-    """Those worth measuring."""
+    """Of few rows."""
     shape, held = product.shape, product.held
     for block_out, block_in, num_warps, num_stages in FOUR_BITS if held.element == INT4 else EIGHT_BITS:
         if held.element != INT4 and held.groups > 1 and held.group % block_in:

@@ -144,7 +144,7 @@ def can_stream(linear: Linear, tokens: int) -> bool:
     return operand is not None and why_not_streamed(tokens, operand) is None
 
 
-def _taken(weight: QuantWeight, x: Rows, backend: str) -> Rows:
+def _taken(weight: QuantWeight, x: Rows, backend: str) -> Float[Array, "T K"] | Quantised:
     """x as the product takes it."""
     if isinstance(x, Quantised):
         return x

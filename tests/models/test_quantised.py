@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmdeploy_jax.bench import checkpoint, tune
+from lmdeploy_jax.bench.quant_tune import QUANTISED
+from lmdeploy_jax.bench.quantised import FORMATS
+from lmdeploy_jax.converters.config import read_config
+from lmdeploy_jax.converters.load import load_model
 from lmdeploy_jax.models import products
 from lmdeploy_jax.models.formats import E4M3, INT4, INT8, WeightFormat
 from lmdeploy_jax.models.kernels import Kernels
@@ -19,6 +25,7 @@ from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.tuning import Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
+from tests.models.paged import PagedRunner
 
 KERNELS = Kernels()
 LIMITS = {INT8: 127.0, E4M3: 448.0}
@@ -176,3 +183,31 @@ def test_other_weights_are_multiplied_as_dense_ones(held: WeightFormat, name: st
     assert planned == products.XlaProduct()
     want = products.dense_product(x, linear.weight.dense())
     np.testing.assert_allclose(planned(linear, x), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("model_format", "most"), [("fp8", 0.08), ("awq", 0.03)])
+def test_a_model_answers_alike_with_kernels_and_without(
+    model_format: str, most: float, tmp_path: Path
+) -> None:
+    """Two layers whose every product is a kernel, parts, norms and all.
+
+    What 16 bits round the one way and the other way, 8 bits may round a step of 6 % apart.
+    """
+    folder = checkpoint.make("tiny-llama", tmp_path, model_format=model_format)
+    config, found = read_config(folder), []
+    for name, shape in tune.products(config).items():
+        if name in QUANTISED:
+            tiling = Tiling(64, 128, 2 if shape.kind == "parts" else 1, 4, 3)
+            held = FORMATS[model_format].held(shape.inner).name
+            found.append(Measurement(held, shape.kind, shape.out, shape.inner, 8, tiling, 1.0, 2.0))
+    rest = {"dtype": "bfloat16", "dequantise": False, "config": config}
+    tuned = load_model(folder, **rest, backend="pallas_interpret", tuning=Tuning(tuple(found)))
+    layer = tuned.merge(tuned.leaves).layers[0]
+    for linear, x in ((layer.attention.o, (2, 2, 2, 64)), (layer.mlp.down, (2, 512))):
+        planned = plan(tuned.skeleton.kernels, "parts", linear, jnp.zeros(x, jnp.bfloat16))
+        assert isinstance(planned, products.SkinnyQuantProduct)
+    ours, theirs = (
+        np.asarray(PagedRunner(model).decode({0: (7, 0), 1: (8, 0)})[1], np.float32)
+        for model in (tuned, load_model(folder, **rest, backend="xla"))
+    )
+    assert np.linalg.norm(ours - theirs) < most * np.linalg.norm(theirs)

@@ -102,7 +102,9 @@ def test_the_parts_sum_to_the_product(backend, element, groups, zeros, rows, out
 
 
 @backends
-@parametrize
+@pytest.mark.parametrize(
+    ("element", "groups", "zeros", "rows", "outputs", "columns", "tiling"), CASES[1::3], ids=str
+)
 def test_gated(backend, element, groups, zeros, rows, outputs, columns, tiling):
     weight, wide = weight_of(element, groups, zeros, 2, outputs, columns)
     x, row = rows_of(element, groups, rows, columns)
