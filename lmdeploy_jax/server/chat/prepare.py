@@ -122,7 +122,7 @@ class Chat:
                 starts_in_reasoning=started,
                 reasoning_forbidden=thinks_not,
             )
-        if form is not None and self.tools is not None and self.tools.frames:
+        if call.has_form and self.tools is not None and self.tools.frames:
             raise RequestError(
                 "response_format cannot be enforced in the channels of this model's answers; leave it out, "
                 "or start the server with --tool-call-parser none --reasoning-parser none."
