@@ -37,14 +37,18 @@ class LoadedVisionModel:
 
 
 def load_vision(
-    folder: str | os.PathLike[str], *, dtype: str = "auto", mesh: Mesh | None = None
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
 ) -> LoadedVisionModel:
     """Reads tower and projector onto the mesh's devices (default: JAX's first), each of which holds them
     whole.
 
-    `dtype` as in `load_model`. Raises CheckpointError and ConfigError.
+    `dtype` and `hf_overrides` as in `load_model`. Raises CheckpointError and ConfigError.
     """
-    family, config = read_vision(folder)
+    family, config = read_vision(folder, hf_overrides)
     sharding = _whole(mesh)
     platform = (jax.devices() if mesh is None else list(mesh.devices.flat))[0].platform
     wanted = pick_dtype(dtype, stored_dtype(folder), platform)

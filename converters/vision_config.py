@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmdeploy_jax.converters.config import read_json
 from lmdeploy_jax.converters.fields import Fields, shown
@@ -23,11 +23,15 @@ PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json",
 VIDEO_FILES = (("video_preprocessor_config.json", None), ("processor_config.json", "video_processor"))
 
 
-def read_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionModelConfig]:
-    """What a checkpoint's images are to become. Raises UnsupportedModelError where it takes none."""
+def read_vision(
+    folder: str | os.PathLike[str], hf_overrides: Mapping[str, Any] | None = None
+) -> tuple[VisionFamily, VisionModelConfig]:
+    """What a checkpoint's images are to become, its config under `hf_overrides`. Raises UnsupportedModelError
+    where it takes none.
+    """
     from lmdeploy_jax.vision.families import VISION_FAMILIES, vision_family
 
-    raw, where = read_json(folder, None)
+    raw, where = read_json(folder, hf_overrides)
     family = vision_family(raw)
     if family is None:
         known = ", ".join(VISION_FAMILIES)
@@ -57,16 +61,17 @@ def _processor_fields(folder: Path, files: Sequence[tuple[str, str | None]]) -> 
     return Fields({}, str(folder / files[0][0]))
 
 
-def servable_vision(folder: str | os.PathLike[str]) -> tuple[VisionFamily, VisionModelConfig] | None:
+def servable_vision(
+    folder: str | os.PathLike[str], hf_overrides: Mapping[str, Any] | None = None
+) -> tuple[VisionFamily, VisionModelConfig] | None:
     """What the engine makes of images; None for models that it serves as text models.
 
     It gives tokens the places that they have in the prompt. Converted checkpoints hold the language model
     alone.
     """
-    raw, _ = read_json(folder, None)
+    raw, _ = read_json(folder, hf_overrides)
     named = raw.get("architectures")
     within_others = isinstance(named, list) and any(name in TEXT_PARTS for name in named)
     if not within_others or not any(Path(folder).glob("*.safetensors")):
         return None
-    family, config = read_vision(folder)
-    return family, config
+    return read_vision(folder, hf_overrides)

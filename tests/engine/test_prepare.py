@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdeploy_jax import pipeline
+from lmdeploy_jax import JaxEngineConfig, pipeline
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.cli.main import main
+from lmdeploy_jax.converters.vision_config import read_vision
 from lmdeploy_jax.engine.core import engine
 from lmdeploy_jax.engine.prepare import prepare
 from lmdeploy_jax.engine.process import remote
@@ -56,6 +57,14 @@ def broken_template(folder: Path) -> None:
 def unknown_architecture(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NopeForCausalLM"]}))
+
+
+def test_overrides_reach_what_becomes_of_images(tmp_path: Path) -> None:
+    from tests.engine.test_images import save  # makes checkpoints with torch, which the rest here is spared
+
+    folder, overrides = save("llava", tmp_path), {"vision_feature_layer": -1}
+    given = prepare(folder, JaxEngineConfig(hf_overrides=overrides)).vision
+    assert given == read_vision(folder, overrides) != read_vision(folder)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def test_rows_of_the_table_are_the_tokens_own_embeddings(family, tmp_path):
     index = np.full(TOKENS, -1, np.int32)
     index[list(FOREIGN)] = np.arange(len(rows))[::-1]
     hidden = [PLACEHOLDER if i in FOREIGN else token for i, token in enumerate(IDS)]
-    (got,) = PagedRunner(model).ragged([(0, 0, hidden, 70)], embeddings=rows[::-1], embedding_index=index)
+    (got,) = PagedRunner(model).ragged(
+        [(0, 0, hidden, 70)], embeddings=rows[None, ::-1], embedding_index=index
+    )
     assert np.array_equal(got, want)
     (bare,) = PagedRunner(model).ragged([(0, 0, hidden, 70)])
     assert not np.allclose(bare, want)

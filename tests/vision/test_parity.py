@@ -86,6 +86,19 @@ def test_the_first_pixel_shuffle_lists_columns_first(tmp_path: Path) -> None:
     assert_close(features(load_vision(folder), images)[0], turned)
 
 
+def test_overrides_of_the_config_reach_the_tower(tmp_path: Path) -> None:
+    folder, images = save_checkpoint("llava", tmp_path), [picture(60, 85)]
+    overrides = {"vision_feature_layer": -1}
+    usual, (found,) = (
+        features(load_vision(folder), images),
+        features(load_vision(folder, hf_overrides=overrides), images),
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | overrides))
+    assert not np.allclose(found, usual[0])
+    np.testing.assert_array_equal(found, features(load_vision(folder), images)[0])
+
+
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_towers_of_older_files_have_one_name_more(name: str, tmp_path: Path) -> None:
     folder, images = save_checkpoint(name, tmp_path), [picture(60, 85)]

@@ -219,11 +219,11 @@ def _reload(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str) -> 
 
 
 def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh) -> LoadedVisionModel | None:
-    if config.language_model_only or servable_vision(folder) is None:
+    if config.language_model_only or servable_vision(folder, config.hf_overrides) is None:
         return None
     from lmdeploy_jax.converters.vision import load_vision
 
-    loaded = load_vision(folder, dtype=config.dtype, mesh=mesh)
+    loaded = load_vision(folder, dtype=config.dtype, mesh=mesh, hf_overrides=config.hf_overrides)
     jax.block_until_ready(loaded.leaves)
     return loaded
 
