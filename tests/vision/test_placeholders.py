@@ -34,7 +34,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
         "vision_feature_select_strategy": "default",
     },
     "gemma3": {
-        "full_image_sequence": f"\n\n<start_of_image>{'<image_soft_token>' * 4}<end_of_image>\n\n",
+        "full_image_sequence": f"\n\n<start_of_image>{'<image_soft_token>' * 16}<end_of_image>\n\n",
     },
     "glm4v": {"image_token": "<|image|>"},
 }  # fmt: skip
