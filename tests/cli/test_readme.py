@@ -65,5 +65,5 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     steps = [line for line in script.splitlines() if re.match(r"python3 |\"\$venv", line)]
     command = " && ".join(steps).replace('"$venv"', ".venv")
     command = re.sub(r'"\$venv(/bin/\w+)"', r".venv\1", command)
-    assert command.endswith("pytest")
+    assert "-m pytest" in command
     assert command in README
