@@ -140,6 +140,36 @@ class GroupedQKV:
         return halves(part, head * head_dim, self.interleaved, head_dim)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Of each head, `rows` rows of the source that plays `part`; there, all heads' begin at row `first`."""
+
+    part: str
+    rows: int
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class HeadPieces:
+    """Sources in which each piece lies for all heads, as [H, rows of all pieces, ...], head by head."""
+
+    pieces: tuple[Piece, ...]
+
+    def assemble(self, shape: Shape) -> Assembly:
+        heads, width, *rest = shape
+        if sum(piece.rows for piece in self.pieces) != width:
+            raise ValueError(f"{self.pieces} do not make the {width} rows of a head of {shape}")
+        runs = [
+            Run(piece.part, piece.first + head * piece.rows, piece.rows)
+            for head in range(heads)
+            for piece in self.pieces
+        ]
+        counts: dict[str, int] = {}
+        for piece in self.pieces:
+            counts[piece.part] = counts.get(piece.part, 0) + heads * piece.rows
+        return Assembly(2, _merge(runs), {part: (count, *rest) for part, count in counts.items()})
+
+
 def halves(part: str, first: int, rotating: int, size: int) -> list[Run]:
     """The rows of a head that begins at row `first`, its `rotating` ones in halves instead of in pairs."""
     half = rotating // 2

@@ -24,6 +24,8 @@ TEXT_PARTS: Mapping[str, str] = {
     "Qwen2VLForConditionalGeneration": "text_config",
     "Qwen2_5_VLForConditionalGeneration": "text_config",
     "Qwen3VLForConditionalGeneration": "text_config",
+    "Qwen3_5ForConditionalGeneration": "text_config",
+    "Qwen3_5MoeForConditionalGeneration": "text_config",
     "Phi3VForCausalLM": "text_config",
 }
 """Under which name the configs of such architectures hold that of their language model."""

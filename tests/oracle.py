@@ -83,6 +83,21 @@ LATENT = {
     "num_key_value_heads": 4,
 }
 INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 256}
+HYBRID = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+LINEAR = {
+    "head_dim": 16,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 24,
+}
+MROPE = _rope("default", partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True)
 BIAS = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
 
@@ -233,6 +248,9 @@ CONFIGS: Mapping[str, Spec] = {
             "mlp_only_layers": [0],
         },
     ),
+    "qwen3_next": Spec("Qwen3Next", HYBRID | LINEAR | EXPERTS | {"mlp_only_layers": [1]}),
+    "qwen3_5": Spec("Qwen3_5Text", HYBRID | LINEAR | MROPE | {"attention_bias": True}),
+    "qwen3_5_moe": Spec("Qwen3_5MoeText", HYBRID | LINEAR | EXPERTS | MROPE),
     "glm4_moe": Spec("Glm4Moe", SIGMOID | {"attention_bias": True, "use_qk_norm": True}),
     "minimax_m2": Spec(
         "MiniMaxM2",

@@ -76,6 +76,13 @@ from lmdeploy_jax.converters.families.qwen import (
     qwen3_config,
     qwen3_moe_config,
 )
+from lmdeploy_jax.converters.families.qwen_hybrid import (
+    qwen3_5_config,
+    qwen3_5_moe_config,
+    qwen3_5_rules,
+    qwen3_next_config,
+    qwen3_next_rules,
+)
 from lmdeploy_jax.converters.families.refused import REFUSED
 from lmdeploy_jax.converters.families.seed_oss import seed_oss_config
 from lmdeploy_jax.converters.families.smollm3 import smollm3_config
@@ -112,6 +119,9 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2MoeForCausalLM": Family(qwen2_moe_config, partial(mixture_rules, names=QWEN_NAMES), STACKED),
     "Qwen3ForCausalLM": Family(qwen3_config),
     "Qwen3MoeForCausalLM": Family(qwen3_moe_config, mixture_rules, STACKED),
+    "Qwen3NextForCausalLM": Family(qwen3_next_config, qwen3_next_rules, STACKED),
+    "Qwen3_5ForCausalLM": Family(qwen3_5_config, qwen3_5_rules),
+    "Qwen3_5MoeForCausalLM": Family(qwen3_5_moe_config, qwen3_5_rules, STACKED),
     "InternLM2ForCausalLM": Family(internlm2_config, internlm2_rules),
     "InternLM3ForCausalLM": Family(internlm3_config),
     "Phi3ForCausalLM": Family(phi3_config, partial(hf_rules, fused=True)),
@@ -165,6 +175,9 @@ MODEL_TYPES: Mapping[str, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "internlm3": "InternLM3ForCausalLM",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-from lmdeploy_jax.converters.fields import LENGTHS, Fields
+from lmdeploy_jax.converters.fields import LENGTHS, REQUIRED, Fields
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import (
     AttentionConfig,
@@ -17,6 +17,7 @@ from lmdeploy_jax.models.config import (
     MlpConfig,
     RopeConfig,
 )
+from lmdeploy_jax.models.recurrent_config import RecurrentConfig
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 
 ACTIVATION_NAMES = {
@@ -29,6 +30,7 @@ ACTIVATION_NAMES = {
     "relu2": "relu2",
 }
 DEFAULT_LENGTH = 2048
+T = TypeVar("T")
 Features = Mapping[str, Any]
 NONE: Features = MappingProxyType({})
 MOST_LAYERS, MOST_HEADS = 10_000, 4096  # lists are made of so many entries before a tensor is looked at
@@ -47,6 +49,7 @@ def decoder_config(
     local_rope: RopeConfig | None = None,
     rope_layers: Sequence[bool] | None = None,
     latent: LatentConfig | None = None,
+    recurrent: Sequence[RecurrentConfig | None] | None = None,
     mixture: MixtureConfig | None = None,
     sparse: Sequence[bool] | None = None,
     attention: Features = NONE,
@@ -60,23 +63,35 @@ def decoder_config(
     windows: each layer's; None: no layer has one. local_rope: that of the layers with a window, where it is
         another. rope_layers: which layers rotate at all.
     latent: what stands in the place of attention over q, k and v.
+    recurrent: of each layer, what stands there in the place of any attention, or None.
     mixture: what stands in the place of the MLP, in all layers or in those that are `sparse`.
     attention, mlp, layer, features: fields of `AttentionConfig`, `MlpConfig`, `LayerConfig`, `DecoderConfig`.
     """
-    _check_elements(fields, head_dim)
+    dense = mixture is None or not all(sparse or (True,))
+    width = fields.size("intermediate_size", REQUIRED if dense or mixture is None else mixture.expert.width)
+    check_widths(
+        fields,
+        {
+            "vocab_size": fields.size("vocab_size"),
+            "intermediate_size": width,
+            "head_dim": head_dim * count_heads(fields),
+        },
+    )
     layers = count_layers(fields)
     heads = {**_head_counts(fields), "head_dim": head_dim, **attention}
-    block = MlpConfig(**{"width": fields.size("intermediate_size"), **_activation(fields, mlp), **mlp})
+    block = MlpConfig(**{"width": width, **_activation(fields, mlp), **mlp})
 
-    def made(window: int | None, rotates: bool, is_sparse: bool) -> LayerConfig:
+    def made(
+        window: int | None, rotates: bool, is_sparse: bool, state: RecurrentConfig | None
+    ) -> LayerConfig:
         layer_rope = rope if window is None or local_rope is None else local_rope
         options = AttentionOptions(head_dim**-0.5 if scale is None else scale, window, soft_cap)
         plain = AttentionConfig(options=options, rope=layer_rope if rotates else None, **heads)
-        mixer = plain if latent is None else latent
+        mixer = state or latent or plain
         return LayerConfig(mixer, mixture if mixture is not None and is_sparse else block, **layer)
 
-    each = (windows or (None,) * layers, rope_layers or (True,) * layers, sparse or (True,) * layers)
-    kinds = zip(*each, strict=True)
+    none, every = (None,) * layers, (True,) * layers
+    kinds = zip(windows or none, rope_layers or every, sparse or every, recurrent or none, strict=True)
     return DecoderConfig(layers=tuple(made(*kind) for kind in kinds), **_outer(fields, features))
 
 
@@ -117,11 +132,12 @@ def count_heads(fields: Fields) -> int:
     return fields.size("num_attention_heads", most=MOST_HEADS)
 
 
-def _check_elements(fields: Fields, head_dim: int) -> None:
-    """No weight is of a size that nobody has: shapes are computed with before a tensor is looked at."""
+def check_widths(fields: Fields, widths: Mapping[str, int]) -> None:
+    """No weight is of a size that nobody has: shapes are computed with before a tensor is looked at.
+
+    widths: the axes of weights beside hidden_size, by the field that they come from.
+    """
     hidden = fields.size("hidden_size")
-    widths = {name: fields.size(name) for name in ("vocab_size", "intermediate_size")}
-    widths["head_dim"] = head_dim * count_heads(fields)
     for name, width in widths.items():
         if hidden * width > MOST_ELEMENTS:
             raise CheckpointError(
@@ -152,6 +168,16 @@ def layer_windows(fields: Fields, default: Sequence[str], window: int | None) ->
     if window is None and SLIDING in types:
         raise fields.unsupported("sliding_window", None, f"a size, as layer_types has {SLIDING!r}")
     return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def mixer_kinds(fields: Fields, default: Sequence[str], known: Mapping[str, T]) -> tuple[T, ...]:
+    """Of each layer what `known` gives for its kind in `layer_types` (or else in `default`)."""
+    types, layers = fields.items("layer_types", list(default)), count_layers(fields)
+    if len(types) != layers or not all(isinstance(kind, str) and kind in known for kind in types):
+        raise fields.unsupported("layer_types", types, f"{layers} entries, each one of {', '.join(known)}")
+    if FULL not in types:
+        raise fields.unsupported("layer_types", types, f"one {FULL!r} at least")
+    return tuple(known[kind] for kind in types)
 
 
 def used_window(fields: Fields, default: int | None) -> int | None:

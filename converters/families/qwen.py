@@ -101,9 +101,13 @@ def _mixture(fields: Fields, *, width: int, **given: Any) -> MixtureConfig:
 
 def _sparse(fields: Fields) -> tuple[bool, ...]:
     """Every `decoder_sparse_step`th layer but for `mlp_only_layers`."""
+    return sparse_layers(fields, every_sparse_step(fields))
+
+
+def every_sparse_step(fields: Fields) -> list[bool]:
+    """Which layers are mixtures, where a list of them does not say so."""
     step, dense = fields.size("decoder_sparse_step", 1), fields.items("mlp_only_layers", [])
-    layers = range(count_layers(fields))
-    return sparse_layers(fields, [i not in dense and (i + 1) % step == 0 for i in layers])
+    return [i not in dense and (i + 1) % step == 0 for i in range(count_layers(fields))]
 
 
 def _windows(fields: Fields) -> tuple[int | None, ...]:

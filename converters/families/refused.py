@@ -12,8 +12,7 @@ OLD = "an older block of its own"
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
-            "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM",
-            "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "KimiLinearForCausalLM",
+            "KimiLinearForCausalLM",
             "NemotronHForCausalLM", "GraniteMoeHybridForCausalLM", "FalconH1ForCausalLM", "Lfm2ForCausalLM",
             "Lfm2MoeForCausalLM", "MambaForCausalLM", "Mamba2ForCausalLM", "JambaForCausalLM",
             "BambaForCausalLM", "Zamba2ForCausalLM", "MiniMaxForCausalLM", "OlmoHybridForCausalLM",

@@ -32,17 +32,14 @@ def step_bytes(
     *,
     weight_itemsize: float | None = None,
 ) -> float:
-    """Bytes a decode step reads at least: the weights, and what attention reaches back to in the KV cache of
-    sequences of so many tokens.
+    """Bytes a decode step reads at least: the weights, and what the layers keep of sequences of so
+    many tokens.
 
     itemsize: bytes of an element of either; weight_itemsize: of quantised weights, scales and all.
     """
-    elements = 0.0
-    for mixer in (layer.mixer for layer in config.layers):
-        reached = sum(min(context, mixer.options.window or context) for context in contexts)
-        elements += mixer.cached(tp) * reached
-    weights = (weight_itemsize or itemsize) * matrix_parameters(config, len(contexts))
-    return weights + itemsize * elements
+    mixers = [layer.mixer for layer in config.layers]
+    cached = sum(mixer.read_bytes(float(context), itemsize, tp) for mixer in mixers for context in contexts)
+    return (weight_itemsize or itemsize) * matrix_parameters(config, len(contexts)) + cached
 
 
 def measure(devices: int = 1) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LatentConfig
+from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig
 from lmdeploy_jax.models.rope import rotation
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, prefill_attention, tile_rows
@@ -49,7 +49,7 @@ def measure(config: DecoderConfig, bandwidth: float, backend: str = "pallas") ->
     """bandwidth in bytes a second. Raises ConfigError where there is no GPU."""
     require_gpu()
     mixer = config.layers[0].mixer
-    if isinstance(mixer, LatentConfig):
+    if not isinstance(mixer, AttentionConfig):
         raise ConfigError(f"there are no kernels to time for {mixer}: {mixer.why_not_kernels()}")
     bench = _Attention(mixer, backend)
     arithmetic = _arithmetic()

@@ -68,7 +68,7 @@ class Session:
     def _limit(self, jobs: list[Job]) -> float:
         """Seconds that the reads of a mean decode step take at full bandwidth."""
         engine = self.engine
-        elements = page_bytes(engine.facts.cache_layout.arrays, "int8")  # a byte each
+        elements = page_bytes(engine.facts.cache_layout.paged, "int8")  # a byte each
         itemsize = engine.memory.page_bytes // elements
         contexts = report.mean_contexts(jobs)
         config, weight_itemsize = engine.model_config, self._weight_itemsize(itemsize)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.models.config import DecoderConfig, LatentConfig, LayerConfig, MixtureConfig
+from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LayerConfig, MixtureConfig
 from lmdeploy_jax.models.products import dense_product
 from lmdeploy_jax.models.tuning import Kind, Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
@@ -93,8 +93,8 @@ def products(config: DecoderConfig, tp: int = 1) -> dict[str, Shape]:
     norm after the same ones without. Raises ConfigError where the model cannot be cut over `tp` devices.
     """
     layer, hidden = config.layers[0], config.hidden_size
-    if isinstance(layer.mixer, LatentConfig):
-        raise ConfigError("the products of latent attention are XLA's: there is nothing to tune for them")
+    if not isinstance(layer.mixer, AttentionConfig):
+        raise ConfigError(f"the products of {layer.mixer} are XLA's: there is nothing to tune for them")
     kv_heads = layer.mixer.held_kv_heads(tp)
     group, kv_heads = layer.mixer.heads // kv_heads, kv_heads // tp
     qkv, heads = (kv_heads * rows * layer.mixer.head_dim for rows in (group + 2, group))

@@ -1,4 +1,6 @@
-"""What a layer keeps of a sequence, told without any array: which arrays, and what a page of them takes."""
+"""What a layer keeps of a sequence, told without any array: which arrays, and what a page or a slot of them
+takes.
+"""
 
 from __future__ import annotations
 
@@ -55,4 +57,26 @@ class PagedCache:
         return itemsize * sum(map(prod, self.shapes(1)))
 
 
-CacheKind = PagedCache | LatentCache
+@dataclass(frozen=True)
+class StateCache:
+    """What a recurrent layer keeps of a whole sequence, by slot: the last inputs of its convolution [slots,
+    *conv] and, in float32, its state [slots, *state]; both cut by heads. The last slot is nobody's.
+    """
+
+    conv: Shape
+    state: Shape = ()
+    """Empty: the layer has nothing but its convolution."""
+
+    axes: ClassVar[Axes] = (None, "tp")
+
+    def shapes(self, num_slots: int) -> tuple[Shape, ...]:
+        """As `PagedCache.shapes`, of so many slots."""
+        return tuple((num_slots, *shape) for shape in (self.conv, self.state) if shape)
+
+    def slot_bytes(self, itemsize: int) -> int:
+        """Bytes of one slot over all devices, at `itemsize` bytes an element of the convolution's inputs."""
+        return itemsize * prod(self.conv) + (4 * prod(self.state) if self.state else 0)
+
+
+PageKind = PagedCache | LatentCache
+CacheKind = PageKind | StateCache

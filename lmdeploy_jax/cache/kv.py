@@ -13,7 +13,7 @@ import psutil
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lmdeploy_jax.cache.kinds import CacheKind
+from lmdeploy_jax.cache.kinds import CacheKind, PageKind, StateCache
 from lmdeploy_jax.cache.layout import CacheLayout
 from lmdeploy_jax.errors import ConfigError
 
@@ -37,15 +37,34 @@ class KVCache:
         i = self.layout.places[layer][1]
         return replace(self, arrays=(*self.arrays[:i], arrays, *self.arrays[i + 1 :]))
 
+    def map_pages(self, change: Callable[[Array], Array]) -> KVCache:
+        """With every array changed that has a row a page."""
+        return self._map(change, states=False)
+
+    def map_states(self, change: Callable[[Array], Array]) -> KVCache:
+        """With every array changed that has a row a slot."""
+        return self._map(change, states=True)
+
+    def _map(self, change: Callable[[Array], Array], *, states: bool) -> KVCache:
+        kinds = zip(self.layout.arrays, self.arrays, strict=True)
+        return replace(
+            self,
+            arrays=tuple(
+                tuple(map(change, arrays)) if isinstance(kind, StateCache) is states else arrays
+                for kind, arrays in kinds
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """A cache of `num_pages` pages."""
+    """A cache of `num_pages` pages and, where layers keep states, `num_slots` slots."""
 
     layout: CacheLayout
     num_pages: int
     dtype: Any
     mesh: Mesh
+    num_slots: int = 0
 
     @property
     def specs(self) -> KVCache:
@@ -58,8 +77,12 @@ class CacheSpec:
 
     def _arrays(self, kind: CacheKind) -> Iterator[jax.ShapeDtypeStruct]:
         where = NamedSharding(self.mesh, PartitionSpec(*kind.axes))
-        for shape in kind.shapes(self.num_pages):
-            yield jax.ShapeDtypeStruct(shape, self.dtype, sharding=where)
+        by_slot = isinstance(kind, StateCache)
+        dtypes = (self.dtype, jnp.dtype("float32")) if by_slot else (self.dtype,) * 2
+        for shape, dtype in zip(
+            kind.shapes(self.num_slots if by_slot else self.num_pages), dtypes, strict=False
+        ):
+            yield jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def allocate(self) -> KVCache:
         """Zeros: a page's unwritten rows are multiplied by zero probabilities, and zero times garbage may be
@@ -73,9 +96,14 @@ def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Callable
     return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=where)
 
 
-def page_bytes(arrays: Iterable[CacheKind], dtype: Any, devices: int = 1) -> int:
+def page_bytes(arrays: Iterable[PageKind], dtype: Any, devices: int = 1) -> int:
     """Bytes of one page over all arrays and all devices."""
     return sum(kind.page_bytes(jnp.dtype(dtype).itemsize, devices) for kind in arrays)
+
+
+def state_bytes(layout: CacheLayout, dtype: Any, num_slots: int) -> int:
+    """Bytes of so many slots over all arrays and all devices."""
+    return num_slots * sum(kind.slot_bytes(jnp.dtype(dtype).itemsize) for kind in layout.states)
 
 
 def free_bytes(mesh: Mesh) -> int:
@@ -96,6 +124,7 @@ class MemoryPlan:
     num_pages: int
     room: int  # tokens of context that fit, in sequences of the greatest length
     images: int = 0  # of what is reserved: rows of images, and the encoder's largest run
+    states: int = 0  # of what is reserved: those of recurrent layers, of all sequences that run at once
 
     @property
     def cache_bytes(self) -> int:
@@ -103,9 +132,11 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         gb = 1e-9
-        images = f" ({self.images * gb:.2f} GB of them for images)" if self.images else ""
+        parts = {"images": self.images, "states": self.states}
+        named = ", ".join(f"{size * gb:.2f} GB of them for {what}" for what, size in parts.items() if size)
+        besides = f" ({named})" if named else ""
         return (
-            f"memory: {self.free * gb:.2f} GB free, {self.reserved * gb:.2f} GB kept for the steps{images}, "
+            f"memory: {self.free * gb:.2f} GB free, {self.reserved * gb:.2f} GB kept for the steps{besides}, "
             f"{self.cache_bytes * gb:.2f} GB for the KV cache = {self.num_pages} pages = {self.room} tokens"
         )
 
@@ -118,28 +149,31 @@ def plan_memory(
     free: int,
     reserved: int,
     images: int = 0,
+    states: int = 0,
     session_len: int,
     sequences: int,
     on_cpu: bool,
 ) -> MemoryPlan:
     """Pages of `page` bytes for `share` (a fraction of free memory below 1, bytes from 1 on), never more than
-    `sequences` of `session_len` tokens need. `reserved` bytes are kept for the steps, and `images` besides.
+    `sequences` of `session_len` tokens need. `reserved` bytes are kept for the steps, `images` and `states`
+    besides.
 
     Raises ConfigError where not even one page of each cache group fits.
     """
-    reserved += images
+    reserved += images + states
     budget = share if share >= 1 else share * max(free - reserved, 0)
     if on_cpu and share < 1:
         budget = min(budget, CPU_CACHE_LIMIT)
     pages = int(budget // page)
     if share < 1:  # free memory differs a little from start to start, and compiled programs know the number
-        pages -= pages % max(1, 1 << pages.bit_length() - 7)
+        pages -= pages % (1 << max(pages.bit_length() - 7, 0))
     pages = min(pages, sequences * layout.pages_of(session_len) + 1)
     least = len(layout.groups) + 1
     if pages < least:
+        taken = f" States of {sequences} sequences take {states * 1e-6:.3f} MB." if states else ""
         raise ConfigError(
             f"cache_max_entry_count={share!r} leaves no room for the KV cache: it gives "
             f"{budget * 1e-6:.3f} MB, and at least {least} pages of {page * 1e-6:.3f} MB are needed. "
-            "Raise it, or free memory (a smaller max_batch_size or model, a larger tp)."
+            f"Raise it, or free memory (a smaller max_batch_size or model, a larger tp).{taken}"
         )
-    return MemoryPlan(free, reserved, page, pages, layout.room(pages - 1, session_len), images)
+    return MemoryPlan(free, reserved, page, pages, layout.room(pages - 1, session_len), images, states)

@@ -4,6 +4,8 @@ A page is a row of every array. Layers that keep the same tokens of a sequence f
 page table of its own; the groups of a model have equally many layers, and all of them take their pages from
 one pool. So a page holds 64 tokens for the layers of one group, and memory goes to whichever group needs it:
 layers with a window keep a window's worth of pages, and leave the rest of the pool to the others.
+
+Recurrent layers have no pages and are in no group: each has arrays of its own, with a row a slot.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lmdeploy_jax.cache.kinds import CacheKind
+from lmdeploy_jax.cache.kinds import CacheKind, PageKind, StateCache
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 
 MOST_GROUPS = 8  # each has a page table, which goes to the device with every step
@@ -51,8 +53,18 @@ class CacheLayout:
 
     groups: tuple[CacheGroup, ...]
     arrays: tuple[CacheKind, ...]
-    places: tuple[tuple[int, int], ...]
-    """Of each layer: its group, and the index of its arrays."""
+    places: tuple[tuple[int | None, int], ...]
+    """Of each layer: its group, None where it keeps a state, and the index of its arrays."""
+
+    @property
+    def paged(self) -> tuple[PageKind, ...]:
+        """The arrays with a row a page."""
+        return tuple(kind for kind in self.arrays if not isinstance(kind, StateCache))
+
+    @property
+    def states(self) -> tuple[StateCache, ...]:
+        """The arrays with a row a slot."""
+        return tuple(kind for kind in self.arrays if isinstance(kind, StateCache))
 
     def pages_of(self, tokens: int) -> int:
         """Most pages that a sequence of `tokens` tokens takes, over all groups, while it is computed."""
@@ -78,14 +90,28 @@ def plan_layout(layers: Sequence[CacheKind], *, session_len: int, step_tokens: i
 
     layers: what each layer keeps. step_tokens: most tokens of a step.
     """
-    kinds = [_reaching(kind, session_len) for kind in layers]
+    paged = (kind for kind in layers if not isinstance(kind, StateCache))
+    kinds = [_reaching(kind, session_len) for kind in paged]
     sizes = range(1, max(kinds.count(kind) for kind in kinds) + 1)
     layouts = [_one_group(kinds), *(_grouped(kinds, size, step_tokens) for size in sizes)]
     few = [layout for layout in layouts if len(layout.groups) <= MOST_GROUPS]
-    return min(few, key=lambda layout: (_cost(layout, session_len), len(layout.groups)))
+    return _with_states(min(few, key=lambda layout: (_cost(layout, session_len), len(layout.groups))), layers)
 
 
-def _reaching(kind: CacheKind, session_len: int) -> CacheKind:
+def _with_states(layout: CacheLayout, layers: Sequence[CacheKind]) -> CacheLayout:
+    """The layout of the layers with pages, and the others among them."""
+    arrays, paged = list[CacheKind](layout.arrays), iter(layout.places)
+    places: list[tuple[int | None, int]] = []
+    for kind in layers:
+        if isinstance(kind, StateCache):
+            places.append((None, len(arrays)))
+            arrays.append(kind)
+        else:
+            places.append(next(paged))
+    return CacheLayout(layout.groups, tuple(arrays), tuple(places))
+
+
+def _reaching(kind: PageKind, session_len: int) -> PageKind:
     """A window that no sequence outgrows is none."""
     return replace(kind, window=None) if kind.window is None or kind.window >= session_len else kind
 
@@ -97,16 +123,16 @@ def _reach(window: int, tokens: int) -> int:
 
 def _cost(layout: CacheLayout, session_len: int) -> int:
     pages = sum(group.width(session_len, 1) for group in layout.groups)
-    return pages * sum(kind.page_bytes(1) for kind in layout.arrays)
+    return pages * sum(kind.page_bytes(1) for kind in layout.paged)
 
 
-def _one_group(kinds: Sequence[CacheKind]) -> CacheLayout:
+def _one_group(kinds: Sequence[PageKind]) -> CacheLayout:
     """Every layer has arrays of its own and keeps every token, whatever its window."""
     arrays = tuple(replace(kind, window=None) for kind in kinds)
     return CacheLayout((CacheGroup(),), arrays, tuple((0, i) for i in range(len(kinds))))
 
 
-def _grouped(kinds: Sequence[CacheKind], size: int, step_tokens: int) -> CacheLayout:
+def _grouped(kinds: Sequence[PageKind], size: int, step_tokens: int) -> CacheLayout:
     """Groups of at most `size` layers of one kind, which share `size` arrays with the other groups."""
     shapes = list(dict.fromkeys(replace(kind, window=None) for kind in kinds))
     groups: list[CacheGroup] = []
@@ -125,5 +151,5 @@ def _group(window: int | None, step_tokens: int) -> CacheGroup:
     return CacheGroup() if window is None else CacheGroup(window, _reach(window, step_tokens))
 
 
-def _layers_of(kinds: Sequence[CacheKind], kind: CacheKind) -> Iterator[int]:
+def _layers_of(kinds: Sequence[PageKind], kind: PageKind) -> Iterator[int]:
     return (i for i, other in enumerate(kinds) if other == kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -21,7 +22,8 @@ from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
 
 class Attention(nnx.Module):
-    """q, k and v in one product, laid out by KV head: `[KH, G + 2, D, E]`, G query heads, then k, then v.
+    """q, k and v in one product, laid out by KV head: `[KH, G + 2, D, E]`, G query heads, then k, then v;
+    with gates `[KH, 2 G + 2, D, E]`, each behind its query head.
 
     added_plainly: whether the layer adds the output to the residual stream as it is.
     """
@@ -41,7 +43,7 @@ class Attention(nnx.Module):
         self.config = config
         self.norm_eps, self.norm_offset = model.norm_eps, model.norm_offset
         self.qkv = ColumnParallelLinear(
-            (kv_heads, groups + 2, head_dim),
+            (kv_heads, (2 * groups if config.gated else groups) + 2, head_dim),
             (model.hidden_size,),
             ("kv_heads", None, None, "embed"),
             bias=config.qkv_bias,
@@ -83,13 +85,15 @@ class Attention(nnx.Module):
         `rope` is None in a layer without RoPE.
         """
         x, qkv = self.qkv(x, delta, norm)  # [(S,) T, KH, G + 2, D]
-        work = self._work(rope)
+        work, gates = self._work(rope), None
+        if self.config.gated:
+            qkv, gates, work = head_work.without_gates(qkv, work, x.dtype)
         if not self.config.is_plain:
             qkv, work = self._worked(qkv, work, rope, x.dtype)
         sinks = None if self.sinks is None else self.sinks[...].reshape(-1)
         args = (qkv, work, cache, metadata, self.config)
         out, cache = self.kernels.attend(*args, sinks=sinks, dtype=x.dtype)
-        return x, self.o(out), cache
+        return x, self.o(out if gates is None else out * jax.nn.sigmoid(gates)), cache
 
     def _worked(
         self, qkv: Array, work: HeadWork, rope: Rotation | None, dtype: jnp.dtype

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from lmdeploy_jax.cache.kinds import LatentCache, PagedCache
 from lmdeploy_jax.cache.layout import CacheLayout, plan_layout
 from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.models.recurrent_config import RecurrentConfig
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import why_not_heads
 
@@ -76,6 +77,10 @@ class AttentionConfig:
     """It goes over all heads of q, and over all of k, as one (OLMo 2)."""
     qk_norm_after_rope: bool = False
     """It comes behind the rotation (Hunyuan)."""
+    gated: bool = False
+    """Each query head's output is multiplied by the sigmoid of as many elements, a head of their own of the
+    qkv product, behind the query's.
+    """
     sinks: bool = False
     """Each query head has a learnt logit that joins its softmax's denominator (gpt-oss)."""
 
@@ -116,11 +121,14 @@ class AttentionConfig:
 
     def weights(self, hidden: int) -> int:
         """Elements of its matrices."""
-        return 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
+        return hidden * self.head_dim * ((3 if self.gated else 2) * self.heads + 2 * self.kv_heads)
 
-    def cached(self, tp: int) -> int:
-        """Elements that `tp` devices read of a token in the cache."""
-        return 2 * self.held_kv_heads(tp) * self.head_dim
+    def read_bytes(self, context: float, itemsize: int, tp: int) -> float:
+        """Bytes that `tp` devices read of a sequence of `context` tokens in the cache, for its next one, at
+        `itemsize` bytes an element.
+        """
+        reached = min(context, float(self.options.window or context))
+        return itemsize * reached * 2 * self.held_kv_heads(tp) * self.head_dim
 
     def __str__(self) -> str:
         return f"attention with {self.heads} heads in {self.kv_heads} KV heads of {self.head_dim}"
@@ -162,9 +170,9 @@ class LatentConfig:
         latents = hidden * (self.latent_rank + self.rope_dim)
         return queries + latents + both + hidden * self.heads * self.value_dim
 
-    def cached(self, tp: int) -> int:
-        """As `AttentionConfig.cached`."""
-        return tp * (self.latent_rank + self.rope_dim)
+    def read_bytes(self, context: float, itemsize: int, tp: int) -> float:
+        """As `AttentionConfig.read_bytes`."""
+        return itemsize * context * tp * (self.latent_rank + self.rope_dim)
 
     def __str__(self) -> str:
         return f"latent attention with {self.heads} heads"
@@ -251,7 +259,7 @@ class MixtureConfig:
 class LayerConfig:
     """A mixer of tokens and a feed-forward block, each with its norms, added to the residual stream."""
 
-    mixer: AttentionConfig | LatentConfig
+    mixer: AttentionConfig | LatentConfig | RecurrentConfig
     mlp: MlpConfig | MixtureConfig
     pre_norm: bool = True
     """A norm on what enters mixer and MLP."""
@@ -315,6 +323,11 @@ class DecoderConfig:
     def depends_on_length(self) -> bool:
         """Whether a token's keys depend on the length of its sequence, so that prefixes cannot be shared."""
         return any(rope.depends_on_length for rope in self.ropes)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether layers keep a state of a whole sequence, of which prefixes have none of their own."""
+        return any(isinstance(layer.mixer, RecurrentConfig) for layer in self.layers)
 
     @property
     def mrope(self) -> bool:

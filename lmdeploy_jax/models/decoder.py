@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,12 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Float32
 
+from lmdeploy_jax.cache.kinds import StateCache
 from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.models.attention import Attention
 from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.models.config import DecoderConfig, LatentConfig, LayerConfig, MixtureConfig, RopeConfig
+from lmdeploy_jax.models.delta import GatedDeltaNet
 from lmdeploy_jax.models.embedding import Embedding
 from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.latent import LatentAttention
@@ -22,7 +24,27 @@ from lmdeploy_jax.models.linear import soft_cap
 from lmdeploy_jax.models.mixture import Mixture
 from lmdeploy_jax.models.mlp import GatedMLP, PlainMLP
 from lmdeploy_jax.models.norm import LayerNorm, Norm, RMSNorm
+from lmdeploy_jax.models.recurrent_config import DeltaConfig
 from lmdeploy_jax.models.rope import Rotation, rotation
+from lmdeploy_jax.pallas_kernels.spans import Spans, decode_spans, ragged_spans
+
+Where = AttentionMetadata | Spans  # a step's sequences, as layers with pages and those with a state see them
+
+
+class Mixer(Protocol):
+    """What stands in attention's place in a layer, or attention itself."""
+
+    def __call__(
+        self,
+        x: Float[Array, "T E"],
+        delta: Float[Array, "*S T E"] | None,
+        norm: Norm | None,
+        cache: LayerCache,
+        where: Any,
+        rope: Rotation | None,
+        /,
+    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
+        """See `Attention.__call__`; `where` is the step's sequences as it sees them."""
 
 
 class DecoderLayer(nnx.Module):
@@ -49,7 +71,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "T E"],
         delta: Float[Array, "*S T E"] | None,
         cache: LayerCache,
-        metadata: AttentionMetadata,
+        metadata: Where,
         rope: Rotation | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
         """The residual stream x and what the layer before adds to it -> the same, and the cache."""
@@ -64,7 +86,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "T E"],
         delta: Float[Array, "*S T E"] | None,
         cache: LayerCache,
-        metadata: AttentionMetadata,
+        metadata: Where,
         rope: Rotation | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "T E"], LayerCache]:
         x, normed = self.kernels.add_norm(x, delta, self.attention_norm)
@@ -83,12 +105,12 @@ def _norm(model: DecoderConfig, dtype: jnp.dtype) -> Norm:
     return RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset, dtype=dtype, axis="embed")
 
 
-def _mixer(
-    model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels
-) -> Attention | LatentAttention:
+def _mixer(model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels) -> Mixer:
     how: dict[str, Any] = {"added_plainly": config.added_plainly, "dtype": dtype, "kernels": kernels}
     if isinstance(config.mixer, LatentConfig):
         return LatentAttention(model, config.mixer, **how)
+    if isinstance(config.mixer, DeltaConfig):
+        return GatedDeltaNet(model, config.mixer, **how)
     return Attention(model, config.mixer, **how)
 
 
@@ -131,13 +153,17 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
         x, delta = _merged(x, batch), None
         counters = _split_counters(cache, len(batch.attention[0].kv_lens))
+        spans = _spans(cache, batch) if cache.layout.states else None
         for i, (layer, rope) in enumerate(zip(self.layers, self._rotations(batch), strict=True)):
             graph, state = nnx.split(layer)
-            metadata, pages = batch.attention[cache.layout.places[i][0]], cache.of_layer(i)
-            heads = pages[0].shape[1]
-            held = (*pages, counters[heads])
-            x, delta, (*pages, counters[heads]) = _run_layer(graph, state, x, delta, held, metadata, rope)
-            cache = cache.with_layer(i, tuple(pages))
+            group, held = cache.layout.places[i][0], cache.of_layer(i)
+            if group is None:
+                x, delta, held = _run_layer(graph, state, x, delta, held, spans, rope)
+            else:
+                metadata, heads = batch.attention[group], held[0].shape[1]
+                args = (x, delta, (*held, counters[heads]), metadata, rope)
+                x, delta, (*held, counters[heads]) = _run_layer(graph, state, *args)
+            cache = cache.with_layer(i, tuple(held))
             x = _deepstack(x, batch, i + 1)
         return self.kernels.add_norm(x, delta, self.norm)[1], cache
 
@@ -161,8 +187,18 @@ class Decoder(nnx.Module):
 
 def _split_counters(cache: KVCache, rows: int) -> dict[int, Array]:
     """What layers of as many KV heads share, see `paged_attention`."""
-    heads = {arrays[0].shape[1] for arrays in cache.arrays}
+    kinds = zip(cache.layout.arrays, cache.arrays, strict=True)
+    heads = {arrays[0].shape[1] for kind, arrays in kinds if not isinstance(kind, StateCache)}
     return {count: jnp.zeros((rows, count), jnp.int32) for count in sorted(heads)}
+
+
+def _spans(cache: KVCache, batch: Batch) -> Spans:
+    """What layers with a state see of the step; positions are those of a group without a window."""
+    whole = [group.window is None for group in cache.layout.groups].index(True)
+    metadata = batch.attention[whole]
+    if metadata.tiles is None:
+        return decode_spans(batch.sequence_slots, metadata.kv_lens)
+    return ragged_spans(batch.sequence_slots, metadata.tiles)
 
 
 def _merged(x: Array, batch: Batch) -> Array:
@@ -193,7 +229,7 @@ def _run_layer(
     x: Array,
     delta: Array | None,
     cache: LayerCache,
-    metadata: AttentionMetadata,
+    metadata: Where,
     rope: Rotation | None,
 ) -> tuple[Array, Array, LayerCache]:
     """A jitted function of its own, so that layers alike are traced once; XLA inlines the calls."""

@@ -31,6 +31,15 @@ def biased(
     return whole if work.bias is None else whole + work.bias, replace(work, bias=None)
 
 
+def without_gates(
+    qkv: Float[Array, "*S T KH R D"], work: HeadWork, dtype: DTypeLike
+) -> tuple[Float[Array, "T KH N D"], Float[Array, "T KH G D"], HeadWork]:
+    """The gates that stand behind the query heads, and qkv without them, biases added."""
+    qkv, work = biased(qkv, work, dtype)
+    queries, gates = qkv[:, :, :-2:2], qkv[:, :, 1:-2:2]
+    return jnp.concatenate([queries, qkv[:, :, -2:]], axis=2), gates, work
+
+
 def norm_widths(
     qkv: Float[Array, "T KH R D"], norms: tuple[WidthNorm, WidthNorm], config: AttentionConfig, *,
     eps: float, replicas: int, reduce: Reduce

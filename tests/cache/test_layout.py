@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmdeploy_jax.cache.kinds import PagedCache
+from lmdeploy_jax.cache.kinds import PagedCache, StateCache
 from lmdeploy_jax.cache.layout import MOST_GROUPS, CacheGroup, plan_layout
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 
@@ -82,3 +82,12 @@ def test_what_a_group_holds_never_exceeds_what_it_says():
             needed = pages_for(position + tokens) - group.first_page(position)
             assert needed <= group.width(10**6, tokens)
             assert group.first_page(position) * PAGE_SIZE <= max(position - 1023, 0)
+
+
+def test_layers_with_a_state_have_arrays_of_their_own_and_no_pages():
+    state = StateCache(conv=(2, 3, 8), state=(4, 16, 12))
+    layout = plan(state, FULL, state, FULL)
+    assert layout.places == ((None, 2), (0, 0), (None, 3), (0, 1))
+    assert (layout.paged, layout.states) == ((FULL, FULL), (state, state))
+    assert layout.pages_of(1000) == plan(FULL, FULL).pages_of(1000)
+    assert state.slot_bytes(2) == 2 * 2 * 3 * 8 + 4 * 4 * 16 * 12

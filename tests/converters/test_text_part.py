@@ -8,10 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 
 from lmdeploy_jax.converters.config import read_config
+from lmdeploy_jax.converters.load import load_model
+from tests.models.paged import named_leaves
+from tests.oracle import save_checkpoint
 
 GEMMA = {"model_type": "gemma3_text", "sliding_window": 1024,
          "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip
@@ -54,3 +59,36 @@ def test_what_a_released_config_leaves_out_is_what_transformers_says(name: str, 
     windows = [layer.mixer.options.window for layer in ours.layers]
     sliding = getattr(theirs, "layer_types", None) or ["full_attention"] * len(windows)
     assert windows == [theirs.sliding_window if each == "sliding_attention" else None for each in sliding]
+
+
+def test_qwen3_5_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Within a checkpoint that takes images: experts in one tensor, beside layers that predict further."""
+    text, whole = save_checkpoint("qwen3_5_moe", tmp_path / "text"), tmp_path / "whole"
+    part = json.loads((text / "config.json").read_text())
+    whole.mkdir()
+    (whole / "config.json").write_text(json.dumps({
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe",
+        "text_config": part | {"architectures": None, "attn_output_gate": True, "mamba_ssm_dtype": "float32",
+                               "mtp_num_hidden_layers": 1},
+        "vision_config": {"depth": 1},
+    }))  # fmt: skip
+    tensors = load_file(text / "model.safetensors")
+    renamed = {
+        name.replace("model.", "model.language_model."): value
+        for name, value in tensors.items()
+        if ".experts." not in name
+    }
+    for layer in range(part["num_hidden_layers"]):
+        gate, up, down = (
+            np.stack([tensors[f"model.layers.{layer}.mlp.experts.{i}.{name}_proj.weight"] for i in range(4)])
+            for name in ("gate", "up", "down")
+        )
+        experts = f"model.language_model.layers.{layer}.mlp.experts."
+        renamed[experts + "gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        renamed[experts + "down_proj"] = down
+    for name in ("mtp.fc.weight", "model.visual.blocks.0.attn.qkv.weight"):
+        renamed[name] = np.zeros((2, 2), np.float32)
+    save_file(renamed, whole / "model.safetensors")
+    ours, theirs = (named_leaves(load_model(folder)) for folder in (whole, text))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)

@@ -93,7 +93,7 @@ def test_windows_make_room_for_more_tokens_and_the_plan_says_so():
     rooms = []
     for model in (full, windows):
         layout = model.cache_layout(1, session_len=16384, step_tokens=8192)
-        memory = plan(layout, page_bytes(layout.arrays, "bfloat16"), share=0.9, session_len=16384)
+        memory = plan(layout, page_bytes(layout.paged, "bfloat16"), share=0.9, session_len=16384)
         assert f"{memory.room} tokens" in str(memory)
         rooms.append(memory.room)
     assert rooms[1] >= 3 * rooms[0]

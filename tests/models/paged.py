@@ -29,7 +29,7 @@ class PagedRunner:
         mesh = mesh or make_mesh(1)
         # Windows longer than any sequence make one cache group, the plain one.
         layout = model.config.cache_layout(axis_size(mesh, "tp"), session_len=1, step_tokens=TOKENS)
-        self.caches = CacheSpec(layout, rows * PAGES_EACH + 1, model.dtype, mesh).allocate()
+        self.caches = CacheSpec(layout, rows * PAGES_EACH + 1, model.dtype, mesh, rows + 1).allocate()
         # Compiled without LLVM's optimisations: the tests' time is compilation.
         fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         self.step = jax.jit(self._step, donate_argnums=1, compiler_options=fast)

@@ -32,6 +32,8 @@ DECODE_PROGRAM = {
     "hunyuan",
     "ministral3",
     "cohere2",
+    "qwen3_next",
+    "qwen3_5",
     "deepseek_v2",
     "deepseek_v3",
 }

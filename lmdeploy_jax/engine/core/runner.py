@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import abc
 
-import jax
 import numpy as np
 from jax import Array
 
@@ -12,7 +11,7 @@ from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.cache.pages import DUMP_PAGE
 from lmdeploy_jax.engine.core.batch import Slots
 from lmdeploy_jax.engine.core.buckets import PAGE_COPIES
-from lmdeploy_jax.engine.core.program import Programs
+from lmdeploy_jax.engine.core.program import Program, Programs
 from lmdeploy_jax.engine.core.state import Update
 from lmdeploy_jax.engine.core.step import Step
 from lmdeploy_jax.engine.core.steps import Drawn, Forward, Steps
@@ -30,6 +29,11 @@ class Runner:
         self._slots, self._steps = slots, steps
         pages, writes = self.state.ints(PAGE_COPIES), ("caches",)
         self._copy = programs.add("copy", copy_pages, writes=writes, source=pages, target=pages)
+        self._copy_states: Program | None = None
+        if self.state.cache.layout.states:
+            self._copy_states = programs.add(
+                "copy_states", copy_states, writes=writes, source=pages, target=pages
+            )
         self._clear = programs.add("clear", clear_pages, writes=writes, pages=pages)
 
     def allocate_caches(self) -> None:
@@ -60,7 +64,9 @@ class Runner:
         passed = self._steps.forward(step)
         if passed.hidden is not None:
             self._steps.reports.add_prompts(step.chunks, passed.hidden)
-        self._copy_pages(step.copies)
+        self._duplicate(self._copy, step.copies, DUMP_PAGE)
+        if self._copy_states is not None:
+            self._duplicate(self._copy_states, step.forks, self.state.max_batch_size)
         return passed
 
     def begin_masks(self, draws: Draws) -> None:
@@ -73,14 +79,15 @@ class Runner:
         drawn.hidden, drawn.logits = self._steps.reports.of_draws(draws, passed.rows)
         return drawn
 
-    # -- pages --------------------------------------------------------------------------------------------
+    # -- pages and states ----------------------------------------------------------------------------------
 
-    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+    def _duplicate(self, program: Program, copies: list[tuple[int, int]], nobodys: int) -> None:
+        """Rows, (from, to); `nobodys` is copied onto itself where a call has no more of them."""
         for i in range(0, len(copies), PAGE_COPIES):
-            pages = np.zeros((2, PAGE_COPIES), np.int32)
+            rows = np.full((2, PAGE_COPIES), nobodys, np.int32)
             part = copies[i : i + PAGE_COPIES]
-            pages[:, : len(part)] = np.array(part, np.int32).T
-            self._copy(source=pages[0].copy(), target=pages[1].copy())
+            rows[:, : len(part)] = np.array(part, np.int32).T
+            program(source=rows[0].copy(), target=rows[1].copy())
 
     def clear_pages(self, pages: abc.Sequence[int]) -> None:
         """Overwrite pages that may hold NaN, and the dump page, to which padding writes: not every kernel
@@ -94,10 +101,14 @@ class Runner:
 
 def copy_pages(caches: KVCache, source: Array, target: Array) -> tuple[None, Update]:
     """Duplicate pages in every layer; unused entries copy the dump page onto itself."""
-    copied = jax.tree.map(lambda array: array.at[target].set(array[source]), caches)
-    return None, Update(caches=copied)
+    return None, Update(caches=caches.map_pages(lambda array: array.at[target].set(array[source])))
+
+
+def copy_states(caches: KVCache, source: Array, target: Array) -> tuple[None, Update]:
+    """Duplicate slots in every recurrent layer; unused entries copy nobody's slot onto itself."""
+    return None, Update(caches=caches.map_states(lambda array: array.at[target].set(array[source])))
 
 
 def clear_pages(caches: KVCache, pages: Array) -> tuple[None, Update]:
     """Fill these pages of every layer with zeros."""
-    return None, Update(caches=jax.tree.map(lambda array: array.at[pages].set(0), caches))
+    return None, Update(caches=caches.map_pages(lambda array: array.at[pages].set(0)))

@@ -386,6 +386,7 @@ class Scheduler:
         """Siblings start on the shared prompt pages; a last, partly filled page is copied for each."""
         for sibling in first.siblings:
             step.copies += self.cache.fork(first.pages, sibling.pages)
+            step.forks.append((first.slot, sibling.slot))
             sibling.hashes = list(first.hashes)
             sibling.computed, sibling.cached, sibling.status = first.computed, first.cached, Status.RUNNING
             self.running.append(sibling)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lmdeploy_jax.cache.encoder_cache import EncoderCacheManager
-from lmdeploy_jax.cache.kv import CacheSpec, MemoryPlan, free_bytes, page_bytes, plan_memory
+from lmdeploy_jax.cache.kv import CacheSpec, MemoryPlan, free_bytes, page_bytes, plan_memory, state_bytes
 from lmdeploy_jax.cache.layout import CacheLayout
 from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.config import JaxEngineConfig
@@ -97,7 +97,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     memory = _plan(config, loaded, vision, mesh, buckets, session_len, layout)
     log.info("%s", memory)
     session_len = _fitting(session_len, layout.longest(memory.num_pages - 1))
-    spec = CacheSpec(layout, memory.num_pages, loaded.dtype, mesh)
+    spec = CacheSpec(layout, memory.num_pages, loaded.dtype, mesh, buckets.max_batch_size + 1)
     begun = time.perf_counter()
     tables = PageTables(session_len, layout.groups, buckets)
     slots = Slots(tables, model_config.vocab_size, mrope=model_config.mrope)
@@ -302,18 +302,26 @@ def _plan(
     activations = buckets.max_tokens * (widest + 8 * shape.hidden_size) * size
     widened = WIDENED_AT_ONCE * model.skeleton.widened_elements * size
     images = 0 if vision is None else _image_bytes(vision, buckets, shape.hidden_size, size, mesh)
+    states = state_bytes(layout, model.dtype, buckets.max_batch_size + 1)
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
     return plan_memory(
         layout,
-        page_bytes(layout.arrays, model.dtype, mesh.devices.size),
+        page_bytes(layout.paged, model.dtype, mesh.devices.size),
         share=config.cache_max_entry_count,
         free=free_bytes(mesh),
-        reserved=activations + logits + widened,
+        reserved=activations + logits + widened + _states_in_hand(layout, buckets, size),
         images=images,
+        states=states,
         session_len=session_len,
         sequences=buckets.max_batch_size,
         on_cpu=mesh.devices.flat[0].platform == "cpu",
     )
+
+
+def _states_in_hand(layout: CacheLayout, buckets: Buckets, itemsize: int) -> int:
+    """What a step takes of the largest layer's states out of their slots, before and behind its tokens."""
+    largest = max((kind.slot_bytes(itemsize) for kind in layout.states), default=0)
+    return 2 * buckets.max_batch_size * largest
 
 
 def _image_bytes(vision: LoadedVisionModel, buckets: Buckets, width: int, itemsize: int, mesh: Mesh) -> int:
@@ -342,5 +350,8 @@ def _fitting(session_len: int, most: int) -> int:
 def _caches_prefixes(config: JaxEngineConfig, model: DecoderConfig) -> bool:
     if config.enable_prefix_caching and model.depends_on_length:
         log.warning("prefix caching is off: this model's RoPE depends on the whole prompt's length")
+        return False
+    if config.enable_prefix_caching and model.is_recurrent:
+        log.warning("prefix caching is off: this model's recurrent layers keep no state of a prefix")
         return False
     return config.enable_prefix_caching

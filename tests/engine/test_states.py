@@ -1,0 +1,112 @@
+"""Recurrent layers keep a state a slot, and every path still gives transformers' tokens."""
+
+import logging
+
+import pytest
+
+from lmdeploy_jax.cache.kinds import PagedCache
+from lmdeploy_jax.cache.kv import page_bytes, plan_memory
+from lmdeploy_jax.converters.families import build_config
+from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.errors import ConfigError
+from tests.engine.conftest import COUNT
+from tests.engine.harness import Collector, config, generate, submit, tokens
+from tests.oracle import hf_greedy, save_checkpoint
+
+HEAD_DIM = 16
+
+
+@pytest.fixture(scope="module", params=["qwen3_next"])
+def folder(request, tmp_path_factory):
+    return save_checkpoint(request.param, tmp_path_factory.mktemp("states") / request.param)
+
+
+@pytest.fixture(scope="module")
+def answers(folder, prompts):
+    return [hf_greedy(folder, prompt, COUNT) for prompt in prompts]
+
+
+@pytest.fixture
+def start(folder, compile_cache):
+    """Opens engines on the family's checkpoint, and closes them."""
+    opened = []
+
+    def start(**changes) -> Engine:
+        opened.append(Engine(folder, config(compile_cache, **changes), progress=False))
+        return opened[-1]
+
+    yield start
+    for engine in opened:
+        engine.scheduler.check_integrity()
+        engine.close()
+
+
+def test_batched_chunked_and_repeated_prompts_are_answered_as_alone(start, prompts, answers, caplog):
+    with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
+        engine = start()
+    assert [text for text in caplog.messages if "prefix caching" in text] == [
+        "prefix caching is off: this model's recurrent layers keep no state of a prefix"
+    ]
+    assert tokens(engine, prompts) == answers
+    again = generate(engine, prompts[-1:])[0][0]
+    assert (again.tokens, again.last.cached_tokens) == (answers[-1], 0)
+
+
+def test_small_chunks_and_several_decode_steps_equal_large_and_single_ones(start, prompts, answers):
+    engine = start(max_prefill_token_num=16, decode_steps=3)
+    assert tokens(engine, prompts) == answers
+
+
+def test_preempted_sequences_equal_undisturbed_ones(start, prompts, answers):
+    size = page_bytes([PagedCache(kv_heads=2, head_dim=HEAD_DIM)], "float32")
+    engine = start(cache_max_entry_count=6 * size, session_len=256)
+    assert engine.memory.num_pages == 6
+    assert tokens(engine, prompts[1:] * 2) == answers[1:] * 2
+    assert engine.scheduler.preemptions
+
+
+def test_forked_sequences_equal_single_ones(start, prompts, answers):
+    engine = start()
+    for results, answer in zip(generate(engine, prompts, n=3), answers, strict=True):
+        assert [result.tokens for result in results] == [answer] * 3
+
+
+def test_a_slot_keeps_nothing_of_sequences_that_ended_early(start, prompts, answers):
+    """One slot: an abort and a stop leave steps under way behind them, then others begin there."""
+    engine = start(max_batch_size=1, decode_steps=4)
+    aborted = Collector()
+    request = submit(engine, prompts[-1], aborted, max_new_tokens=300)
+    stopped = answers[2][2]
+    want = answers[2][: answers[2].index(stopped) + 1]
+    engine.abort(request.request_id)
+    aborted.wait()
+    (ended,) = generate(engine, [prompts[2]], stop_token_ids=frozenset({stopped}))
+    assert ended[0].tokens == want
+    assert tokens(engine, prompts[:2]) == answers[:2]
+
+
+def test_states_are_new_after_a_sleep(start, prompts, answers):
+    engine = start()
+    assert tokens(engine, prompts[1:2]) == answers[1:2]
+    engine.sleep(1)
+    engine.wake()
+    assert tokens(engine, prompts[1:2]) == answers[1:2]
+
+
+def test_the_memory_plan_counts_states(start):
+    engine = start(max_batch_size=3)
+    layout = engine.facts.cache_layout
+    each = sum(kind.slot_bytes(4) for kind in layout.states)
+    assert each == 2 * 4 * (4 * 3 * (2 * 16 + 2 * 12) + 8 * 16 * 12)
+    assert engine.memory.states == 4 * each
+    assert f"{4 * each * 1e-9:.2f} GB of them for states" in str(engine.memory)
+
+
+def test_states_without_room_are_named():
+    model = build_config({"architectures": ["Qwen3NextForCausalLM"], "hidden_size": 64, "vocab_size": 99,
+                          "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+                          "intermediate_size": 96}, "config.json")  # fmt: skip
+    layout = model.cache_layout(1, session_len=64, step_tokens=64)
+    how = {"share": 0.9, "free": 10**6, "reserved": 0, "session_len": 64, "sequences": 8, "on_cpu": False}
+    with pytest.raises(ConfigError, match=r"States of 8 sequences take 50\.000 MB\."):
+        plan_memory(layout, 1000, states=50_000_000, **how)
