@@ -117,11 +117,11 @@ def _mixer(model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kerne
 def _feed_forward(
     model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels
 ) -> GatedMLP | PlainMLP | Mixture:
-    size = model.hidden_size
+    how: dict[str, Any] = {"added_plainly": config.added_plainly, "dtype": dtype, "kernels": kernels}
     if isinstance(config.mlp, MixtureConfig):
-        return Mixture(size, config.mlp, dtype=dtype, kernels=kernels)
+        return Mixture(model.hidden_size, config.mlp, **how)
     block = GatedMLP if config.mlp.gated else PlainMLP
-    return block(size, config.mlp, added_plainly=config.added_plainly, dtype=dtype, kernels=kernels)
+    return block(model.hidden_size, config.mlp, **how)
 
 
 class Decoder(nnx.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Any
@@ -23,14 +22,17 @@ from lmdeploy_jax.models.products import ACTIVATIONS, dense_product
 from lmdeploy_jax.models.quantised import QuantWeight
 from lmdeploy_jax.models.routing import Router, Routes
 from lmdeploy_jax.pallas_kernels.grouped_matmul import (
+    Gating,
     RowGroups,
+    gated_grouped_matmul,
     group_rows,
     grouped_matmul,
     grouped_matmul_of,
+    weighted_grouped_matmul,
 )
 
-Gating = Callable[[Array, Array], Array]
 SWIGLU_ALPHA = 1.702
+EXACT_PARTS = 256  # tokens up to which an expert's output is not rounded: of more, memory's time counts
 
 
 class ExpertLinear(Linear):
@@ -67,8 +69,32 @@ class Experts(nnx.Module):
         self.gate_up = ExpertLinear((count, 2, expert.width), (hidden,), inner, **rest)
         self.down = ExpertLinear((count, hidden), (expert.width,), ("experts", "embed", "mlp"), **rest)
 
-    def __call__(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "T E"]:
-        """The weighted sum of each token's experts."""
+    def __call__(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "*parts T E"]:
+        """The weighted sum of each token's experts, whole or a part for each."""
+        by_kernels = not isinstance(self.gate_up.weight, QuantWeight) and self.kernels.backend != "xla"
+        return self._by_kernels(x, routes) if by_kernels else self._by_xla(x, routes)
+
+    def _by_kernels(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "*parts T E"]:
+        """Parts, which the next norm adds: a token's choices, and the device's share of their bias."""
+        backend, weight = self.kernels.backend, self.gate_up.weight.dense()
+        groups = group_rows(routes.experts.reshape(-1), weight.shape[0], backend=backend)
+        bias = None if self.gate_up.bias is None else self.gate_up.bias[...]
+        inner = gated_grouped_matmul(x, weight, groups, gating=self.gating, bias=bias, backend=backend)
+        bias = None if self.down.bias is None else self.down.bias[...]
+        bias = bias if bias is None or self.kernels.tp == 1 else bias.astype(jnp.float32) / self.kernels.tp
+        wide = x.shape[0] > EXACT_PARTS
+        out = weighted_grouped_matmul(
+            inner,
+            self.down.weight.dense(),
+            groups,
+            routes.weights,
+            bias=bias,
+            out_dtype=x.dtype if wide else jnp.float32,
+            backend=backend,
+        )
+        return self.kernels.collectives.all_reduce(out, x.dtype)
+
+    def _by_xla(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "T E"]:
         tokens, choices = routes.experts.shape
         groups = group_rows(routes.experts.reshape(-1), self.gate_up.weight.shape[0])
         rows = x[groups.source // choices]
@@ -89,8 +115,11 @@ class Experts(nnx.Module):
 class Mixture(nnx.Module):
     """Some experts for each token, and perhaps a block that all tokens share; called as a `GatedMLP` is."""
 
-    def __init__(self, hidden: int, config: MixtureConfig, *, dtype: jnp.dtype, kernels: Kernels) -> None:
+    def __init__(
+        self, hidden: int, config: MixtureConfig, *, added_plainly: bool, dtype: jnp.dtype, kernels: Kernels
+    ) -> None:
         self.kernels = kernels
+        self.added_plainly = added_plainly
         self.router = Router(hidden, config.router, dtype=dtype)
         self.experts = Experts(hidden, config, dtype=dtype, kernels=kernels)
         self.shared = (
@@ -104,10 +133,12 @@ class Mixture(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
-    ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
+    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
         """`Kernels.add_norm` of the arguments, and the mixture -> x, what is added to it next."""
         x, normed = self.kernels.add_norm(x, delta, norm)
         out = self.experts(normed, self.router(normed))
+        if out.ndim == 3 and (self.shared is not None or not self.added_plainly):
+            out = out.sum(0, dtype=jnp.float32).astype(x.dtype)
         return x, out if self.shared is None else out + self._shared(normed)
 
     def _shared(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:

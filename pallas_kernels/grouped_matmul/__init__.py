@@ -4,30 +4,109 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int32
 
+from lmdeploy_jax.pallas_kernels.grouped_matmul import groups as xla_groups
 from lmdeploy_jax.pallas_kernels.grouped_matmul import xla
-from lmdeploy_jax.pallas_kernels.grouped_matmul.groups import RowGroups, group_rows, tile_rows
-from lmdeploy_jax.pallas_kernels.grouped_matmul.xla import WeightOf
+from lmdeploy_jax.pallas_kernels.grouped_matmul.groups import RowGroups, tile_rows
+from lmdeploy_jax.pallas_kernels.grouped_matmul.xla import Gating, WeightOf
+from lmdeploy_jax.pallas_kernels.registry import check_backend
 
-__all__ = ["RowGroups", "WeightOf", "group_rows", "grouped_matmul", "grouped_matmul_of", "tile_rows"]
+__all__ = [
+    "Gating",
+    "RowGroups",
+    "WeightOf",
+    "gated_grouped_matmul",
+    "group_rows",
+    "grouped_matmul",
+    "grouped_matmul_of",
+    "tile_rows",
+    "weighted_grouped_matmul",
+]
+
+
+def group_rows(groups: Int32[Array, "M"], count: int, *, backend: str = "xla") -> RowGroups:
+    """The rows of `groups`, numbers from 0 to `count` - 1, laid together for products of that backend."""
+    check_backend(backend)
+    height = tile_rows(groups.shape[0], count, backend)
+    if backend == "xla":
+        return xla_groups.group_rows(groups, count, height)
+    from lmdeploy_jax.pallas_kernels.grouped_matmul import sorting  # CPUs never need it
+
+    return sorting.group_rows(groups, count, height, interpret=backend == "pallas_interpret")
+
+
+def gated_grouped_matmul(
+    x: Float[Array, "T K"],
+    weight: Float[Array, "X 2 N K"],
+    groups: RowGroups,
+    *,
+    gating: Gating,
+    bias: Float[Array, "X 2 N"] | None = None,
+    backend: str,
+) -> Float[Array, "M N"]:
+    """`gating(gate, up)` of each sorted row: its products with the halves of its group's weight.
+
+    M is a multiple of T, and row m of those that were grouped is x's row `m // (M // T)`: a token's choices
+    lie together. Rounded to x's dtype before and behind `gating`. Raises ValueError for shapes that do not
+    fit.
+    """
+    check_backend(backend)
+    rows = groups.source.shape[0]
+    if weight.ndim != 4 or weight.shape[1] != 2 or weight.shape[3] != x.shape[1] or rows % x.shape[0]:
+        raise ValueError(
+            f"x {x.shape}, weights {weight.shape} and {rows} grouped rows do not fit: they must be [T, K], "
+            "[X, 2, N, K], and a multiple of T"
+        )
+    if backend == "xla":
+        return xla.gated_grouped_matmul(x, weight, bias, groups, gating, _height(groups, weight, backend))
+    from lmdeploy_jax.pallas_kernels.grouped_matmul import pallas  # CPUs never need it
+
+    height, interpret = _height(groups, weight, backend), backend == "pallas_interpret"
+    return pallas.gated_grouped_matmul(x, weight, bias, groups, gating, height, interpret=interpret)
+
+
+def weighted_grouped_matmul(
+    rows: Float[Array, "M K"],
+    weight: Float[Array, "X N K"],
+    groups: RowGroups,
+    scales: Float32[Array, "T k"],
+    *,
+    bias: Float[Array, "X N"] | None = None,
+    out_dtype: DTypeLike,
+    backend: str,
+) -> Float[Array, "k T N"]:
+    """The products of sorted rows, each times its scale, where its token has them: parts that sum to a
+    mixture's output.
+
+    rows are in the order of `groups.source`; row m of those that were grouped is choice `m % k` of token
+    `m // k`, M = T k. Raises ValueError for shapes that do not fit.
+    """
+    check_backend(backend)
+    _check(rows, weight, groups)
+    if scales.size != rows.shape[0]:
+        raise ValueError(f"{rows.shape[0]} rows need a scale each; scales are {scales.shape}")
+    height = _height(groups, weight, backend)
+    if backend == "xla":
+        return xla.weighted_grouped_matmul(rows, weight, bias, groups, scales, height, out_dtype)
+    from lmdeploy_jax.pallas_kernels.grouped_matmul import pallas  # CPUs never need it
+
+    arrays = (rows, weight, bias, groups, scales, height, out_dtype)
+    return pallas.weighted_grouped_matmul(*arrays, interpret=backend == "pallas_interpret")
 
 
 def grouped_matmul(
     rows: Float[Array, "M K"], weight: Float[Array, "X N K"], groups: RowGroups, *, out_dtype: DTypeLike
 ) -> Float[Array, "M N"]:
-    """The product of each sorted row with its group's weight: `rows[i] @ weight[group of i].T`.
+    """The product of each sorted row with its group's weight: `rows[i] @ weight[group of i].T`, through XLA.
 
     rows are in the order of `groups.source`. Only weights of groups that have rows are read. Raises
     ValueError for shapes that do not fit.
     """
-    if rows.shape[1] != weight.shape[2] or rows.shape[0] != groups.source.shape[0]:
-        raise ValueError(
-            f"rows {rows.shape} fit neither the weights {weight.shape}, [X, N, K], nor the "
-            f"{groups.source.shape[0]} rows that were grouped"
-        )
+    _check(rows, weight, groups)
     weight_of = partial(lax.dynamic_index_in_dim, weight, keepdims=False)
     shape = (weight.shape[0], weight.shape[1])
     return grouped_matmul_of(rows, weight_of, groups, shape=shape, out_dtype=out_dtype)
@@ -42,5 +121,17 @@ def grouped_matmul_of(
     out_dtype: DTypeLike,
 ) -> Float[Array, "M N"]:
     """The same with weights that `weight_of` makes as they are needed, one a group, of `shape` (X, N)."""
-    height = tile_rows(rows.shape[0], shape[0])
+    height = tile_rows(rows.shape[0], shape[0], "xla")
     return xla.grouped_matmul(rows, weight_of, groups.tiles, out=shape[1], height=height, out_dtype=out_dtype)
+
+
+def _height(groups: RowGroups, weight: jax.Array, backend: str) -> int:
+    return tile_rows(groups.source.shape[0], weight.shape[0], backend)
+
+
+def _check(rows: jax.Array, weight: jax.Array, groups: RowGroups) -> None:
+    if rows.shape[1] != weight.shape[2] or rows.shape[0] != groups.source.shape[0]:
+        raise ValueError(
+            f"rows {rows.shape} fit neither the weights {weight.shape}, [X, N, K], nor the "
+            f"{groups.source.shape[0]} rows that were grouped"
+        )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
+from lmdeploy_jax.pallas_kernels.grouped_matmul.groups import RowGroups
+
+Gating = Callable[[jax.Array, jax.Array], jax.Array]
 WeightOf = Callable[[Int32[Array, ""]], Float[Array, "N K"]]
 
 
@@ -40,3 +45,44 @@ def grouped_matmul(
     used = jnp.sum(tiles[:, 2] > 0)
     product = lax.fori_loop(0, used, multiply, jnp.zeros((padded.shape[0], out), out_dtype))
     return product[: rows.shape[0]]
+
+
+def gated_grouped_matmul(
+    x: Float[Array, "T K"],
+    weight: Float[Array, "X 2 N K"],
+    bias: Float[Array, "X 2 N"] | None,
+    groups: RowGroups,
+    gating: Gating,
+    height: int,
+) -> Float[Array, "M N"]:
+    """See `lmdeploy_jax.pallas_kernels.grouped_matmul`."""
+    rows = x[groups.source // (groups.source.shape[0] // x.shape[0])]
+    both = _multiplied(rows, weight.reshape(weight.shape[0], -1, x.shape[1]), groups, height)
+    both = both.reshape(rows.shape[0], 2, -1)
+    both = (both if bias is None else both + bias[groups.group].astype(jnp.float32)).astype(x.dtype)
+    wide = both.astype(jnp.float32)
+    return gating(wide[:, 0], wide[:, 1]).astype(x.dtype)
+
+
+def weighted_grouped_matmul(
+    rows: Float[Array, "M K"],
+    weight: Float[Array, "X N K"],
+    bias: Float[Array, "X N"] | None,
+    groups: RowGroups,
+    scales: Float32[Array, "T k"],
+    height: int,
+    out_dtype: DTypeLike,
+) -> Float[Array, "k T N"]:
+    """See `lmdeploy_jax.pallas_kernels.grouped_matmul`."""
+    product = _multiplied(rows, weight, groups, height)
+    product = product if bias is None else product + bias[groups.group].astype(jnp.float32)
+    parts = product[groups.place].reshape(*scales.shape, -1) * scales[:, :, None]
+    return parts.swapaxes(0, 1).astype(out_dtype)
+
+
+def _multiplied(
+    rows: Float[Array, "M K"], weight: Float[Array, "X N K"], groups: RowGroups, height: int
+) -> Float32[Array, "M N"]:
+    weight_of = partial(lax.dynamic_index_in_dim, weight, keepdims=False)
+    how = {"out": weight.shape[1], "height": height, "out_dtype": jnp.float32}
+    return grouped_matmul(rows, weight_of, groups.tiles, **how)

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
-from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, RopeConfig
+from lmdeploy_jax.models.config import (
+    AttentionConfig,
+    DecoderConfig,
+    MixtureConfig,
+    MlpConfig,
+    RopeConfig,
+    RouterConfig,
+)
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import MAX_GROUP
@@ -43,6 +50,16 @@ def test_layers_of_both_kinds_share_a_batch():
 def test_layers_may_differ_in_their_kv_heads():
     mixers = [AttentionConfig(4, kv, 16, AttentionOptions(0.25), RopeConfig(16)) for kv in (1, 2, 1)]
     layers = tuple(replace(CONFIG.layers[0], mixer=mixer) for mixer in mixers)
+    _assert_backends_agree(replace(CONFIG, layers=layers))
+
+
+def test_mixtures_of_both_backends_agree():
+    """Their parts go to the next norm, or are added up, beside a shared block or before a norm."""
+    router, mlp = RouterConfig(6, 2, normalise=True), MlpConfig(24)
+    plain = replace(MIXED.layers[0], mlp=MixtureConfig(router, mlp))
+    biased = MixtureConfig(replace(router, bias=True), replace(mlp, activation="swigluoai", bias=True))
+    shared = MixtureConfig(router, mlp, shared=MlpConfig(16), shared_gate=True)
+    layers = (replace(plain, mlp=shared), replace(plain, mlp=biased, post_norm=True), plain)
     _assert_backends_agree(replace(CONFIG, layers=layers))
 
 

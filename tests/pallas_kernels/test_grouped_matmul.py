@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmdeploy_jax.pallas_kernels.grouped_matmul import group_rows, grouped_matmul, tile_rows
+from lmdeploy_jax.pallas_kernels.grouped_matmul import (
+    gated_grouped_matmul,
+    group_rows,
+    grouped_matmul,
+    tile_rows,
+    weighted_grouped_matmul,
+)
 
 COLUMNS, OUT = 24, 40
 
@@ -35,8 +41,83 @@ def test_each_row_meets_its_own_weight(rows, experts, spread):
     used = groups.tiles[groups.tiles[:, 2] > 0]
     np.testing.assert_array_equal(np.unique(used[:, 0]), np.unique(chosen))  # no other weight is read
     assert used[:, 2].sum() == rows
-    assert used[:, 2].max() <= tile_rows(rows, experts)
+    assert used[:, 2].max() <= tile_rows(rows, experts, "xla")
     np.testing.assert_array_equal(groups.group, np.sort(chosen))
+
+
+BACKENDS = ["pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
+SHAPES = [
+    (1, 4, 3, 24, 40, "float32", "drawn"),
+    (5, 8, 3, 96, 72, "bfloat16", "one"),
+    (70, 4, 2, 64, 64, "bfloat16", "drawn"),
+    (300, 2, 1, 40, 24, "float32", "one"),
+]
+"""Tokens, experts, choices of a token, columns and outputs, dtype, and how tokens choose."""
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
+def chosen_of(tokens: int, experts: int, choices: int, spread: str) -> np.ndarray:
+    rng = np.random.default_rng(tokens)
+    if spread == "one":  # the same for all, so that some have no rows
+        return np.broadcast_to(np.arange(experts)[-choices:], (tokens, choices)).astype(np.int32)
+    return np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]).astype(np.int32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tokens", "experts", "choices", "columns", "outputs", "dtype", "spread"), SHAPES)
+def test_the_kernels_do_what_xla_does(tokens, experts, choices, columns, outputs, dtype, spread, backend):
+    """With biases, and with what is no block's multiple."""
+    if backend == "pallas" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    rng = np.random.default_rng(0)
+    x, gate_up, down = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((tokens, columns), (experts, 2, outputs, columns), (experts, columns, outputs))
+    )
+    biases = rng.normal(size=(experts, 2, outputs)).astype(np.float32)
+    scales = rng.random(size=(tokens, choices)).astype(np.float32)
+    chosen = chosen_of(tokens, experts, choices, spread)
+
+    def run(backend, dtype, chosen, scales, x, gate_up, down, biases):
+        groups = group_rows(chosen.reshape(-1), experts, backend=backend)
+        how = {"gating": gated, "bias": biases.astype(dtype), "backend": backend}
+        inner = gated_grouped_matmul(x.astype(dtype), gate_up.astype(dtype), groups, **how)
+        how = {"bias": None, "out_dtype": jnp.float32, "backend": backend}
+        return groups, weighted_grouped_matmul(inner, down.astype(dtype), groups, scales, **how)
+
+    arrays = (chosen, scales, x, gate_up, down, biases)
+    (groups, got), (_, want) = (
+        jax.jit(run, static_argnums=(0, 1))(each, dtype, *arrays) for each in (backend, "xla")
+    )
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < TOLERANCE[dtype]
+    _check_groups(groups, chosen.reshape(-1), experts, tile_rows(chosen.size, experts, backend))
+
+
+def _check_groups(groups, chosen: np.ndarray, experts: int, height: int) -> None:
+    """Each row once, in the order of its group, and each in one tile of that group."""
+    source, place, group, tiles = map(np.asarray, groups)
+    order = np.argsort(chosen, stable=True)
+    np.testing.assert_array_equal(source, order)
+    np.testing.assert_array_equal(place[order], np.arange(chosen.size))
+    np.testing.assert_array_equal(group, chosen[order])
+    covered = [(g, row) for g, first, count in tiles if count for row in range(first, first + count)]
+    assert covered == list(zip(chosen[order], range(chosen.size), strict=True))
+    assert tiles[:, 2].max() <= height
+    assert len(tiles) == min(experts, chosen.size) + (chosen.size // height if chosen.size >= experts else 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts"), [(1, 128), (8, 128), (127, 128), (128, 128), (2500, 7), (40, 3)]
+)
+def test_rows_are_laid_together_by_the_kernel(rows, experts):
+    """Rows of several chunks too, and one group that has all of them."""
+    for chosen in (np.random.default_rng(rows).integers(0, experts, rows), np.full(rows, experts - 1)):
+        groups = group_rows(jnp.asarray(chosen, jnp.int32), experts, backend="pallas_interpret")
+        _check_groups(groups, chosen, experts, tile_rows(rows, experts, "pallas_interpret"))
 
 
 def test_weights_that_do_not_fit_are_named():
