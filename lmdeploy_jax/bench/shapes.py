@@ -80,7 +80,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors of a Llama, Qwen2 or Qwen3 checkpoint, in the order of the layers."""
+    """The tensors of a Llama, Qwen2, Qwen3 or Qwen3-MoE checkpoint, in the order of the layers."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     yield Tensor("model.embed_tokens.weight", (vocab, hidden))
     for layer in range(config["num_hidden_layers"]):
@@ -88,7 +88,10 @@ def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
         yield Tensor(prefix + "input_layernorm.weight", (hidden,), ONES)
         yield Tensor(prefix + "post_attention_layernorm.weight", (hidden,), ONES)
         yield from _attention(config, prefix + "self_attn.")
-        yield from _mlp(config, prefix + "mlp.")
+        if config["model_type"] == "qwen3_moe":
+            yield from _mixture(config, prefix + "mlp.")
+        else:
+            yield from _mlp(prefix + "mlp.", hidden, config["intermediate_size"])
     yield Tensor("model.norm.weight", (hidden,), ONES)
     if not config["tie_word_embeddings"]:
         yield Tensor("lm_head.weight", (vocab, hidden))
@@ -102,13 +105,19 @@ def _attention(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
         if config["model_type"] == "qwen2":
             yield Tensor(f"{prefix}{name}.bias", (rows,))
     yield Tensor(prefix + "o_proj.weight", (hidden, queries))
-    if config["model_type"] == "qwen3":
+    if config["model_type"] in ("qwen3", "qwen3_moe"):
         yield Tensor(prefix + "q_norm.weight", (head_dim,), ONES)
         yield Tensor(prefix + "k_norm.weight", (head_dim,), ONES)
 
 
-def _mlp(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+def _mixture(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
+    hidden, count = config["hidden_size"], config["num_experts"]
+    yield Tensor(prefix + "gate.weight", (count, hidden))
+    for expert in range(count):
+        yield from _mlp(f"{prefix}experts.{expert}.", hidden, config["moe_intermediate_size"])
+
+
+def _mlp(prefix: str, hidden: int, inner: int) -> Iterator[Tensor]:
     yield Tensor(prefix + "gate_proj.weight", (inner, hidden))
     yield Tensor(prefix + "up_proj.weight", (inner, hidden))
     yield Tensor(prefix + "down_proj.weight", (hidden, inner))

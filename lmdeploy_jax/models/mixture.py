@@ -120,7 +120,7 @@ class Mixture(nnx.Module):
     ) -> None:
         self.kernels = kernels
         self.added_plainly = added_plainly
-        self.router = Router(hidden, config.router, dtype=dtype)
+        self.router = Router(hidden, config.router, dtype=dtype, backend=kernels.backend)
         self.experts = Experts(hidden, config, dtype=dtype, kernels=kernels)
         self.shared = (
             None

@@ -13,8 +13,7 @@ from jaxtyping import Float, Float32, Int32
 from lmdeploy_jax.models.config import RouterConfig
 from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.models.products import dense_product
-
-LEAST_SUM = 1e-20  # of weights that are divided by their sum, which sigmoids may all but lose
+from lmdeploy_jax.pallas_kernels.topk_routing import TopK, topk_routing
 
 
 class Routes(NamedTuple):
@@ -27,8 +26,9 @@ class Routes(NamedTuple):
 class Router(nnx.Module):
     """The product that gives a token's logits, and the choice. Every device has all of it."""
 
-    def __init__(self, hidden: int, config: RouterConfig, *, dtype: jnp.dtype) -> None:
+    def __init__(self, hidden: int, config: RouterConfig, *, dtype: jnp.dtype, backend: str) -> None:
         self.config = config
+        self.backend = backend
         wide = jnp.dtype("float32")
         self.weight = param((config.experts, hidden), wide if config.float32 else dtype, (None, "embed"))
         self.bias = param((config.experts,), wide, (None,)) if config.bias else None
@@ -38,42 +38,29 @@ class Router(nnx.Module):
         weight = self.weight[...]
         logits = dense_product(x.astype(weight.dtype), weight, out_dtype=jnp.float32)
         logits = logits if self.bias is None else logits + self.bias[...]
-        return choose(self.config, logits, None if self.correction is None else self.correction[...])
+        correction = None if self.correction is None else self.correction[...]
+        return choose(self.config, logits, correction, self.backend)
 
 
 def choose(
-    config: RouterConfig, logits: Float32[Array, "T X"], correction: Float32[Array, "X"] | None
+    config: RouterConfig,
+    logits: Float32[Array, "T X"],
+    correction: Float32[Array, "X"] | None,
+    backend: str = "xla",
 ) -> Routes:
     """The routes of tokens with such logits; among equals the expert of the lowest number goes first."""
     if config.scores == "sparsemixer":
         return _sparsemixer(logits, config.jitter)
-    scores = _scores(config, logits)
-    ranked = scores if correction is None else scores + correction
-    if config.groups > 1:
-        ranked = _within_best_groups(config, ranked)
-    experts = jax.lax.top_k(ranked, config.per_token)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=1)
-    if config.scores == "chosen":
-        weights = jax.nn.softmax(weights, axis=1)
-    if config.normalise:
-        weights = weights / (weights.sum(1, keepdims=True) + LEAST_SUM)
-    return Routes(experts, weights * config.scale)
-
-
-def _scores(config: RouterConfig, logits: Float32[Array, "T X"]) -> Float32[Array, "T X"]:
-    if config.scores == "sigmoid":
-        return jax.nn.sigmoid(logits)
-    return logits if config.scores == "chosen" else jax.nn.softmax(logits, axis=1)
-
-
-def _within_best_groups(config: RouterConfig, ranked: Float32[Array, "T X"]) -> Float32[Array, "T X"]:
-    """Experts outside of the best groups come last."""
-    tokens, count = ranked.shape
-    grouped = ranked.reshape(tokens, config.groups, count // config.groups)
-    best = jax.lax.top_k(grouped, 1 if config.group_score == "max" else 2)[0].sum(-1)
-    chosen = jax.lax.top_k(best, config.top_groups)[1]
-    kept = (chosen[:, :, None] == jnp.arange(config.groups)).any(1)
-    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(tokens, count)
+    options = TopK(
+        config.per_token,
+        config.scores,
+        config.normalise,
+        config.scale,
+        config.groups,
+        config.top_groups,
+        config.group_score,
+    )
+    return Routes(*topk_routing(logits, correction, options, backend=backend))
 
 
 def _sparsemixer(logits: Float32[Array, "T X"], jitter: float) -> Routes:

@@ -28,7 +28,7 @@ def values(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-qwen3"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe"])
 def test_transformers_loads_every_tensor(name: str, tmp_path: Path) -> None:
     folder = checkpoint.make(name, tmp_path)
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)

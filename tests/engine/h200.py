@@ -43,10 +43,16 @@ WANTED = (
 )
 
 
-def programs_on(mesh: Mesh) -> Programs:
-    """The programs of a Llama-3-8B shape, cut to two layers and a small vocabulary."""
-    raw = shapes.read("llama3-8b") | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
-    config, dtype = build_config(raw, "llama3-8b"), jnp.dtype("bfloat16")
+MIXTURES = {
+    "qwen3-30b-a3b-half": (("decode_greedy", 1), ("decode_greedy", 64), ("ragged", 1024)),
+}
+"""Shapes whose programs are named after them, and which ones."""
+
+
+def programs_on(mesh: Mesh, shape: str) -> Programs:
+    """The programs of a shape, cut to two layers and a small vocabulary."""
+    raw = shapes.read(shape) | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
+    config, dtype = build_config(raw, shape), jnp.dtype("bfloat16")
     skeleton = build_skeleton(config, dtype, Kernels("pallas", mesh, tuning.load("NVIDIA H200")))
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
     sizes = buckets.plan("gpu", BATCH, 1024, steps=4)
@@ -81,9 +87,14 @@ def main() -> None:
     )
     mesh = topologies.make_mesh(topology, (1, 1, 1), AXES)
     with as_on_h200():
-        programs = programs_on(mesh)
+        programs = programs_on(mesh, "llama3-8b")
         for name, size in WANTED:
             print(json.dumps(report(name, programs[name, size], programs.state.cache)), flush=True)
+        for shape, wanted in MIXTURES.items():
+            programs = programs_on(mesh, shape)
+            for name, size in wanted:
+                full_name = f"{shape} {name} {size}"
+                print(json.dumps(report(full_name, programs[name, size], programs.state.cache)), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.h200 import LAYERS, WANTED
+from tests.engine.h200 import LAYERS, MIXTURES, WANTED
 from tests.pallas_kernels.h200 import reports_of
 
 MOST_LAUNCHES = {"decode": 6 + 7 * LAYERS, "ragged": 8 + 9 * LAYERS}
@@ -31,3 +31,16 @@ def test_the_cache_is_written_in_place_by_few_kernels(reports, name):
     assert reports[name]["caches_aliased"]
     assert reports[name]["cache_copies"] == 0
     assert reports[name]["launches"] <= MOST_LAUNCHES[name]
+
+
+MIXTURE_PROGRAMS = [f"{shape} {name} {size}" for shape, wanted in MIXTURES.items() for name, size in wanted]
+
+
+@pytest.mark.parametrize("program", MIXTURE_PROGRAMS)
+def test_a_mixtures_step_is_one_cuda_graph_of_few_kernels(reports, program):
+    """No loop over experts, no sort of XLA's: what tokens choose changes no launch."""
+    report = reports[program]
+    assert report["outside_command_buffer"] == []
+    assert report["caches_aliased"]
+    assert report["cache_copies"] == 0
+    assert report["launches"] <= 12 + 14 * LAYERS

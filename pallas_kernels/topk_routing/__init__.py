@@ -1,0 +1,32 @@
+"""Which experts of a mixture a token has, and what their outputs are multiplied by, from its logits."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float32, Int32
+
+from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.topk_routing import xla
+from lmdeploy_jax.pallas_kernels.topk_routing.options import TopK
+
+__all__ = ["TopK", "topk_routing"]
+
+
+def topk_routing(
+    logits: Float32[Array, "T X"], correction: Float32[Array, "X"] | None, options: TopK, *, backend: str
+) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
+    """The experts of each token, best first, and their weights.
+
+    `correction` is added to the scores for the choice alone. Among equals the expert of the lowest number
+    goes first. Raises ValueError where there are fewer experts than each token is to have.
+    """
+    check_backend(backend)
+    if not 1 <= options.count <= logits.shape[1] or logits.shape[1] % options.groups:
+        raise ValueError(
+            f"{options.count} experts a token cannot be chosen among {logits.shape[1]} in {options.groups} "
+            "equal groups"
+        )
+    if backend == "xla":
+        return xla.topk_routing(logits, correction, options)
+    from lmdeploy_jax.pallas_kernels.topk_routing import pallas  # CPUs never need it
+
+    return pallas.topk_routing(logits, correction, options, interpret=backend == "pallas_interpret")

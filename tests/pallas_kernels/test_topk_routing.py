@@ -1,0 +1,50 @@
+"""The choice of experts: the kernel takes those that XLA takes, and weighs them alike."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmdeploy_jax.pallas_kernels.topk_routing import TopK, topk_routing
+
+BACKENDS = ["pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
+CASES = [  # experts, with a correction, options
+    (8, False, TopK(1)),
+    (128, False, TopK(8, normalise=True)),
+    (32, False, TopK(4, "chosen")),
+    (40, True, TopK(6, "sigmoid", normalise=True, scale=2.5, groups=5, top_groups=2)),
+    (160, False, TopK(6, scale=16.0, groups=8, top_groups=3, group_score="max")),
+    (6, True, TopK(3, "sigmoid", groups=3)),  # more than the groups that count have
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("experts", "corrected", "options"), CASES, ids=str)
+def test_the_kernel_chooses_what_xla_chooses(experts, corrected, options, backend):
+    if backend == "pallas" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, experts)).astype(np.float32)
+    logits[1] = 0  # all alike
+    logits[2, ::2] = logits[2, 1::2]  # pairs of equals
+    logits[3] = 300 * logits[3]  # most weights vanish
+    correction = jnp.asarray(rng.normal(size=experts), jnp.float32) if corrected else None
+    found, wanted = (
+        topk_routing(jnp.asarray(logits), correction, options, backend=each) for each in (backend, "xla")
+    )
+    np.testing.assert_array_equal(found[0], wanted[0])
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-30)
+
+
+def test_experts_that_do_not_exist_are_never_chosen():
+    """Whatever the logits are: an expert's number is an address."""
+    logits = jnp.full((1, 6), jnp.nan)
+    experts, _ = topk_routing(logits, None, TopK(2), backend="pallas_interpret")
+    assert ((experts >= 0) & (experts < 6)).all()
+
+
+def test_more_experts_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="5 experts a token cannot be chosen among 4"):
+        topk_routing(jnp.zeros((1, 4)), None, TopK(5), backend="xla")
