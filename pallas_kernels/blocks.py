@@ -56,8 +56,18 @@ def attend_page(
 
     A row must see a key sooner or later: the weights it gathers until then decay to 0 at the first one.
     """
+    return attend_logits(state, dot(q, keys.T), values, visible, options)
+
+
+def attend_logits(
+    state: Softmax,
+    logits: Float[Array, "N P"],
+    values: Float[Array, "P D"],
+    visible: Bool[Array, "#N P"] | None,
+    options: AttentionOptions,
+) -> Softmax:
+    """The same, of products of queries and keys."""
     maximum, denominator, out = state
-    logits = dot(q, keys.T)
     if options.soft_cap is None:
         logits = logits * (options.scale * LOG2E)
     else:

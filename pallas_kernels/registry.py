@@ -10,6 +10,7 @@ BACKENDS = ("xla", "pallas", "pallas_interpret")
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
+MAX_LATENT_RANK, MAX_LATENT_ROTATED = 512, 128
 MIN_COMPUTE_CAPABILITY = 8.0
 
 
@@ -42,6 +43,16 @@ def why_not(
     if dtype not in DTYPES:
         return f"a KV cache of {dtype} is none of {', '.join(DTYPES)}"
     return why_not_heads(head_dim, group)
+
+
+def why_not_latents(rank: int, rotated: int) -> str | None:
+    """Why the Pallas kernels cannot do attention over latents of `rank` columns and others that rotate."""
+    if not 1 <= rank <= MAX_LATENT_RANK or not 1 <= rotated <= MAX_LATENT_ROTATED:
+        return (
+            f"latents of {rank} + {rotated} columns are beyond {MAX_LATENT_RANK} + {MAX_LATENT_ROTATED}, "
+            "what a program's registers hold"
+        )
+    return None
 
 
 def why_not_heads(head_dim: int | None, group: int) -> str | None:

@@ -14,7 +14,7 @@ from lmdeploy_jax.cache.layout import CacheLayout, plan_layout
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.recurrent_config import RecurrentConfig
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
-from lmdeploy_jax.pallas_kernels.registry import why_not_heads
+from lmdeploy_jax.pallas_kernels.registry import why_not_heads, why_not_latents
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 ROPE_KINDS: Mapping[str, RopeKind] = {kind: kind for kind in get_args(RopeKind)}
@@ -159,7 +159,7 @@ class LatentConfig:
 
     def why_not_kernels(self) -> str | None:
         """As `AttentionConfig.why_not_kernels`."""
-        return "latent attention has no hand-written kernel yet"
+        return why_not_latents(self.latent_rank, self.rope_dim)
 
     def weights(self, hidden: int) -> int:
         """As `AttentionConfig.weights`."""

@@ -58,7 +58,7 @@ class Kernels:
         """What rounds activations to 8 bits for XLA's products: `backend` where it measured faster."""
         return self.backend if self.tuning.rounding == "pallas" else "xla"
 
-    def attention_backend(self, mixer: AttentionConfig) -> str:
+    def attention_backend(self, mixer: AttentionConfig | LatentConfig) -> str:
         """`backend`, or XLA for heads that its kernels cannot do."""
         return "xla" if mixer.why_not_kernels() else self.backend
 
@@ -129,7 +129,14 @@ class Kernels:
         where = (metadata.slots, metadata.page_table, metadata.kv_lens, metadata.tiles)
         rank, height = mixer.latent_rank, tile_rows(self.backend)
         out, pages = latent_attention(
-            queries, latents, pages, *where, rank=rank, options=mixer.options, tile_rows=height
+            queries,
+            latents,
+            pages,
+            *where,
+            rank=rank,
+            options=mixer.options,
+            tile_rows=height,
+            backend=self.attention_backend(mixer),
         )
         return out, (pages, *rest)
 

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.latent_attention import xla
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
+from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.shapes import Pages, Slots, Tiles
 
 
@@ -21,20 +22,26 @@ def latent_attention(
     rank: int,
     options: AttentionOptions,
     tile_rows: int,
+    backend: str = "xla",
 ) -> tuple[Float[Array, "T H R"], Pages]:
     """Writes the tokens' latents into the cache and attends to those of their sequences.
 
     q [T, H, D] are queries in the space of the latents, whose first `rank` elements are values as well as
     keys, and whose others, rotated, are keys alone; latents [T, D]; pages [pages, 1, PAGE_SIZE, D]. slots,
     page_table, kv_lens and tiles as in `paged_attention` and `prefill_attention`: without tiles each sequence
-    has one token; tiles are of `tile_rows` rows. Softmax in f32.
-    Returns [T, H, rank] in q's dtype, and the cache with the new tokens. In place where the caller donates
-    the cache. Raises ValueError for shapes that do not fit.
+    has one token; tiles are of `tile_rows` rows, which are the backend's own where it is not "xla". Softmax
+    in f32. Returns [T, H, rank] in q's dtype, zeros in rows that no tile covers, and the cache with the new
+    tokens. In place where the caller donates the cache. Raises ValueError for shapes that do not fit.
     """
     if pages.shape[1:] != (1, PAGE_SIZE, q.shape[2]) or not rank <= q.shape[2]:
         raise ValueError(
             f"pages of shape {pages.shape} must be [pages, 1, {PAGE_SIZE}, {q.shape[2]}], as queries of "
             f"shape {q.shape} are, and rank {rank} at most {q.shape[2]}"
+        )
+    check_backend(backend)
+    if backend != "xla":
+        return _by_kernels(
+            q, latents, pages, slots, page_table, kv_lens, tiles, rank, options, backend == "pallas_interpret"
         )
     pages = xla.write(pages, latents, slots)
     if tiles is None:
@@ -42,3 +49,24 @@ def latent_attention(
     else:
         out = xla.prefill(q, pages, page_table, tiles, options, tile_rows)
     return out[..., :rank], pages
+
+
+def _by_kernels(
+    q: Float[Array, "T H D"],
+    latents: Float[Array, "T D"],
+    pages: Pages,
+    slots: Slots,
+    page_table: Int32[Array, "S M"],
+    kv_lens: Int32[Array, "S"],
+    tiles: Tiles | None,
+    rank: int,
+    options: AttentionOptions,
+    interpret: bool,
+) -> tuple[Float[Array, "T H R"], Pages]:
+    from lmdeploy_jax.pallas_kernels.latent_attention import pallas  # CPUs never need it
+
+    if tiles is None:
+        arrays = (q, latents, pages, slots, page_table, kv_lens)
+        return pallas.decode(*arrays, rank, options, interpret=interpret)
+    pages = xla.write(pages, latents, slots)
+    return pallas.prefill(q, pages, page_table, tiles, rank, options, interpret=interpret), pages

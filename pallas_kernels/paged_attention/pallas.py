@@ -124,7 +124,7 @@ def _kernel(
 ) -> None:
     *work, counters_ref, k_ref, v_ref, o_ref, q_ref, part_ref, lse_ref = refs
     kv_head, split, sequence = (pl.program_id(axis) for axis in range(3))
-    pages = _split_pages(lens_ref[sequence], k_ref.shape[2], options)
+    pages = split_pages(lens_ref[sequence], k_ref.shape[2], options)
     sync = (lambda: None) if interpret else plt.debug_barrier  # between all threads of a program
     new = HeadTile(HeadRefs(*work), sequence, kv_head, q_ref.dtype, eps, offset)
     # All loads first. The splits of a sequence write the same queries.
@@ -189,7 +189,7 @@ class _HeadRows:
 
 
 @dataclass(frozen=True)
-class _SplitPages:
+class SplitPages:
     """This program's pages of its sequence, `begin` to `end` - 1; positions it may see; splits that have any.
 
     A sequence that sees nothing has one split, whose output is zero.
@@ -202,14 +202,14 @@ class _SplitPages:
     splits: jax.Array
 
 
-def _split_pages(length: jax.Array, page_size: int, options: AttentionOptions) -> _SplitPages:
+def split_pages(length: jax.Array, page_size: int, options: AttentionOptions) -> SplitPages:
     oldest = jnp.int32(0) if options.window is None else jnp.maximum(length - options.window, 0)
     first = lax.div(oldest, jnp.int32(page_size))
     end = lax.div(length + page_size - 1, page_size)
     each = jnp.maximum(lax.div(end - first + pl.num_programs(1) - 1, pl.num_programs(1)), 1)
     begin = first + pl.program_id(1) * each
     splits = jnp.maximum(lax.div(end - first + each - 1, each), 1)
-    return _SplitPages(begin, jnp.minimum(begin + each, end), oldest, length, splits)
+    return SplitPages(begin, jnp.minimum(begin + each, end), oldest, length, splits)
 
 
 def _attend(
@@ -217,7 +217,7 @@ def _attend(
     k_ref: jax.Ref,
     v_ref: jax.Ref,
     table_ref: jax.Ref,
-    pages: _SplitPages,
+    pages: SplitPages,
     rows: _HeadRows,
     options: AttentionOptions,
 ) -> Softmax:

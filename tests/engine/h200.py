@@ -43,7 +43,39 @@ WANTED = (
 )
 
 
+DEEPSEEK_V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 0,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
 MIXTURES = {
+    "deepseek-v2-lite": (("decode_greedy", 1), ("decode_greedy", 64), ("ragged", 1024)),
     "qwen3-30b-a3b-half": (("decode_greedy", 1), ("decode_greedy", 64), ("ragged", 1024)),
 }
 """Shapes whose programs are named after them, and which ones."""
@@ -51,7 +83,8 @@ MIXTURES = {
 
 def programs_on(mesh: Mesh, shape: str) -> Programs:
     """The programs of a shape, cut to two layers and a small vocabulary."""
-    raw = shapes.read(shape) | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
+    known = {"deepseek-v2-lite": DEEPSEEK_V2_LITE}
+    raw = (known.get(shape) or shapes.read(shape)) | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
     config, dtype = build_config(raw, shape), jnp.dtype("bfloat16")
     skeleton = build_skeleton(config, dtype, Kernels("pallas", mesh, tuning.load("NVIDIA H200")))
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)

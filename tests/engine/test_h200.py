@@ -33,14 +33,19 @@ def test_the_cache_is_written_in_place_by_few_kernels(reports, name):
     assert reports[name]["launches"] <= MOST_LAUNCHES[name]
 
 
-MIXTURE_PROGRAMS = [f"{shape} {name} {size}" for shape, wanted in MIXTURES.items() for name, size in wanted]
+LAUNCHES_OF_A_LAYER = {"qwen3-30b-a3b-half": 14, "deepseek-v2-lite": 27}
+MIXTURE_PROGRAMS = [
+    (f"{shape} {name} {size}", 12 + LAUNCHES_OF_A_LAYER[shape] * LAYERS)
+    for shape, wanted in MIXTURES.items()
+    for name, size in wanted
+]
 
 
-@pytest.mark.parametrize("program", MIXTURE_PROGRAMS)
-def test_a_mixtures_step_is_one_cuda_graph_of_few_kernels(reports, program):
+@pytest.mark.parametrize(("program", "most_launches"), MIXTURE_PROGRAMS)
+def test_a_mixtures_step_is_one_cuda_graph_of_few_kernels(reports, program, most_launches):
     """No loop over experts, no sort of XLA's: what tokens choose changes no launch."""
     report = reports[program]
     assert report["outside_command_buffer"] == []
     assert report["caches_aliased"]
     assert report["cache_copies"] == 0
-    assert report["launches"] <= 12 + 14 * LAYERS
+    assert report["launches"] <= most_launches

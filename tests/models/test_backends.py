@@ -12,6 +12,7 @@ from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
 from lmdeploy_jax.models.config import (
     AttentionConfig,
     DecoderConfig,
+    LatentConfig,
     MixtureConfig,
     MlpConfig,
     RopeConfig,
@@ -61,6 +62,11 @@ def test_mixtures_of_both_backends_agree():
     shared = MixtureConfig(router, mlp, shared=MlpConfig(16), shared_gate=True)
     layers = (replace(plain, mlp=shared), replace(plain, mlp=biased, post_norm=True), plain)
     _assert_backends_agree(replace(CONFIG, layers=layers))
+
+
+def test_latent_attention_of_both_backends_agrees():
+    mixer = LatentConfig(3, 24, 16, 8, 16, AttentionOptions(0.2), RopeConfig(8), query_rank=12)
+    _assert_backends_agree(replace(CONFIG, layers=(replace(CONFIG.layers[0], mixer=mixer),)))
 
 
 def _assert_backends_agree(config: DecoderConfig) -> None:

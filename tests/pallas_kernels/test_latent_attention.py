@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention
+from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention, pallas
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles
 
-HEADS, RANK, TAIL, ROWS = 5, 12, 4, 8
+RANK, TAIL = 12, 4
 OPTIONS = AttentionOptions(0.3)
 LENGTHS = (70, 9)  # tokens of the two sequences, the last of each decoded
 
@@ -24,16 +24,25 @@ def expected(q: np.ndarray, latents: np.ndarray) -> np.ndarray:
     return np.einsum("nhl,lr->nhr", weights / weights.sum(-1, keepdims=True), latents[:, :RANK])
 
 
-def test_chunks_and_tokens_attend_to_all_before_them():
+@pytest.mark.parametrize(
+    ("backend", "rows"),
+    [("xla", 8), ("pallas_interpret", 128), pytest.param("pallas", 128, marks=pytest.mark.gpu)],
+)
+@pytest.mark.parametrize(("heads", "programs"), [(5, 132), (20, 1)])
+def test_chunks_and_tokens_attend_to_all_before_them(backend, rows, heads, programs, monkeypatch):
+    """With one block of heads and two, neither of which they fill, and pages that are split and not."""
+    monkeypatch.setattr(pallas, "PROGRAMS", programs)
+    if backend == "pallas" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
     rng = np.random.default_rng(0)
     qs, latents = ([rng.normal(size=(n, *s)).astype(np.float32) for n in LENGTHS]
-                   for s in ((HEADS, RANK + TAIL), (RANK + TAIL,)))  # fmt: skip
+                   for s in ((heads, RANK + TAIL), (RANK + TAIL,)))  # fmt: skip
     table = np.array([[3, 1], [2, 0]], np.int32)
     pages = np.full((4, 1, PAGE_SIZE, RANK + TAIL), np.nan, np.float32)
     positions = [np.arange(n) for n in LENGTHS]
     slots = [table[i][p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for i, p in enumerate(positions)]
-    run = jax.jit(latent_attention, static_argnames=("rank", "options", "tile_rows"))
-    how = {"rank": RANK, "options": OPTIONS, "tile_rows": ROWS}
+    run = jax.jit(latent_attention, static_argnames=("rank", "options", "tile_rows", "backend"))
+    how = {"rank": RANK, "options": OPTIONS, "tile_rows": rows, "backend": backend}
 
     def step(spans, tiles):
         parts = (qs, latents, slots)
@@ -44,8 +53,8 @@ def test_chunks_and_tokens_attend_to_all_before_them():
     for spans in ([(0, 66), (0, 5)], [(66, 69), (5, 8)]):
         counts, firsts = [b - a for a, b in spans], [a for a, _ in spans]
         starts = np.cumsum([0, *counts])[:-1]
-        width = max_tiles(sum(counts), 2, ROWS)
-        out, pages = step(spans, build_tiles((0, 1), starts, counts, firsts, ROWS, width))
+        width = max_tiles(sum(counts), 2, rows)
+        out, pages = step(spans, build_tiles((0, 1), starts, counts, firsts, rows, width))
         for i, (a, b) in enumerate(spans):
             want = expected(qs[i][a:b], latents[i][:b])
             np.testing.assert_allclose(out[starts[i] : starts[i] + b - a], want, rtol=1e-4, atol=1e-5)
