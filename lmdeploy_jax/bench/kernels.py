@@ -50,7 +50,10 @@ def measure(config: DecoderConfig, bandwidth: float, backend: str = "pallas") ->
     require_gpu()
     mixer = config.layers[0].mixer
     if not isinstance(mixer, AttentionConfig):
-        raise ConfigError(f"there are no kernels to time for {mixer}: {mixer.why_not_kernels()}")
+        raise ConfigError(
+            f"{mixer} is not timed here, only attention with KV heads is: choose a model that has it, or see "
+            "`python -m benchmarks.mixture_products` in a checkout"
+        )
     bench = _Attention(mixer, backend)
     arithmetic = _arithmetic()
     work = mixer.heads * mixer.head_dim

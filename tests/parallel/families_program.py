@@ -1,5 +1,5 @@
 """Run by test_families.py with virtual CPU devices: how far a family's logits are from transformers', on some
-of them and, those behind --interpreted, through interpreted kernels; one JSON line a family.
+of them and, those behind --interpreted, through interpreted kernels too; one JSON line a family.
 
     python -m tests.parallel.families_program 2,4 minimax_m2 --interpreted gpt_oss
 """
@@ -39,7 +39,8 @@ def main(devices: list[int], names: list[str], interpreted: list[str]) -> None:
             want = hf_logits(folder, ids, PROMPT)
             found = {f"tp {tp}": error(folder, ids, want, "xla", tp) for tp in devices}
             if name in interpreted:
-                found["interpreted"] = error(folder, ids, want, "pallas_interpret", 1)
+                for tp in (1, devices[0]):
+                    found[f"interpreted, tp {tp}"] = error(folder, ids, want, "pallas_interpret", tp)
             print(json.dumps({name: found}), flush=True)
             jax.clear_caches()
 
