@@ -202,7 +202,7 @@ class SplitPages:
     splits: jax.Array
 
 
-def split_pages(length: jax.Array, page_size: int, options: AttentionOptions) -> SplitPages:
+def split_pages(length: Int32[Array, ""], page_size: int, options: AttentionOptions) -> SplitPages:
     oldest = jnp.int32(0) if options.window is None else jnp.maximum(length - options.window, 0)
     first = lax.div(oldest, jnp.int32(page_size))
     end = lax.div(length + page_size - 1, page_size)
