@@ -225,6 +225,7 @@ def test_dependencies_are_declared() -> None:
         "jaxlib": "jax",
         "orbax": "orbax-checkpoint",
         "PIL": "pillow",
+        "markdown_it": "markdown-it-py",
         "starlette": "fastapi",
         "yaml": "pyyaml",
     }

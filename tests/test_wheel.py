@@ -97,7 +97,14 @@ def test_a_wheel_takes_one_name_and_brings_its_data(wheel: Path) -> None:
     names = contents(wheel)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"lmdeploy_jax"}
-    for name in ("llama3-8b.json", "nvidia-h200.json", "model.safetensors", "chat.html", "tokenizer.json"):
+    for name in (
+        "llama3-8b.json",
+        "nvidia-h200.json",
+        "model.safetensors",
+        "chat.html",
+        "chat.js",
+        "tokenizer.json",
+    ):
         assert [found for found in names if found.endswith(f"/{name}")], name
     assert not [name for name in names if "docker" in name or "__pycache__" in name]
 

@@ -14,9 +14,10 @@ from lmdeploy_jax.server.http.middleware import Authentication, BodyLimit, Concu
 from lmdeploy_jax.server.native import route as native
 from lmdeploy_jax.server.openai_chat import route as openai_chat
 from lmdeploy_jax.server.options import ServerOptions
+from lmdeploy_jax.server.page import route as page
 from lmdeploy_jax.server.responses import route as responses
 from lmdeploy_jax.server.responses.store import ResponseStore
-from lmdeploy_jax.server.routes import admin, health, metrics, models, page
+from lmdeploy_jax.server.routes import admin, health, metrics, models
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.tokens import route as tokens
 

@@ -4,6 +4,7 @@ import pytest
 from lmdeploy_jax import JaxEngineConfig, pipeline
 from tests.engine.harness import config
 from tests.engine.test_images import save
+from tests.server.browser import launched
 from tests.server.live import serving
 
 
@@ -45,3 +46,10 @@ def seeing(tmp_path_factory):
     folder = save("internvl_hf", tmp_path_factory.mktemp("seeing"))
     with pipeline(folder, config(tmp_path_factory.mktemp("xla")), progress=False) as pipe:
         yield pipe
+
+
+@pytest.fixture(scope="package")
+def browser():
+    """A headless Chromium; skipped where there is none."""
+    with launched() as browser:
+        yield browser

@@ -15,6 +15,7 @@ from lmdeploy_jax.server.errors import ApiError, as_api_error, error_response
 
 ALWAYS_ANSWERED = frozenset({"/health", "/metrics"})  # however busy the server is
 WITHOUT_KEY = frozenset({"/", "/health", "/docs", "/openapi.json"})
+FILES = "/static/"  # of the pages: they hold nothing that the checkout does not
 
 
 class ServerErrors:
@@ -50,7 +51,7 @@ class Authentication:
         self._keys = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in WITHOUT_KEY and not self._known(scope):
+        if scope["type"] == "http" and not _is_open(scope["path"]) and not self._known(scope):
             error = ApiError(
                 401,
                 "Unauthorized: send a key of this server as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
@@ -68,6 +69,10 @@ class Authentication:
         sent = [headers.get("x-api-key", "")] + ([token.strip()] if kind.lower() == "bearer" else [])
         matches = [hmac.compare_digest(_digest(word), key) for word in sent for key in self._keys]
         return any(matches)
+
+
+def _is_open(path: str) -> bool:
+    return path in WITHOUT_KEY or path.startswith(FILES)
 
 
 def _digest(key: str) -> bytes:

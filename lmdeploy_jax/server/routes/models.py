@@ -35,4 +35,11 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "max_model_len": service.frontend.limits.session_len,
         "permission": [],
         "input_modalities": ["text", *(["image"] if service.frontend.takes_images else [])],
+        "supported_parameters": _parameters(service),
     }
+
+
+def _parameters(service: Service) -> list[str]:
+    """Those fields of a chat request that not every model knows; the key is OpenRouter's."""
+    read = service.frontend.template.reads & {"enable_thinking", "reasoning_effort"}
+    return [*(["tools"] if service.chat.tools is not None else []), *sorted(read)]

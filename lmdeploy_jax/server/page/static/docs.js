@@ -1,22 +1,3 @@
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>lmdeploy_jax: routes</title>
-<style>
-  body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-  summary { cursor: pointer; padding: .3rem 0; }
-  code { font-family: ui-monospace, monospace; }
-  .method { display: inline-block; width: 4rem; font-weight: bold; }
-  table { border-collapse: collapse; margin: .3rem 0 1rem 4rem; }
-  td { padding: .1rem .8rem .1rem 0; vertical-align: top; }
-  @media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd; } }
-</style>
-<h1>Routes</h1>
-<p>From <a href="openapi.json">openapi.json</a>. Fields that must be given have a star.</p>
-<main>Loading …</main>
-<script>
-"use strict";
 const element = (name, text, ...children) => {
   const made = document.createElement(name);
   if (text) made.textContent = text;
@@ -63,4 +44,3 @@ async function show() {
   }
 }
 show();
-</script>
