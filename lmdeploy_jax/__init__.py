@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lmdeploy_jax.text import ChatTemplateConfig, Tokenizer
 
 __version__ = "0.1.0"
+version_info = (0, 1, 0)
 __all__ = [
     "ChatTemplateConfig",
     "GenerationConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "VisionConfig",
     "__version__",
     "pipeline",
+    "version_info",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
 from collections.abc import Sequence
@@ -62,6 +63,26 @@ class JaxEngineConfig(Checked):
     vision_max_batch_size: _Positive | None = None
 
 
+class QuantPolicy(enum.IntEnum):
+    """How a KV cache is quantised, in LMDeploy's numbers."""
+
+    NONE = 0
+    INT4 = 4
+    INT8 = 8
+    FP8 = 16
+    FP8_E5M2 = 17
+    TURBO_QUANT = 42
+
+
+@dataclass
+class SpeculativeConfig(Checked):
+    """A draft model, in LMDeploy's terms, which `pipeline` refuses: there is no speculative decoding yet."""
+
+    method: str
+    model: str = ""
+    num_speculative_tokens: _Positive = 1
+
+
 class _LmdeployConfig(Checked):
     """What LMDeploy's two engine configs share: which fields carry over, are refused or are ignored.
 
@@ -76,6 +97,11 @@ class _LmdeployConfig(Checked):
     def __post_init__(self) -> None:
         self._refuse()
         self._carry_over()
+
+    @classmethod
+    def refused(cls, name: str) -> tuple[tuple[object, ...], str | None]:
+        """A field's values that can be honoured, and what to do instead of others; None: all can."""
+        return cls._refused.get(name, ((), None))
 
     def _refuse(self) -> None:
         """Raises ConfigError for what cannot be honoured."""
@@ -228,7 +254,7 @@ class PytorchEngineConfig(_LmdeployConfig):
         "block_size": _ONE_PAGE_SIZE,
         "dp_rank": ((0,), "only tensor parallelism (tp) is implemented."),
         "num_cpu_blocks": ((0,), "the KV cache is not moved to the host's memory; leave the field out."),
-        "enable_eplb": ((False,), "mixtures of experts are not implemented."),
+        "enable_eplb": ((False,), "experts are not dealt out over devices."),
         "num_gpu_blocks": ((0,), "give cache_max_entry_count, in bytes if need be, in a JaxEngineConfig."),
         "adapters": ((None, {}), "LoRA adapters cannot be loaded yet."),
         "device_type": (("cuda", "gpu", "cpu", "auto"), "JAX runs here on CUDA GPUs and on CPUs."),

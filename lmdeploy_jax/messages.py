@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import enum
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lmdeploy_jax.checked import NOT_EMPTY, POSITIVE, Checked, Rule, at_least, within
+from lmdeploy_jax.config import (  # LMDeploy has them here
+    PytorchEngineConfig as PytorchEngineConfig,
+)
+from lmdeploy_jax.config import QuantPolicy as QuantPolicy
+from lmdeploy_jax.config import SpeculativeConfig as SpeculativeConfig
+from lmdeploy_jax.config import TurbomindEngineConfig as TurbomindEngineConfig
+from lmdeploy_jax.config import VisionConfig as VisionConfig
+
+if TYPE_CHECKING:
+    from lmdeploy_jax.text import Tokenizer
 
 MAX_LOGPROBS = 20  # most alternatives a token can be reported with
 MAX_WORDS, MAX_WORDS_LENGTH = 1024, 8192  # stop words or bad words, and the characters of all of them
@@ -22,6 +34,8 @@ _FEW = Rule(
     lambda words: len(words) <= MAX_WORDS and sum(map(len, words)) <= MAX_WORDS_LENGTH,
 )
 _Words = Annotated[Sequence[Annotated[str, NOT_EMPTY]], _FEW]
+_NO_PPL = Rule("; Pipeline.get_ppl gives perplexities", lambda value: True)
+_NO_MIGRATION = Rule(", since prefill and decode run in one engine", lambda value: True)
 
 
 @dataclass
@@ -65,6 +79,29 @@ class GenerationConfig(Checked):
     repetition_ngram_threshold: _Count = 0
     # A form to hold the answer to: docs/structured_output.md
     response_format: Annotated[dict[str, Any], _TYPED] | None = None
+    return_ppl: Annotated[Literal[False], _NO_PPL] = False
+    with_cache: Annotated[Literal[False], _NO_MIGRATION] = False
+    preserve_cache: Annotated[Literal[False], _NO_MIGRATION] = False
+    migration_request: Annotated[None, _NO_MIGRATION] = None
+
+    def convert_stop_bad_words_to_ids(self, tokenizer: Tokenizer) -> None:
+        """Add to stop and bad token ids the tokens that are a stop or bad word by themselves.
+
+        The engine does without: it finds words of any length in the text.
+        """
+        for words, name in ((self.stop_words, "stop_token_ids"), (self.bad_words, "bad_token_ids")):
+            encoded = [tokenizer.encode(word, add_special_tokens=False) for word in words or ()]
+            whole = [ids[0] for ids in encoded if len(ids) == 1]
+            setattr(self, name, list(dict.fromkeys([*whole, *(getattr(self, name) or ())])) or None)
+
+    def update_from_hf_gen_cfg(
+        self, generation_config: dict[str, Any], tokenizer_eos_token_id: int | None
+    ) -> None:
+        """Add the end tokens of a generation_config.json, and the tokenizer's, to the stop token ids."""
+        ends = generation_config.get("eos_token_id")
+        given = [ends] if isinstance(ends, int) else list(ends or ())
+        own = [] if tokenizer_eos_token_id is None else [tokenizer_eos_token_id]
+        self.stop_token_ids = list(dict.fromkeys([*(self.stop_token_ids or ()), *own, *given])) or None
 
 
 @dataclass
@@ -168,3 +205,63 @@ def _stacked(head: Any, tail: Any) -> Any:
 def _brief(value: Any, written: Callable[[Any], str] = str) -> str:
     shape = getattr(value, "shape", None)
     return written(value) if shape is None else f"{value.dtype}{list(shape)}"
+
+
+# What LMDeploy's engines tell its own server. Programs name these types in annotations and comparisons; the
+# engine here speaks to nobody but the classes above.
+
+ResponseType = enum.Enum(
+    "ResponseType",
+    "SUCCESS FINISH ENGINE_STOP_ERROR SESSION_REPEAT SESSION_NOT_EXIST HANDLER_NOT_EXIST INPUT_LENGTH_ERROR "
+    "INTERNAL_ENGINE_ERROR CANCEL PREFIX_CACHE_CONFLICT NO_QUEUE NOT_SUPPORTED OUT_OF_MEMORY",
+)
+EventType = enum.IntEnum("EventType", "QUEUED SCHEDULED PREEMPTED")
+
+
+@dataclass
+class EngineEvent:
+    """What became of a request, and when, in seconds."""
+
+    type: EventType
+    timestamp: float
+
+    @classmethod
+    def new_event(cls, event_type: EventType, timestamp: float | None = None) -> EngineEvent:
+        """An event of now, unless its time is given."""
+        return cls(event_type, time.time() if timestamp is None else timestamp)
+
+
+@dataclass
+class RequestMetrics:
+    """When a step's token came, in seconds, and what had become of the request by then."""
+
+    token_timestamp: float = 0.0
+    engine_events: list[EngineEvent] = field(default_factory=list)
+    spec_info: dict[str, Any] | None = None
+    cached_tokens: int = 0
+
+
+@dataclass
+class ScheduleMetrics:
+    """How busy an engine is."""
+
+    active_seqs: int = 0
+    waiting_seqs: int = 0
+    cache_usage: float = 0.0
+    prefix_cache_hit_rate: float = 0.0
+    scheduler_tick: int = 0
+
+
+@dataclass
+class EngineOutput:
+    """What a step gives of a sequence."""
+
+    status: ResponseType
+    token_ids: list[int]
+    logprobs: list[dict[int, float]] | None = None
+    logits: Any = None
+    last_hidden_state: Any = None
+    cache_block_ids: list[int] | None = None
+    req_metrics: RequestMetrics | None = None
+    routed_experts: Any = None
+    ce_loss: float | None = None

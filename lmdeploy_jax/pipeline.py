@@ -76,7 +76,8 @@ class Pipeline:
     progress: whether loading and compiling are told on stderr: bars on a terminal, else a line for each.
     allowed_media_domains: the only hosts that images are fetched from; None is all of them.
     vision_config: how images are encoded; None leaves it to the engine.
-    trust_remote_code, speculative_config: not supported; refused when set.
+    trust_remote_code: a permission that nothing here needs: Python code of a checkpoint is never run.
+    speculative_config: not supported; refused when set.
 
     Raises ConfigError, CheckpointError or UnsupportedModelError; TypeError for an unknown argument.
     """
@@ -99,7 +100,7 @@ class Pipeline:
         set_level(log_level)
         check_switches(progress=progress)
         refuse_unknown_fields(unknown)
-        refuse("trust_remote_code", trust_remote_code, "Python code of a checkpoint is never run")
+        check_switches(trust_remote_code=trust_remote_code)
         refuse("speculative_config", speculative_config, "speculative decoding is not implemented")
         config = with_vision(engine_config(backend_config), vision_config)
         self._access = media_access(allowed_media_domains)
@@ -181,6 +182,14 @@ class Pipeline:
     ) -> Response | list[Response]:
         """The same as `infer`."""
         return self.infer(prompts, gen_config, **kwargs)
+
+    def batch_infer(self, *args: Any, **kwargs: Any) -> Response | list[Response]:
+        """The same as `infer`, which LMDeploy prefers too."""
+        return self.infer(*args, **kwargs)
+
+    def generate(self, prompt: Any = None, *args: Any, **kwargs: Any) -> AsyncIterator[Response]:
+        """The same as `async_stream`, under the name that LMDeploy has given up."""
+        return self.async_stream(prompt, *args, **kwargs)
 
     def stream_infer(
         self,

@@ -202,7 +202,7 @@ def test_unknown_and_unsupported_arguments_are_refused(opened):
 @pytest.mark.parametrize(
     ("fields", "error", "text"),
     [
-        ({"trust_remote_code": True}, ConfigError, "trust_remote_code"),
+        ({"trust_remote_code": "no"}, TypeError, "trust_remote_code"),
         ({"speculative_config": object()}, ConfigError, "speculative_config"),
         ({"vision_config": object()}, ConfigError, "vision_config"),
         ({"vision_config": VisionConfig(2), "backend_config": ONE_AT_ONCE}, ConfigError, "differ"),

@@ -14,6 +14,7 @@ from absl import flags as absl_flags
 from lmdeploy_jax.cli.engine_flags import HELP, add_engine_flags, engine_config
 from lmdeploy_jax.cli.flags import FlagSet, UsageError
 from lmdeploy_jax.cli.generation_flags import add_generation_flags, generation_config
+from lmdeploy_jax.cli.lmdeploy_flags import add_lmdeploy_flags, check_lmdeploy_flags
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.messages import GenerationConfig, Response
@@ -58,6 +59,7 @@ def define(flags: FlagSet) -> None:
     flags.add(section, text, "log_level", "WARNING", "CRITICAL, ERROR, WARNING, INFO, REQUEST or DEBUG")
     add_generation_flags(flags)
     add_engine_flags(flags)
+    add_lmdeploy_flags(flags)
 
 
 def run(flags: FlagSet, args: list[str]) -> int:
@@ -68,6 +70,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
         )
     config = engine_config(flags)
     generation_config(flags)  # raises for wrong values before the model is loaded
+    check_lmdeploy_flags(flags)
 
     if flags["url"] is not None:
         from lmdeploy_jax.cli.remote_chat import RemoteConversation

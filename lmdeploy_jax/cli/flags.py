@@ -81,6 +81,10 @@ class FlagSet:
             if self.values[name].present:
                 raise UsageError(f"--{name.replace('_', '-')} {reason}.")
 
+    def section(self, name: str) -> str | None:
+        """The section that a flag is listed in; None: there is no such flag."""
+        return next((title for title, texts in self._sections.items() if name in texts), None)
+
     def __getitem__(self, name: str) -> Any:
         return self.values[name].value
 

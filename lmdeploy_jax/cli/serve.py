@@ -13,6 +13,7 @@ from absl import flags as absl_flags
 
 from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
 from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError, define_list
+from lmdeploy_jax.cli.lmdeploy_flags import add_lmdeploy_flags, check_lmdeploy_flags, ssl_files
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.server.options import ServerOptions
 
@@ -41,6 +42,7 @@ def define(flags: FlagSet) -> None:
     flags.add(section, text, "log_level", "WARNING", "CRITICAL, ERROR, WARNING, INFO, REQUEST or DEBUG")
     flags.add(section, absl_flags.DEFINE_integer, "max_log_len", None, "characters of a logged prompt")
     add_engine_flags(flags)
+    add_lmdeploy_flags(flags, server=True)
 
 
 def _definition(hint: Any) -> Any:
@@ -55,9 +57,11 @@ def _definition(hint: Any) -> Any:
 def run(flags: FlagSet, args: list[str]) -> int:
     """Open the model and serve it until the process is told to end."""
     model = _model(args)
-    options = ServerOptions(**{field.name: flags[field.name] for field in fields(ServerOptions)})
+    given = {field.name: flags[field.name] for field in fields(ServerOptions)}
+    options = ServerOptions(**given | ssl_files(flags))
     config = engine_config(flags)
     set_level(flags["log_level"])
+    check_lmdeploy_flags(flags, server=True)
 
     from lmdeploy_jax.engine import garbage_collection
     from lmdeploy_jax.engine.prepare import prepare

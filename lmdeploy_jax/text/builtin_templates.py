@@ -158,6 +158,15 @@ BUILTIN: dict[str, Layout] = {
         eosys=" ", user="USER: ", eoh=" ", assistant="ASSISTANT:", lead=" ", eoa="</s>",
         stop_words=("</s>",),
     ),
+    "llava-v1": Layout(
+        meta_instruction=(
+            "A chat between a curious human and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the human's questions."
+        ),
+        eosys=" ", user="USER: ", eoh=" ", assistant="ASSISTANT:", lead=" ", eoa="</s>",
+        stop_words=("</s>",),
+    ),
+    "llava-chatml": _chatml(meta_instruction="Answer the questions."),
     "glm4": Layout(
         system="<|system|>\n", user="<|user|>\n", assistant="<|assistant|>", lead="\n",
         tool="<|observation|>\n", stop_words=("<|user|>", "<|observation|>", "<|endoftext|>"),

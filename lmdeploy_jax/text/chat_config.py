@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from lmdeploy_jax.errors import ConfigError
 
@@ -69,6 +71,12 @@ class ChatTemplateConfig:
     def tags(self) -> dict[str, str]:
         """The tags that are set."""
         return {name: value for name in TAGS if (value := getattr(self, name)) is not None}
+
+    @property
+    def chat_template(self) -> Any:
+        """A `model.BaseChatTemplate` with these tags, of the class that is registered under the name."""
+        classes = importlib.import_module("lmdeploy_jax.text.template_classes")  # which needs this module
+        return classes.template_of(self)
 
     @classmethod
     def from_json(cls, file_or_string: str | Path) -> ChatTemplateConfig:

@@ -12,6 +12,7 @@ from lmdeploy_jax.text.chat_config import ChatTemplateConfig
 from lmdeploy_jax.text.conversation import Message, normalise_messages
 from lmdeploy_jax.text.jinja_template import HfChatTemplate
 from lmdeploy_jax.text.settings import read_json, read_object
+from lmdeploy_jax.text.template_classes import MODELS, ClassTemplate
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -58,9 +59,9 @@ def select(
 ) -> ChatTemplate:
     """The chat template of a model.
 
-    config: a built-in name, the path of a .json (ChatTemplateConfig) or .jinja file, a `ChatTemplateConfig`,
-    or
-        None: then the checkpoint's own jinja, else a built-in by model_type and special tokens, else `base`.
+    config: a built-in or registered name, the path of a .json (ChatTemplateConfig) or .jinja file, a
+        `ChatTemplateConfig`, or None: then the checkpoint's own jinja, else a built-in by model_type and
+        special tokens, else `base`.
     Raises `ConfigError` for a choice that names nothing, `CheckpointError` for a broken template.
     """
     folder = Path(model_path).expanduser()
@@ -69,6 +70,8 @@ def select(
         return _own_template(tokenizer, folder) or _by_evidence(tokenizer, folder)
     if isinstance(choice, Path):
         return HfChatTemplate(choice.read_text(encoding="utf-8"), *_tokens(tokenizer))
+    if MODELS.made_by_user(choice.model_name):
+        return ClassTemplate(choice)
     if choice.model_name != "hf":
         return from_config(choice)
     return _chosen_own(tokenizer, choice, Path(choice.model_path or folder).expanduser())

@@ -1,0 +1,1 @@
+"""See `lmdeploy_jax.serve`."""
