@@ -6,7 +6,7 @@ import enum
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from lmdeploy_jax.checked import NOT_EMPTY, POSITIVE, Checked, Rule, at_least, within
 from lmdeploy_jax.config import (  # LMDeploy has them here
@@ -16,9 +16,6 @@ from lmdeploy_jax.config import QuantPolicy as QuantPolicy
 from lmdeploy_jax.config import SpeculativeConfig as SpeculativeConfig
 from lmdeploy_jax.config import TurbomindEngineConfig as TurbomindEngineConfig
 from lmdeploy_jax.config import VisionConfig as VisionConfig
-
-if TYPE_CHECKING:
-    from lmdeploy_jax.text import Tokenizer
 
 MAX_LOGPROBS = 20  # most alternatives a token can be reported with
 MAX_WORDS, MAX_WORDS_LENGTH = 1024, 8192  # stop words or bad words, and the characters of all of them
@@ -84,8 +81,8 @@ class GenerationConfig(Checked):
     preserve_cache: Annotated[Literal[False], _NO_MIGRATION] = False
     migration_request: Annotated[None, _NO_MIGRATION] = None
 
-    def convert_stop_bad_words_to_ids(self, tokenizer: Tokenizer) -> None:
-        """Add to stop and bad token ids the tokens that are a stop or bad word by themselves.
+    def convert_stop_bad_words_to_ids(self, tokenizer: Any) -> None:
+        """Add to stop and bad token ids the tokens of a `Tokenizer` that are such a word by themselves.
 
         The engine does without: it finds words of any length in the text.
         """
