@@ -41,9 +41,25 @@ class RequestError(LmdeployError, ValueError):
 
 
 class ContextLengthError(RequestError):
-    """Prompt plus requested tokens do not fit the model's context."""
+    """A prompt leaves no room for an answer. length: its tokens, as far as they were counted; limit: those of
+    the context. The words are OpenAI's: gateways and agents know by them that they must shorten it.
+    """
 
     code = "context_length_exceeded"
+
+    def __init__(self, message: str = "", *, length: str = "", limit: int = 0) -> None:
+        super().__init__(message)
+        self.length = length
+        self.limit = limit
+
+    @classmethod
+    def of(cls, length: str, limit: int) -> ContextLengthError:
+        """The error for a prompt of so many tokens, `length`, in words."""
+        message = (
+            f"This model's maximum context length is {limit} tokens. However, your input resulted in "
+            f"{length}, which leaves no room for an answer. Please shorten it."
+        )
+        return cls(message, length=length, limit=limit)
 
 
 class RequestConflictError(RequestError):

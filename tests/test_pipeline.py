@@ -159,7 +159,7 @@ def test_a_bad_prompt_fails_alone(opened):
         "invalid_request",
     ]
     assert "wizard" in answers[1].error_message
-    assert "must be smaller than the model context length (40)" in answers[2].error_message
+    assert "maximum context length is 40 tokens" in answers[2].error_message
     assert "99999" in answers[3].error_message
     assert [answers[0].text, answers[4].text] == ["good #0", "too #0"]
     assert pipe.infer(bad_message).finish_reason == "error"

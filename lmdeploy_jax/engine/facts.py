@@ -95,9 +95,7 @@ def check_prompt(prompt: Sequence[int], session_len: int, vocab_size: int) -> No
     if not prompt:
         raise RequestError("The prompt has no tokens: give at least one.")
     if len(prompt) >= session_len:
-        raise ContextLengthError(
-            f"Input length ({len(prompt)}) must be smaller than the model context length ({session_len})."
-        )
+        raise ContextLengthError.of(f"{len(prompt)} tokens", session_len)
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         check_ids("The prompt", prompt, vocab_size)
 

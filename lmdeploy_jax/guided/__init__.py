@@ -7,6 +7,6 @@ formats that enforce tool calls and let a model think first.
 
 from lmdeploy_jax.guided.grammars import Grammar, Grammars
 from lmdeploy_jax.guided.reasoning import after_reasoning
-from lmdeploy_jax.guided.tools import tool_grammar
+from lmdeploy_jax.guided.tools import has_grammar, tool_grammar
 
-__all__ = ["Grammar", "Grammars", "after_reasoning", "tool_grammar"]
+__all__ = ["Grammar", "Grammars", "after_reasoning", "has_grammar", "tool_grammar"]

@@ -19,12 +19,15 @@ _STRING_KEYS = _NOTES | {"type", "enum", "const", "minLength", "maxLength"}
 
 @dataclass(frozen=True)
 class Function:
-    """A tool: its name and the JSON schema, of an object, of its arguments."""
+    """A tool: its name and the JSON schema, of an object, of its arguments. any_arguments: that is of no
+    account, and the arguments are whatever the model says.
+    """
 
     name: str
     parameters: Mapping[str, Any]
     place: str  # in the request
     strict: bool = False
+    any_arguments: bool = False
 
     def json(self) -> str:
         """Arguments that are one JSON object."""
@@ -43,9 +46,10 @@ class _Close:
 def qwen3coder_call(writer: Writer, function: Function) -> str:
     close = _Close("</parameter>", before="\n")
     parameters = _parameters(writer, function, close, lambda key: literal(f"<parameter={key}>\n"))
-    begin, end = writer.tag("<tool_call>"), writer.tag("</tool_call>")
     name = literal(f"\n<function={function.name}>\n")
-    return f'{begin} {name} {parameters} "</function>\\n" {end}'
+    if function.any_arguments:
+        return f"{name} {writer.until(ANY, '</tool_call>', before='</function>' + chr(10))}"
+    return f'{name} {parameters} "</function>\\n" {writer.tag("</tool_call>")}'
 
 
 def glm4_call(writer: Writer, function: Function) -> str:
@@ -54,8 +58,10 @@ def glm4_call(writer: Writer, function: Function) -> str:
         return f'{open_key} {literal(key)} {close_key} "\\n" {value}'
 
     parameters = _parameters(writer, function, _Close("</arg_value>"), label)
-    begin, end = writer.tag("<tool_call>"), writer.tag("</tool_call>")
-    return f"{begin} {literal(function.name + chr(10))} {parameters} {end}"
+    name = literal(function.name + "\n")
+    if function.any_arguments:
+        return f"{name} {writer.until(ANY, '</tool_call>')}"
+    return f"{name} {parameters} {writer.tag('</tool_call>')}"
 
 
 def minimax_m2_call(writer: Writer, function: Function) -> str:
@@ -67,6 +73,8 @@ def minimax_m2_call(writer: Writer, function: Function) -> str:
         not_in_keys='<>\n"',
     )
     name = literal(f'<invoke name="{function.name}">\n')
+    if function.any_arguments:
+        return f"{name} {writer.until(ANY, '</invoke>', after=chr(10))}"
     return f'{name} {parameters} "</invoke>\\n"'
 
 
@@ -133,5 +141,6 @@ def _string(writer: Writer, function: Function, key: str, close: _Close) -> str:
 def _refusal(function: Function, what: str, reasons: set[str]) -> RequestError:
     return RequestError(
         f"tools: {what} of {function.name!r} cannot be enforced in this model's tool format because of "
-        f"{', '.join(sorted(reasons))}; use tool_choice 'auto', or leave it out of the schema."
+        f"{', '.join(sorted(reasons))}; leave it out of the schema, or let the tool be strict: false under "
+        "tool_choice 'auto'."
     )

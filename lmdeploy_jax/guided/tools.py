@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lmdeploy_jax.errors import RequestError
-from lmdeploy_jax.guided.lark import Writer, literal
+from lmdeploy_jax.guided.lark import ANY, Writer, literal, without
 from lmdeploy_jax.guided.limits import TOOLS, check
 from lmdeploy_jax.guided.reasoning import thinking
 from lmdeploy_jax.guided.response_format import Written
@@ -18,6 +18,8 @@ from lmdeploy_jax.guided.tagged import Function, glm4_call, minimax_m2_call, qwe
 from lmdeploy_jax.text.parsers import ReasoningFormat, ToolFormat, json_formats, xml_formats
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
+# How a call without a tag begins, see the parser of llama3's format.
+_BARE_CALL = r'\s*\{\s*"(name|type|arguments|parameters)"'
 _NAME = re.compile(r"[^\s<>{}\[\]\"'`;,｜]+")  # a name that every tool parser can read
 
 
@@ -27,6 +29,7 @@ def tool_grammar(
     tokenizer: Tokenizer,
     *,
     name: str | None = None,
+    required: bool = True,
     parallel: bool = True,
     reasoning: ReasoningFormat | None = None,
     starts_in_reasoning: bool = False,
@@ -37,6 +40,8 @@ def tool_grammar(
     tools: as OpenAI's API has them; the arguments of every call follow the tool's `parameters`, and where
         these hold what cannot be enforced, a tool with `strict: true` is refused and another does without.
     name: the one tool to be called; None leaves the model the choice (`tool_choice="required"`).
+    required: False lets the model talk as well (`tool_choice="auto"`). Once it has begun a call, that is one
+        of these tools, and arguments for those with `strict: true` follow their `parameters`.
     parallel: whether there may be several calls.
     reasoning: how the model marks its reasoning, which may then come first, unless it is forbidden (see
         `after_reasoning`).
@@ -48,7 +53,7 @@ def tool_grammar(
         raise RequestError(
             "tool_choice cannot be enforced with this model's tool format, which has no grammar; use 'auto'."
         )
-    functions = _functions(tools, name)
+    functions = _functions(tools, name, all_enforced=required)
     writer = Writer(tokenizer)
     style = make_style(writer)
     begin = thinking(
@@ -58,16 +63,40 @@ def tool_grammar(
         forbidden=reasoning_forbidden,
         not_within=tool_format.open_tags,
     )
-    call = writer.any_of(style.call(function) for function in functions)
-    more = f"({style.between} {call})*" if parallel else ""
-    start = f"{begin} {style.begin} {call} {more} {style.end}"
+    calls = _calls(writer, style, functions, parallel)
+    if required:
+        start = f"{begin} {writer.tag(style.tag) if style.tag else ''} {calls}"
+    else:
+        start = f"{begin} {_talk(writer, style, calls, parallel)}"
     parts = {f"{f.place}.parameters": f"start: {f.json()}" for f in functions}
     grammar = Written(writer.grammar(start), "tools", parts)
     return {"type": "grammar", "grammar": grammar}
 
 
-def _functions(tools: Iterable[Mapping[str, Any]], name: str | None) -> list[Function]:
-    functions = [_function(tool, f"tools[{i}].function") for i, tool in enumerate(tools)]
+def has_grammar(tool_format: ToolFormat) -> bool:
+    """Whether calls of this format can be enforced."""
+    return tool_format in _STYLES
+
+
+def _calls(writer: Writer, style: _Style, functions: Iterable[Function], parallel: bool) -> str:
+    """One block of calls, without the tag that begins it."""
+    call = writer.any_of(style.call(function) for function in functions)
+    more = f"({style.between} {call})*" if parallel else ""
+    return f"{style.begin} {call} {more} {style.end}"
+
+
+def _talk(writer: Writer, style: _Style, calls: str, parallel: bool) -> str:
+    """Text, in which a tag begins calls."""
+    tag, often = style.tag or style.edge_tag, "*" if parallel else "?"
+    text, lead = ANY, f"{writer.until(ANY, tag)} {calls}"
+    if not style.tag:  # what looks like a call from the answer's start on is one
+        text = f"{ANY} & ~/{_BARE_CALL}(?s:.*)/"
+        lead = f"({writer.until(text, tag)} {calls} | {calls})"
+    return f"({lead}){often} {writer.rule(without(text, tag), 'TEXT')}"
+
+
+def _functions(tools: Iterable[Mapping[str, Any]], name: str | None, *, all_enforced: bool) -> list[Function]:
+    functions = [_function(tool, f"tools[{i}].function", all_enforced) for i, tool in enumerate(tools)]
     check("number of tools", len(functions), TOOLS, "tools")
     chosen = [function for function in functions if name in (None, function.name)]
     if not chosen:
@@ -77,26 +106,33 @@ def _functions(tools: Iterable[Mapping[str, Any]], name: str | None) -> list[Fun
     return chosen
 
 
-def _function(tool: Mapping[str, Any], place: str) -> Function:
+def _function(tool: Mapping[str, Any], place: str, enforced: bool) -> Function:
     function = tool.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RequestError(f"tools: {dict(tool)!r} has no function with a usable name.")
+    strict = function.get("strict") is True
+    if not (enforced or strict):
+        return Function(name, {"type": "object"}, place, any_arguments=True)
     parameters = function.get("parameters") or {"properties": {}, "additionalProperties": False}
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise RequestError(f"tools: the parameters of {name!r} must be the schema of an object.")
     schema = schema_json({**parameters, "type": "object"}, f"{place}.parameters")
-    return Function(name, schema, place, function.get("strict") is True)
+    return Function(name, schema, place, strict)
 
 
 @dataclass(frozen=True)
 class _Style:
-    """How calls are written: one call, what comes between two, before the first and after the last."""
+    """How calls are written: the tag that begins a block, what comes between two calls, before the first and
+    after the last. edge_tag: one that may begin a block whose calls need none.
+    """
 
+    tag: str
     call: Callable[[Function], str]
-    between: str = '"\\n"'
+    between: str
     begin: str = ""
     end: str = ""
+    edge_tag: str = ""
 
 
 def _object(function: Function, arguments: str) -> str:
@@ -107,27 +143,34 @@ def _object(function: Function, arguments: str) -> str:
 
 def _qwen(writer: Writer) -> _Style:
     begin, end = writer.tag("<tool_call>"), writer.tag("</tool_call>")
-    return _Style(lambda function: f'{begin} "\\n" {_object(function, "arguments")} "\\n" {end}')
+    return _Style(
+        "<tool_call>",
+        lambda function: f'"\\n" {_object(function, "arguments")} "\\n" {end}',
+        between=f'"\\n" {begin}',
+    )
 
 
 def _internlm(writer: Writer) -> _Style:
-    begin = f"{writer.tag('<|action_start|>')} {writer.tag('<|plugin|>')}"
-    end = writer.tag("<|action_end|>")
-    return _Style(lambda function: f'{begin} "\\n"? {_object(function, "parameters")} "\\n"? {end}')
+    begin, plugin, end = map(writer.tag, ("<|action_start|>", "<|plugin|>", "<|action_end|>"))
+    return _Style(
+        "<|action_start|>",
+        lambda function: f'{plugin} "\\n"? {_object(function, "parameters")} "\\n"? {end}',
+        between=f'"\\n" {begin}',
+    )
 
 
 def _llama3(_: Writer) -> _Style:
-    return _Style(lambda function: _object(function, "parameters"), between='"; "')
+    return _Style("", partial(_object, arguments="parameters"), between='"; "', edge_tag="<|python_tag|>")
 
 
 def _mistral(writer: Writer) -> _Style:
     """The vocabulary tells the format's age: a list of objects, or later a block for each call."""
-    mark = writer.tag("[TOOL_CALLS]")
+    tag = "[TOOL_CALLS]"
     if writer.special("[ARGS]") is None:
         call = partial(_object, arguments="arguments")
-        return _Style(call, between='", "', begin=f'{mark} " "? "["', end='"]"')
+        return _Style(tag, call, between='", "', begin='" "? "["', end='"]"')
     args = writer.tag("[ARGS]")
-    return _Style(lambda f: f"{mark} {literal(f.name)} {args} {f.json()}", between="")
+    return _Style(tag, lambda f: f"{literal(f.name)} {args} {f.json()}", between=writer.tag(tag))
 
 
 def _deepseek_v3(writer: Writer) -> _Style:
@@ -140,8 +183,7 @@ def _deepseek_v3(writer: Writer) -> _Style:
         fenced = f'"function" {sep} {fence} {arguments} "\\n```"'
         return f"{begin} ({fenced} | {literal(function.name)} {sep} {arguments}) {end}"
 
-    marks = (writer.tag(f"<｜tool▁calls▁{word}｜>") for word in ("begin", "end"))
-    return _Style(call, '"\\n"?', *marks)
+    return _Style("<｜tool▁calls▁begin｜>", call, '"\\n"?', end=writer.tag("<｜tool▁calls▁end｜>"))
 
 
 def _kimi_k2(writer: Writer) -> _Style:
@@ -153,13 +195,16 @@ def _kimi_k2(writer: Writer) -> _Style:
         number = literal(f"functions.{function.name}:")
         return f"{begin} {number} /[0-9]/ {argument} {function.json()} {end}"
 
-    marks = (writer.tag(f"<|tool_calls_section_{word}|>") for word in ("begin", "end"))
-    return _Style(call, "", *marks)
+    return _Style("<|tool_calls_section_begin|>", call, "", end=writer.tag("<|tool_calls_section_end|>"))
 
 
 def _minimax_m2(writer: Writer) -> _Style:
-    begin, end = writer.tag("<minimax:tool_call>"), writer.tag("</minimax:tool_call>")
-    return _Style(partial(minimax_m2_call, writer), "", f'{begin} "\\n"', end)
+    end = writer.tag("</minimax:tool_call>")
+    return _Style("<minimax:tool_call>", partial(minimax_m2_call, writer), "", begin='"\\n"', end=end)
+
+
+def _tagged(call: Callable[[Writer, Function], str], writer: Writer) -> _Style:
+    return _Style("<tool_call>", partial(call, writer), between=f'"\\n" {writer.tag("<tool_call>")}')
 
 
 _STYLES: dict[ToolFormat, Callable[[Writer], _Style]] = {
@@ -170,6 +215,6 @@ _STYLES: dict[ToolFormat, Callable[[Writer], _Style]] = {
     json_formats.DEEPSEEK_V3: _deepseek_v3,
     json_formats.KIMI_K2: _kimi_k2,
     xml_formats.MINIMAX_M2: _minimax_m2,
-    xml_formats.QWEN3CODER: lambda writer: _Style(partial(qwen3coder_call, writer)),
-    xml_formats.GLM4: lambda writer: _Style(partial(glm4_call, writer)),
+    xml_formats.QWEN3CODER: partial(_tagged, qwen3coder_call),
+    xml_formats.GLM4: partial(_tagged, glm4_call),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from lmdeploy_jax import __version__
 from lmdeploy_jax.server.anthropic import route as anthropic
@@ -11,13 +12,15 @@ from lmdeploy_jax.server.completions import route as completions
 from lmdeploy_jax.server.embeddings import route as embeddings
 from lmdeploy_jax.server.errors import install_handlers
 from lmdeploy_jax.server.http.middleware import Authentication, BodyLimit, ConcurrencyLimit, ServerErrors
+from lmdeploy_jax.server.http.paths import TolerantPaths
+from lmdeploy_jax.server.http.request_ids import HEADERS, RequestIds
 from lmdeploy_jax.server.native import route as native
 from lmdeploy_jax.server.openai_chat import route as openai_chat
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.page import route as page
 from lmdeploy_jax.server.responses import route as responses
 from lmdeploy_jax.server.responses.store import ResponseStore
-from lmdeploy_jax.server.routes import admin, health, metrics, models
+from lmdeploy_jax.server.routes import admin, audio, health, metrics, models
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.tokens import route as tokens
 
@@ -36,6 +39,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     metrics.router,
     admin.router,
     page.router,
+    audio.router,
 )
 
 
@@ -59,6 +63,10 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
+def _paths() -> list[str]:
+    return [route.path for router in ROUTERS for route in router.routes if isinstance(route, Route)]
+
+
 def _install_middleware(app: FastAPI, options: ServerOptions, max_body_size: int) -> None:
     """The last one added is the outermost."""
     if options.max_concurrent_requests is not None:
@@ -73,4 +81,7 @@ def _install_middleware(app: FastAPI, options: ServerOptions, max_body_size: int
         allow_methods=options.allow_methods,
         allow_headers=options.allow_headers,
         allow_credentials=options.allow_credentials,
+        expose_headers=HEADERS,
     )
+    app.add_middleware(TolerantPaths, routes=_paths())
+    app.add_middleware(RequestIds)

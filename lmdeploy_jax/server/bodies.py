@@ -9,6 +9,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchem
 from lmdeploy_jax.text.conversation import without_nulls
 
 Count = Annotated[int, Field(ge=0)]
+Length = (
+    Annotated[int, Field(ge=1)] | Literal[-1]
+)  # in tokens; -1 is as far as the context goes, as in llama.cpp
+TopK = Annotated[int, Field(ge=-1)]  # 0 switches it off, and so does vLLM's and transformers' -1
+TopP = Annotated[float, Field(ge=0, le=1)]
 CacheSalt = Annotated[str, Field(min_length=1)]  # cached prompts are shared only under the same one
 MAX_BIAS = 100.0
 _LARGE, _SHOWN = 1000, 50
@@ -69,8 +74,8 @@ class SamplingFields(ProtocolModel):
     """
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Count | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -82,7 +87,7 @@ class SamplingFields(ProtocolModel):
     stop_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     logit_bias: Annotated[dict[int, float], BeforeValidator(_quickly_checked)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Length | None = None
     min_new_tokens: Count | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -91,43 +96,30 @@ class SamplingFields(ProtocolModel):
 
     def sampling(self) -> dict[str, Any]:
         """As fields of a GenerationConfig, None for what is left open."""
-        same = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+        same = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
                 "repetition_penalty", "repetition_ngram_size", "repetition_ngram_threshold", "stop_token_ids",
                 "bad_words", "min_new_tokens", "ignore_eos", "skip_special_tokens",
                 "spaces_between_special_tokens", "include_stop_str_in_output")  # fmt: skip
         return {name: getattr(self, name) for name in same} | {
-            "max_new_tokens": self.max_tokens,
+            "top_k": width(self.top_k),
+            "max_new_tokens": length(self.max_tokens),
             "random_seed": None if self.seed is None else self.seed & 0xFFFFFFFF,
             "stop_words": [self.stop] if isinstance(self.stop, str) else self.stop,
             "logit_bias": _clamped(self.logit_bias),
         }
 
 
+def length(tokens: int | None) -> int | None:
+    """None for as many as there is room for."""
+    return None if tokens == -1 else tokens
+
+
+def width(top_k: int | None) -> int | None:
+    """0 for no limit, None for what is left open."""
+    return None if top_k is None else max(0, top_k)
+
+
 def _clamped(bias: dict[int, float] | None) -> dict[int, float] | None:
     if bias is None:
         return None
     return {token: max(-MAX_BIAS, min(MAX_BIAS, value)) for token, value in bias.items()}
-
-
-class JsonSchema(ProtocolModel):
-    """A named JSON schema. It is enforced, `strict` or not."""
-
-    name: str = "answer"
-    description: str | None = None
-    json_schema: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(ProtocolModel):
-    """The form that an answer is held to; see docs/structured_output.md."""
-
-    type: Literal["text", "json_object", "json_schema", "regex_schema", "regex", "choice", "grammar"]
-    json_schema: JsonSchema | None = None
-    regex_schema: str | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-
-    def as_dict(self) -> dict[str, Any] | None:
-        """As `GenerationConfig.response_format` has it."""
-        return None if self.type == "text" else self.model_dump(by_alias=True, exclude_none=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,6 +25,7 @@ from lmdeploy_jax.errors import (
 )
 from lmdeploy_jax.logs import shortened
 from lmdeploy_jax.messages import Response
+from lmdeploy_jax.server.http.request_ids import REQUEST_ID
 
 logger = logging.getLogger("lmdeploy_jax")
 
@@ -55,15 +58,51 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
 
-def as_api_error(error: BaseException) -> ApiError:
+def openai_body(error: ApiError) -> dict[str, Any]:
+    """OpenAI's nested error object."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a protocol tells errors. render: the body; prompt: its field for what the model reads; names: its
+    own ones for fields of `GenerationConfig`; too_long: what it says of a prompt beyond the context.
+    """
+
+    render: Callable[[ApiError], dict[str, Any]] = openai_body
+    prompt: str = "messages"
+    names: Mapping[str, str] = field(
+        default_factory=lambda: {"stop_words": "stop", "max_new_tokens": "max_tokens", "random_seed": "seed"}
+    )
+    too_long: Callable[[ContextLengthError], str] = str
+
+
+OPENAI = Dialect()
+_DIALECTS: dict[str, Dialect] = {}
+
+
+def register_dialect(path: str, dialect: Dialect) -> None:
+    """The errors of all routes under `path` are told so, and not as those of OpenAI's chat completions."""
+    _DIALECTS[path] = dialect
+
+
+def dialect_of(path: str) -> Dialect:
+    """The dialect of the protocol that `path` belongs to."""
+    for prefix, dialect in _DIALECTS.items():
+        if path == prefix or path.startswith(prefix + "/"):
+            return dialect
+    return OPENAI
+
+
+def as_api_error(error: BaseException, dialect: Dialect = OPENAI) -> ApiError:
     """Any exception as what the client is told. What nobody foresaw is logged, and its text kept inside."""
     match error:
         case ApiError():
             return error
-        case ConfigError():  # a field of GenerationConfig, which requests name by itself
-            return ApiError(400, str(error).removeprefix("GenerationConfig."), code=error.code)
+        case ConfigError():
+            return _named_by_the_request(error, dialect)
         case ContextLengthError():
-            return ApiError(400, str(error), param="messages", code=error.code)
+            return ApiError(400, dialect.too_long(error), param=dialect.prompt, code=error.code)
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
         case EngineError():
@@ -72,15 +111,25 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(500, str(error), code=error.code)
         case RecursionError():
             return ApiError(400, "The request is nested too deeply.", code="invalid_value")
-    logger.error("a request failed", exc_info=error)
+    logger.error("request %s failed", REQUEST_ID.get(), exc_info=error)
     return ApiError(500, "An internal server error occurred.", code="internal_error")
+
+
+def _named_by_the_request(error: ConfigError, dialect: Dialect) -> ApiError:
+    """A field of `GenerationConfig` has another name in requests, by which their errors call it."""
+    told = str(error)
+    found = re.match(r"GenerationConfig\.(\w+)", told)
+    if found is None:
+        return ApiError(400, told, code=error.code)
+    name = dialect.names.get(found[1], found[1])
+    return ApiError(400, name + told[found.end() :], param=name, code=error.code)
 
 
 def failed_answer(code: str | None, message: str | None) -> ApiError:
     """The error that a `Response` with finish_reason "error" stands for."""
     status = _STATUS.get(code or "", 400)
     if code == LmdeployError.code:
-        logger.error("a request failed: %s", message)
+        logger.error("request %s failed: %s", REQUEST_ID.get(), message)
         message = "An internal server error occurred."
     return ApiError(status, message or "The request failed.", code=code)
 
@@ -98,36 +147,14 @@ def own_failure(piece: Response) -> ApiError | None:
     return error
 
 
-def openai_body(error: ApiError) -> dict[str, Any]:
-    """OpenAI's nested error object."""
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
-
-
 def choice_error(error: ApiError | None) -> dict[str, Any]:
     """A choice's own error, for a choice that has one. Beside the choices, clients would throw it."""
     return {} if error is None else openai_body(error)
 
 
-Renderer = Callable[[ApiError], dict[str, Any]]
-_RENDERERS: dict[str, Renderer] = {}
-
-
-def register_renderer(path: str, renderer: Renderer) -> None:
-    """Gives the errors of all routes under `path` another shape than OpenAI's."""
-    _RENDERERS[path] = renderer
-
-
-def error_body(path: str, error: ApiError) -> dict[str, Any]:
-    """The error in the shape of the protocol that `path` belongs to."""
-    for prefix, renderer in _RENDERERS.items():
-        if path == prefix or path.startswith(prefix + "/"):
-            return renderer(error)
-    return openai_body(error)
-
-
 def error_response(path: str, error: ApiError) -> HttpResponse:
-    """The HTTP response that tells of the error."""
-    body = json.dumps(error_body(path, error)).encode()
+    """The HTTP response that tells of the error, in the shape of the protocol that `path` belongs to."""
+    body = json.dumps(dialect_of(path).render(error)).encode()
     return HttpResponse(body, error.status, error.headers, media_type="application/json")
 
 
@@ -135,11 +162,12 @@ def install_handlers(app: FastAPI) -> None:
     """Every error of a route, the framework's too, gets its protocol's shape."""
 
     async def tell(request: Request, error: Exception) -> HttpResponse:
-        return error_response(request.url.path, as_api_error(error))
+        path = request.url.path
+        return error_response(path, as_api_error(error, dialect_of(path)))
 
     async def invalid(request: Request, error: Exception) -> HttpResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(request.url.path, validation_error(error.errors()))
+        return error_response(request.url.path, validation_error(error.errors(), error.body))
 
     async def http(request: Request, error: Exception) -> HttpResponse:
         assert isinstance(error, HTTPException)
@@ -156,12 +184,44 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, gone)
 
 
-def validation_error(errors: Any) -> ApiError:
-    """400 with the first fault that pydantic found; `param` is the path of the field."""
+def validation_error(errors: Sequence[Any], body: Any) -> ApiError:
+    """400 with the first fault that pydantic found in the body; `param` is the path of the field.
+
+    Where a value fits none of several types, there is one error a type: that tells most which came furthest.
+    """
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
-    place = [str(part) for part in first["loc"] if part not in ("body", "query")]
-    param = ".".join(place) or None
+    if first["loc"] == ("body",) and first["type"] == "missing":
+        return ApiError(400, "The body is empty: send a JSON object.", code="invalid_json")
+    field = _place(first, body)[:1]
+    rivals = [error for error in errors if _place(error, body)[:1] == field]
+    told = max(rivals, key=lambda error: _reach(_place(error, body)))
+    param = ".".join(_place(told, body)) or None
     where = f"{param}: " if param else "The body: "
-    return ApiError(400, where + first["msg"], param=param, code="invalid_value")
+    return ApiError(400, where + told["msg"], param=param, code="invalid_value")
+
+
+def _reach(place: Sequence[str]) -> tuple[int, list[int]]:
+    """How far a check came before its fault: how deep, and then how far along lists."""
+    return len(place), [int(part) for part in place if part.isdecimal()]
+
+
+def _place(error: Any, body: Any) -> list[str]:
+    """The path to a fault, without the names that pydantic puts between for the types it has tried."""
+    root, *steps = error["loc"]
+    if root != "body":
+        return list(map(str, steps))
+    place: list[str] = []
+    for part in steps:
+        inner = _at(body, part)
+        if inner is not None or (part is steps[-1] and error["type"] == "missing"):
+            place.append(str(part))
+            body = inner
+    return place
+
+
+def _at(body: Any, part: Any) -> Any:
+    if isinstance(body, dict):
+        return body.get(part)
+    return body[part] if isinstance(body, list) and isinstance(part, int) and part < len(body) else None

@@ -15,6 +15,11 @@ def finite(logprob: float) -> float:
     return logprob if logprob > MIN_LOGPROB else MIN_LOGPROB
 
 
+def sampled_logprobs(ids: Sequence[int], entries: Sequence[TopLogprobs]) -> list[list[float]]:
+    """The log-probability of each token with its id, LMDeploy's `output_token_logprobs`."""
+    return [[finite(entry[i]), i] for i, entry in zip(ids, entries, strict=False)]
+
+
 def chat_logprobs(
     tokenizer: Tokenizer, ids: Sequence[int], entries: Sequence[TopLogprobs], top: int
 ) -> list[dict[str, Any]]:

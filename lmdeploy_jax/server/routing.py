@@ -60,8 +60,9 @@ class JsonRoute(APIRoute):
 def _check_type(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        message = f"Unsupported media type {kind!r}: send the body as application/json."
-        raise ApiError(400, message, code="unsupported_media_type")
+        found = f"is {kind!r}" if kind else "is missing"
+        message = f"The header content-type {found}: send the body as 'content-type: application/json'."
+        raise ApiError(415, message, code="unsupported_media_type")
 
 
 def service_of(request: Request) -> Service:
@@ -80,6 +81,7 @@ def check_fields(service: Service, body: ProtocolModel, refused: dict[str, str] 
     for name, remedy in (refused or {}).items():
         if extra.get(name):
             raise ApiError(400, f"{name} is not supported: {remedy}", param=name, code="unsupported_field")
+    extra = {name: value for name, value in extra.items() if name not in (refused or {})}
     if extra and service.options.strict:
         name = next(iter(extra))
         raise ApiError(400, f"{name}: unknown field.", param=name, code="unknown_field")

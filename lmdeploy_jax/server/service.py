@@ -35,7 +35,7 @@ class _Entry:
 
     answers: int
     name: str | None  # the id that the client sees
-    session_id: int | None  # the client's own
+    session_id: int | str | None  # the client's own
 
 
 class Service:
@@ -84,7 +84,7 @@ class Service:
         return name or self.models[0]
 
     async def answer(
-        self, call: ChatCall, *, stream: bool, name: str | None = None, session_id: int | None = None
+        self, call: ChatCall, *, stream: bool, name: str | None = None, session_id: int | str | None = None
     ) -> Answers:
         """The answers to a chat call, once their first pieces have come, so that faults before have a status.
 
@@ -103,7 +103,7 @@ class Service:
         *,
         stream: bool,
         name: str | None = None,
-        session_id: int | None = None,
+        session_id: int | str | None = None,
         cache_salt: str = "",
     ) -> Generation:
         """What continues texts as they are, or prompts in tokens; otherwise as `answer`."""
@@ -112,7 +112,9 @@ class Service:
         await generation.start(partial(submit, prompts, config, stream=stream, cache_salt=cache_salt))
         return generation
 
-    def admit(self, answers: int, *, name: str | None = None, session_id: int | None = None) -> Generation:
+    def admit(
+        self, answers: int, *, name: str | None = None, session_id: int | str | None = None
+    ) -> Generation:
         """Room for so many answers; who gets it must `start` it. Raises `ApiError` where there is none."""
         self._check_room(answers)
         metrics = None if self.metrics is None else RequestMetrics(self.metrics)
@@ -146,7 +148,7 @@ class Service:
         self.running -= self._live.pop(generation).answers
 
     def abort(
-        self, *, name: str | None = None, session_id: int | None = None, everything: bool = False
+        self, *, name: str | None = None, session_id: int | str | None = None, everything: bool = False
     ) -> int:
         """End the generations of a name or session, or all; returns how many.
 

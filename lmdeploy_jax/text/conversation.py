@@ -11,7 +11,7 @@ from typing import Any
 from lmdeploy_jax.errors import RequestError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-TEXT_PARTS = ("text", "input_text", "output_text")
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 MEDIA_PARTS = {
     "image": "images", "image_url": "images", "input_image": "images", "image_data": "images",
     "video": "videos", "video_url": "videos",
@@ -145,15 +145,20 @@ def _part(part: Any, where: str, images: bool) -> str | ImagePart:
         if images and MEDIA_PARTS[kind] in MADE:
             return _media(part, kind, where)
         raise _unsupported(MEDIA_PARTS[kind], where)
-    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-        raise RequestError(
-            f"{where}: a part of type {kind!r} is not supported. Use {{'type': 'text', 'text': ...}}."
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if kind not in TEXT_PARTS or not isinstance(text, str):
+        problem = (
+            f"{kind}={text!r:.100} is no text"
+            if kind in TEXT_PARTS
+            else f"a part of type {kind!r} is not supported"
         )
-    return part["text"]
+        raise RequestError(f"{where}: {problem}. Use {{'type': 'text', 'text': ...}}.", param=where)
+    return text
 
 
 def _unsupported(media: str, where: str) -> RequestError:
-    return RequestError(f"{where}: {media} are not supported by this model.", param=where)
+    verb = "is" if media == "audio" else "are"
+    return RequestError(f"{where}: {media} {verb} not supported by this model.", param=where)
 
 
 def _media(part: Mapping[str, Any], kind: str, where: str) -> ImagePart:

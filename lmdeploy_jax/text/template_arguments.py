@@ -12,6 +12,8 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 SWITCHES = ("add_generation_prompt", "continue_final_message")  # say how the prompt ends
 _RESERVED = ("messages", "tools", "template", "self")
 _THINKING = ("enable_thinking", "thinking")  # Qwen's and GLM's name for the switch, and DeepSeek's
+_EFFORT = "reasoning_effort"
+_NO_THOUGHT = ("none", "minimal")  # efforts that are no thinking, where a template can only switch it
 
 Tool = dict[str, Any]  # {"type": "function", "function": {"name": …, "parameters": …}}
 
@@ -52,6 +54,21 @@ def checked_variables(given: Any) -> dict[str, Any]:
         _check_variable(name, value)
     no_thinking = {"enable_thinking": False} if variables.get("reasoning_effort") == "none" else {}
     return no_thinking | variables
+
+
+def for_template(variables: Mapping[str, Any], reads: frozenset[str]) -> dict[str, Any]:
+    """The variables with the switch of thinking by the names that the template reads. Where it knows no
+    efforts, an effort is a switch too.
+    """
+    own = [name for name in _THINKING if name in reads]
+    rest = {name: value for name, value in variables.items() if name not in _THINKING}
+    given = next((variables[name] for name in _THINKING if name in variables), None)
+    if own and _EFFORT not in reads and _EFFORT in rest:
+        effort = rest.pop(_EFFORT)
+        given = effort not in _NO_THOUGHT if given is None else given
+    if given is None or not own:
+        return dict(variables)
+    return rest | {name: variables.get(name, given) for name in own}
 
 
 def _check_variable(name: Any, value: Any) -> None:

@@ -218,3 +218,64 @@ def test_a_format_of_ones_own_has_no_grammar(plain):
         register_tool_format("guided-test", lambda: ToolFormat(("<call>",), lambda block: block.close("x")))
     with pytest.raises(RequestError, match="no grammar; use 'auto'"):
         tool_grammar(tool_format("guided-test"), TOOLS, plain)
+
+
+def begun(grammar, tokenizer, text: str) -> list[int]:
+    """How a model says something in a grammar that allows it: token by token, where there are such tokens."""
+    ids = tokenizer.encode(text, add_bos=False, add_special_tokens=False)
+    matcher = grammar.matcher([tokenizer.eos_token_id])
+    for i in ids:
+        matcher.advance(i)
+    return ids
+
+
+STRICT = {"function": TOOLS[0]["function"] | {"strict": True}}
+LOOSE = {"function": {"name": "now", "parameters": {"type": "int"}}}
+LOOSE_CALLS = {
+    "qwen3coder": "<tool_call>\n<function=now>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+    "glm4": "<tool_call>now\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+    "minimax_m2": '<minimax:tool_call>\n<invoke name="now">\n<parameter name="a">1</parameter>\n</invoke>\n'
+    "</minimax:tool_call>",
+}
+
+
+@pytest.mark.parametrize("name", LOOSE_CALLS)
+def test_arguments_for_a_tool_that_is_not_strict_are_the_models_own(name, plain):
+    style = tool_format(name)
+    grammar = grammars_of(plain).compile(tool_grammar(style, [STRICT, LOOSE], plain, required=False))
+    text = text_of(begun(grammar, plain, f"Well.\n{LOOSE_CALLS[name]}\nSo."), plain)
+    parser = AnswerParser(None, style, SCHEMAS)
+    answer = collect(parser.feed(text) + parser.finish())
+    assert [call.name for call in answer.tool_calls] == ["now"]
+    with pytest.raises(RequestError, match="not in the answer's grammar"):
+        begun(grammar, plain, f"Well.\n{LOOSE_CALLS[name].replace('now', 'later')}")
+
+
+@pytest.mark.parametrize("vocabulary", ["plain", "special"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_call_that_is_begun_amid_talk_is_one_of_a_tool_and_fits_where_it_is_strict(
+    name, vocabulary, request
+):
+    tokenizer, style = request.getfixturevalue(vocabulary), tool_format(name)
+    tools = [STRICT] if name in LOOSE_CALLS else [STRICT, LOOSE]
+    grammar = grammars_of(tokenizer).compile(tool_grammar(style, tools, tokenizer, required=False))
+    stop = tokenizer.eos_token_id
+    assert stop in allowed(grammar.matcher([stop]), len(tokenizer)), "it may say nothing"
+    lead = f"Let me see, {{x}} < 3.\n{style.open_tags[0]}"
+    called = set()
+    for seed in range(8):
+        matcher, ids = grammar.matcher([stop]), begun(grammar, tokenizer, lead)
+        for i in ids:
+            matcher.advance(i)
+        assert stop not in allowed(matcher, len(tokenizer)), "a call that is begun is ended"
+        ids += walk(grammar, tokenizer, len(tokenizer) + 3, random.Random(seed), ids)
+        parser = AnswerParser(None, style, SCHEMAS)
+        answer = collect(parser.feed(text_of(ids, tokenizer)) + parser.finish())
+        assert answer.content.startswith("Let me see, {x} < 3.")
+        calls = answer.tool_calls
+        called |= {call.name for call in calls}
+        for call in calls:
+            if call.name == "get_weather":
+                jsonschema.validate(json.loads(call.arguments), WEATHER)
+    assert "get_weather" in called
+    assert called <= {"get_weather", "now"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -29,11 +30,18 @@ def closing_tokens(tokenizer: Tokenizer) -> set[int]:
     return {i for i in range(len(tokenizer)) if CLOSING & set(tokenizer.token_text(i))}
 
 
-def walk(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int, rng: random.Random) -> list[int]:
-    """Tokens of one answer, without the end; half of the steps favour what may close something."""
+def walk(
+    grammar: Grammar, tokenizer: Tokenizer, vocab_size: int, rng: random.Random, said: Sequence[int] = ()
+) -> list[int]:
+    """Tokens of one answer, without the end; half of the steps favour what may close something.
+
+    said: how the answer begins.
+    """
     end = tokenizer.eos_token_id
     assert end is not None
     matcher, ids = grammar.matcher([end]), []
+    for token in said:
+        matcher.advance(token)
     favoured = closing_tokens(tokenizer) | {end}
     while not matcher.complete:
         assert len(ids) < LIMIT, tokenizer.decode(ids, skip_special_tokens=False)

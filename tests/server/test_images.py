@@ -223,7 +223,9 @@ def test_strangers_reach_nothing_on_this_machine(ask, seeing, site):
 
 def test_more_images_than_the_context_holds(sees):
     many = asked(DATA)[0]["content"] * 200
-    with pytest.raises(openai.BadRequestError, match="must be smaller than the model context length"):
+    with pytest.raises(
+        openai.BadRequestError, match=r"This model's maximum context length is \d+ tokens.* tokens of images"
+    ):
         chat(sees, None, messages=[{"role": "user", "content": many}])
 
 

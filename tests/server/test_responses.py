@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.responses.store import ResponseStore
+from lmdeploy_jax.server.responses.store import ResponseStore, StoredResponse
 
 MODEL = "tiny-chat"
 CALCULATOR = {
@@ -76,8 +76,8 @@ def test_what_is_not_stored_is_not_found(client):
 def test_the_store_is_bounded():
     store = ResponseStore(2)
     for id in "abc":
-        store.put(id, [{"role": "user", "content": id}])
-    assert store.get("c")[0]["content"] == "c"
+        store.put(id, StoredResponse([{"role": "user", "content": id}]))
+    assert store.get("c").messages[0]["content"] == "c"
     with pytest.raises(ApiError, match="is forgotten"):
         store.get("a")
 
@@ -132,10 +132,71 @@ def test_instructions_lead(client):
         ({"input": [{"type": "image_generation_call"}]}, "image_generation_call"),
         ({"background": True}, "background"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "web_search"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]},
+            r"content\[0\].text=5",
+        ),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
 )
 def test_what_is_refused(client, fields, match):
     with pytest.raises(openai.BadRequestError, match=match):
         respond(client, **fields)
+
+
+def test_a_response_that_is_kept_can_be_read_and_deleted(client):
+    first = respond(
+        client, [{"role": "user", "content": "My name is Anna."}, {"role": "user", "content": "Hi"}]
+    )
+    streamed = list(respond(client, "More", stream=True, previous_response_id=first.id))[-1].response
+    assert client.responses.retrieve(first.id).model_dump() == first.model_dump()
+    assert client.responses.retrieve(streamed.id).output == streamed.output
+    items = client.responses.input_items.list(first.id, order="asc").data
+    assert [item.content[0].text for item in items] == ["My name is Anna.", "Hi"]
+    page = client.responses.input_items.list(first.id, limit=1)
+    assert (page.data[0].id, page.has_more) == (items[1].id, True)
+    rest = client.responses.input_items.list(first.id, limit=1, after=items[1].id)
+    assert (rest.data[0].id, rest.has_more) == (items[0].id, False)
+    with pytest.raises(openai.BadRequestError, match="ended already, as completed"):
+        client.responses.cancel(first.id)
+    client.responses.delete(first.id)
+    for look in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
+        with pytest.raises(openai.NotFoundError, match="is kept"):
+            look(first.id)
+    assert client.responses.retrieve(streamed.id).id == streamed.id, "others stay"
+
+
+def test_a_response_that_is_being_made_can_be_cancelled(live, client):
+    stream = respond(client, "Tell me a story.", stream=True, extra_body={"ignore_eos": True})
+    first = next(iter(stream))
+    cancelled = client.responses.cancel(first.response.id)
+    assert (cancelled.id, cancelled.status) == (first.response.id, "cancelled")
+    last = list(stream)[-1].response
+    assert last.status == "cancelled"
+
+
+def test_input_tokens_are_those_of_the_prompt(client):
+    fields = {"tools": [CALCULATOR], "instructions": "Be brief."}
+    used = respond(client, **fields).usage.input_tokens
+    counted = client.responses.input_tokens.count(model=MODEL, input="What is 12 + 30?", **fields)
+    assert counted.input_tokens == used
+
+
+def test_an_empty_answer_is_the_same_streamed(client):
+    fields = {"input": "What is 1 + 2?", "extra_body": {"stop": ["3"]}}
+    whole = respond(client, **fields)
+    streamed = list(respond(client, stream=True, **fields))[-1].response
+    shape = [(item.type, item.content[0].text) for item in whole.output]
+    assert shape == [("message", "")] == [(item.type, item.content[0].text) for item in streamed.output]
+
+
+def test_a_strict_tool_is_held_to_its_schema_though_the_model_chose_it(client):
+    """By itself the model leaves `unit` out."""
+    properties = {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["c", "f"]}}
+    parameters = {"type": "object", "properties": properties, "required": ["city", "unit"]}
+    weather = {"type": "function", "name": "get_weather", "parameters": parameters, "strict": True}
+    response = respond(client, "What is the weather in Paris?", tools=[weather])
+    (call,) = response.output
+    assert set(json.loads(call.arguments)) == {"city", "unit"}

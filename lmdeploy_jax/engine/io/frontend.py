@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from lmdeploy_jax.text.chat_template import ChatTemplate
 from lmdeploy_jax.text.conversation import Message
 from lmdeploy_jax.text.jinja_template import HfChatTemplate
 from lmdeploy_jax.text.prompts import Prompt
-from lmdeploy_jax.text.template_arguments import SWITCHES, checked_tools, checked_variables
+from lmdeploy_jax.text.template_arguments import SWITCHES, checked_tools, checked_variables, for_template
 from lmdeploy_jax.text.tokenizer import Tokenizer
 from lmdeploy_jax.vision.access import MediaAccess
 
@@ -151,11 +151,16 @@ class Frontend:
             return self.encode_text(expand(text), to_count=to_count)
         if prompt.text is not None:
             messages = [{"role": "user", "content": prompt.text}]
-        self._warn_of_unread(options.template_kwargs)
-        text = self.template.render(messages, tools=options.tools, **options.template_kwargs)
+        variables = self.template_variables(options.template_kwargs)
+        self._warn_of_unread(variables)
+        text = self.template.render(messages, tools=options.tools, **variables)
         # A checkpoint's own template writes every special token itself, as transformers has it.
         complete = isinstance(self.template, HfChatTemplate)
         return self.encode_text(expand(text), add_special_tokens=not complete, to_count=to_count)
+
+    def template_variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Checked variables by the chat template's own names, see `for_template`."""
+        return for_template(given, self.template.reads) if given else {}
 
     def encode_raw(self, given: str | Sequence[int], cache_salt: str = "") -> EncodedPrompt:
         """A text as it is, without the chat template, or token ids. Raises as `encode` does."""
@@ -168,11 +173,12 @@ class Frontend:
         """`Tokenizer.encode` for a text of any length, see `encode`. Call it off the event loop."""
         most = self._most(to_count)
         if self.tokenizer.exceeds(text, most):
-            bound = "what is counted in one request" if to_count else "the model context length"
-            raise ContextLengthError(
-                f"Input length (a text of {len(text)} characters, more than {most} tokens) must be smaller "
-                f"than {bound} ({most})."
-            )
+            if to_count:
+                raise ContextLengthError(
+                    f"The input (a text of {len(text)} characters) has more than the {most} tokens that are "
+                    "counted in one request. Send it in parts."
+                )
+            raise ContextLengthError.of(f"more than {most} tokens (a text of {len(text)} characters)", most)
         return self.tokenizer.encode(text, add_bos=add_bos, add_special_tokens=add_special_tokens)
 
     def _most(self, to_count: bool) -> int:

@@ -195,10 +195,7 @@ def _naming(part: ImagePart) -> Iterator[None]:
 
 
 def _too_long(rows: int, most: int) -> ContextLengthError:
-    return ContextLengthError(
-        f"Input length (images of at least {rows} tokens) must be smaller than the model context length "
-        f"({most})."
-    )
+    return ContextLengthError.of(f"at least {rows} tokens of images", most)
 
 
 def _span(at: ImageSpan, image: ProcessedImage) -> Span:

@@ -7,12 +7,15 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmdeploy_jax.server.anthropic.bodies import MessagesRequest
 from lmdeploy_jax.server.anthropic.prompt import RAW_ARGUMENTS
 from lmdeploy_jax.server.chat.answers import Answers
 from lmdeploy_jax.server.chat.deltas import Answer, Delta, Finish
 from lmdeploy_jax.server.errors import ApiError, as_api_error
+from lmdeploy_jax.server.http.request_ids import REQUEST_ID
 from lmdeploy_jax.server.http.sse import event
 from lmdeploy_jax.server.ids import ToolCallIds
+from lmdeploy_jax.server.logprobs import sampled_logprobs
 from lmdeploy_jax.server.usage import Usage
 from lmdeploy_jax.text.parsers import (
     ContentDelta,
@@ -44,11 +47,38 @@ def error_body(error: ApiError) -> dict[str, Any]:
     """Anthropic's error object."""
     usual = "api_error" if error.status >= 500 else "invalid_request_error"
     told = {"type": _ERRORS.get(error.status, usual), "message": error.message}
-    return {"type": "error", "error": told | ({"code": error.code} if error.code else {})}
+    coded = told | ({"code": error.code} if error.code else {})
+    return {"type": "error", "error": coded, "request_id": REQUEST_ID.get() or None}
 
 
-def message(id: str, model: str, answer: Answer, usage: Usage, call_ids: ToolCallIds) -> dict[str, Any]:
+@dataclass
+class Tokens:
+    """An answer's tokens, as far as the request asks for them: LMDeploy's extensions."""
+
+    ids: list[int] | None
+    logprobs: list[list[float]] | None
+
+    @classmethod
+    def asked(cls, body: MessagesRequest) -> Tokens:
+        return cls([] if body.return_token_ids else None, [] if body.return_logprob else None)
+
+    def add(self, said: Answer | Delta) -> None:
+        if self.ids is not None:
+            self.ids += said.token_ids
+        if self.logprobs is not None and said.logprobs is not None:
+            self.logprobs += sampled_logprobs(said.token_ids, said.logprobs)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        fields = {"output_ids": self.ids, "output_token_logprobs": self.logprobs}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def message(
+    id: str, model: str, answer: Answer, usage: Usage, call_ids: ToolCallIds, tokens: Tokens
+) -> dict[str, Any]:
     """A complete answer."""
+    tokens.add(answer)
     parsed = answer.parsed
     content: list[dict[str, Any]] = []
     if parsed.reasoning:
@@ -59,7 +89,7 @@ def message(id: str, model: str, answer: Answer, usage: Usage, call_ids: ToolCal
         content.append(_tool_use(call_ids.new(), call.name, _input(call.arguments)))
     error = answer.finish.error
     failed = {} if error is None else {"error": error_body(error)["error"]}
-    return _envelope(id, model, usage) | {"content": content} | _ending(answer.finish) | failed
+    return _envelope(id, model, usage) | {"content": content} | _ending(answer.finish) | failed | tokens.told
 
 
 @dataclass
@@ -69,6 +99,7 @@ class EventWriter:
     id: str
     model: str
     call_ids: ToolCallIds
+    tokens: Tokens
     _index: int = -1  # of the block that is being written
     _block: tuple[str, int] | None = None  # its kind, and which call it is
     _begun: bool = field(default=False)
@@ -84,6 +115,7 @@ class EventWriter:
 
     def _write(self, delta: Delta, usage: Usage) -> bytes:
         """The events of what the answer has gained. The last ones come with its finish."""
+        self.tokens.add(delta)
         parts = [] if self._begun else [self._start(usage)]
         for said in delta.events:
             parts += self._event(said)
@@ -141,7 +173,7 @@ class EventWriter:
         return event("content_block_delta", body)
 
     def _end(self, finish: Finish, usage: Usage) -> list[bytes]:
-        body = {"type": "message_delta", "delta": _ending(finish), "usage": _usage(usage)}
+        body = {"type": "message_delta", "delta": _ending(finish), "usage": _usage(usage)} | self.tokens.told
         stop = event("message_stop", {"type": "message_stop"})
         return [*self._close(), event("message_delta", body), stop]
 

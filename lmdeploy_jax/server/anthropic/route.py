@@ -9,10 +9,10 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from lmdeploy_jax.messages import GenerationConfig
-from lmdeploy_jax.server.anthropic.answer import EventWriter, error_body, message
+from lmdeploy_jax.server.anthropic.answer import EventWriter, Tokens, error_body, message
 from lmdeploy_jax.server.anthropic.bodies import CountTokensRequest, MessagesRequest
 from lmdeploy_jax.server.anthropic.prompt import chat_call, sampling
-from lmdeploy_jax.server.errors import register_renderer
+from lmdeploy_jax.server.errors import Dialect, register_dialect
 from lmdeploy_jax.server.generation import in_thread
 from lmdeploy_jax.server.http.sse import EventStream
 from lmdeploy_jax.server.ids import ToolCallIds, new_id
@@ -23,10 +23,21 @@ CALL_IDS = ToolCallIds("toolu_")
 REFUSED = {
     "mcp_servers": "call the tools in your own client.",
     "container": "this server runs no containers.",
-    "input_ids": "use /generate for prompts in tokens.",
     "image_data": "use a content block of type image.",
+    "return_routed_experts": "routed experts are not reported.",
+    "compaction": "shorten the conversation in your own client.",
+    "fallbacks": "this server has one model.",
+    "fallback_credit_token": "this server has one model.",
+    "thread": "send the whole conversation.",
 }
-register_renderer("/v1/messages", error_body)
+register_dialect(
+    "/v1/messages",
+    Dialect(
+        render=error_body,
+        names={"stop_words": "stop_sequences", "max_new_tokens": "max_tokens"},
+        too_long=lambda error: f"prompt is too long: {error.length} > {error.limit} maximum",
+    ),
+)
 
 
 @router.post("/v1/messages", response_model=None)
@@ -37,11 +48,12 @@ async def messages(body: MessagesRequest, service: CurrentService) -> Response |
     config = service.defaults.config(sampling(body))
     call = chat_call(body, config, images=service.frontend.takes_images)
     id = new_id("msg").replace("-", "_")
-    answers = await service.answer(call, stream=body.stream)
+    answers = await service.answer(call, stream=body.stream, name=id)
+    tokens = Tokens.asked(body)
     if body.stream:
-        return EventStream(EventWriter(id, model, CALL_IDS).events(answers), answers.close)
+        return EventStream(EventWriter(id, model, CALL_IDS, tokens).events(answers), answers.close)
     (answer,) = await answers.complete()
-    return message(id, model, answer, answers.usage, CALL_IDS)
+    return message(id, model, answer, answers.usage, CALL_IDS, tokens)
 
 
 @router.post("/v1/messages/count_tokens")

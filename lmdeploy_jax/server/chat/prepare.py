@@ -13,7 +13,7 @@ from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
 from lmdeploy_jax.server.chat.reader import AnswerReader, ReaderFactory, ReasoningCounter
 from lmdeploy_jax.server.generation import Generation, Job
 from lmdeploy_jax.text.parsers import AnswerParser, ReasoningFormat, ToolFormat
-from lmdeploy_jax.text.template_arguments import Tool, checked_tools, thinking_is_off
+from lmdeploy_jax.text.template_arguments import Tool, checked_tools, checked_variables, thinking_is_off
 from lmdeploy_jax.vision.access import MediaAccess
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class Chat:
         if not call.chat:
             return Prepared(Job(prompt, call.config), partial(AnswerReader, config=call.config))
         started = self._starts_in_reasoning(prompt.ids)
-        thinks_not = thinking_is_off(call.template_kwargs)
+        thinks_not = thinking_is_off(
+            self._frontend.template_variables(checked_variables(call.template_kwargs))
+        )
         form = self._form(call, tools, started, thinks_not)
         skip = call.config.skip_special_tokens and not self._tags_are_special(bool(tools))
         config = replace(call.config, response_format=form, skip_special_tokens=skip)
@@ -110,13 +112,15 @@ class Chat:
         from lmdeploy_jax.guided import after_reasoning, tool_grammar
 
         form = call.config.response_format
-        if tools and call.tool_choice.mode == "required":
+        required = call.tool_choice.mode == "required"
+        if tools and (required or (form is None and self._promises(tools))):
             assert self.tools is not None
             return tool_grammar(
                 self.tools,
                 tools,
                 self._tokenizer,
                 name=call.tool_choice.name,
+                required=required,
                 parallel=call.parallel_tool_calls,
                 reasoning=self.reasoning,
                 starts_in_reasoning=started,
@@ -130,6 +134,13 @@ class Chat:
         if form is None or self.reasoning is None:
             return form
         return after_reasoning(form, self._tokenizer, self.reasoning, started, thinks_not)
+
+    def _promises(self, tools: Sequence[Tool]) -> bool:
+        """Whether calls must be watched, since the arguments of some have been promised to fit."""
+        from lmdeploy_jax.guided import has_grammar
+
+        assert self.tools is not None
+        return has_grammar(self.tools) and any(tool["function"].get("strict") is True for tool in tools)
 
     def _tags_are_special(self, with_tools: bool) -> bool:
         """Whether leaving special tokens out of the text would hide the tags from the parser."""

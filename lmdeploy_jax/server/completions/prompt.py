@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lmdeploy_jax.engine.io.sampling_defaults import SamplingDefaults
 from lmdeploy_jax.messages import GenerationConfig
+from lmdeploy_jax.server.bodies import length
 from lmdeploy_jax.server.completions.bodies import CompletionRequest
 from lmdeploy_jax.server.errors import ApiError
 
@@ -26,10 +27,10 @@ def generation_config(body: CompletionRequest, defaults: SamplingDefaults) -> Ge
     """Raises `ConfigError`."""
     given = body.sampling() | {
         "n": body.n,
-        "max_new_tokens": 1 if body.length == 0 else body.length,
+        "max_new_tokens": 1 if body.length == 0 else length(body.length),
         "logprobs": body.logprobs,
         "prompt_logprobs": body.logprobs if body.echo else None,
-        "response_format": body.response_format and body.response_format.as_dict(),
+        "response_format": body.form(),
     }
     return defaults.config(given)
 

@@ -9,11 +9,13 @@ from starlette.responses import Response
 from lmdeploy_jax.server.completions.answer import CompletionWriter, completion_shape
 from lmdeploy_jax.server.completions.bodies import CompletionRequest
 from lmdeploy_jax.server.completions.prompt import check, generation_config, prompts_of
+from lmdeploy_jax.server.errors import Dialect, register_dialect
 from lmdeploy_jax.server.http.sse import EventStream, openai_events
 from lmdeploy_jax.server.ids import new_id
 from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields
 
 router = APIRouter(tags=["completions"], route_class=JsonRoute)
+register_dialect("/v1/completions", Dialect(prompt="prompt"))
 
 
 @router.post("/v1/completions", response_model=None)

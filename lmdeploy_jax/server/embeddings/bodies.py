@@ -25,7 +25,7 @@ class PoolingRequest(ProtocolModel):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
-    user: str | None = None  # about the client's own bookkeeping
+    user: Any = None  # about the client's own bookkeeping
 
     def inputs(self) -> list[str | list[int]]:
         """All inputs as a list."""

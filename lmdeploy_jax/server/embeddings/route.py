@@ -11,12 +11,14 @@ from starlette.responses import Response
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.server.embeddings.answer import listed, pooled
 from lmdeploy_jax.server.embeddings.bodies import EmbeddingsRequest, PoolingRequest
-from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.server.errors import ApiError, Dialect, register_dialect
 from lmdeploy_jax.server.ids import new_id, now
 from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields
 from lmdeploy_jax.server.service import Service
 
 router = APIRouter(tags=["embeddings"], route_class=JsonRoute)
+for path in ("/v1/embeddings", "/pooling"):
+    register_dialect(path, Dialect(prompt="input"))
 # An end of sequence would take its row of hidden states with it, which is that of the last input token.
 CONFIG = GenerationConfig(max_new_tokens=1, ignore_eos=True, output_last_hidden_state="all")
 

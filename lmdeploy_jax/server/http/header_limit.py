@@ -39,6 +39,9 @@ class HeaderLimit(HttpToolsProtocol):
             raise ValueError("the head is too large")  # which the parser's caller answers by the next one
         super().on_headers_complete()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """uvicorn would tell the user to install something, as often as a client asks for a WebSocket."""
+
     def send_400_response(self, msg: str) -> None:
         if not self._too_large:
             super().send_400_response(msg)

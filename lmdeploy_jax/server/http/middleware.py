@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import zlib
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lmdeploy_jax.server.errors import ApiError, as_api_error, error_response
 
 ALWAYS_ANSWERED = frozenset({"/health", "/metrics"})  # however busy the server is
+_ENCODINGS = ("gzip", "x-gzip", "deflate")
 WITHOUT_KEY = frozenset({"/", "/health", "/docs", "/openapi.json"})
 FILES = "/static/"  # of the pages: they hold nothing that the checkout does not
 
@@ -113,6 +115,9 @@ class BodyLimit:
             self._check_length(headers.get("content-length", "0"))
             async with asyncio.timeout(self._seconds):
                 body = await self._read(receive)
+            encoding = headers.get("content-encoding", "identity").strip().lower()
+            if encoding != "identity":
+                body = await asyncio.to_thread(self._decoded, body, encoding)
         except ClientDisconnect:
             return
         except TimeoutError:
@@ -139,6 +144,23 @@ class BodyLimit:
                 raise self._too_large()
             more = message.get("more_body", False)
         return body
+
+    def _decoded(self, body: bytearray, encoding: str) -> bytearray:
+        """The body before it was compressed. Raises `ApiError`, also for one that is too long then."""
+        if encoding not in _ENCODINGS:
+            message = f"The header content-encoding is {encoding!r}: send the body as it is, or as gzip."
+            raise ApiError(415, message, code="unsupported_encoding")
+        inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # of either encoding
+        try:
+            plain = inflate.decompress(body, self._most + 1)
+        except zlib.error as error:
+            message = f"The body cannot be decompressed as {encoding!r}: {error}."
+            raise ApiError(400, message, code="invalid_body") from error
+        if len(plain) > self._most:
+            raise self._too_large()
+        if not inflate.eof:
+            raise ApiError(400, f"The body ends amid what {encoding!r} has compressed.", code="invalid_body")
+        return bytearray(plain)
 
     def _too_large(self) -> ApiError:
         message = (

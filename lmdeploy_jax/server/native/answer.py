@@ -12,7 +12,7 @@ from lmdeploy_jax.pipeline import cross_entropy
 from lmdeploy_jax.server.errors import choice_error, failed_answer, own_failure
 from lmdeploy_jax.server.generation import Generation, named_stop
 from lmdeploy_jax.server.http.sse import data
-from lmdeploy_jax.server.logprobs import finite
+from lmdeploy_jax.server.logprobs import sampled_logprobs
 
 
 def answer_body(piece: Response, config: GenerationConfig) -> dict[str, Any]:
@@ -21,10 +21,7 @@ def answer_body(piece: Response, config: GenerationConfig) -> dict[str, Any]:
     finish = None
     if piece.finish_reason is not None:
         finish = {"type": piece.finish_reason, "matched": named_stop(config, piece.stop_match)}
-    logprobs = None
-    if piece.logprobs is not None:
-        rows = zip(piece.token_ids, piece.logprobs, strict=False)
-        logprobs = [[finite(entry[i]), i] for i, entry in rows]
+    logprobs = None if piece.logprobs is None else sampled_logprobs(piece.token_ids, piece.logprobs)
     return {
         "text": piece.text,
         "output_ids": piece.token_ids,

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
-from lmdeploy_jax.server.bodies import ProtocolModel, SamplingFields
+from lmdeploy_jax.server.bodies import Length, ProtocolModel, SamplingFields
+from lmdeploy_jax.server.forms import FormFields
 
 
-class GenerateRequest(SamplingFields):
+class GenerateRequest(SamplingFields, FormFields):
     """POST /generate. Give either prompt, a text, or input_ids."""
 
     prompt: str | None = None
     input_ids: list[int] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = 128
+    max_tokens: Length | None = 128
     return_logprob: bool = False
     stream: bool = False
-    session_id: int | None = None
+    session_id: int | str | None = None
 
 
 class PerplexityRequest(ProtocolModel):

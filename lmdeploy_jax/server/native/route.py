@@ -10,7 +10,7 @@ from starlette.responses import Response as HttpResponse
 
 from lmdeploy_jax.engine.io.frontend import Frontend
 from lmdeploy_jax.messages import GenerationConfig
-from lmdeploy_jax.server.errors import ApiError
+from lmdeploy_jax.server.errors import ApiError, Dialect, register_dialect
 from lmdeploy_jax.server.generation import Generation, Job
 from lmdeploy_jax.server.http.sse import EventStream, openai_events
 from lmdeploy_jax.server.ids import new_id
@@ -20,6 +20,8 @@ from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields
 
 router = APIRouter(tags=["native"], route_class=JsonRoute)
 PERPLEXITY = GenerationConfig(max_new_tokens=1, prompt_logprobs=0, ignore_eos=True)
+for path, prompt in {"/generate": "prompt", "/get_ppl": "input"}.items():
+    register_dialect(path, Dialect(prompt=prompt))
 REFUSED = {
     "image_data": "send parts of type image_url to /v1/chat/completions.",
     "return_routed_experts": "routed experts are not reported.",
@@ -32,7 +34,7 @@ async def generate(body: GenerateRequest, service: CurrentService) -> HttpRespon
     check_fields(service, body, REFUSED)
     if (body.prompt is None) == (body.input_ids is None):
         raise ApiError(400, "Give exactly one of prompt and input_ids.", param="prompt")
-    given = body.sampling() | {"logprobs": 0 if body.return_logprob else None}
+    given = body.sampling() | {"logprobs": 0 if body.return_logprob else None, "response_format": body.form()}
     config = service.defaults.config(given)
     prompt = body.prompt if body.prompt is not None else body.input_ids or []
     id, stream = new_id("gen"), body.stream

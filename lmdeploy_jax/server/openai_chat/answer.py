@@ -13,7 +13,7 @@ from lmdeploy_jax.server.chat.deltas import Answer, Delta
 from lmdeploy_jax.server.errors import choice_error
 from lmdeploy_jax.server.http.sse import data
 from lmdeploy_jax.server.ids import ToolCallIds, new_id, now
-from lmdeploy_jax.server.logprobs import chat_logprobs, finite
+from lmdeploy_jax.server.logprobs import chat_logprobs, sampled_logprobs
 from lmdeploy_jax.server.openai_chat.bodies import ChatCompletionRequest
 from lmdeploy_jax.server.usage import Usage, openai_usage
 from lmdeploy_jax.text.parsers import (
@@ -32,6 +32,7 @@ class ChatShape:
     """What of an answer is told, and under which name.
 
     top_logprobs: None for no log-probabilities. return_logprob, return_token_ids: LMDeploy's extensions.
+    reasons: every delta has the key `reasoning_content`, as in LMDeploy, whose programs read it from all.
     """
 
     id: str
@@ -42,10 +43,13 @@ class ChatShape:
     return_logprob: bool = False
     return_token_ids: bool = False
     include_usage: bool = False
+    reasons: bool = False
 
 
-def chat_shape(body: ChatCompletionRequest, model: str, tokenizer: Tokenizer) -> ChatShape:
-    """What the request asks to be told of."""
+def chat_shape(
+    body: ChatCompletionRequest, model: str, tokenizer: Tokenizer, *, reasons: bool = False
+) -> ChatShape:
+    """What the request asks to be told of. reasons: whether answers are looked through for reasoning."""
     return ChatShape(
         id=new_id("chatcmpl"),
         created=now(),
@@ -55,6 +59,7 @@ def chat_shape(body: ChatCompletionRequest, model: str, tokenizer: Tokenizer) ->
         return_logprob=body.return_logprob,
         return_token_ids=body.return_token_ids,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        reasons=reasons,
     )
 
 
@@ -77,6 +82,9 @@ class ChunkWriter:
         usage = b',"usage":null' if shape.include_usage else b""
         self._head = b"data: " + orjson.dumps(head)[:-1] + b',"choices":[{"index":'
         self._tail = b"}]" + usage + b"}\n\n"
+        no_thought = b'"reasoning_content":null}' if shape.reasons else b"}"
+        self._empty = b"{" + no_thought
+        self._end = (b"," if shape.reasons else b"") + no_thought
         self._plain = not (shape.return_logprob or shape.return_token_ids or shape.top_logprobs is not None)
 
     async def chunks(self, answers: Answers) -> AsyncGenerator[bytes, None]:
@@ -90,19 +98,19 @@ class ChunkWriter:
         chunks = []
         if delta.choice not in self._begun:
             self._begun.add(delta.choice)
-            chunks.append(self._chunk(delta.choice, b'{"role":"assistant","content":""}'))
+            chunks.append(self._chunk(delta.choice, self._delta(b'"role":"assistant","content":""')))
         extra = b"" if self._plain else self._extras(delta)
         events = delta.events
         for event in events[:-1]:
             chunks.append(self._chunk(delta.choice, self._said(event)))
         if events or extra:
-            said = self._said(events[-1]) if events else b"{}"
+            said = self._said(events[-1]) if events else self._empty
             chunks.append(self._chunk(delta.choice, said, extra))
         if delta.finish is not None:
             finish: dict[str, Any] = {"finish_reason": delta.finish.reason} | choice_error(delta.finish.error)
             if delta.finish.stop_match is not None:
                 finish |= {"stop_reason": delta.finish.stop_match}
-            chunks.append(self._chunk(delta.choice, b"{}", b"," + orjson.dumps(finish)[1:-1], b""))
+            chunks.append(self._chunk(delta.choice, self._empty, b"," + orjson.dumps(finish)[1:-1], b""))
         return chunks
 
     def _chunk(
@@ -113,18 +121,21 @@ class ChunkWriter:
     def _said(self, event: Event) -> bytes:
         match event:
             case ContentDelta(text):
-                return b'{"content":' + orjson.dumps(text) + b"}"
+                return self._delta(b'"content":' + orjson.dumps(text))
             case ReasoningDelta(text):
                 return b'{"reasoning_content":' + orjson.dumps(text) + b"}"
             case ToolCallStart(index, name):
                 function = {"name": name, "arguments": ""}
                 call = {"index": index, "id": self.call_ids.new(), "type": "function", "function": function}
-                return orjson.dumps({"tool_calls": [call]})
+                return self._delta(b'"tool_calls":' + orjson.dumps([call]))
             case ToolCallArguments(index, arguments):
                 call = {"index": index, "function": {"arguments": arguments}}
-                return orjson.dumps({"tool_calls": [call]})
+                return self._delta(b'"tool_calls":' + orjson.dumps([call]))
             case ToolCallBroken():
-                return b"{}"  # what was sent of it stays sent: the finish reason tells
+                return self._empty  # what was sent of it stays sent: the finish reason tells
+
+    def _delta(self, said: bytes) -> bytes:
+        return b"{" + said + self._end
 
     def _extras(self, delta: Delta) -> bytes:
         fields = extras(self.shape, delta.token_ids, delta.logprobs) if delta.token_ids else {}
@@ -191,9 +202,7 @@ def extras(shape: ChatShape, ids: Sequence[int], logprobs: list[dict[int, float]
         content = chat_logprobs(shape.tokenizer, ids, logprobs, shape.top_logprobs)
         found["logprobs"] = {"content": content, "refusal": None}
     if shape.return_logprob and logprobs is not None:
-        found["output_token_logprobs"] = [
-            [finite(entry[i]), i] for i, entry in zip(ids, logprobs, strict=False)
-        ]
+        found["output_token_logprobs"] = sampled_logprobs(ids, logprobs)
     if shape.return_token_ids:
         found["output_ids"] = list(ids)
     return found

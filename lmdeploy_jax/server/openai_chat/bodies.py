@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lmdeploy_jax.server.bodies import CacheSalt, ProtocolModel, ResponseFormat, SamplingFields, StreamOptions
+from lmdeploy_jax.server.bodies import CacheSalt, Length, ProtocolModel, SamplingFields, StreamOptions
+from lmdeploy_jax.server.forms import FormFields
 
 
 class Function(ProtocolModel):
@@ -33,8 +34,10 @@ class NamedChoice(ProtocolModel):
 
 
 class AllowedTools(ProtocolModel):
+    """tools: by name, or whole, where the request has no others."""
+
     mode: Literal["auto", "required"] = "auto"
-    tools: list[NamedChoice]
+    tools: list[Tool]
 
 
 class AllowedChoice(ProtocolModel):
@@ -47,7 +50,7 @@ class AllowedChoice(ProtocolModel):
 Choice = Literal["auto", "none", "required"] | AllowedChoice | NamedChoice
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(SamplingFields, FormFields):
     """OpenAI's request with LMDeploy's extensions.
 
     messages: a text is continued as it is, without the chat template. input_ids: a prompt in tokens, in the
@@ -57,13 +60,12 @@ class ChatCompletionRequest(SamplingFields):
 
     model: str = ""
     messages: str | list[dict[str, Any]] = Field(default_factory=list)
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Length | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool = True
@@ -74,14 +76,19 @@ class ChatCompletionRequest(SamplingFields):
     mm_processor_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
     input_ids: list[int] | None = None
-    session_id: int | None = None
+    session_id: int | str | None = None
     cache_salt: CacheSalt | None = None
     return_token_ids: bool = False
     return_logprob: bool = False
 
-    user: str | None = None  # about the client's own bookkeeping; nothing follows from them here
+    user: Any = None  # about the client's own bookkeeping; nothing follows from them here
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
+    prediction: Any = None  # may be used to answer sooner; it never changes an answer
+    verbosity: str | None = None  # a hint to models that were trained for it; templates know none
+    modalities: list[Literal["text"]] | None = None

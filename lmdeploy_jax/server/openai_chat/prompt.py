@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lmdeploy_jax.engine.io.sampling_defaults import SamplingDefaults
 from lmdeploy_jax.messages import GenerationConfig
+from lmdeploy_jax.server.bodies import length
 from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
 from lmdeploy_jax.server.errors import ApiError
-from lmdeploy_jax.server.openai_chat.bodies import AllowedChoice, ChatCompletionRequest, Choice, NamedChoice
+from lmdeploy_jax.server.openai_chat.bodies import (
+    AllowedChoice,
+    ChatCompletionRequest,
+    Choice,
+    NamedChoice,
+    Tool,
+)
 from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.prompts import Prompt, with_media_options
 
@@ -23,7 +31,7 @@ def chat_call(body: ChatCompletionRequest, defaults: SamplingDefaults, *, images
         prompt,
         _config(body, defaults),
         chat=chat and body.do_preprocess,
-        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or _told_by(body.tool_choice)],
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
         template_kwargs=_template_kwargs(body),
@@ -44,17 +52,23 @@ def _prompt(body: ChatCompletionRequest, images: bool) -> tuple[Prompt, bool]:
 
 
 def _config(body: ChatCompletionRequest, defaults: SamplingDefaults) -> GenerationConfig:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
     given = body.sampling() | {
         "n": body.n,
-        "response_format": body.response_format and body.response_format.as_dict(),
+        "response_format": body.form(),
     }
     if body.max_completion_tokens is not None:
-        given["max_new_tokens"] = body.max_completion_tokens
+        given["max_new_tokens"] = length(body.max_completion_tokens)
     if body.logprobs or body.return_logprob:
         given["logprobs"] = body.top_logprobs or 0
     return defaults.config(given)
+
+
+def _told_by(choice: Choice | None) -> Sequence[Tool]:
+    """The tools of a request that lists them, with their schemas, as those that are allowed."""
+    tools = choice.allowed_tools.tools if isinstance(choice, AllowedChoice) else []
+    return tools if all(tool.function.parameters is not None for tool in tools) else ()
 
 
 def _tool_choice(choice: Choice | None) -> ToolChoice:

@@ -24,6 +24,7 @@ REFUSED = {
     "with_cache": "prefill and decode run in one engine.",
     "preserve_cache": "prefill and decode run in one engine.",
     "return_routed_experts": "routed experts are not reported.",
+    "moderation": "this server judges nobody; ask a model for it.",
 }
 
 
@@ -33,7 +34,8 @@ async def chat_completions(body: ChatCompletionRequest, service: CurrentService)
     check_fields(service, body, REFUSED)
     model = service.check_model(body.model)
     call = chat_call(body, service.defaults, images=service.frontend.takes_images)
-    shape = chat_shape(body, model, service.frontend.tokenizer)
+    reasons = service.chat.reasoning is not None
+    shape = chat_shape(body, model, service.frontend.tokenizer, reasons=reasons)
     answers = await service.answer(call, stream=body.stream, name=shape.id, session_id=body.session_id)
     if body.stream:
         chunks = ChunkWriter(shape, service.call_ids).chunks(answers)

@@ -13,6 +13,7 @@ from lmdeploy_jax.server.http.sse import event
 from lmdeploy_jax.server.ids import ToolCallIds
 from lmdeploy_jax.server.responses.bodies import ResponsesRequest
 from lmdeploy_jax.server.responses.prompt import Conversation
+from lmdeploy_jax.server.responses.tools import Toolbox, input_of
 from lmdeploy_jax.server.usage import Usage
 from lmdeploy_jax.text.parsers import (
     ContentDelta,
@@ -26,7 +27,7 @@ from lmdeploy_jax.text.parsers import (
 Item = dict[str, Any]
 CALL_IDS = ToolCallIds("call_")
 _CUT_BY = {"length": "max_output_tokens", "parse_error": "parse_error"}  # how an incomplete one ended
-_ITEM_IDS = {name: ToolCallIds(f"{name}_") for name in ("msg", "rs", "fc")}
+_ITEM_IDS = {name: ToolCallIds(f"{name}_") for name in ("msg", "rs", "fc", "ctc")}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ResponseShape:
     created: int
     model: str
     body: ResponsesRequest
+    toolbox: Toolbox
 
     def render(
         self,
@@ -104,27 +106,36 @@ def _item_status(finish: Finish) -> str:
     return "completed" if finish.reason in ("stop", "tool_calls", "parse_error") else "incomplete"
 
 
-def output_items(answer: Answer) -> list[Item]:
-    """A complete answer as items."""
+def output_items(answer: Answer, toolbox: Toolbox) -> list[Item]:
+    """A complete answer as items. toolbox: the tools of its request."""
     parsed, done = answer.parsed, _item_status(answer.finish)
     items = [_filled(_new_item("reasoning"), parsed.reasoning, done)] if parsed.reasoning else []
     if parsed.content or not (items or parsed.tool_calls):
         items.append(_filled(_new_item("message"), parsed.content, done))
     for call in parsed.tool_calls:
-        items.append(_filled(_new_item("function_call", call.name), call.arguments, done))
+        items.append(_filled(_new_call(call.name, toolbox), call.arguments, done))
     return items
 
 
-def _new_item(kind: str, name: str = "") -> Item:
+_PREFIX = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
+_PARTS = ("message", "reasoning")  # items that have content parts
+
+
+def _new_item(kind: str) -> Item:
     item: Item = {"id": _ITEM_IDS[_PREFIX[kind]].new(), "type": kind, "status": "in_progress"}
     if kind == "message":
         return item | {"role": "assistant", "content": []}
-    if kind == "reasoning":
-        return item | {"summary": [], "content": []}
-    return item | {"call_id": CALL_IDS.new(), "name": name, "arguments": ""}
+    return item | ({"summary": [], "content": []} if kind == "reasoning" else {})
 
 
-_PREFIX = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+def _new_call(called: str, toolbox: Toolbox) -> Item:
+    """A call by the name that the client gave the tool."""
+    tool = toolbox.get(called)
+    custom = tool is not None and tool.is_custom
+    item = _new_item("custom_tool_call" if custom else "function_call")
+    item |= {"call_id": CALL_IDS.new(), "name": tool.name if tool else called}
+    item |= {"namespace": tool.namespace} if tool and tool.namespace else {}
+    return item | ({"input": ""} if custom else {"arguments": ""})
 
 
 def _part(kind: str, text: str) -> dict[str, Any]:
@@ -136,6 +147,8 @@ def _part(kind: str, text: str) -> dict[str, Any]:
 def _filled(item: Item, text: str, status: str) -> Item:
     if item["type"] == "function_call":
         return item | {"arguments": text, "status": status}
+    if item["type"] == "custom_tool_call":
+        return item | {"input": input_of(text), "status": status}
     return item | {"content": [_part(item["type"], text)], "status": status}
 
 
@@ -159,9 +172,10 @@ class ResponseWriter:
                 for delta in deltas:
                     yield self._write(delta)
                     finish = delta.finish or finish
+            response = self.shape.ended(finish, self.items, answers.usage)
             if finish.error is None:
-                self.conversation.keep(self.shape.id, self.items)
-            yield self._end(finish, answers.usage)
+                self.conversation.keep(response)
+            yield self._end(response)
         except Exception as error:
             yield self._error(as_api_error(error))
 
@@ -174,12 +188,14 @@ class ResponseWriter:
     def _write(self, delta: Delta) -> bytes:
         parts = [self._said(said) for said in delta.events]
         if delta.finish is not None:
+            if not self.items and self._item is None:
+                parts.append(self._open("message"))  # an answer has an item, if only an empty one
             parts.append(self._close(_item_status(delta.finish)))
         return b"".join(parts)
 
-    def _end(self, finish: Finish, usage: Usage) -> bytes:
-        name = {"completed": "completed", "failed": "failed"}.get(status_of(finish), "incomplete")
-        return self._event(f"response.{name}", response=self.shape.ended(finish, self.items, usage))
+    def _end(self, response: dict[str, Any]) -> bytes:
+        name = {"completed": "completed", "failed": "failed"}.get(response["status"], "incomplete")
+        return self._event(f"response.{name}", response=response)
 
     def _error(self, error: ApiError) -> bytes:
         """The last event of a response that there is no answer to."""
@@ -195,7 +211,7 @@ class ResponseWriter:
             case ContentDelta(text):
                 return self._open("message") + self._delta("response.output_text.delta", text)
             case ToolCallStart(_, name):
-                return self._close("completed") + self._start(_new_item("function_call", name))
+                return self._close("completed") + self._start(_new_call(name, self.shape.toolbox))
             case ToolCallArguments(_, arguments):
                 return self._delta("response.function_call_arguments.delta", arguments)
             case ToolCallBroken():
@@ -210,13 +226,15 @@ class ResponseWriter:
     def _start(self, item: Item) -> bytes:
         self._item, self._text = item, ""
         started = self._event("response.output_item.added", output_index=len(self.items), item=item)
-        if item["type"] == "function_call":
+        if item["type"] not in _PARTS:
             return started
         return started + self._of_part("response.content_part.added", part=_part(item["type"], ""))
 
     def _delta(self, name: str, text: str) -> bytes:
         assert self._item is not None
         self._text += text
+        if self._item["type"] == "custom_tool_call":
+            return b""  # its input is known once the arguments are whole
         if self._item["type"] == "function_call":
             return self._of_item(name, delta=text)
         extra: dict[str, Any] = {"logprobs": []} if self._item["type"] == "message" else {}
@@ -237,6 +255,9 @@ class ResponseWriter:
         if item["type"] == "function_call":
             name = "response.function_call_arguments.done"
             return self._of_item(name, name=item["name"], arguments=self._text)
+        if item["type"] == "custom_tool_call":
+            delta = self._of_item("response.custom_tool_call_input.delta", delta=item["input"])
+            return delta + self._of_item("response.custom_tool_call_input.done", input=item["input"])
         if item["type"] == "reasoning":
             text = self._of_part("response.reasoning_text.done", text=self._text)
         else:

@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from lmdeploy_jax.server.bodies import CacheSalt, Count, JsonSchema, ProtocolModel
+from lmdeploy_jax.server.bodies import CacheSalt, Length, ProtocolModel, TopK, TopP
+from lmdeploy_jax.server.forms import Form, FormFields, JsonSchema, schema_form
+
+Name = Annotated[str, Field(min_length=1)]
 
 
 class FunctionTool(ProtocolModel):
     """A tool of the client, in this protocol's flat form."""
 
     type: Literal["function"]
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class NamedTool(ProtocolModel):
-    type: Literal["function"]
-    name: str
+class CustomTool(ProtocolModel):
+    """A tool of the client that takes a text. format: what that text looks like."""
+
+    type: Literal["custom"]
+    name: Name
+    description: str | None = None
+    format: dict[str, Any] | None = None
 
 
-class ToolChoiceAllowed(ProtocolModel):
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"] = "auto"
-    tools: list[NamedTool]
+class NamespaceTool(ProtocolModel):
+    """Tools of the client that belong together."""
+
+    type: Literal["namespace"]
+    name: Name
+    description: str | None = None
+    tools: list[Annotated[FunctionTool | CustomTool, Field(discriminator="type")]]
+
+
+class HostedTool(ProtocolModel):
+    """One that OpenAI runs, or whose form only its models know. It is left out."""
+
+    type: str
+
+
+def _kind(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return kind if kind in ("function", "custom", "namespace") else "other"
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("function")]
+    | Annotated[CustomTool, Tag("custom")]
+    | Annotated[NamespaceTool, Tag("namespace")]
+    | Annotated[HostedTool, Tag("other")],
+    Discriminator(_kind),
+]
 
 
 class PlainFormat(ProtocolModel):
@@ -37,34 +68,48 @@ class PlainFormat(ProtocolModel):
 class SchemaFormat(JsonSchema):
     type: Literal["json_schema"]
 
+    def as_dict(self) -> Form:
+        return schema_form(self.json_schema)
+
 
 class TextOptions(ProtocolModel):
+    """verbosity: a hint to models that were trained for it; templates know none."""
+
     format: PlainFormat | SchemaFormat | None = None
+    verbosity: str | None = None
 
 
 class Reasoning(ProtocolModel):
     effort: str | None = None
 
 
-class ResponsesRequest(ProtocolModel):
-    """OpenAI's request with LMDeploy's extensions."""
+class InputTokensRequest(ProtocolModel):
+    """What becomes a prompt."""
 
     model: str = ""
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     previous_response_id: str | None = None
-    store: bool = True
-    stream: bool = False
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     text: TextOptions | None = None
-    tools: list[FunctionTool] | None = None
-    tool_choice: Literal["auto", "none", "required"] | ToolChoiceAllowed | NamedTool = "auto"
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
+    truncation: Literal["disabled"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
 
-    top_k: Count | None = None
+
+class ResponsesRequest(InputTokensRequest, FormFields):
+    """OpenAI's request with LMDeploy's extensions."""
+
+    store: bool = True
+    stream: bool = False
+    max_output_tokens: Length | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: TopP | None = None
+
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: int | None = None
@@ -75,9 +120,19 @@ class ResponsesRequest(ProtocolModel):
     cache_salt: CacheSalt | None = None
 
     metadata: dict[str, Any] | None = None  # given back as it came
-    user: str | None = None  # about the client's own bookkeeping; nothing follows from them here
+    user: Any = None  # about the client's own bookkeeping; nothing follows from them here
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
+    stream_options: dict[str, Any] | None = None  # obfuscation, which hides lengths from who listens in
     include: list[str] | None = None
-    truncation: Literal["disabled"] | None = None
+
+    def _forms(self) -> Iterator[tuple[str, Form]]:
+        own = self.text.format if self.text else None
+        if isinstance(own, SchemaFormat):
+            yield "text.format", own.as_dict()
+        elif own is not None and own.type != "text":
+            yield "text.format", {"type": own.type}
+        yield from super()._forms()

@@ -19,7 +19,7 @@ router = APIRouter(tags=["admin"], route_class=JsonRoute)
 class AbortRequest(ProtocolModel):
     """POST /abort_request: those of a session, of the request with an id, or all."""
 
-    session_id: int | None = None
+    session_id: int | str | None = None
     request_id: str | None = None
     abort_all: bool = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,7 +16,13 @@ router = APIRouter(tags=["models"], route_class=JsonRoute)
 @router.get("/v1/models")
 async def models(service: CurrentService) -> dict[str, Any]:
     """The models that are served."""
-    return {"object": "list", "data": [_card(service, name) for name in service.models]}
+    return {"object": "list", **_listed(service)}
+
+
+@router.get("/anthropic/v1/models")
+async def anthropic_models(service: CurrentService) -> dict[str, Any]:
+    """The same in Anthropic's shape."""
+    return _listed(service)
 
 
 @router.get("/v1/models/{name:path}")
@@ -24,10 +31,19 @@ async def model(name: str, service: CurrentService) -> dict[str, Any]:
     return _card(service, service.check_model(name))
 
 
+def _listed(service: Service) -> dict[str, Any]:
+    """What OpenAI's list has, and what Anthropic's pages have."""
+    ends = {"first_id": service.models[0], "last_id": service.models[-1], "has_more": False}
+    return {"data": [_card(service, name) for name in service.models], **ends}
+
+
 def _card(service: Service, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
         "created": service.created,
         "owned_by": "lmdeploy_jax",
         "root": name,

@@ -1,0 +1,69 @@
+"""The tools of a request, as every protocol says them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.server.anthropic.bodies import InputTool, InputToolChoice
+from lmdeploy_jax.server.chat.call import ToolChoice
+from lmdeploy_jax.text.template_arguments import Tool
+
+logger = logging.getLogger("lmdeploy_jax")
+_MODES: dict[str, Any] = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
+# The client runs these, but only Anthropic's models know what arguments they take.
+_SCHEMALESS = ("bash_", "text_editor_", "memory_", "computer_", "browser_")
+_told: set[str] = set()  # types of tools that were left out
+_MOST_TYPES, _LONGEST_TYPE = 64, 64
+
+
+def client_tools(tools: Sequence[InputTool]) -> list[Tool]:
+    """The tools that the client runs. Raises `RequestError` for one without a schema."""
+    return [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools) if not _is_hosted(tool)]
+
+
+def tool_choice(choice: InputToolChoice, tools: Sequence[InputTool]) -> ToolChoice:
+    """Raises `RequestError` for a tool that is not here."""
+    if choice.type != "tool":
+        return ToolChoice(_MODES[choice.type])
+    if not choice.name:
+        raise RequestError("tool_choice.name: type 'tool' needs the name of the tool that must be used.")
+    hosted = next((tool for tool in tools if tool.name == choice.name and _is_hosted(tool)), None)
+    if hosted is not None:
+        raise RequestError(
+            f"tool_choice.name: {choice.name!r} is a tool of type {hosted.type!r}, which this server does "
+            "not have; offer one that your client runs.",
+            param="tool_choice.name",
+        )
+    return ToolChoice("required", choice.name)
+
+
+def _is_hosted(tool: InputTool) -> bool:
+    """Whether Anthropic would run it; told of once a type."""
+    if tool.input_schema is not None or tool.type.startswith(("custom", *_SCHEMALESS)):
+        return False
+    kind = tool.type[:_LONGEST_TYPE]
+    if kind not in _told and len(_told) < _MOST_TYPES:
+        _told.add(kind)
+        logger.warning("this server has no tools of type %a: they are left out of requests", kind)
+    return True
+
+
+def _tool(tool: InputTool, where: str) -> Tool:
+    if tool.input_schema is None:
+        known = (
+            ""
+            if tool.type == "custom"
+            else f" Its type, {tool.type!r}, is known to Anthropic's models alone."
+        )
+        raise RequestError(
+            f"{where}.input_schema is missing: {tool.name!r} needs the JSON schema of its input.{known}",
+            param=f"{where}.input_schema",
+        )
+    if not tool.name:
+        raise RequestError(f"{where}.name is missing: a tool needs one.", param=f"{where}.name")
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description or ""}
+    function |= {"parameters": tool.input_schema} | ({"strict": True} if tool.strict else {})
+    return {"type": "function", "function": function}
