@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.converters.load import load_model
+from lmdeploy_jax.engine.core.compile import compiler_options, read_or_compile
 from lmdeploy_jax.engine.core.program import Ladder, Programs
+from lmdeploy_jax.engine.core.program_cache import ProgramCache
 from lmdeploy_jax.engine.core.state import DeviceState, Update
+from lmdeploy_jax.models.formats import E4M3, WeightFormat
 from lmdeploy_jax.parallel.mesh import make_mesh
 
 
@@ -38,6 +44,20 @@ def test_names_find_their_arrays_in_any_order(programs):
     assert result.tolist() == [15] * 4
     assert programs.state.pending.tolist() == [7] * 4
     assert held.is_deleted(), "what a program writes it may overwrite in place"
+
+
+def test_xla_is_told_a_models_options(programs):
+    told = Programs(programs.state, programs.find, {"xla_no_such_option": True})
+    program = told.add("read", lambda pending: (pending, Update()))
+    with pytest.raises(Exception, match="xla_no_such_option"):
+        read_or_compile(program, ProgramCache(None, jax.devices()))
+
+
+def test_only_products_of_rounded_rows_do_without_tritons():
+    rounded = WeightFormat(E4M3, 64, 1, "float32", activations=E4M3)
+    assert compiler_options("gpu", [rounded]) == {"xla_gpu_enable_triton_gemm": False}
+    assert compiler_options("gpu", [replace(rounded, activations=None)]) == {}
+    assert compiler_options("cpu", [rounded]) == {}
 
 
 def test_what_is_only_read_stays(programs):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import pytest
@@ -71,6 +72,9 @@ def test_a_bar_of_answers_is_shown_where_there_is_no_terminal(capsys):
 class Slow:
     """A program whose compilation takes until `gate` opens, as XLA's can take minutes."""
 
+    key = ("decode", 1)
+    compiler_options: ClassVar[dict[str, str]] = {}
+
     def __init__(self, gate: threading.Event) -> None:
         self.gate = gate
         self.begun = False
@@ -78,7 +82,7 @@ class Slow:
     def lower(self) -> Slow:
         return self
 
-    def compile(self) -> Slow:
+    def compile(self, options: dict[str, str]) -> Slow:
         self.begun = True
         self.gate.wait()
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ import jax
 from lmdeploy_jax.engine.core.program import Program
 from lmdeploy_jax.engine.core.program_cache import Key, ProgramCache
 from lmdeploy_jax.engine.progress import announce, counting_bar
+from lmdeploy_jax.models.formats import WeightFormat
 
 log = logging.getLogger("lmdeploy_jax")
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -116,7 +117,7 @@ def _compile(
     with counting_bar(progress, "compiling", len(programs)) as advance:
         # Lowering is Python, which one thread does as fast as many.
         for key, program in programs.items():
-            futures[pool.submit(_compile_and_store, program.lower(), key, cache)] = key
+            futures[pool.submit(_compile_and_store, program.lower(), program, cache)] = key
         for future in as_completed(futures):
             ready[futures[future]] = future.result()
             advance(1)
@@ -125,14 +126,26 @@ def _compile(
 
 def read_or_compile(program: Program, cache: ProgramCache) -> jax.stages.Compiled:
     """One program, from the cache or compiled."""
-    return cache.load(program.key) or _compile_and_store(program.lower(), program.key, cache)
+    return cache.load(program.key) or _compile_and_store(program.lower(), program, cache)
 
 
-def _compile_and_store(lowered: jax.stages.Lowered, key: Key, cache: ProgramCache) -> jax.stages.Compiled:
+def _compile_and_store(
+    lowered: jax.stages.Lowered, program: Program, cache: ProgramCache
+) -> jax.stages.Compiled:
     with OUTSIDE_JAX_CACHE:
-        compiled = lowered.compile()
-    cache.store(key, compiled)
+        compiled = lowered.compile(program.compiler_options)
+    cache.store(program.key, compiled)
     return compiled
+
+
+def compiler_options(platform: str, formats: Iterable[WeightFormat]) -> dict[str, bool | int | str]:
+    """What XLA is told of every program of a model with weights in such formats.
+
+    Where both sides of a product have 8 bits, XLA on a GPU would compile and time dozens of Triton kernels
+    for each size, minutes in all, before it takes cuBLASLt's.
+    """
+    rounds = platform == "gpu" and any(held.rounds_activations for held in formats)
+    return {"xla_gpu_enable_triton_gemm": False} if rounds else {}
 
 
 class _OutsideJaxCache:

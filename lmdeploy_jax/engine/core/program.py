@@ -6,6 +6,7 @@ import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ class Program:
         self.key, self.layout = key, layout
         self._function, self._writes = function, writes
         self._state, self._find = programs.state, programs.find
+        self.compiler_options = programs.compiler_options
         parameters = inspect.signature(function).parameters.values()
         self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._inputs = inputs.keys()
@@ -94,12 +96,20 @@ class Program:
 
 
 class Programs(dict[Key, Program]):
-    """All programs of an engine. `find` reads a program from where compiled ones are kept, or compiles it."""
+    """All programs of an engine. `find` reads a program from where compiled ones are kept, or compiles it,
+    with XLA's `compiler_options`.
+    """
 
-    def __init__(self, state: DeviceState, find: Callable[[Program], jax.stages.Compiled]) -> None:
+    def __init__(
+        self,
+        state: DeviceState,
+        find: Callable[[Program], jax.stages.Compiled],
+        compiler_options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.state = state
         self.find = find
+        self.compiler_options = dict(compiler_options)
 
     def add(
         self,

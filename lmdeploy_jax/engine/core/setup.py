@@ -26,7 +26,13 @@ from lmdeploy_jax.converters.vision_config import servable_vision
 from lmdeploy_jax.engine.core import buckets as bucket_plan
 from lmdeploy_jax.engine.core.batch import Slots
 from lmdeploy_jax.engine.core.buckets import Buckets
-from lmdeploy_jax.engine.core.compile import compile_all, read_or_compile, tuning_dir, use_cache
+from lmdeploy_jax.engine.core.compile import (
+    compile_all,
+    compiler_options,
+    read_or_compile,
+    tuning_dir,
+    use_cache,
+)
 from lmdeploy_jax.engine.core.page_tables import PageTables
 from lmdeploy_jax.engine.core.program import Programs
 from lmdeploy_jax.engine.core.program_cache import ProgramCache
@@ -145,7 +151,8 @@ def _runner(
     formats = tuple(model.skeleton.formats.items())  # arrays alike are multiplied otherwise
     configs = (model.config, None if vision is None else vision.config)
     cache = ProgramCache(folder, devices, kernels, configs, formats, family, *shapes)
-    programs = Programs(state, partial(read_or_compile, cache=cache))
+    options = compiler_options(devices[0].platform, model.skeleton.formats.values())
+    programs = Programs(state, partial(read_or_compile, cache=cache), options)
     runner = Runner(programs, slots, family(programs, slots, buckets, rows))
     if ahead:
         programs.use(compile_all(programs, cache, progress=progress))
