@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import subprocess
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from lmdeploy_jax.engine.request import Request
 from tests import patience
-from tests.scripted import TOKENIZER, ids
+from tests.scripted import ENDLESS, TOKENIZER, ids
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -73,18 +76,72 @@ def setting(page, name, value):
     field.dispatch_event("change")
 
 
-class Actor:
-    """Answers what `lines` say for the last word that a user has sent; else repeats that message.
+MARKDOWN = """## Title
 
-    seen: the prompts as text, in their order.
+**bold**, [link](https://x.example)
+
+```python
+print("hi")
+```
+
+- item
+
+|a|
+|-|
+|b|
+"""
+CALL = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+TOOLS = '[{"type": "function", "function": {"name": "clock"}}]'
+THOUGHT = "<think>\nHm, let me see.\n</think>\n\nForty-two."
+LINES = {"nothing": "", "md": MARKDOWN, "call": CALL, "think": THOUGHT}
+
+
+class Actor:
+    """Answers what `LINES` say for the last word that a user has sent; else repeats that message.
+
+    A message that begins with "endless" is answered without end, and with "halt" up to the middle, until `go`
+    is set.
     """
 
-    def __init__(self, lines: dict[str, str]) -> None:
-        self.lines = lines
-        self.seen: list[str] = []
+    def __init__(self) -> None:
+        self.go = threading.Event()
 
-    def __call__(self, request: Request, index: int) -> list[int]:
+    def __call__(self, request: Request, index: int) -> Iterable[int]:
         prompt = TOKENIZER.decode(request.prompt.ids, skip_special_tokens=False)
-        self.seen.append(prompt)
         said = prompt.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
-        return ids(self.lines.get(said.split()[-1], said))
+        if said.startswith("endless"):
+            return ENDLESS
+        tokens = ids(LINES.get(said.split()[-1], said))
+        return self._halting(tokens) if said.startswith("halt") else tokens
+
+    def _halting(self, tokens: list[int]) -> Iterator[int]:
+        yield from tokens[: len(tokens) // 2]
+        self.go.wait(patience.PATIENCE)
+        yield from tokens[len(tokens) // 2 :]
+
+
+def asked(page, act):
+    """The messages of the request that `act` sends."""
+    with page.expect_request("**/v1/chat/completions") as sent:
+        act()
+    return sent.value.post_data_json["messages"]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def accessibility_checker() -> str:
+    """The script of axe-core, which npm has installed here or globally; the test is skipped without."""
+    npm = shutil.which("npm")
+    places = [Path(__file__).parents[2] / "node_modules"]
+    if npm is not None:
+        places.append(Path(subprocess.check_output([npm, "root", "-g"], text=True).strip()))
+    found = [path for place in places if (path := place / "axe-core" / "axe.min.js").exists()]
+    if not found:
+        pytest.skip("needs axe-core: npm install --no-save axe-core")
+    return found[0].read_text()

@@ -1,11 +1,14 @@
+from types import SimpleNamespace
+
 import openai
 import pytest
 
 from lmdeploy_jax import JaxEngineConfig, pipeline
 from tests.engine.harness import config
 from tests.engine.test_images import save
-from tests.server.browser import launched
+from tests.server.browser import Actor, launched, opened
 from tests.server.live import serving
+from tests.server.scripted import scripted
 
 
 @pytest.fixture(scope="package")
@@ -53,3 +56,18 @@ def browser():
     """A headless Chromium; skipped where there is none."""
     with launched() as browser:
         yield browser
+
+
+@pytest.fixture(scope="package")
+def stage():
+    """A server whose model says what the chat page's tests want to see."""
+    actor = Actor()
+    with scripted(actor, session_len=2048) as (frontend, engine), serving(frontend) as live:
+        yield SimpleNamespace(actor=actor, engine=engine, url=live.url, frontend=frontend)
+
+
+@pytest.fixture
+def page(browser, stage):
+    """The chat page on that server."""
+    with opened(browser, stage.url) as page:
+        yield page

@@ -6,7 +6,6 @@ import json
 import re
 from base64 import b64encode
 
-import pytest
 from PIL import Image
 
 from lmdeploy_jax import GenerationConfig
@@ -23,12 +22,6 @@ CALCULATOR = {
         "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}},
     },
 }
-
-
-@pytest.fixture
-def page(browser, live):
-    with opened(browser, live.url) as page:
-        yield page
 
 
 def test_the_pages_need_nothing_from_elsewhere(live):
@@ -63,15 +56,16 @@ def test_a_conversation_under_the_policy(browser, live):
     assert not told
 
 
-def test_tools_are_shown_apart_and_answered(page):
-    setting(page, "temperature", "0")
-    setting(page, "tools", json.dumps([CALCULATOR]))
-    send(page, "Use the calculator: what is 17 * 23?")
-    answer = finished(page)
-    assert answer.locator(".tool").inner_text().startswith("calculator({")
-    answer.locator(".result").fill("391")
-    answer.locator(".result").press("Enter")
-    assert "391" in finished(page, 2).locator(".text").inner_text()
+def test_tools_are_shown_apart_and_answered(browser, live):
+    with opened(browser, live.url) as page:
+        setting(page, "temperature", "0")
+        setting(page, "tools", json.dumps([CALCULATOR]))
+        send(page, "Use the calculator: what is 17 * 23?")
+        answer = finished(page)
+        assert answer.locator(".tool").inner_text().startswith("calculator({")
+        answer.locator(".result").fill("391")
+        answer.locator(".result").press("Enter")
+        assert "391" in finished(page, 2).locator(".text").inner_text()
 
 
 GIVEN = """([kind, bytes]) => {

@@ -12,7 +12,6 @@ import threading
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection
-from typing import Any
 
 from lmdeploy_jax.errors import EngineError, RequestError
 
@@ -44,16 +43,16 @@ class Renderer:
         self._lock = threading.Lock()
         self._process: _Process | None = None
 
-    def render(self, text: str) -> dict[str, Any]:
-        """The fields of `markdown.Rendered`. Raises `RequestError` for a text that ends the process, as one
-        that takes too long does, and `EngineError` where there can be none.
+    def render(self, text: str) -> bytes:
+        """JSON with the fields of `markdown.Rendered`.
+
+        Raises `RequestError` for a text that ends the process, as one that takes too long does, and
+        `EngineError` where there can be no process.
         """
         with self._lock:
-            process = self._process or _Process()
-            self._process = None  # until it has answered
-            answer = process.ask(text)
-            self._process = process
-        return answer
+            if self._process is None or not self._process.alive:
+                self._process = _Process()
+            return self._process.ask(text)
 
 
 class _Process:
@@ -75,13 +74,17 @@ class _Process:
                 raise EngineError(f"The process that renders Markdown cannot be started: {error}.") from error
             self._connection = Connection(here.detach())
 
-    def ask(self, text: str) -> dict[str, Any]:
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, text: str) -> bytes:
         try:
             self._connection.send_bytes(text.encode(errors="replace"))
-            answered = self._connection.poll(2 * MOST_SECONDS)
-            return json.loads(self._connection.recv_bytes() if answered else b"")
-        except (OSError, EOFError, ValueError) as error:
+            if not self._connection.poll(2 * MOST_SECONDS):
+                self._process.kill()
+            return self._connection.recv_bytes()
+        except (OSError, EOFError) as error:
             self._connection.close()
-            self._process.kill()
             code = self._process.wait()
             raise RequestError(f"The text cannot be rendered: its process ended with code {code}.") from error

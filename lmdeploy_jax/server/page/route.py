@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter
 from pydantic import Field
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, Response
 
 from lmdeploy_jax.server.bodies import ProtocolModel
 from lmdeploy_jax.server.errors import ApiError
@@ -62,10 +62,11 @@ class MarkdownText(ProtocolModel):
     text: Annotated[str, Field(max_length=MOST_CHARACTERS)]
 
 
-@router.post("/markdown")
-async def markdown(body: MarkdownText) -> dict[str, Any]:
+@router.post("/markdown", response_model=None)
+async def markdown(body: MarkdownText) -> Response:
     """The text as HTML; the fields are those of `markdown.Rendered`."""
-    return await asyncio.get_running_loop().run_in_executor(_WAITING, _RENDERER.render, body.text)
+    rendered = await asyncio.get_running_loop().run_in_executor(_WAITING, _RENDERER.render, body.text)
+    return Response(rendered, media_type="application/json")
 
 
 def _file(name: str) -> FileResponse:

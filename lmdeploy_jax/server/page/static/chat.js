@@ -2,7 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { ApiError, complete, models } from "./api.js";
-import { asSent, contentOf, create, imagesOf, openCalls, sentMessages, textOf } from "./conversation.js";
+import { asSent, contentOf, create, imagesOf, openCalls, sentMessages, textOf, titleOf } from "./conversation.js";
 import { $, announce, copyBy, grow, onEnter } from "./dom.js";
 import { attachedImages, clearAttached, startImages } from "./images.js";
 import { showList } from "./list.js";
@@ -121,6 +121,7 @@ const listActs = {
 
 function showConversations() {
   showList(conversation.id, listActs);
+  document.title = `${titleOf(conversation)} · lmdeploy_jax`;
 }
 
 async function keep(kept) {
@@ -136,7 +137,7 @@ function startNew() {
   history.pushState(null, "", location.pathname + location.search);
   show(create());
   clearAttached();
-  $("input").focus();
+  focusInput();
 }
 
 // -- asking -------------------------------------------------------------------------------------------------
@@ -144,6 +145,10 @@ function startNew() {
 function stop() {
   running?.abort();
   running = null;
+}
+
+function focusInput() {
+  if (matchMedia("(pointer: fine)").matches) $("input").focus();  // elsewhere a keyboard would cover the page
 }
 
 function send() {
@@ -219,6 +224,7 @@ function begin(asked) {
   refresh();
   toEnd();
   announce("The model is answering");
+  focusInput();
 }
 
 // The answer joins the conversation that it was asked for, whichever is shown now.
@@ -227,7 +233,7 @@ async function end(asked, coming, view, run) {
   if (coming.isEmpty && asked.messages.length) {
     view.box.remove();
     const { error, stopped } = message.info;
-    Object.assign((asked.messages.at(-1).info ??= {}), { error, stopped });
+    asked.messages.at(-1).info = { stopped, error: error ?? (stopped ? undefined : "The model's answer is empty.") };
   } else {
     asked.messages.push(message);
     if (asked === conversation) views.push(view);
@@ -236,7 +242,7 @@ async function end(asked, coming, view, run) {
   if (running === run) running = null;
   if (asked === conversation && view.box.isConnected !== coming.isEmpty) await showEnd(view, message);
   else if (asked === conversation && !running) show(asked);  // it was left, and opened again before the answer had ended
-  await keep(asked);
+  if (store.find(asked.id)) await keep(asked);  // it may have been deleted meanwhile
 }
 
 async function showEnd(view, message) {
@@ -284,7 +290,7 @@ function startComposer() {
   $("input").addEventListener("input", () => { grow($("input")); store.saveDraft($("input").value); });
   $("input").value = store.loadDraft();
   $("new").addEventListener("click", startNew);
-  if (matchMedia("(pointer: fine)").matches) $("input").focus();  // elsewhere a keyboard would cover the page
+  focusInput();
 }
 
 function startMessages() {
