@@ -6,6 +6,7 @@ import enum
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from html import escape
 from typing import Annotated, Any, Literal
 
 from lmdeploy_jax.checked import NOT_EMPTY, POSITIVE, Checked, Rule, at_least, within
@@ -161,6 +162,18 @@ class Response:
         parts = [f"{f.name}={_brief(getattr(self, f.name), repr)}" for f in shown]
         more = [f"choices={self.choices!r}"] if self.choices else []
         return f"Response({', '.join([*parts, *more])})"
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows: the text, which models write in Markdown, and how it ended."""
+        answers = [self, *self.choices]
+        if len(answers) == 1:
+            return self._shown()
+        return "\n\n".join(f"**Answer {i}**\n\n{answer._shown()}" for i, answer in enumerate(answers))
+
+    def _shown(self) -> str:
+        ended = [self.finish_reason or "under way", *([self.error_message] if self.error_message else [])]
+        lengths = f"{self.input_token_len} + {self.generate_token_len} tokens"
+        return f"{self.text}\n\n<sub>{lengths}, {escape(': '.join(ended))}</sub>"
 
 
 def _is_default(field: Field[Any], value: Any) -> bool:

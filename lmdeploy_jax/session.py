@@ -36,6 +36,16 @@ class Session:
         answer = "" if self.response is None else f", answer {shortened(self.response.text)}"
         return f"<Session {self.session_id}: {len(self.history)} turns{answer}>"
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows: the conversation, with an answer that is no part of it in the end."""
+        turns = [*self.history]
+        if self.response is not None and self.response.finish_reason not in ("stop", "length"):
+            turns.append((self.prompt or "", self.response._repr_markdown_()))
+        return (
+            "\n\n".join(f"{_quoted(asked)}\n\n{answer}" for asked, answer in turns)
+            or "*An empty conversation.*"
+        )
+
     @property
     def active(self) -> bool:
         """Whether an answer is under way."""
@@ -73,6 +83,19 @@ class Session:
     def end(self) -> None:
         """Mark the answer under way as ended."""
         self._active = None
+
+
+def _quoted(turn: Turn) -> str:
+    """What a turn asks, as a quotation that tells it from the answer."""
+    said = [f"**{message['role']}:** {_text(message.get('content'))}" for message in _messages(turn)]
+    return "\n>\n".join("> " + text.replace("\n", "\n> ") for text in said)
+
+
+def _text(content: Any) -> str:
+    """A message's text; other parts, such as images, as their names."""
+    if isinstance(content, str) or content is None:
+        return content or ""
+    return " ".join(part.get("text") or f"*({part.get('type')})*" for part in content)
 
 
 def _messages(turn: Turn) -> list[Mapping[str, Any]]:

@@ -1,5 +1,5 @@
-"""What takes long tells how far it is, on stderr: stdout belongs to the answers. A terminal gets bars, a log
-or a notebook a plain line for each.
+"""What takes long tells how far it is, on stderr: stdout belongs to the answers. A terminal and a notebook
+get bars, a log a plain line for each.
 """
 
 from __future__ import annotations
@@ -45,8 +45,13 @@ def announce(enabled: bool, text: str) -> None:
 
 
 def _line(enabled: bool, text: str) -> None:
-    announce(enabled and not sys.stderr.isatty(), text)
+    announce(enabled and not _draws_bars(), text)
 
 
 def _bar(enabled: bool, **options: object) -> tqdm:
-    return tqdm(leave=False, file=sys.stderr, disable=not enabled or not sys.stderr.isatty(), **options)
+    return tqdm(leave=False, file=sys.stderr, disable=not enabled or not _draws_bars(), **options)
+
+
+def _draws_bars() -> bool:
+    """A notebook's stderr is no terminal, and yet goes back to a line's beginning."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
