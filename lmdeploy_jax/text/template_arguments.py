@@ -11,7 +11,7 @@ from lmdeploy_jax.text.conversation import without_nulls
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 SWITCHES = ("add_generation_prompt", "continue_final_message")  # say how the prompt ends
 _RESERVED = ("messages", "tools", "template", "self")
-_THINKING = ("enable_thinking", "thinking")  # Qwen's and GLM's name for the switch, and DeepSeek's
+THINKING = ("enable_thinking", "thinking")  # Qwen's and GLM's name for the switch, and DeepSeek's
 _EFFORT = "reasoning_effort"
 _NO_THOUGHT = ("none", "minimal")  # efforts that are no thinking, where a template can only switch it
 
@@ -60,9 +60,9 @@ def for_template(variables: Mapping[str, Any], reads: frozenset[str]) -> dict[st
     """The variables with the switch of thinking by the names that the template reads. Where it knows no
     efforts, an effort is a switch too.
     """
-    own = [name for name in _THINKING if name in reads]
-    rest = {name: value for name, value in variables.items() if name not in _THINKING}
-    given = next((variables[name] for name in _THINKING if name in variables), None)
+    own = [name for name in THINKING if name in reads]
+    rest = {name: value for name, value in variables.items() if name not in THINKING}
+    given = next((variables[name] for name in THINKING if name in variables), None)
     if own and _EFFORT not in reads and _EFFORT in rest:
         effort = rest.pop(_EFFORT)
         given = effort not in _NO_THOUGHT if given is None else given
@@ -90,4 +90,4 @@ def thinking_is_off(variables: Mapping[str, Any]) -> bool:
     """Whether the variables ask for an answer without reasoning."""
     if variables.get("reasoning_effort") == "none":
         return True
-    return any(variables.get(name) is not None and not variables[name] for name in _THINKING)
+    return any(variables.get(name) is not None and not variables[name] for name in THINKING)

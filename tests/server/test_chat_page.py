@@ -39,6 +39,11 @@ def test_the_pages_need_nothing_from_elsewhere(live):
             assert patience.get(f"{live.url}/{name}").headers["x-content-type-options"] == "nosniff"
 
 
+def test_the_model_card_says_what_the_page_may_offer(live):
+    card = patience.get(f"{live.url}/v1/models").json()["data"][0]
+    assert card["supported_parameters"] == ["tools", "enable_thinking"]
+
+
 def test_a_conversation_under_the_policy(browser, live):
     """The page's own policy holds, which other tests leave out since their waits are scripts."""
     page = browser.new_page()

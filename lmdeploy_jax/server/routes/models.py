@@ -9,6 +9,7 @@ from fastapi import APIRouter
 
 from lmdeploy_jax.server.routing import CurrentService, JsonRoute
 from lmdeploy_jax.server.service import Service
+from lmdeploy_jax.text.template_arguments import THINKING
 
 router = APIRouter(tags=["models"], route_class=JsonRoute)
 
@@ -57,5 +58,10 @@ def _card(service: Service, name: str) -> dict[str, Any]:
 
 def _parameters(service: Service) -> list[str]:
     """Those fields of a chat request that not every model knows; the key is OpenRouter's."""
-    read = service.frontend.template.reads & {"enable_thinking", "reasoning_effort"}
-    return [*(["tools"] if service.chat.tools is not None else []), *sorted(read)]
+    reads = service.frontend.template.reads
+    known = {
+        "tools": service.chat.tools is not None,
+        "enable_thinking": not reads.isdisjoint(THINKING),
+        "reasoning_effort": "reasoning_effort" in reads,
+    }
+    return [name for name, is_known in known.items() if is_known]
