@@ -142,11 +142,14 @@ class GroupedQKV:
 
 @dataclass(frozen=True)
 class Piece:
-    """Of each head, `rows` rows of the source that plays `part`; there, all heads' begin at row `first`."""
+    """Of each head, `rows` rows of the source that plays `part`; there, all heads' begin at row `first`, and
+    `replicas` neighbours have the same.
+    """
 
     part: str
     rows: int
     first: int = 0
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -160,13 +163,13 @@ class HeadPieces:
         if sum(piece.rows for piece in self.pieces) != width:
             raise ValueError(f"{self.pieces} do not make the {width} rows of a head of {shape}")
         runs = [
-            Run(piece.part, piece.first + head * piece.rows, piece.rows)
+            Run(piece.part, piece.first + head // piece.replicas * piece.rows, piece.rows)
             for head in range(heads)
             for piece in self.pieces
         ]
         counts: dict[str, int] = {}
         for piece in self.pieces:
-            counts[piece.part] = counts.get(piece.part, 0) + heads * piece.rows
+            counts[piece.part] = counts.get(piece.part, 0) + heads // piece.replicas * piece.rows
         return Assembly(2, _merge(runs), {part: (count, *rest) for part, count in counts.items()})
 
 

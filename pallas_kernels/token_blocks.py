@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32, Shaped
+from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.spans import Spans
 
 BLOCK = 64  # tokens whose updates of a state are done at once
+einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,55 @@ def for_blocks(spans: Spans, block: Callable[[Block, Any], Any], carry: Any) -> 
         )
 
     return lax.fori_loop(0, ends[-1], body, carry)
+
+
+def run_packed(
+    inputs: tuple[Array, ...],
+    states: Float32[Array, "slots N D V"],
+    spans: Spans,
+    step: Callable[..., tuple[Array, Array]],
+    block: Callable[[Any, Array], tuple[Array, Array]],
+) -> tuple[Float32[Array, "T H R V"], Float32[Array, "slots N D V"]]:
+    """Chunks, one behind the other: those of one token at once, the others block by block.
+
+    step: of one token a sequence, called with inputs, states, spans and which sequences' states are wanted.
+    block: of a block of one sequence's inputs and the state before it; rows of zeros must change nothing.
+    """
+    single, states = step(*take_rows(inputs, spans), states, spans, spans.counts == 1)
+    tokens = len(inputs[0])
+    out = put_rows(jnp.zeros((tokens + BLOCK, *single.shape[1:]), single.dtype), single, spans)
+    padded = tuple(jnp.pad(x, ((0, BLOCK), *((0, 0),) * (x.ndim - 1))) for x in inputs)
+
+    def body(at: Block, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, states = carry
+        before = jnp.where(at.fresh, 0.0, states[at.slot])
+        values, after = block(take_block(padded, at), before)
+        return at.put(out, values), states.at[at.slot].set(after)
+
+    out, states = for_blocks(spans, body, (out, states))
+    return out[:tokens], states
+
+
+def through_block(
+    q: Float32[Array, "B H D"],
+    k: Float32[Array, "B H D"],
+    added: Float32[Array, "H R B V"],
+    total: Float32[Array, "H R B"],
+    before: Float32[Array, "H R D V"],
+) -> tuple[Float32[Array, "B H R V"], Float32[Array, "H R D V"]]:
+    """The outputs of a block, and the state behind it, where each token adds `k added'` to a state that
+    decays: `total` is the logarithm of how much, from the block's begin to behind each token.
+    """
+    grown = jnp.exp(total)[..., None]
+    out = grown * einsum("ihd,hrdv->hriv", q, before)
+    weights = decay_between(total) * einsum("ihd,jhd->hij", q, k)[:, None]
+    out += einsum("hrij,hrjv->hriv", weights, added)
+    left = jnp.exp(total[..., -1:] - total)[..., None]
+    after = grown[..., -1:, :] * before + einsum("ihd,hriv->hrdv", k, left * added)
+    return out.transpose(2, 0, 1, 3), after
+
+
+def decay_between(total: Float32[Array, "H R B"]) -> Float32[Array, "H R B B"]:
+    """What is left at token i of what token j has added; 0 for later ones, whose exponents might overflow."""
+    differences = total[..., :, None] - total[..., None, :]
+    return jnp.exp(jnp.where(jnp.tri(total.shape[-1], dtype=bool), differences, -jnp.inf))

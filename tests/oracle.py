@@ -97,6 +97,24 @@ EXPERTS = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 24,
 }
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 1.7,
+    "attention_multiplier": 0.1,
+}
+BAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 12, "mamba_chunk_size": 16}
+FALCON = {
+    "embedding_multiplier": 3.0,
+    "lm_head_multiplier": 0.6,
+    "attention_in_multiplier": 0.8,
+    "attention_out_multiplier": 1.3,
+    "key_multiplier": 0.7,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.9,
+    "ssm_multipliers": [0.7, 1.1, 0.8, 1.2, 0.9],
+    "mlp_multipliers": [1.4, 0.6],
+}
 MROPE = _rope("default", partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True)
 BIAS = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
@@ -202,13 +220,7 @@ CONFIGS: Mapping[str, Spec] = {
     ),
     "granite": Spec(
         "Granite",
-        {
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.4,
-            "logits_scaling": 1.7,
-            "attention_multiplier": 0.1,
-            "attention_bias": True,
-        },
+        {**GRANITE, "attention_bias": True},
     ),
     "smollm3": Spec("SmolLM3", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
     "seed_oss": Spec("SeedOss", {"head_dim": 32}),
@@ -320,10 +332,7 @@ CONFIGS: Mapping[str, Spec] = {
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
             "shared_intermediate_size": 40,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.4,
-            "logits_scaling": 1.7,
-            "attention_multiplier": 0.1,
+            **GRANITE,
         },
     ),
     "granite_moe": Spec("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -335,6 +344,68 @@ CONFIGS: Mapping[str, Spec] = {
     "glm4_moe_lite": Spec(
         "Glm4MoeLite",
         {**SIGMOID, **LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "granite_hybrid": Spec(
+        "GraniteMoeHybrid",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 40,
+            "position_embedding_type": "nope",
+            **BAMBA,
+            **GRANITE,
+        },
+    ),
+    "granite_hybrid_dense": Spec(
+        "GraniteMoeHybrid",
+        {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 72,
+            "position_embedding_type": "rope",
+            "mamba_n_groups": 2,
+            "mamba_proj_bias": True,
+            "mamba_conv_bias": False,
+            **BAMBA,
+        },
+    ),
+    "nemotron_h": Spec(
+        "NemotronH",
+        {
+            "layers_block_type": ["mlp", "mamba", "attention", "mamba", "moe"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 12,
+            "n_groups": 4,
+            "chunk_size": 16,
+            "head_dim": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 40,
+            "moe_latent_size": 24,
+        },
+    ),
+    "falcon_h1": Spec("FalconH1", {**BAMBA, "mamba_d_ssm": 128, **FALCON}),
+    "falcon_h1_norm": Spec("FalconH1", {**BAMBA, "mamba_d_ssm": 128, "mamba_rms_norm": True}),
+    "lfm2": Spec("Lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}),
+    "lfm2_moe": Spec(
+        "Lfm2Moe",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "num_dense_layers": 1,
+            "routed_scaling_factor": 1.3,
+            "conv_bias": True,
+        },
     ),
     "internlm3_dynamic": Spec("InternLM3", {"head_dim": 16, **BIAS, **DYNAMIC}, _internlm3),
 }

@@ -30,6 +30,7 @@ from lmdeploy_jax.converters.families.ernie import (
     ernie_rules,
 )
 from lmdeploy_jax.converters.families.exaone import exaone4_config
+from lmdeploy_jax.converters.families.falcon_h1 import falcon_h1_config, falcon_h1_rules
 from lmdeploy_jax.converters.families.gemma import gemma2_config, gemma2_rules, gemma3_config, gemma_config
 from lmdeploy_jax.converters.families.glm import (
     glm4_config,
@@ -42,6 +43,8 @@ from lmdeploy_jax.converters.families.gpt_oss import GPT_OSS_STACKED, gpt_oss_co
 from lmdeploy_jax.converters.families.granite import (
     GRANITE_STACKED,
     granite_config,
+    granite_hybrid_config,
+    granite_hybrid_rules,
     granite_moe_config,
     granite_moe_rules,
 )
@@ -54,11 +57,13 @@ from lmdeploy_jax.converters.families.hunyuan import (
     hy_v3_config,
 )
 from lmdeploy_jax.converters.families.internlm import internlm2_config, internlm3_config
+from lmdeploy_jax.converters.families.lfm2 import lfm2_config, lfm2_moe_config, lfm2_rules
 from lmdeploy_jax.converters.families.llama import llama_config
 from lmdeploy_jax.converters.families.minimax import MINIMAX_NAMES, minimax_m2_config
 from lmdeploy_jax.converters.families.mistral import ministral3_config, ministral_config, mistral_config
 from lmdeploy_jax.converters.families.mixtral import MIXTRAL_NAMES, mixtral_config
 from lmdeploy_jax.converters.families.mixture import mixture_rules
+from lmdeploy_jax.converters.families.nemotron import nemotron_h_config, nemotron_h_rules
 from lmdeploy_jax.converters.families.olmo import (
     olmo2_config,
     olmo3_config,
@@ -156,6 +161,11 @@ FAMILIES: Mapping[str, Family] = {
     "GraniteForCausalLM": Family(granite_config),
     "GraniteMoeForCausalLM": Family(granite_moe_config, granite_moe_rules, GRANITE_STACKED),
     "GraniteMoeSharedForCausalLM": Family(granite_moe_config, granite_moe_rules, GRANITE_STACKED),
+    "GraniteMoeHybridForCausalLM": Family(granite_hybrid_config, granite_hybrid_rules, GRANITE_STACKED),
+    "NemotronHForCausalLM": Family(nemotron_h_config, nemotron_h_rules),
+    "FalconH1ForCausalLM": Family(falcon_h1_config, falcon_h1_rules),
+    "Lfm2ForCausalLM": Family(lfm2_config, lfm2_rules),
+    "Lfm2MoeForCausalLM": Family(lfm2_moe_config, lfm2_rules),
     "SmolLM3ForCausalLM": Family(smollm3_config),
     "SeedOssForCausalLM": Family(seed_oss_config),
     "GemmaForCausalLM": Family(gemma_config),
@@ -214,6 +224,11 @@ MODEL_TYPES: Mapping[str, str] = {
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoeshared": "GraniteMoeSharedForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
+    "falcon_h1": "FalconH1ForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "gemma": "GemmaForCausalLM",

@@ -36,12 +36,14 @@ NONE: Features = MappingProxyType({})
 MOST_LAYERS, MOST_HEADS = 10_000, 4096  # lists are made of so many entries before a tensor is looked at
 MOST_ELEMENTS = 2**40  # of one weight
 SLIDING, FULL = "sliding_attention", "full_attention"
+LINEAR = "linear_attention"
+OLD_KINDS = {"mamba": LINEAR, "attention": FULL}  # of layers, before transformers 5
 
 
 def decoder_config(
     fields: Fields,
     *,
-    rope: RopeConfig,
+    rope: RopeConfig | None,
     head_dim: int,
     scale: float | None = None,
     soft_cap: float | None = None,
@@ -63,7 +65,8 @@ def decoder_config(
     windows: each layer's; None: no layer has one. local_rope: that of the layers with a window, where it is
         another. rope_layers: which layers rotate at all.
     latent: what stands in the place of attention over q, k and v.
-    recurrent: of each layer, what stands there in the place of any attention, or None.
+    recurrent: of each layer, what stands there in the place of any attention, or None; it says how many
+        layers there are.
     mixture: what stands in the place of the MLP, in all layers or in those that are `sparse`.
     attention, mlp, layer, features: fields of `AttentionConfig`, `MlpConfig`, `LayerConfig`, `DecoderConfig`.
     """
@@ -77,7 +80,7 @@ def decoder_config(
             "head_dim": head_dim * count_heads(fields),
         },
     )
-    layers = count_layers(fields)
+    layers = count_layers(fields) if recurrent is None else len(recurrent)
     heads = {**_head_counts(fields), "head_dim": head_dim, **attention}
     block = MlpConfig(**{"width": width, **_activation(fields, mlp), **mlp})
 
@@ -173,11 +176,19 @@ def layer_windows(fields: Fields, default: Sequence[str], window: int | None) ->
 def mixer_kinds(fields: Fields, default: Sequence[str], known: Mapping[str, T]) -> tuple[T, ...]:
     """Of each layer what `known` gives for its kind in `layer_types` (or else in `default`)."""
     types, layers = fields.items("layer_types", list(default)), count_layers(fields)
-    if len(types) != layers or not all(isinstance(kind, str) and kind in known for kind in types):
-        raise fields.unsupported("layer_types", types, f"{layers} entries, each one of {', '.join(known)}")
-    if FULL not in types:
-        raise fields.unsupported("layer_types", types, f"one {FULL!r} at least")
-    return tuple(known[kind] for kind in types)
+    if len(types) != layers:
+        raise fields.unsupported("layer_types", types, f"{layers} entries")
+    return known_kinds(fields, "layer_types", types, known)
+
+
+def known_kinds(fields: Fields, name: str, types: Sequence[Any], known: Mapping[str, T]) -> tuple[T, ...]:
+    """What `known` gives for each of the layers' kinds, which field `name` says."""
+    kinds = [OLD_KINDS.get(kind, kind) if isinstance(kind, str) else None for kind in types]
+    if len(kinds) > MOST_LAYERS or not all(kind in known for kind in kinds):
+        raise fields.unsupported(name, types, f"entries that are each one of {', '.join(known)}")
+    if FULL not in kinds:
+        raise fields.unsupported(name, types, f"one {FULL!r} at least")
+    return tuple(known[kind] for kind in kinds if kind is not None)
 
 
 def used_window(fields: Fields, default: int | None) -> int | None:

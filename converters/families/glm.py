@@ -67,8 +67,10 @@ def sigmoid_mixture(
     groups: tuple[int, int] = (1, 1),
     scale: float = 1.0,
     normalise: bool = True,
+    expert: Features = NONE,
 ) -> MixtureConfig:
-    """The mixture of DeepSeek V3 and its kin; the numbers are the family's defaults.
+    """The mixture of DeepSeek V3 and its kin; the numbers are the family's defaults. expert: see
+    `read_mixture`.
 
     Raises UnsupportedModelError for another way of choosing, which transformers would pass over.
     """
@@ -81,6 +83,7 @@ def sigmoid_mixture(
         shared=inner * fields.size("n_shared_experts", 1, least=0),
         experts=experts,
         per_token=per_token,
+        expert=expert,
         scores="sigmoid",
         normalise=fields.flag("norm_topk_prob", normalise),
         scale=fields.number("routed_scaling_factor", scale),

@@ -35,7 +35,7 @@ def read_mixture(
     """The mixture of a config. width, shared: inner sizes of an expert and of the shared block, 0: none.
 
     experts, per_token: the family's defaults of how many there are, and how many a token has. expert: fields
-    of an expert's `MlpConfig`; router: of `RouterConfig`.
+    of the `MlpConfig` of an expert and of the shared block; router: of `RouterConfig`.
     """
     count = _first(fields, COUNTS, experts, MOST_EXPERTS)
     chosen = _first(fields, CHOICES, per_token, count)
@@ -48,11 +48,13 @@ def read_mixture(
             f"{fields.where}: {count} experts of {width} by hidden_size={hidden} ask for a weight of "
             f"{hidden * width * count} numbers; at most {MOST_ELEMENTS} can be read"
         )
-    activation = {"activation": fields.require("hidden_act", ACTIVATION_NAMES, "silu")}
+    block: dict[str, Any] = dict(expert or {})
+    if "activation" not in block:
+        block["activation"] = fields.require("hidden_act", ACTIVATION_NAMES, "silu")
     return MixtureConfig(
         RouterConfig(count, chosen, **router),
-        MlpConfig(width, **(activation | dict(expert or {}))),  # type: ignore[arg-type]
-        MlpConfig(shared, **activation) if shared else None,  # type: ignore[arg-type]
+        MlpConfig(width, **block),
+        MlpConfig(shared, **block) if shared else None,
         shared_gate,
     )
 

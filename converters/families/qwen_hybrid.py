@@ -6,6 +6,7 @@ from typing import Any
 
 from lmdeploy_jax.converters.families.common import (
     FULL,
+    LINEAR,
     MOST_HEADS,
     check_widths,
     count_layers,
@@ -23,7 +24,6 @@ from lmdeploy_jax.converters.layouts import HeadPieces, Piece, Rows
 from lmdeploy_jax.models.config import DecoderConfig, MixtureConfig
 from lmdeploy_jax.models.recurrent_config import DeltaConfig
 
-LINEAR = "linear_attention"
 MROPE = Mrope((11, 11, 10), interleaved=True)
 
 
@@ -129,7 +129,7 @@ def _rules(config: DecoderConfig, tp: int, *projections: Rule) -> tuple[Rule, ..
 
 
 def _delta_of(config: DecoderConfig) -> DeltaConfig:
-    return next(layer.mixer for layer in config.layers if isinstance(layer.mixer, DeltaConfig))
+    return next(mixer for mixer in config.mixers if isinstance(mixer, DeltaConfig))
 
 
 def _qkv(delta: DeltaConfig, part: str) -> tuple[Piece, ...]:

@@ -13,8 +13,7 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
             "KimiLinearForCausalLM",
-            "NemotronHForCausalLM", "GraniteMoeHybridForCausalLM", "FalconH1ForCausalLM", "Lfm2ForCausalLM",
-            "Lfm2MoeForCausalLM", "MambaForCausalLM", "Mamba2ForCausalLM", "JambaForCausalLM",
+            "MambaForCausalLM", "Mamba2ForCausalLM", "JambaForCausalLM",
             "BambaForCausalLM", "Zamba2ForCausalLM", "MiniMaxForCausalLM", "OlmoHybridForCausalLM",
             "BailingMoeV2_5ForCausalLM",
         ),

@@ -35,7 +35,7 @@ def hf_rules(
     """
     prefix = LAYER + r"self_attn\."
     if attention is None:
-        replicas = _replicas(config, tp)
+        replicas = kv_replicas(config, tp)
         packing = GroupedQKV(replicas, "rows" if fused else "split", _rotating(config) if interleaved else 0)
         attention = (_qkv_rule(prefix, packing), *_qk_norm_rules(config, replicas, qk_norms))
     return (
@@ -78,7 +78,7 @@ def _plain_mlp_rules(up: str, down: str) -> tuple[Rule, ...]:
 
 
 def _qk_norm_rules(config: DecoderConfig, replicas: int, names: tuple[str, str]) -> tuple[Rule, ...]:
-    width = any(isinstance(m, AttentionConfig) and m.qk_norm_width for m in (x.mixer for x in config.layers))
+    width = any(isinstance(mixer, AttentionConfig) and mixer.qk_norm_width for mixer in config.mixers)
     layouts: tuple[Layout, Layout] = (Rows(3), RepeatedHeads(replicas)) if width else (Rows(), Rows())
     return tuple(
         Rule(LAYER + rf"self_attn\.{name}\.weight", LAYER_TARGET + f"attention.{target}.weight", "", layout)
@@ -92,9 +92,9 @@ def _rotating(config: DecoderConfig) -> int:
     return count
 
 
-def _replicas(config: DecoderConfig, tp: int) -> int:
+def kv_replicas(config: DecoderConfig, tp: int) -> int:
     """How often each KV head is held, which so far is the same in all layers of every family."""
-    mixers = (layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig))
+    mixers = (mixer for mixer in config.mixers if isinstance(mixer, AttentionConfig))
     (replicas,) = {mixer.held_kv_heads(tp) // mixer.kv_heads for mixer in mixers}
     return replicas
 
@@ -117,7 +117,7 @@ def outer_rules(config: DecoderConfig, embedding: str, head: str) -> tuple[Rule,
 def internlm2_rules(config: DecoderConfig, tp: int) -> tuple[Rule, ...]:
     """InternLM2's own names. `wqkv` holds, for each KV head, its query heads, its k head and its v head."""
     attention, mlp = LAYER + r"attention\.", LAYER + r"feed_forward\."
-    qkv = GroupedQKV(_replicas(config, tp), "grouped")
+    qkv = GroupedQKV(kv_replicas(config, tp), "grouped")
     gate_up = Stack(("1", "3"))
     return (
         *outer_rules(config, "model.tok_embeddings", "output"),

@@ -19,9 +19,9 @@ def matrix_parameters(config: DecoderConfig, sequences: int = 1) -> float:
     """Weights that a decode step of so many sequences reads: all matrices but an untied embedding (read by
     row), and of experts as many as are chosen at random.
     """
-    attention = sum(layer.mixer.weights(config.hidden_size) for layer in config.layers)
-    rows = sum(layer.mlp.weight_rows(sequences) for layer in config.layers)
-    return attention + config.hidden_size * (rows + config.vocab_size)
+    mixers = sum(mixer.weights(config.hidden_size) for mixer in config.mixers)
+    rows = sum(layer.mlp.weight_rows(sequences) for layer in config.layers if layer.mlp is not None)
+    return mixers + config.hidden_size * (rows + config.vocab_size)
 
 
 def step_bytes(
@@ -37,8 +37,9 @@ def step_bytes(
 
     itemsize: bytes of an element of either; weight_itemsize: of quantised weights, scales and all.
     """
-    mixers = [layer.mixer for layer in config.layers]
-    cached = sum(mixer.read_bytes(float(context), itemsize, tp) for mixer in mixers for context in contexts)
+    cached = sum(
+        mixer.read_bytes(float(context), itemsize, tp) for mixer in config.mixers for context in contexts
+    )
     return (weight_itemsize or itemsize) * matrix_parameters(config, len(contexts)) + cached
 
 

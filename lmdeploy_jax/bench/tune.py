@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LayerConfig, MixtureConfig
+from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LayerConfig, MlpConfig
 from lmdeploy_jax.models.products import dense_product
 from lmdeploy_jax.models.tuning import Kind, Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
@@ -94,7 +94,8 @@ def products(config: DecoderConfig, tp: int = 1) -> dict[str, Shape]:
     """
     layer, hidden = config.layers[0], config.hidden_size
     if not isinstance(layer.mixer, AttentionConfig):
-        raise ConfigError(f"the products of {layer.mixer} are XLA's: there is nothing to tune for them")
+        kind = layer.mixer or "a layer without attention"
+        raise ConfigError(f"the products of {kind} are XLA's: there is nothing to tune for them")
     kv_heads = layer.mixer.held_kv_heads(tp)
     group, kv_heads = layer.mixer.heads // kv_heads, kv_heads // tp
     qkv, heads = (kv_heads * rows * layer.mixer.head_dim for rows in (group + 2, group))
@@ -110,7 +111,7 @@ def products(config: DecoderConfig, tp: int = 1) -> dict[str, Shape]:
 
 def _mlp_products(layer: LayerConfig, hidden: int, tp: int) -> dict[str, Shape]:
     """Those of a mixture are grouped, and not measured here."""
-    if isinstance(layer.mlp, MixtureConfig):
+    if not isinstance(layer.mlp, MlpConfig):
         return {}
     if layer.mlp.width % tp:
         raise ConfigError(

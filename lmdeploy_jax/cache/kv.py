@@ -28,13 +28,13 @@ class KVCache:
     arrays: tuple[tuple[Array, ...], ...]
     layout: CacheLayout = field(metadata={"static": True})
 
-    def of_layer(self, layer: int) -> tuple[Array, ...]:
-        """The layer's arrays; see its kind in `cache.kinds`."""
-        return self.arrays[self.layout.places[layer][1]]
+    def of_mixer(self, mixer: int) -> tuple[Array, ...]:
+        """The arrays of a mixer, numbered through all layers; see its kind in `cache.kinds`."""
+        return self.arrays[self.layout.places[mixer][1]]
 
-    def with_layer(self, layer: int, arrays: tuple[Array, ...]) -> KVCache:
-        """With those arrays in place of the layer's."""
-        i = self.layout.places[layer][1]
+    def with_mixer(self, mixer: int, arrays: tuple[Array, ...]) -> KVCache:
+        """With those arrays in place of the mixer's."""
+        i = self.layout.places[mixer][1]
         return replace(self, arrays=(*self.arrays[:i], arrays, *self.arrays[i + 1 :]))
 
     def map_pages(self, change: Callable[[Array], Array]) -> KVCache:

@@ -49,12 +49,12 @@ class CacheGroup:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The groups of a cache, its arrays, and where each layer finds its own."""
+    """The groups of a cache, its arrays, and where each mixer, numbered through all layers, finds its own."""
 
     groups: tuple[CacheGroup, ...]
     arrays: tuple[CacheKind, ...]
     places: tuple[tuple[int | None, int], ...]
-    """Of each layer: its group, None where it keeps a state, and the index of its arrays."""
+    """Of each mixer: its group, None where it keeps a state, and the index of its arrays."""
 
     @property
     def paged(self) -> tuple[PageKind, ...]:
@@ -88,7 +88,7 @@ class CacheLayout:
 def plan_layout(layers: Sequence[CacheKind], *, session_len: int, step_tokens: int) -> CacheLayout:
     """The layout in which a sequence of `session_len` tokens takes the least memory.
 
-    layers: what each layer keeps. step_tokens: most tokens of a step.
+    layers: what each mixer keeps. step_tokens: most tokens of a step.
     """
     paged = (kind for kind in layers if not isinstance(kind, StateCache))
     kinds = [_reaching(kind, session_len) for kind in paged]

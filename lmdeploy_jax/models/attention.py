@@ -93,7 +93,9 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks[...].reshape(-1)
         args = (qkv, work, cache, metadata, self.config)
         out, cache = self.kernels.attend(*args, sinks=sinks, dtype=x.dtype)
-        return x, self.o(out if gates is None else out * jax.nn.sigmoid(gates)), cache
+        out = out if gates is None else out * jax.nn.sigmoid(gates)
+        multiplier = self.config.output_multiplier
+        return x, self.o(out if multiplier == 1.0 else out * multiplier), cache
 
     def _worked(
         self, qkv: Array, work: HeadWork, rope: Rotation | None, dtype: jnp.dtype

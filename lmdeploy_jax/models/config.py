@@ -83,6 +83,8 @@ class AttentionConfig:
     """
     sinks: bool = False
     """Each query head has a learnt logit that joins its softmax's denominator (gpt-oss)."""
+    output_multiplier: float = 1.0
+    """Of the heads' outputs."""
 
     @property
     def is_plain(self) -> bool:
@@ -192,6 +194,10 @@ class MlpConfig:
     bias: bool = False
     limit: float = 7.0
     """Of swigluoai: g is at most that, u within it on both sides."""
+    gate_multiplier: float = 1.0
+    """Of what is activated, before it is."""
+    output_multiplier: float = 1.0
+    """Of the block's output, in blocks that are gated."""
 
     def weight_rows(self, tokens: int) -> float:
         """Rows of hidden_size elements that a step of so many tokens reads."""
@@ -241,6 +247,8 @@ class MixtureConfig:
     """A block that every token has besides."""
     shared_gate: bool = False
     """Whether its output is multiplied by the sigmoid of a number of each token's own."""
+    latent_size: int | None = None
+    """Experts read and write a space of that many dimensions; None: the residual stream's."""
 
     def weight_rows(self, tokens: int) -> float:
         """As `MlpConfig.weight_rows`, where every choice of experts is as likely."""
@@ -255,12 +263,19 @@ class MixtureConfig:
         return self.router.per_token * (self.expert.activations(hidden) + 4 * hidden) + shared
 
 
+MixerConfig = AttentionConfig | LatentConfig | RecurrentConfig
+
+
 @dataclass(frozen=True)
 class LayerConfig:
-    """A mixer of tokens and a feed-forward block, each with its norms, added to the residual stream."""
+    """A mixer of tokens and a feed-forward block, each with its norms, added to the residual stream. A layer
+    may have one of them alone.
+    """
 
-    mixer: AttentionConfig | LatentConfig | RecurrentConfig
-    mlp: MlpConfig | MixtureConfig
+    mixer: MixerConfig | None
+    mlp: MlpConfig | MixtureConfig | None
+    second_mixer: RecurrentConfig | None = None
+    """It reads what `mixer` reads, and their sum is added (Falcon-H1)."""
     pre_norm: bool = True
     """A norm on what enters mixer and MLP."""
     post_norm: bool = False
@@ -272,7 +287,19 @@ class LayerConfig:
     @property
     def added_plainly(self) -> bool:
         """Whether what mixer and MLP return is added to the residual stream as it is, each by itself."""
-        return not self.post_norm and not self.parallel and self.residual_multiplier == 1.0
+        alone = not self.parallel and self.second_mixer is None
+        return alone and not self.post_norm and self.residual_multiplier == 1.0
+
+    @property
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """The mixers that it has."""
+        return tuple(mixer for mixer in (self.mixer, self.second_mixer) if mixer is not None)
+
+    def activations(self, hidden: int) -> int:
+        """Elements that a token takes at most in a part of the layer, besides a few of the hidden size."""
+        mlp = 0 if self.mlp is None else self.mlp.activations(hidden)
+        recurrent = (mixer for mixer in self.mixers if isinstance(mixer, RecurrentConfig))
+        return max(mlp, *(mixer.activations(hidden) for mixer in recurrent), 0)
 
 
 @dataclass(frozen=True)
@@ -315,9 +342,14 @@ class DecoderConfig:
         return session_len or min(self.max_position, limit)
 
     @property
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """Those of all layers, in order."""
+        return tuple(mixer for layer in self.layers for mixer in layer.mixers)
+
+    @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The rotations that occur, each once, in the order of the layers."""
-        return tuple(dict.fromkeys(layer.mixer.rope for layer in self.layers if layer.mixer.rope is not None))
+        return tuple(dict.fromkeys(mixer.rope for mixer in self.mixers if mixer.rope is not None))
 
     @property
     def depends_on_length(self) -> bool:
@@ -327,7 +359,7 @@ class DecoderConfig:
     @property
     def is_recurrent(self) -> bool:
         """Whether layers keep a state of a whole sequence, of which prefixes have none of their own."""
-        return any(isinstance(layer.mixer, RecurrentConfig) for layer in self.layers)
+        return any(isinstance(mixer, RecurrentConfig) for mixer in self.mixers)
 
     @property
     def mrope(self) -> bool:
@@ -344,5 +376,5 @@ class DecoderConfig:
         """What the layers keep on `tp` devices of sequences of at most `session_len` tokens, computed at most
         `step_tokens` at a time. Raises ConfigError as `AttentionConfig.cache` does.
         """
-        kinds = [layer.mixer.cache(tp) for layer in self.layers]
+        kinds = [mixer.cache(tp) for mixer in self.mixers]
         return plan_layout(kinds, session_len=session_len, step_tokens=step_tokens)

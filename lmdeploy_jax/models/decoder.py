@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,33 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Float32
 
-from lmdeploy_jax.cache.kinds import StateCache
 from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.models.attention import Attention
-from lmdeploy_jax.models.batch import AttentionMetadata, Batch
-from lmdeploy_jax.models.config import DecoderConfig, LatentConfig, LayerConfig, MixtureConfig, RopeConfig
+from lmdeploy_jax.models.batch import Batch
+from lmdeploy_jax.models.config import (
+    DecoderConfig,
+    LatentConfig,
+    LayerConfig,
+    MixerConfig,
+    MixtureConfig,
+    RopeConfig,
+)
 from lmdeploy_jax.models.delta import GatedDeltaNet
 from lmdeploy_jax.models.embedding import Embedding
 from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.latent import LatentAttention
 from lmdeploy_jax.models.linear import soft_cap
+from lmdeploy_jax.models.mamba import Mamba2
 from lmdeploy_jax.models.mixture import Mixture
-from lmdeploy_jax.models.mlp import GatedMLP, PlainMLP
+from lmdeploy_jax.models.mlp import GatedMLP, PlainMLP, feed_forward
 from lmdeploy_jax.models.norm import LayerNorm, Norm, RMSNorm
-from lmdeploy_jax.models.recurrent_config import DeltaConfig
+from lmdeploy_jax.models.recurrent_config import DeltaConfig, Mamba2Config, ShortConvConfig
 from lmdeploy_jax.models.rope import Rotation, rotation
-from lmdeploy_jax.pallas_kernels.spans import Spans, decode_spans, ragged_spans
+from lmdeploy_jax.models.short_conv import ShortConv
+from lmdeploy_jax.models.step_cache import StepCache, Where
 
-Where = AttentionMetadata | Spans  # a step's sequences, as layers with pages and those with a state see them
 
-
+@runtime_checkable
 class Mixer(Protocol):
     """What stands in attention's place in a layer, or attention itself."""
 
@@ -48,7 +55,7 @@ class Mixer(Protocol):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each with its norms, added to the residual stream."""
+    """A mixer, or two, and an MLP, each with its norms, added to the residual stream; either may lack."""
 
     def __init__(
         self, model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels
@@ -56,42 +63,61 @@ class DecoderLayer(nnx.Module):
         def norm(present: bool) -> Norm | None:
             return _norm(model, dtype) if present else None
 
+        mixes, feeds = config.mixer is not None, config.mlp is not None
+        how: dict[str, Any] = {"added_plainly": config.added_plainly, "dtype": dtype, "kernels": kernels}
         self.parallel = config.parallel
         self.kernels = kernels
         self.residual_multiplier = config.residual_multiplier
-        self.attention_norm = norm(config.pre_norm)
-        self.attention = _mixer(model, config, dtype=dtype, kernels=kernels)
-        self.attention_post_norm = norm(config.post_norm)
-        self.mlp_norm = norm(config.pre_norm and not config.parallel)
-        self.mlp = _feed_forward(model, config, dtype=dtype, kernels=kernels)
-        self.mlp_post_norm = norm(config.post_norm)
+        self.attention_norm = norm(config.pre_norm and mixes)
+        self.attention = _mixer(model, config.mixer, **how)
+        self.second_mixer = _mixer(model, config.second_mixer, **how)
+        self.attention_post_norm = norm(config.post_norm and mixes)
+        self.mlp_norm = norm(config.pre_norm and feeds and not config.parallel)
+        self.mlp = _feed_forward(model, config, **how)
+        self.mlp_post_norm = norm(config.post_norm and feeds)
 
     def __call__(
         self,
         x: Float[Array, "T E"],
         delta: Float[Array, "*S T E"] | None,
-        cache: LayerCache,
-        metadata: Where,
+        caches: tuple[LayerCache, ...],
+        where: tuple[Where, ...],
         rope: Rotation | None,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
-        """The residual stream x and what the layer before adds to it -> the same, and the cache."""
-        if self.parallel:
-            return self._in_parallel(x, delta, cache, metadata, rope)
-        x, out, cache = self.attention(x, delta, self.attention_norm, cache, metadata, rope)
-        x, out = self.mlp(x, self._scaled(self.attention_post_norm, out), self.mlp_norm)
-        return x, self._scaled(self.mlp_post_norm, out), cache
+    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"] | None, tuple[LayerCache, ...]]:
+        """The residual stream x and what the layer before adds to it -> the same, and the caches.
 
-    def _in_parallel(
+        `caches` and `where` are a mixer's each, see `StepCache.of`.
+        """
+        norm = self.attention_norm
+        if self.parallel and self.mlp is not None:
+            x, normed = self.kernels.add_norm(x, delta, norm)
+            _, mixed, caches = self._mix(normed, None, None, caches, where, rope)
+            return x, self._scaled(None, mixed + self.mlp(normed, None, None)[1]), caches
+        if self.attention is not None:
+            x, delta, caches = self._mix(x, delta, norm, caches, where, rope)
+            delta = self._scaled(self.attention_post_norm, delta)
+        if self.mlp is not None:
+            x, delta = self.mlp(x, delta, self.mlp_norm)
+            delta = self._scaled(self.mlp_post_norm, delta)
+        return x, delta, caches
+
+    def _mix(
         self,
         x: Float[Array, "T E"],
         delta: Float[Array, "*S T E"] | None,
-        cache: LayerCache,
-        metadata: Where,
+        norm: Norm | None,
+        caches: tuple[LayerCache, ...],
+        where: tuple[Where, ...],
         rope: Rotation | None,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "T E"], LayerCache]:
-        x, normed = self.kernels.add_norm(x, delta, self.attention_norm)
-        _, attended, cache = self.attention(normed, None, None, cache, metadata, rope)
-        return x, self._scaled(None, attended + self.mlp(normed, None, None)[1]), cache
+    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], tuple[LayerCache, ...]]:
+        assert self.attention is not None
+        if self.second_mixer is None:
+            x, out, cache = self.attention(x, delta, norm, caches[0], where[0], rope)
+            return x, out, (cache,)
+        x, normed = self.kernels.add_norm(x, delta, norm)
+        _, first, cache = self.attention(normed, None, None, caches[0], where[0], rope)
+        _, second, states = self.second_mixer(normed, None, None, caches[1], where[1], None)
+        return x, first + second, (cache, states)
 
     def _scaled(self, post_norm: Norm | None, out: Array) -> Array:
         out = out if post_norm is None else post_norm(out)
@@ -105,23 +131,28 @@ def _norm(model: DecoderConfig, dtype: jnp.dtype) -> Norm:
     return RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset, dtype=dtype, axis="embed")
 
 
-def _mixer(model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels) -> Mixer:
-    how: dict[str, Any] = {"added_plainly": config.added_plainly, "dtype": dtype, "kernels": kernels}
-    if isinstance(config.mixer, LatentConfig):
-        return LatentAttention(model, config.mixer, **how)
-    if isinstance(config.mixer, DeltaConfig):
-        return GatedDeltaNet(model, config.mixer, **how)
-    return Attention(model, config.mixer, **how)
+def _mixer(model: DecoderConfig, config: MixerConfig | None, **how: Any) -> Mixer | None:
+    if config is None:
+        return None
+    if isinstance(config, LatentConfig):
+        return LatentAttention(model, config, **how)
+    if isinstance(config, DeltaConfig):
+        return GatedDeltaNet(model, config, **how)
+    if isinstance(config, Mamba2Config):
+        return Mamba2(model, config, **how)
+    if isinstance(config, ShortConvConfig):
+        return ShortConv(model, config, **how)
+    return Attention(model, config, **how)
 
 
 def _feed_forward(
-    model: DecoderConfig, config: LayerConfig, *, dtype: jnp.dtype, kernels: Kernels
-) -> GatedMLP | PlainMLP | Mixture:
-    how: dict[str, Any] = {"added_plainly": config.added_plainly, "dtype": dtype, "kernels": kernels}
+    model: DecoderConfig, config: LayerConfig, **how: Any
+) -> GatedMLP | PlainMLP | Mixture | None:
+    if config.mlp is None:
+        return None
     if isinstance(config.mlp, MixtureConfig):
         return Mixture(model.hidden_size, config.mlp, **how)
-    block = GatedMLP if config.mlp.gated else PlainMLP
-    return block(model.hidden_size, config.mlp, **how)
+    return feed_forward(model.hidden_size, config.mlp, **how)
 
 
 class Decoder(nnx.Module):
@@ -152,20 +183,17 @@ class Decoder(nnx.Module):
         if self.config.embedding_multiplier != 1.0:
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
         x, delta = _merged(x, batch), None
-        counters = _split_counters(cache, len(batch.attention[0].kv_lens))
-        spans = _spans(cache, batch) if cache.layout.states else None
-        for i, (layer, rope) in enumerate(zip(self.layers, self._rotations(batch), strict=True)):
-            graph, state = nnx.split(layer)
-            group, held = cache.layout.places[i][0], cache.of_layer(i)
-            if group is None:
-                x, delta, held = _run_layer(graph, state, x, delta, held, spans, rope)
-            else:
-                metadata, heads = batch.attention[group], held[0].shape[1]
-                args = (x, delta, (*held, counters[heads]), metadata, rope)
-                x, delta, (*held, counters[heads]) = _run_layer(graph, state, *args)
-            cache = cache.with_layer(i, tuple(held))
-            x = _deepstack(x, batch, i + 1)
-        return self.kernels.add_norm(x, delta, self.norm)[1], cache
+        step, rotations, first = StepCache(cache, batch), self._rotations(batch), 0
+        for i, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            mixers = range(first, first + len(config.mixers))
+            seen = [step.of(mixer) for mixer in mixers]
+            caches, where = tuple(held for held, _ in seen), tuple(sequences for _, sequences in seen)
+            rope = rotations[None if config.mixer is None else config.mixer.rope]
+            x, delta, caches = _run_layer(*nnx.split(layer), x, delta, caches, where, rope)
+            for mixer, held in zip(mixers, caches, strict=True):
+                step.put(mixer, held)
+            x, first = _deepstack(x, batch, i + 1), mixers.stop
+        return self.kernels.add_norm(x, delta, self.norm)[1], step.cache
 
     def logits(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R V"]:
         """V is the vocabulary's size, without what pads it."""
@@ -176,29 +204,13 @@ class Decoder(nnx.Module):
         head = self.embedding if self.lm_head is None else self.lm_head
         return head.attend(hidden)
 
-    def _rotations(self, batch: Batch) -> list[Rotation | None]:
-        """Each layer's rotation; layers of one kind share it."""
+    def _rotations(self, batch: Batch) -> dict[RopeConfig | None, Rotation | None]:
+        """The rotation of each kind of layers; those without one have None."""
         rotations: dict[RopeConfig | None, Rotation | None] = {
             rope: rotation(rope, batch.rope_positions, batch.rope_lens) for rope in self.config.ropes
         }
         rotations[None] = None
-        return [rotations[layer.mixer.rope] for layer in self.config.layers]
-
-
-def _split_counters(cache: KVCache, rows: int) -> dict[int, Array]:
-    """What layers of as many KV heads share, see `paged_attention`."""
-    kinds = zip(cache.layout.arrays, cache.arrays, strict=True)
-    heads = {arrays[0].shape[1] for kind, arrays in kinds if not isinstance(kind, StateCache)}
-    return {count: jnp.zeros((rows, count), jnp.int32) for count in sorted(heads)}
-
-
-def _spans(cache: KVCache, batch: Batch) -> Spans:
-    """What layers with a state see of the step; positions are those of a group without a window."""
-    whole = [group.window is None for group in cache.layout.groups].index(True)
-    metadata = batch.attention[whole]
-    if metadata.tiles is None:
-        return decode_spans(batch.sequence_slots, metadata.kv_lens)
-    return ragged_spans(batch.sequence_slots, metadata.tiles)
+        return rotations
 
 
 def _merged(x: Array, batch: Batch) -> Array:
@@ -228,9 +240,9 @@ def _run_layer(
     state: nnx.State,
     x: Array,
     delta: Array | None,
-    cache: LayerCache,
-    metadata: Where,
+    caches: tuple[LayerCache, ...],
+    where: tuple[Where, ...],
     rope: Rotation | None,
-) -> tuple[Array, Array, LayerCache]:
+) -> tuple[Array, Array, tuple[LayerCache, ...]]:
     """A jitted function of its own, so that layers alike are traced once; XLA inlines the calls."""
-    return nnx.merge(graph, state)(x, delta, cache, metadata, rope)
+    return nnx.merge(graph, state)(x, delta, caches, where, rope)

@@ -14,7 +14,7 @@ from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.models.norm import Norm, RMSNorm
-from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
+from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear, whole
 from lmdeploy_jax.models.recurrent_config import DeltaConfig
 from lmdeploy_jax.models.rope import Rotation
 from lmdeploy_jax.pallas_kernels.delta_rule import delta_rule
@@ -64,7 +64,7 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
         x, normed = self.kernels.add_norm(x, delta, norm)
         config, (inputs, states) = self.config, cache
-        qkvz, ba = (_whole(linear(normed, None, None)[1], x.dtype) for linear in (self.qkvz, self.ba))
+        qkvz, ba = (whole(linear(normed, None, None)[1], x.dtype) for linear in (self.qkvz, self.ba))
         mixed, gates = jnp.split(qkvz, [config.channels], axis=2)
         mixed, inputs = short_conv(mixed, self.conv[:, :, 0], inputs, spans)
         q, k, v = jnp.split(jax.nn.silu(mixed), [config.key_dim, 2 * config.key_dim], axis=2)
@@ -81,10 +81,6 @@ class GatedDeltaNet(nnx.Module):
         b, a = jnp.split(ba.astype(jnp.float32), 2, axis=2)
         log_decay = -jnp.exp(self.a_log[...]) * jax.nn.softplus(a + self.dt_bias[...])
         return log_decay, jax.nn.sigmoid(b)
-
-
-def _whole(product: Float[Array, "*S T H N"], dtype: jnp.dtype) -> Float[Array, "T H N"]:
-    return (product.sum(0) if product.ndim == 4 else product).astype(dtype)
 
 
 def _unit(x: Float[Array, "T H D"]) -> Float32[Array, "T H D"]:

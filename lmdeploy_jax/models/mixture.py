@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from lmdeploy_jax.models.config import MixtureConfig, MlpConfig
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
-from lmdeploy_jax.models.mlp import GatedMLP
+from lmdeploy_jax.models.mlp import feed_forward
 from lmdeploy_jax.models.norm import Norm
 from lmdeploy_jax.models.products import ACTIVATIONS, dense_product
 from lmdeploy_jax.models.quantised import QuantWeight
@@ -58,15 +58,17 @@ class ExpertLinear(Linear):
 
 
 class Experts(nnx.Module):
-    """The blocks among which a router chooses, cut over devices as an MLP is."""
+    """The blocks among which a router chooses, cut over devices as an MLP is. `gate_up` [X, 2, I, E] is both
+    products of a block that is gated, and [X, 1, I, E] the one of a block that is not.
+    """
 
     def __init__(self, hidden: int, config: MixtureConfig, *, dtype: jnp.dtype, kernels: Kernels) -> None:
         count, expert = config.router.experts, config.expert
         self.kernels = kernels
         self.gating = gating(expert)
         rest: dict[str, Any] = {"bias": expert.bias, "dtype": dtype}
-        inner = ("experts", None, "mlp", "embed")
-        self.gate_up = ExpertLinear((count, 2, expert.width), (hidden,), inner, **rest)
+        inner, products = ("experts", None, "mlp", "embed"), 2 if expert.gated else 1
+        self.gate_up = ExpertLinear((count, products, expert.width), (hidden,), inner, **rest)
         self.down = ExpertLinear((count, hidden), (expert.width,), ("experts", "embed", "mlp"), **rest)
 
     def __call__(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "*parts T E"]:
@@ -100,7 +102,7 @@ class Experts(nnx.Module):
         rows = x[groups.source // choices]
         both = self.gate_up(rows, groups, out_dtype=x.dtype)
         both = both if self.gate_up.bias is None else both + self.gate_up.bias[...][groups.group]
-        inner = self.gating(both[:, 0], both[:, 1])
+        inner = self.gating(*jnp.unstack(both, axis=1))
         out = self.down(inner, groups, out_dtype=jnp.float32)[groups.place].reshape(tokens, choices, -1)
         mixed = jnp.einsum("tke,tk->te", out, routes.weights).astype(x.dtype)
         mixed = self.kernels.collectives.all_reduce(mixed, x.dtype)
@@ -113,7 +115,9 @@ class Experts(nnx.Module):
 
 
 class Mixture(nnx.Module):
-    """Some experts for each token, and perhaps a block that all tokens share; called as a `GatedMLP` is."""
+    """Some experts for each token, and perhaps a block that all tokens share; called as a `GatedMLP` is.
+    Experts may work in a smaller space, into which `into_latent` leads and from which `from_latent` does.
+    """
 
     def __init__(
         self, hidden: int, config: MixtureConfig, *, added_plainly: bool, dtype: jnp.dtype, kernels: Kernels
@@ -121,11 +125,14 @@ class Mixture(nnx.Module):
         self.kernels = kernels
         self.added_plainly = added_plainly
         self.router = Router(hidden, config.router, dtype=dtype, backend=kernels.backend)
-        self.experts = Experts(hidden, config, dtype=dtype, kernels=kernels)
+        latent, plain = config.latent_size, partial(Linear, bias=False, dtype=dtype)
+        self.experts = Experts(latent or hidden, config, dtype=dtype, kernels=kernels)
+        self.into_latent = plain((latent,), (hidden,), (None, "embed")) if latent else None
+        self.from_latent = plain((hidden,), (latent,), ("embed", None)) if latent else None
         self.shared = (
             None
             if config.shared is None
-            else GatedMLP(hidden, config.shared, added_plainly=False, dtype=dtype, kernels=kernels)
+            else feed_forward(hidden, config.shared, added_plainly=False, dtype=dtype, kernels=kernels)
         )
         self.shared_gate = (
             Linear((1,), (hidden,), (None, "embed"), bias=False, dtype=dtype) if config.shared_gate else None
@@ -136,9 +143,11 @@ class Mixture(nnx.Module):
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
         """`Kernels.add_norm` of the arguments, and the mixture -> x, what is added to it next."""
         x, normed = self.kernels.add_norm(x, delta, norm)
-        out = self.experts(normed, self.router(normed))
-        if out.ndim == 3 and (self.shared is not None or not self.added_plainly):
+        out = self.experts(_through(self.into_latent, normed), self.router(normed))
+        added_up = self.shared is None and self.added_plainly and self.from_latent is None
+        if out.ndim == 3 and not added_up:
             out = out.sum(0, dtype=jnp.float32).astype(x.dtype)
+        out = _through(self.from_latent, out)
         return x, out if self.shared is None else out + self._shared(normed)
 
     def _shared(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
@@ -149,12 +158,17 @@ class Mixture(nnx.Module):
         return out * jax.nn.sigmoid(dense_product(x, self.shared_gate.weight.dense()))
 
 
+def _through(linear: Linear | None, x: Float[Array, "*parts E"]) -> Float[Array, "*parts N"]:
+    return x if linear is None else dense_product(x, linear.weight.dense())
+
+
+@cache  # layers alike must have the same function, so that they are traced once
 def gating(config: MlpConfig) -> Gating:
-    """What an expert makes of gate and up."""
+    """What an expert makes of gate and up, or, where it is not gated, of its one product."""
     if config.activation == "swigluoai":
         return partial(_swigluoai, config.limit)
     activation = ACTIVATIONS[config.activation]
-    return lambda gate, up: activation(gate) * up
+    return (lambda gate, up: activation(gate) * up) if config.gated else activation
 
 
 def _swigluoai(limit: float, gate: Array, up: Array) -> Array:

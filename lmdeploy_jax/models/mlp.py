@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from lmdeploy_jax.models.config import MlpConfig
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.models.norm import Norm
-from lmdeploy_jax.models.products import ACTIVATIONS
+from lmdeploy_jax.models.products import ACTIVATIONS, Activation
 from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
 
 
@@ -24,7 +25,8 @@ class GatedMLP(nnx.Module):
     def __init__(
         self, hidden: int, config: MlpConfig, *, added_plainly: bool, dtype: jnp.dtype, kernels: Kernels
     ) -> None:
-        inner, activation = config.width, ACTIVATIONS[config.activation]
+        inner, activation = config.width, _activation(config.activation, config.gate_multiplier)
+        self.output_multiplier = config.output_multiplier
         rest: dict[str, Any] = {"bias": config.bias, "dtype": dtype, "kernels": kernels}
         self.gate_up = ColumnParallelLinear(
             (2, inner), (hidden,), (None, "mlp", "embed"), activation=activation, **rest
@@ -36,7 +38,7 @@ class GatedMLP(nnx.Module):
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
         """`Kernels.add_norm` of the arguments, and the MLP -> x, what is added to it next."""
         x, inner = self.gate_up(x, delta, norm)
-        return x, self.down(inner)
+        return x, self.down(inner if self.output_multiplier == 1.0 else inner * self.output_multiplier)
 
 
 class PlainMLP(nnx.Module):
@@ -77,3 +79,14 @@ class XIELU(nnx.Module):
         below = beta + jax.nn.softplus(self.alpha_n[...])
         below = below * (jnp.expm1(jnp.minimum(wide, self.eps[...])) - wide)
         return (jnp.where(wide > 0, above, below) + beta * wide).astype(x.dtype)
+
+
+def feed_forward(hidden: int, config: MlpConfig, **how: Any) -> GatedMLP | PlainMLP:
+    """The block that `config` describes."""
+    return (GatedMLP if config.gated else PlainMLP)(hidden, config, **how)
+
+
+@cache  # layers alike must have the same function, so that they are traced once
+def _activation(name: str, multiplier: float) -> Activation:
+    plain = ACTIVATIONS[name]
+    return plain if multiplier == 1.0 else lambda gate: plain(gate * multiplier)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Axes, Linear
@@ -70,3 +70,11 @@ class RowParallelLinear(Linear):
         product = plan(self.kernels, "parts", self, x) if self.in_parts else plan_xla(self.kernels, self, x)
         out = self.kernels.collectives.all_reduce(product(self, x), x.dtype)
         return out if self.bias is None else out + self.bias[...]
+
+
+def whole(
+    product: Shaped[Array, "*S T H N"], dtype: jnp.dtype, bias: Shaped[Array, "H N"] | None = None
+) -> Shaped[Array, "T H N"]:
+    """A product by head in one part, with its bias."""
+    product = (product.sum(0) if product.ndim == 4 else product).astype(dtype)
+    return product if bias is None else product + bias

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax.numpy as jnp
-from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.spans import Spans
-from lmdeploy_jax.pallas_kernels.token_blocks import BLOCK, Block, for_blocks, put_rows, take_block, take_rows
+from lmdeploy_jax.pallas_kernels.token_blocks import decay_between, einsum, run_packed, through_block
 
 Inputs = tuple[Array, Array, Array, Array, Array]  # q, k, v, log_decay, beta
-einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def step(
@@ -50,21 +46,8 @@ def packed(
     states: Float32[Array, "slots N D V"],
     spans: Spans,
 ) -> tuple[Float32[Array, "T H R V"], Float32[Array, "slots N D V"]]:
-    """Chunks, one behind the other: those of one token at once, the others block by block."""
-    inputs: Inputs = (q, k, v, log_decay, beta)
-    q1, k1, v1, decay1, beta1 = take_rows(inputs, spans)
-    single, states = step(q1, k1, v1, decay1, beta1, states, spans, spans.counts == 1)
-    out = put_rows(jnp.zeros((len(q) + BLOCK, *v.shape[1:]), jnp.float32), single, spans)
-    padded = tuple(jnp.pad(x, ((0, BLOCK), *((0, 0),) * (x.ndim - 1))) for x in inputs)
-
-    def block(at: Block, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        out, states = carry
-        before = jnp.where(at.fresh, 0.0, states[at.slot])
-        values, after = _block(take_block(padded, at), before)
-        return at.put(out, values), states.at[at.slot].set(after)
-
-    out, states = for_blocks(spans, block, (out, states))
-    return out[: len(q)], states
+    """Chunks, one behind the other."""
+    return run_packed((q, k, v, log_decay, beta), states, spans, step, _block)
 
 
 def _block(
@@ -77,19 +60,9 @@ def _block(
     before = state.reshape(*v.shape[1:3], *state.shape[1:])
     total = jnp.cumsum(log_decay, axis=0).transpose(1, 2, 0)  # [H, R, B]
     beta = beta.transpose(1, 2, 0)[..., None]
-    between = _decay_between(total)
+    system = beta * decay_between(total) * einsum("ihd,jhd->hij", k, k)[:, None]
     grown = jnp.exp(total)[..., None]
-    system = beta * between * einsum("ihd,jhd->hij", k, k)[:, None]
     given = beta * (v.transpose(1, 2, 0, 3) - grown * einsum("ihd,hrdv->hriv", k, before))
     added = solve_triangular(jnp.tril(system, -1), given, lower=True, unit_diagonal=True)
-    out = grown * einsum("ihd,hrdv->hriv", q, before)
-    out += einsum("hrij,hrjv->hriv", between * einsum("ihd,jhd->hij", q, k)[:, None], added)
-    left = jnp.exp(total[..., -1:] - total)[..., None]
-    after = grown[..., -1:, :] * before + einsum("ihd,hriv->hrdv", k, left * added)
-    return out.transpose(2, 0, 1, 3), after.reshape(state.shape)
-
-
-def _decay_between(total: Float32[Array, "H R B"]) -> Float32[Array, "H R B B"]:
-    """What is left at token i of what token j has added; 0 for later ones, whose exponents might overflow."""
-    differences = total[..., :, None] - total[..., None, :]
-    return jnp.exp(jnp.where(jnp.tri(total.shape[-1], dtype=bool), differences, -jnp.inf))
+    out, after = through_block(q, k, added, total, before)
+    return out, after.reshape(state.shape)

@@ -41,14 +41,15 @@ def group_rows(groups: Int32[Array, "M"], count: int, *, backend: str = "xla") -
 
 def gated_grouped_matmul(
     x: Float[Array, "T K"],
-    weight: Float[Array, "X 2 N K"],
+    weight: Float[Array, "X H N K"],
     groups: RowGroups,
     *,
     gating: Gating,
-    bias: Float[Array, "X 2 N"] | None = None,
+    bias: Float[Array, "X H N"] | None = None,
     backend: str,
 ) -> Float[Array, "M N"]:
-    """`gating(gate, up)` of each sorted row: its products with the halves of its group's weight.
+    """`gating(gate, up)` of each sorted row: its products with the halves of its group's weight. With H = 1
+    there is one product, and `gating` takes that.
 
     M is a multiple of T, and row m of those that were grouped is x's row `m // (M // T)`: a token's choices
     lie together. Rounded to x's dtype before and behind `gating`. Raises ValueError for shapes that do not
@@ -56,10 +57,11 @@ def gated_grouped_matmul(
     """
     check_backend(backend)
     rows = groups.source.shape[0]
-    if weight.ndim != 4 or weight.shape[1] != 2 or weight.shape[3] != x.shape[1] or rows % x.shape[0]:
+    fits = weight.ndim == 4 and weight.shape[1] in (1, 2) and weight.shape[3] == x.shape[1]
+    if not fits or rows % x.shape[0]:
         raise ValueError(
             f"x {x.shape}, weights {weight.shape} and {rows} grouped rows do not fit: they must be [T, K], "
-            "[X, 2, N, K], and a multiple of T"
+            "[X, 1 or 2, N, K], and a multiple of T"
         )
     if backend == "xla":
         return xla.gated_grouped_matmul(x, weight, bias, groups, gating, _height(groups, weight, backend))

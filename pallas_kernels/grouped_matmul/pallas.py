@@ -39,8 +39,8 @@ class Tuning:
 
 def gated_grouped_matmul(
     x: Float[Array, "T K"],
-    weight: Float[Array, "X 2 N K"],
-    bias: Float[Array, "X 2 N"] | None,
+    weight: Float[Array, "X H N K"],
+    bias: Float[Array, "X H N"] | None,
     groups: RowGroups,
     gating: Gating,
     height: int,
@@ -114,10 +114,10 @@ def _gated_kernel(
     @pl.when(tile.count > 0)
     def _multiply() -> None:
         token = lax.div(tile.read(source_ref), choices)
-        totals = tile.sums(x_ref, token, weight_ref, (0,), (1,))
+        totals = tile.sums(x_ref, token, weight_ref, *((half,) for half in range(weight_ref.shape[1])))
         halves = (tile.biased(total, bias_ref, half) for half, total in enumerate(totals))
-        gate, up = (half.astype(out_ref.dtype).astype(jnp.float32) for half in halves)
-        plt.store(out_ref.at[tile.place], gating(gate, up).astype(out_ref.dtype), mask=tile.mask)
+        rounded = (half.astype(out_ref.dtype).astype(jnp.float32) for half in halves)
+        plt.store(out_ref.at[tile.place], gating(*rounded).astype(out_ref.dtype), mask=tile.mask)
 
 
 def _weighted_kernel(

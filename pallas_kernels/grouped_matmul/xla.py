@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from lmdeploy_jax.pallas_kernels.grouped_matmul.groups import RowGroups
 
-Gating = Callable[[jax.Array, jax.Array], jax.Array]
+Gating = Callable[..., jax.Array]  # of a block's one product, or of its gate and up
 WeightOf = Callable[[Int32[Array, ""]], Float[Array, "N K"]]
 
 
@@ -49,19 +49,18 @@ def grouped_matmul(
 
 def gated_grouped_matmul(
     x: Float[Array, "T K"],
-    weight: Float[Array, "X 2 N K"],
-    bias: Float[Array, "X 2 N"] | None,
+    weight: Float[Array, "X H N K"],
+    bias: Float[Array, "X H N"] | None,
     groups: RowGroups,
     gating: Gating,
     height: int,
 ) -> Float[Array, "M N"]:
     """See `lmdeploy_jax.pallas_kernels.grouped_matmul`."""
     rows = x[groups.source // (groups.source.shape[0] // x.shape[0])]
-    both = _multiplied(rows, weight.reshape(weight.shape[0], -1, x.shape[1]), groups, height)
-    both = both.reshape(rows.shape[0], 2, -1)
-    both = (both if bias is None else both + bias[groups.group].astype(jnp.float32)).astype(x.dtype)
-    wide = both.astype(jnp.float32)
-    return gating(wide[:, 0], wide[:, 1]).astype(x.dtype)
+    halves = _multiplied(rows, weight.reshape(weight.shape[0], -1, x.shape[1]), groups, height)
+    halves = halves.reshape(rows.shape[0], weight.shape[1], -1)
+    halves = (halves if bias is None else halves + bias[groups.group].astype(jnp.float32)).astype(x.dtype)
+    return gating(*jnp.unstack(halves.astype(jnp.float32), axis=1)).astype(x.dtype)
 
 
 def weighted_grouped_matmul(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.short_conv import xla
@@ -13,9 +14,10 @@ def short_conv(
     weight: Float[Array, "H C K"],
     states: Float[Array, "slots H L C"],
     spans: Spans,
+    bias: Float[Array, "H C"] | None = None,
 ) -> tuple[Float[Array, "T H C"], Float[Array, "slots H L C"]]:
-    """`out[t] = sum over j of weight[:, :, j] * x[t - K + 1 + j]`, in which tokens before a sequence's first
-    are zeros and those of earlier steps come from `states`, the last K - 1 inputs of each sequence.
+    """`out[t] = bias + sum over j of weight[:, :, j] * x[t - K + 1 + j]`, in which tokens before a sequence's
+    first are zeros and those of earlier steps come from `states`, the last K - 1 inputs of each sequence.
 
     Sums in f32. Returns the outputs in x's dtype, of tokens that only pad the step anything finite, and the
     states behind the step, in place where the caller donates them. Raises ValueError for shapes that do not
@@ -27,6 +29,6 @@ def short_conv(
             f"inputs of shape {x.shape} and states of shape {states.shape} do not fit a convolution of "
             f"{width} taps over [T, {heads}, {channels}]: states are [slots, {', '.join(map(str, expected))}]"
         )
-    if spans.starts is None:
-        return xla.step(x, weight, states, spans)
-    return xla.packed(x, weight, states, spans)
+    run = xla.step if spans.starts is None else xla.packed
+    out, states = run(x, weight, states, spans)
+    return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype), states

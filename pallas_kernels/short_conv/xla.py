@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.spans import Spans
 
@@ -13,11 +13,11 @@ def step(
     weight: Float[Array, "H C K"],
     states: Float[Array, "slots H L C"],
     spans: Spans,
-) -> tuple[Float[Array, "S H C"], Float[Array, "slots H L C"]]:
+) -> tuple[Float32[Array, "S H C"], Float[Array, "slots H L C"]]:
     """One token a sequence."""
     window = jnp.concatenate([spans.before(states), x[:, :, None].astype(states.dtype)], axis=2)
     taps = weight.astype(jnp.float32).transpose(0, 2, 1)
-    out = (window.astype(jnp.float32) * taps).sum(2).astype(x.dtype)
+    out = (window.astype(jnp.float32) * taps).sum(2)
     return out, spans.put(states, window[:, :, 1:])
 
 
@@ -26,7 +26,7 @@ def packed(
     weight: Float[Array, "H C K"],
     states: Float[Array, "slots H L C"],
     spans: Spans,
-) -> tuple[Float[Array, "T H C"], Float[Array, "slots H L C"]]:
+) -> tuple[Float32[Array, "T H C"], Float[Array, "slots H L C"]]:
     """Chunks, one behind the other."""
     assert spans.starts is not None
     tokens, last = len(x), weight.shape[-1] - 1
@@ -39,7 +39,7 @@ def packed(
         kept = before[owner, :, jnp.clip(last + within - lag, 0, last - 1)]
         earlier = jnp.where((within < lag)[:, None, None], kept, shifted.astype(kept.dtype))
         out += earlier.astype(jnp.float32) * taps[:, :, last - lag]
-    return out.astype(x.dtype), spans.put(states, _last_inputs(x, before, spans))
+    return out, spans.put(states, _last_inputs(x, before, spans))
 
 
 def _last_inputs(

@@ -16,7 +16,7 @@ from tests.oracle import hf_greedy, save_checkpoint
 HEAD_DIM = 16
 
 
-@pytest.fixture(scope="module", params=["qwen3_next"])
+@pytest.fixture(scope="module", params=["qwen3_next", "nemotron_h", "falcon_h1"])
 def folder(request, tmp_path_factory):
     return save_checkpoint(request.param, tmp_path_factory.mktemp("states") / request.param)
 

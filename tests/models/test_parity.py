@@ -34,6 +34,9 @@ DECODE_PROGRAM = {
     "cohere2",
     "qwen3_next",
     "qwen3_5",
+    "nemotron_h",
+    "falcon_h1",
+    "lfm2",
     "deepseek_v2",
     "deepseek_v3",
 }

@@ -98,4 +98,4 @@ def test_embedding_multiplier_keeps_the_dtype():
     hidden, written = jax.eval_shape(lambda x, c, b: skeleton.merge(x)(c, b), leaves, caches, batch)
     logits = jax.eval_shape(lambda x, h: skeleton.merge(x).logits(h), leaves, hidden)
     assert (hidden.dtype, logits.dtype, logits.shape) == (jnp.bfloat16, np.float32, (3, 331))
-    assert written.of_layer(0)[0].dtype == jnp.bfloat16
+    assert written.of_mixer(0)[0].dtype == jnp.bfloat16

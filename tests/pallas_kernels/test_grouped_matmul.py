@@ -47,17 +47,20 @@ def test_each_row_meets_its_own_weight(rows, experts, spread):
 
 BACKENDS = ["pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
 SHAPES = [
-    (1, 4, 3, 24, 40, "float32", "drawn"),
-    (5, 8, 3, 96, 72, "bfloat16", "one"),
-    (70, 4, 2, 64, 64, "bfloat16", "drawn"),
-    (300, 2, 1, 40, 24, "float32", "one"),
+    (1, 4, 3, 24, 40, "float32", "drawn", 2),
+    (5, 8, 3, 96, 72, "bfloat16", "one", 2),
+    (70, 4, 2, 64, 64, "bfloat16", "drawn", 2),
+    (300, 2, 1, 40, 24, "float32", "one", 2),
+    (5, 4, 2, 40, 72, "float32", "drawn", 1),
 ]
-"""Tokens, experts, choices of a token, columns and outputs, dtype, and how tokens choose."""
+"""Tokens, experts, choices of a token, columns and outputs, dtype, how tokens choose, and the products of a
+block: 1 where it is not gated.
+"""
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
+def gated(gate: jax.Array, up: jax.Array | None = None) -> jax.Array:
+    return jax.nn.silu(gate) if up is None else jax.nn.silu(gate) * up
 
 
 def chosen_of(tokens: int, experts: int, choices: int, spread: str) -> np.ndarray:
@@ -68,17 +71,21 @@ def chosen_of(tokens: int, experts: int, choices: int, spread: str) -> np.ndarra
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("tokens", "experts", "choices", "columns", "outputs", "dtype", "spread"), SHAPES)
-def test_the_kernels_do_what_xla_does(tokens, experts, choices, columns, outputs, dtype, spread, backend):
+@pytest.mark.parametrize(
+    ("tokens", "experts", "choices", "columns", "outputs", "dtype", "spread", "products"), SHAPES
+)
+def test_the_kernels_do_what_xla_does(
+    tokens, experts, choices, columns, outputs, dtype, spread, products, backend
+):
     """With biases, and with what is no block's multiple."""
     if backend == "pallas" and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
     rng = np.random.default_rng(0)
     x, gate_up, down = (
         rng.normal(size=shape).astype(np.float32)
-        for shape in ((tokens, columns), (experts, 2, outputs, columns), (experts, columns, outputs))
+        for shape in ((tokens, columns), (experts, products, outputs, columns), (experts, columns, outputs))
     )
-    biases = rng.normal(size=(experts, 2, outputs)).astype(np.float32)
+    biases = rng.normal(size=(experts, products, outputs)).astype(np.float32)
     scales = rng.random(size=(tokens, choices)).astype(np.float32)
     chosen = chosen_of(tokens, experts, choices, spread)
 

@@ -13,6 +13,7 @@ from lmdeploy_jax.pallas_kernels.delta_rule import delta_rule
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles
 from lmdeploy_jax.pallas_kernels.short_conv import short_conv
 from lmdeploy_jax.pallas_kernels.spans import decode_spans, ragged_spans
+from lmdeploy_jax.pallas_kernels.ssd import ssd
 
 HEADS, PER_KEY, KEY, VALUE, TAPS = 2, 3, 8, 6, 4
 ROWS, TOKENS, TILE = 4, 256, 16
@@ -52,21 +53,45 @@ def delta_expected(q, k, v, decay, beta) -> np.ndarray:
     return out
 
 
+A, D = np.random.default_rng(3).normal(size=(2, HEADS, PER_KEY)).astype(np.float32)
+
+
+def ssd_inputs() -> list[list[np.ndarray]]:
+    shapes = [(HEADS, PER_KEY, VALUE), (HEADS, PER_KEY), (HEADS, KEY), (HEADS, KEY)]
+    return [[x, np.log1p(np.exp(dt)), b, c] for x, dt, b, c in drawn(shapes, 5)]
+
+
+def ssd_expected(x, dt, b, c) -> np.ndarray:
+    x, dt, b, c = (each.astype(np.float64) for each in (x, dt, b, c))
+    state, out = np.zeros((HEADS, PER_KEY, KEY, VALUE)), np.zeros_like(x)
+    for t in range(len(x)):
+        state *= np.exp(-np.exp(A.astype(np.float64)) * dt[t])[..., None, None]
+        state += np.einsum("gn,grp->grnp", b[t], dt[t][..., None] * x[t])
+        out[t] = np.einsum("gn,grnp->grp", c[t], state) + D[..., None] * x[t]
+    return out
+
+
+def space(x, dt, b, c, states, spans):
+    return ssd(x, dt, -jnp.exp(A), b, c, jnp.asarray(D), states, spans)
+
+
 WEIGHT = np.random.default_rng(0).normal(size=(HEADS, KEY, TAPS)).astype(np.float32)
+BIAS = np.random.default_rng(6).normal(size=(HEADS, KEY)).astype(np.float32)
 
 
 def conv_expected(x: np.ndarray) -> np.ndarray:
     padded = np.pad(x.astype(np.float64), ((TAPS - 1, 0), (0, 0), (0, 0)))
-    return sum(padded[j : j + len(x)] * WEIGHT[:, :, j] for j in range(TAPS))
+    return BIAS + sum(padded[j : j + len(x)] * WEIGHT[:, :, j] for j in range(TAPS))
 
 
 def conv(x, states, spans):
-    return short_conv(x, jnp.asarray(WEIGHT), states, spans)
+    return short_conv(x, jnp.asarray(WEIGHT), states, spans, jnp.asarray(BIAS))
 
 
 Case = tuple[list[list[np.ndarray]], Callable, Callable, tuple[int, ...]]
 CASES: dict[str, Case] = {
     "delta_rule": (delta_inputs(), delta_expected, delta_rule, (HEADS * PER_KEY, KEY, VALUE)),
+    "ssd": (ssd_inputs(), ssd_expected, space, (HEADS * PER_KEY, KEY, VALUE)),
     "short_conv": (drawn([(HEADS, KEY)], 2), conv_expected, conv, (HEADS, TAPS - 1, KEY)),
 }
 
@@ -120,7 +145,7 @@ def test_chunks_of_any_size_are_the_loop_over_tokens(case):
             done[sequence] += count
     for sequence, arrays in enumerate(inputs):
         want = expected(*(x[: done[sequence]] for x in arrays))
-        np.testing.assert_allclose(np.concatenate(got[sequence]), want, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(np.concatenate(got[sequence]), want, rtol=1e-5, atol=2e-5)
     assert (np.asarray(states)[2] == 7.0).all()  # a stranger's
 
 
@@ -144,7 +169,7 @@ def test_single_tokens_go_on_where_chunks_ended(case):
             got[sequence].append(np.asarray(out[sequence]))
     for sequence, first in ((0, 65), (1, 0)):
         want = expected(*(x[: first + count] for x in inputs[sequence]))[first:]
-        np.testing.assert_allclose(np.stack(got[sequence]), want, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(np.stack(got[sequence]), want, rtol=1e-5, atol=2e-5)
     assert (np.asarray(states)[SLOTS[2]] == 7.0).all()  # a row without a token changes nothing
 
 
@@ -153,5 +178,7 @@ def test_wrong_shapes_are_named():
     where = (decode_spans, np.zeros(3, np.int32), np.ones(3, np.int32))
     with pytest.raises(ValueError, match=r"states of shape \(2, 5, 8, 6\) must be \[slots, 6, 8, 6\]"):
         op(inputs, np.zeros((2, 5, KEY, VALUE), np.float32), *where)
+    with pytest.raises(ValueError, match=r"states of shape \(2, 5, 8, 6\) must be \[slots, 6, 8, 6\]"):
+        jitted(space)(ssd_inputs()[2], np.zeros((2, 5, KEY, VALUE), np.float32), *where)
     with pytest.raises(ValueError, match=r"states are \[slots, 2, 3, 8\]"):
         jitted(conv)(drawn([(HEADS, KEY)], 2)[2], np.zeros((2, 2, 4, 8), np.float32), *where)

@@ -190,8 +190,7 @@ def choose_backend(backend: str, device: jax.Device, model: DecoderConfig) -> st
 def _why_not_pallas(device: jax.Device, model: DecoderConfig) -> dict[str, str | None]:
     """What speaks against it for each kind of attention."""
     general = why_not(device.platform, compute_capability=_compute_capability(device))
-    mixers = (layer.mixer for layer in model.layers)
-    return {str(mixer): general or mixer.why_not_kernels() for mixer in mixers}
+    return {str(mixer): general or mixer.why_not_kernels() for mixer in model.mixers}
 
 
 def _compute_capability(device: jax.Device) -> float | None:
@@ -305,7 +304,7 @@ def _plan(
 ) -> MemoryPlan:
     shape = model.config
     size = jnp.dtype(model.dtype).itemsize
-    widest = max(layer.mlp.activations(shape.hidden_size) for layer in shape.layers)
+    widest = max(layer.activations(shape.hidden_size) for layer in shape.layers)
     activations = buckets.max_tokens * (widest + 8 * shape.hidden_size) * size
     widened = WIDENED_AT_ONCE * model.skeleton.widened_elements * size
     images = 0 if vision is None else _image_bytes(vision, buckets, shape.hidden_size, size, mesh)
