@@ -60,7 +60,8 @@ class PagedCache:
 @dataclass(frozen=True)
 class StateCache:
     """What a recurrent layer keeps of a whole sequence, by slot: the last inputs of its convolution [slots,
-    *conv] and, in float32, its state [slots, *state]; both cut by heads. The last slot is nobody's.
+    *conv] and, in float32, its state [slots, *state]; both cut by heads. Behind the slots of sequences lie
+    those of states behind prefixes, and the last is nobody's.
     """
 
     conv: Shape

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lmdeploy_jax.cache.layout import CacheGroup
 from lmdeploy_jax.cache.pages import PAGE_SIZE, PagePool
 from lmdeploy_jax.cache.prefix import PrefixIndex, next_hash
+from lmdeploy_jax.cache.states import StateIndex
 from lmdeploy_jax.prompt import EncodedPrompt
 
 
@@ -37,36 +39,73 @@ class PageTable:
         return (page for run in self.runs for page in run.pages)
 
 
+class CachedPrefix(NamedTuple):
+    """What is known of a sequence's first tokens."""
+
+    pages: PageTable  # shared now
+    hashes: list[bytes]  # of each of those pages
+    state: int | None = None  # the row of the state behind them, in models that have states
+    shared: int = 0  # tokens whose pages are known, of which a state may be missing
+
+
 class CacheManager:
     """Owns the page pool: deals pages out to sequences and finds cached prefixes.
 
-    With `enabled=False` no prefix is found, and pages are only counted.
+    With `enabled=False` no prefix is found, and pages are only counted. states: of models with recurrent
+    layers, where a prefix is only found with the state behind it.
     """
 
-    def __init__(self, num_pages: int, groups: Sequence[CacheGroup], *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        groups: Sequence[CacheGroup],
+        *,
+        enabled: bool = True,
+        states: StateIndex | None = None,
+    ) -> None:
         self.groups = tuple(groups)
         self.enabled = enabled
+        self.states = states
         self.index = PrefixIndex(len(self.groups))
         self.pool = PagePool(num_pages, self.index.forget)
 
     def emptied(self) -> CacheManager:
         """A new one of the same kind, in which nothing is held or cached."""
-        return CacheManager(self.pool.num_pages, self.groups, enabled=self.enabled)
+        states = None if self.states is None else StateIndex(self.states.rows)
+        return CacheManager(self.pool.num_pages, self.groups, enabled=self.enabled, states=states)
 
     # -- prefixes -----------------------------------------------------------------------------------------
 
-    def match(
-        self, prompt: EncodedPrompt, tokens: Sequence[int], limit: int
-    ) -> tuple[PageTable, list[bytes]]:
-        """The longest cached prefix of `tokens`, at most `limit` tokens: its pages, which are shared now, and
-        the hash of each of its pages. `tokens` are the prompt's and those that have been generated.
+    def match(self, prompt: EncodedPrompt, tokens: Sequence[int], limit: int) -> CachedPrefix:
+        """The longest cached prefix of `tokens`, at most `limit` tokens. `tokens` are the prompt's and those
+        that have been generated.
         """
         hashes = self._known_hashes(prompt, tokens, limit) if self.enabled else []
-        count = self._usable(hashes)
+        known = count = self._usable(hashes)
+        state = None
+        if self.states is not None:
+            while count and (state := self.states.find(hashes[count - 1])) is None:
+                count = self._usable(hashes[: count - 1])
         table = PageTable([self._run(i, hashes, count) for i in range(len(self.groups))])
         for page in table.pages:
             self.pool.share(page)
-        return table, hashes[:count]
+        return CachedPrefix(table, hashes[:count], state, known * PAGE_SIZE)
+
+    def state_ends(self, found: CachedPrefix, tokens: int) -> tuple[int, ...]:
+        """Behind which of a sequence's `tokens` a state is to be kept, of those to compute: where it leaves
+        the pages that others know, so that the next one may begin there, and behind its last full page.
+        """
+        if self.states is None or not self.states.rows:
+            return ()
+        ends = {found.shared, (tokens - 1) // PAGE_SIZE * PAGE_SIZE}
+        return tuple(sorted(end for end in ends if end > len(found.hashes) * PAGE_SIZE))
+
+    def keep_state(self, hashes: Sequence[bytes], end: int) -> int | None:
+        """The row for the state behind `end` tokens, `hashes` of whose pages are known; None: it need not be
+        kept.
+        """
+        assert self.states is not None
+        return self.states.take(hashes[end // PAGE_SIZE - 1])
 
     def _known_hashes(self, prompt: EncodedPrompt, tokens: Sequence[int], limit: int) -> list[bytes]:
         """Of the first pages of `tokens`, as far as the groups without a window know them."""
@@ -123,6 +162,8 @@ class CacheManager:
         """Forget what a sequence has computed. Returns the pages that nobody else reads and that may hold it:
         its own, which stay its own, and, where windows have passed some, all that are free.
         """
+        if self.states is not None:
+            self.states.forget(hashes)
         alone = [page for page in table.pages if self.pool.users(page) == 1]
         for page in alone:
             if page in self.index:

@@ -196,6 +196,8 @@ class Sequence:
     cached: int = 0  # prompt tokens that came from the prefix cache
     pages: PageTable = field(default_factory=PageTable)
     hashes: list[bytes] = field(default_factory=list)  # prefix hash of each full page registered so far
+    state: int | None = None  # the row of states that its slot begins with, until its first step
+    state_ends: tuple[int, ...] = ()  # tokens behind which a step must end, as the state there is kept
     rope_floor: int = 0  # least length that length-dependent RoPE takes the sequence for
     slot: int = -1
     table_version: int = -1  # of `pages`, as far as the slot's row of the host page table has it

@@ -42,7 +42,7 @@ class Batch:
     M-RoPE those of time, row and column, [3, T]."""
     rope_lens: Int32[Array, "T"]  # sequence length that dynamic NTK and longrope are scaled for
     attention: tuple[AttentionMetadata, ...]  # by cache group
-    sequence_slots: Int32[Array, "S"]  # where state kept for a whole sequence lies; padding has the last slot
+    sequence_slots: Int32[Array, "S"]  # where state kept for a whole sequence lies; padding has one behind
     embeddings: Float[Array, "K F E"] | None = None
     """Of what is no text, as it enters the first layer, and what is added to it after each of the first
     K - 1 layers (DeepStack)."""

@@ -94,7 +94,7 @@ def test_a_page_is_found_only_once_its_last_token_is_computed():
     first.tokens.append(7)
     with pytest.raises(DrainFirst):  # its last token is planned by then, and not computed
         scheduler.schedule()
-    table, hashes = scheduler.cache.match(first.request.prompt, first.tokens, PAGE_SIZE)
+    table, hashes, *_ = scheduler.cache.match(first.request.prompt, first.tokens, PAGE_SIZE)
     assert hashes == []
     assert list(table.pages) == []
 

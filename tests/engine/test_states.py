@@ -1,10 +1,8 @@
 """Recurrent layers keep a state a slot, and every path still gives transformers' tokens."""
 
-import logging
-
 import pytest
 
-from lmdeploy_jax.cache.kinds import PagedCache
+from lmdeploy_jax.cache.kinds import PagedCache, StateCache
 from lmdeploy_jax.cache.kv import page_bytes, plan_memory
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.engine.core.engine import Engine
@@ -41,15 +39,30 @@ def start(folder, compile_cache):
         engine.close()
 
 
-def test_batched_chunked_and_repeated_prompts_are_answered_as_alone(start, prompts, answers, caplog):
-    with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
-        engine = start()
-    assert [text for text in caplog.messages if "prefix caching" in text] == [
-        "prefix caching is off: this model's recurrent layers keep no state of a prefix"
-    ]
+def test_batched_chunked_and_repeated_prompts_are_answered_as_alone(start, folder, prompts, answers):
+    engine = start()
     assert tokens(engine, prompts) == answers
     again = generate(engine, prompts[-1:])[0][0]
-    assert (again.tokens, again.last.cached_tokens) == (answers[-1], 0)
+    assert (again.tokens, again.last.cached_tokens) == (answers[-1], 192)
+    for end, cached in ((1, 0), (2, 128)):  # the second to share a begin keeps its state, the third finds it
+        prompt = prompts[-1][:130] + prompts[end]
+        (result,) = generate(engine, [prompt])[0]
+        assert (result.tokens, result.last.cached_tokens) == (hf_greedy(folder, prompt, COUNT), cached)
+
+
+def test_an_answer_that_stopped_late_leaves_no_state_behind(start, folder, prompts, answers):
+    """Steps under way go on beyond a stop; the next turn of the conversation must not see it."""
+    engine = start(decode_steps=4)
+    stopped = answers[2][20]
+    (ended,) = generate(engine, [prompts[2]], stop_token_ids=frozenset({stopped}))
+    turn = prompts[2] + ended[0].tokens + prompts[1]
+    (result,) = generate(engine, [turn])[0]
+    assert (
+        result.last.cached_tokens == 0
+    )  # the first turn had one full page, whose last token drew the answer
+    assert result.tokens == hf_greedy(folder, turn, COUNT)
+    (result,) = generate(engine, [turn])[0]
+    assert (result.tokens, result.last.cached_tokens) == (hf_greedy(folder, turn, COUNT), 128)
 
 
 def test_small_chunks_and_several_decode_steps_equal_large_and_single_ones(start, prompts, answers):
@@ -95,11 +108,11 @@ def test_states_are_new_after_a_sleep(start, prompts, answers):
 
 def test_the_memory_plan_counts_states(start):
     engine = start(max_batch_size=3)
-    layout = engine.facts.cache_layout
-    each = sum(kind.slot_bytes(4) for kind in layout.states)
-    assert each == 2 * 4 * (4 * 3 * (2 * 16 + 2 * 12) + 8 * 16 * 12)
-    assert engine.memory.states == 4 * each
-    assert f"{4 * each * 1e-9:.2f} GB of them for states" in str(engine.memory)
+    each = sum(kind.slot_bytes(4) for kind in engine.facts.cache_layout.states)
+    assert StateCache((4, 3, 56), (8, 16, 12)).slot_bytes(4) == 4 * (4 * 3 * 56 + 8 * 16 * 12)
+    assert engine.memory.states == 7 * each  # three slots, three states behind prefixes, and nobody's
+    assert f"{7 * each * 1e-9:.2f} GB of them for states" in str(engine.memory)
+    assert start(max_batch_size=3, enable_prefix_caching=False).memory.states == 4 * each
 
 
 def test_states_without_room_are_named():

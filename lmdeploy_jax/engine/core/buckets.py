@@ -14,6 +14,7 @@ LONG_RUNS = (1024, 4096)  # patches beyond which a run is attended to in blocks 
 JOINING_TILES = 4  # of a run beside answers that somebody reads along: about as long as a decode step
 ENCODER_CACHE_BYTES = {"cpu": 64 << 20, "gpu": 512 << 20}  # of images' rows that are held on the device
 PAGE_COPIES = 64  # pages duplicated in one call
+STATE_COPIES = 8  # states, which are far larger
 
 
 @dataclass(frozen=True)

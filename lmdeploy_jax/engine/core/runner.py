@@ -10,7 +10,7 @@ from jax import Array
 from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.cache.pages import DUMP_PAGE
 from lmdeploy_jax.engine.core.batch import Slots
-from lmdeploy_jax.engine.core.buckets import PAGE_COPIES
+from lmdeploy_jax.engine.core.buckets import PAGE_COPIES, STATE_COPIES
 from lmdeploy_jax.engine.core.program import Program, Programs
 from lmdeploy_jax.engine.core.state import Update
 from lmdeploy_jax.engine.core.step import Step
@@ -31,8 +31,9 @@ class Runner:
         self._copy = programs.add("copy", copy_pages, writes=writes, source=pages, target=pages)
         self._copy_states: Program | None = None
         if self.state.cache.layout.states:
+            rows = self.state.ints(STATE_COPIES)
             self._copy_states = programs.add(
-                "copy_states", copy_states, writes=writes, source=pages, target=pages
+                "copy_states", copy_states, writes=writes, source=rows, target=rows
             )
         self._clear = programs.add("clear", clear_pages, writes=writes, pages=pages)
 
@@ -61,12 +62,12 @@ class Runner:
 
     def forward(self, step: Step) -> Forward:
         """Start a step's forward pass on the device."""
+        self._duplicate_states(step.restored)
         passed = self._steps.forward(step)
         if passed.hidden is not None:
             self._steps.reports.add_prompts(step.chunks, passed.hidden)
-        self._duplicate(self._copy, step.copies, DUMP_PAGE)
-        if self._copy_states is not None:
-            self._duplicate(self._copy_states, step.forks, self.state.max_batch_size)
+        self._duplicate(self._copy, step.copies, DUMP_PAGE, PAGE_COPIES)
+        self._duplicate_states(step.kept)
         return passed
 
     def begin_masks(self, draws: Draws) -> None:
@@ -81,11 +82,15 @@ class Runner:
 
     # -- pages and states ----------------------------------------------------------------------------------
 
-    def _duplicate(self, program: Program, copies: list[tuple[int, int]], nobodys: int) -> None:
+    def _duplicate_states(self, copies: list[tuple[int, int]]) -> None:
+        if self._copy_states is not None:
+            self._duplicate(self._copy_states, copies, self.state.cache.num_slots - 1, STATE_COPIES)
+
+    def _duplicate(self, program: Program, copies: list[tuple[int, int]], nobodys: int, at_once: int) -> None:
         """Rows, (from, to); `nobodys` is copied onto itself where a call has no more of them."""
-        for i in range(0, len(copies), PAGE_COPIES):
-            rows = np.full((2, PAGE_COPIES), nobodys, np.int32)
-            part = copies[i : i + PAGE_COPIES]
+        for i in range(0, len(copies), at_once):
+            rows = np.full((2, at_once), nobodys, np.int32)
+            part = copies[i : i + at_once]
             rows[:, : len(part)] = np.array(part, np.int32).T
             program(source=rows[0].copy(), target=rows[1].copy())
 

@@ -8,6 +8,7 @@ from itertools import islice
 from lmdeploy_jax.cache.encoder_cache import EncoderCacheManager, ViewKey, views_ahead
 from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.cache.pages import PAGE_SIZE
+from lmdeploy_jax.engine.core.prefix_states import copy_states, cut_at_end
 from lmdeploy_jax.engine.core.step import Chunk, Step
 from lmdeploy_jax.engine.request import PromptReport, Request, Sequence, Status
 
@@ -260,6 +261,7 @@ class Scheduler:
         """
         sequence.pages.room = 0
         start, count = sequence.computed, min(sequence.remaining, budget)
+        count = cut_at_end(sequence, count) if sequence.state_ends else count
         if self.encoder_cache is not None and sequence.request.prompt.images:
             most = start + budget + self._spare
             count = self.encoder_cache.reach(sequence.request.prompt, start, start + count, most) - start
@@ -286,15 +288,16 @@ class Scheduler:
         tokens = sequence.tokens
         limit = 0 if sequence.report else len(tokens) - 1
         cache = self.cache
-        pages, hashes = cache.match(sequence.request.prompt, tokens, limit)
-        computed = len(hashes) * PAGE_SIZE
+        found = cache.match(sequence.request.prompt, tokens, limit)
+        pages, computed = found.pages, len(found.hashes) * PAGE_SIZE
         partial = len(sequence.siblings) * (len(tokens) % PAGE_SIZE > 0)
         reserve = len(self.running) // 2  # soon wanted by those who run already
         needed = cache.missing(pages, computed, len(tokens)) + (partial + reserve) * len(cache.groups)
         if needed > cache.pool.available:
             cache.release(pages)
             return False
-        sequence.computed, sequence.pages, sequence.hashes = computed, pages, hashes
+        sequence.computed, sequence.pages, sequence.hashes = computed, pages, found.hashes
+        sequence.state, sequence.state_ends = found.state, cache.state_ends(found, len(tokens))
         if sequence.num_generated == 0:
             sequence.cached = computed
         if self.encoder_cache is not None and sequence.request.prompt.images:
@@ -315,6 +318,7 @@ class Scheduler:
         self.cache.release(sequence.pages)
         sequence.hashes = []
         sequence.computed, sequence.pending = 0, False
+        sequence.state, sequence.state_ends = None, ()
         if sequence.slot >= 0:
             self._slots.append(sequence.slot)
             sequence.slot = -1
@@ -365,6 +369,8 @@ class Scheduler:
         for row, chunk in enumerate(chunks):
             sequence = chunk.sequence
             sequence.computed += chunk.count
+            if sequence.state is not None or sequence.state_ends:
+                copy_states(sequence, step, self.cache)
             if sequence.remaining == 0:
                 drawing = [sequence]
                 if sequence.siblings:
@@ -386,7 +392,7 @@ class Scheduler:
         """Siblings start on the shared prompt pages; a last, partly filled page is copied for each."""
         for sibling in first.siblings:
             step.copies += self.cache.fork(first.pages, sibling.pages)
-            step.forks.append((first.slot, sibling.slot))
+            step.kept.append((first.slot, sibling.slot))
             sibling.hashes = list(first.hashes)
             sibling.computed, sibling.cached, sibling.status = first.computed, first.cached, Status.RUNNING
             self.running.append(sibling)

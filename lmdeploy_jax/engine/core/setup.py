@@ -19,6 +19,7 @@ from lmdeploy_jax.cache.encoder_cache import EncoderCacheManager
 from lmdeploy_jax.cache.kv import CacheSpec, MemoryPlan, free_bytes, page_bytes, plan_memory, state_bytes
 from lmdeploy_jax.cache.layout import CacheLayout
 from lmdeploy_jax.cache.manager import CacheManager
+from lmdeploy_jax.cache.states import StateIndex
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.load import LoadedModel, load_model
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmdeploy_jax")
 HOST_BOUND = 4e9  # bytes of weights a device below which a GPU's step ends before the host has the next
 WIDENED_AT_ONCE = 2  # quantised weights that XLA writes out: the next while one is multiplied with
+KEPT_STATES = 0.1  # of the free memory, most of what states behind prefixes take
 DEFAULTS = {"cpu": (32, 256), "gpu": (256, 8192)}  # sequences, tokens a step
 
 
@@ -100,10 +102,11 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         buckets = _encoder_buckets(buckets, loaded, vision, platform, session_len)
         encoder_cache = _encoder_cache(config, vision, buckets)
     layout = model_config.cache_layout(config.tp, session_len=session_len, step_tokens=buckets.max_tokens)
-    memory = _plan(config, loaded, vision, mesh, buckets, session_len, layout)
+    kept = _kept_states(config, loaded, mesh, buckets, layout)
+    memory = _plan(config, loaded, vision, mesh, buckets, session_len, layout, len(kept))
     log.info("%s", memory)
     session_len = _fitting(session_len, layout.longest(memory.num_pages - 1))
-    spec = CacheSpec(layout, memory.num_pages, loaded.dtype, mesh, buckets.max_batch_size + 1)
+    spec = CacheSpec(layout, memory.num_pages, loaded.dtype, mesh, buckets.max_batch_size + len(kept) + 1)
     begun = time.perf_counter()
     tables = PageTables(session_len, layout.groups, buckets)
     slots = Slots(tables, model_config.vocab_size, mrope=model_config.mrope)
@@ -113,7 +116,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.state.weights))
     startup = Startup(backend, weight_bytes, loading, time.perf_counter() - begun)
     scheduler = Scheduler(
-        CacheManager(memory.num_pages, layout.groups, enabled=_caches_prefixes(config, model_config)),
+        _cache_manager(config, model_config, memory, layout, kept),
         max_batch_size=buckets.max_batch_size,
         max_tokens=buckets.max_tokens,
         session_len=session_len,
@@ -301,6 +304,7 @@ def _plan(
     buckets: Buckets,
     session_len: int,
     layout: CacheLayout,
+    kept_states: int,
 ) -> MemoryPlan:
     shape = model.config
     size = jnp.dtype(model.dtype).itemsize
@@ -308,7 +312,7 @@ def _plan(
     activations = buckets.max_tokens * (widest + 8 * shape.hidden_size) * size
     widened = WIDENED_AT_ONCE * model.skeleton.widened_elements * size
     images = 0 if vision is None else _image_bytes(vision, buckets, shape.hidden_size, size, mesh)
-    states = state_bytes(layout, model.dtype, buckets.max_batch_size + 1)
+    states = state_bytes(layout, model.dtype, buckets.max_batch_size + kept_states + 1)
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
     return plan_memory(
         layout,
@@ -357,7 +361,26 @@ def _caches_prefixes(config: JaxEngineConfig, model: DecoderConfig) -> bool:
     if config.enable_prefix_caching and model.depends_on_length:
         log.warning("prefix caching is off: this model's RoPE depends on the whole prompt's length")
         return False
-    if config.enable_prefix_caching and model.is_recurrent:
-        log.warning("prefix caching is off: this model's recurrent layers keep no state of a prefix")
-        return False
     return config.enable_prefix_caching
+
+
+def _kept_states(
+    config: JaxEngineConfig, model: LoadedModel, mesh: Mesh, buckets: Buckets, layout: CacheLayout
+) -> range:
+    """The rows of states behind prefixes, behind those of slots: as many as sequences that run at once, but a
+    power of two where memory is short, since compiled programs know the number.
+    """
+    batch = buckets.max_batch_size
+    if not config.enable_prefix_caching or model.config.depends_on_length or not layout.states:
+        return range(batch, batch)
+    most = int(KEPT_STATES * free_bytes(mesh) // state_bytes(layout, model.dtype, 1))
+    return range(batch, batch + min(batch, 1 << most.bit_length() >> 1))
+
+
+def _cache_manager(
+    config: JaxEngineConfig, model: DecoderConfig, memory: MemoryPlan, layout: CacheLayout, kept: range
+) -> CacheManager:
+    states = StateIndex(kept) if model.is_recurrent else None
+    return CacheManager(
+        memory.num_pages, layout.groups, enabled=_caches_prefixes(config, model), states=states
+    )

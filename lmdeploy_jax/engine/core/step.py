@@ -30,7 +30,8 @@ class Step:
     chunks: list[Chunk] = field(default_factory=list)
     sampled: list[tuple[Sequence, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # pages to duplicate after it: (from, to)
-    forks: list[tuple[int, int]] = field(default_factory=list)  # slots that begin as another's: (from, to)
+    restored: list[tuple[int, int]] = field(default_factory=list)  # states to copy before it: (from, to)
+    kept: list[tuple[int, int]] = field(default_factory=list)  # and after it, forks' too
     admitted: list[Sequence] = field(default_factory=list)  # given a slot since the last step
     repeat: int = 1  # tokens that each sequence draws, one after another, where all are decoding
     encoder_runs: list[EncoderRun] = field(default_factory=list)  # before it
