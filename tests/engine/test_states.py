@@ -12,9 +12,10 @@ from tests.engine.harness import Collector, config, generate, submit, tokens
 from tests.oracle import hf_greedy, save_checkpoint
 
 HEAD_DIM = 16
+OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in ("nemotron_h", "falcon_h1", "lfm2_moe")]
 
 
-@pytest.fixture(scope="module", params=["qwen3_next", "nemotron_h", "falcon_h1"])
+@pytest.fixture(scope="module", params=["qwen3_next", *OTHERS])
 def folder(request, tmp_path_factory):
     return save_checkpoint(request.param, tmp_path_factory.mktemp("states") / request.param)
 
