@@ -42,16 +42,16 @@ def test_patterns_and_lists_of_both_spellings_mean_the_same():
     [
         (
             {"hybrid_override_pattern": "MX*"},
-            r"hybrid_override_pattern is \['linear_attention', 'X', .* one of",
+            r"hybrid_override_pattern=\['linear_attention', 'X', .* one of",
         ),
         ({"hybrid_override_pattern": "M-M-"}, "one 'full_attention' at least"),
         (
             {"hybrid_override_pattern": "M*", "time_step_limit": [0.001, 0.1]},
-            r"time_step_limit is \[0.001, 0.1\]",
+            r"time_step_limit=\[0.001, 0.1\]",
         ),
-        ({"hybrid_override_pattern": "M*", "attention_bias": True}, "attention_bias is True"),
-        ({"hybrid_override_pattern": "M*", "n_groups": 3}, "n_groups is 3, .*a divisor of 8 heads"),
-        ({"hybrid_override_pattern": "M*", "mamba_hidden_act": "gelu"}, "mamba_hidden_act is 'gelu'"),
+        ({"hybrid_override_pattern": "M*", "attention_bias": True}, "attention_bias=True"),
+        ({"hybrid_override_pattern": "M*", "n_groups": 3}, "n_groups=3 .*a divisor of 8 heads"),
+        ({"hybrid_override_pattern": "M*", "mamba_hidden_act": "gelu"}, "mamba_hidden_act='gelu'"),
     ],
 )
 def test_what_nemotron_cannot_be_is_named(fields, message):
