@@ -33,6 +33,8 @@ def grammar_text(response_format: Format | None) -> str | None:
     grammar: a context-free grammar: Lark as llguidance has it, GBNF/EBNF (`root ::= …`), or llguidance's own
         JSON list of grammars.
 
+    A further field, `field`, is what errors call the form where it came by another name.
+
     Raises `RequestError`; faults inside of a schema, expression or grammar are found when it is compiled.
     """
     if response_format is None:
@@ -51,7 +53,12 @@ def described(response_format: Format) -> str:
     grammar = response_format.get("grammar")
     if isinstance(grammar, Written):
         return grammar.name
-    return f"response_format of type {response_format['type']!r}"
+    return response_format.get("field") or f"response_format of type {response_format['type']!r}"
+
+
+def _place(response_format: Format, inner: str) -> str:
+    """Where the form's field stands in the request, for errors."""
+    return response_format.get("field") or f"response_format.{inner}"
 
 
 class Written(str):
@@ -95,41 +102,40 @@ def _with_options(schema: Mapping[str, Any], options: Mapping[str, Any], name: s
     return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, **options, **(own or {})}}
 
 
-def _json_object(_: Format) -> str:
-    return _schema_text({"type": "object"})
+def _json_object(response_format: Format) -> str:
+    return _schema_text({"type": "object"}, _place(response_format, "type"))
 
 
 def _json_schema(response_format: Format) -> str:
     inner = _field(response_format, "json_schema", dict, "an object with a 'schema'")
     schema = inner.get("schema")
+    place = _place(response_format, "json_schema.schema")
     if not isinstance(schema, dict):
-        raise RequestError(f"response_format.json_schema.schema={schema!r} is invalid: it must be an object.")
-    return _schema_text(schema)
+        raise RequestError(f"{place}={schema!r} is invalid: it must be an object.")
+    return _schema_text(schema, place)
 
 
-def _schema_text(schema: Mapping[str, Any]) -> str:
-    name = "response_format.json_schema.schema"
+def _schema_text(schema: Mapping[str, Any], name: str) -> str:
     return LLMatcher.grammar_from_json_schema(json.dumps(_with_options(schema_json(schema, name), {}, name)))
 
 
 def _regex(response_format: Format) -> str:
     kind = str(response_format["type"])
     pattern = _field(response_format, kind, str, "a regular expression")
-    check_source(pattern, f"response_format.{kind}")
-    check_regex(pattern, f"response_format.{kind}")
+    check_source(pattern, _place(response_format, kind))
+    check_regex(pattern, _place(response_format, kind))
     return LLMatcher.grammar_from_regex(pattern)
 
 
 def _choice(response_format: Format) -> str:
     choices = _field(response_format, "choice", list, "a list of texts")
-    check("number of texts", len(choices), CHOICES, "response_format.choice")
+    place = _place(response_format, "choice")
+    check("number of texts", len(choices), CHOICES, place)
     if not choices or not all(isinstance(text, str) and text for text in choices):
-        raise RequestError(
-            f"response_format.choice={choices!r} is invalid: it must be a list of texts, none of them empty."
-        )
+        raise RequestError(f"{place}={choices!r} is invalid: it must be a list of texts, none of them empty.")
     # One terminal: the parser would follow thousands of rules side by side, the lexer has one automaton.
     union = " | ".join(map(literal, choices))
-    check_source(union, "response_format.choice")
+    check_source(union, place)
     return f"start: CHOICE\nCHOICE: {union}"
 
 
@@ -137,31 +143,32 @@ def _grammar(response_format: Format) -> str:
     text = _field(response_format, "grammar", str, "a text: a Lark or GBNF grammar")
     if isinstance(text, Written):
         return str(text)  # pickled as plain text: other processes need no parts
-    check_source(text, "response_format.grammar")
+    place = _place(response_format, "grammar")
+    check_source(text, place)
     if text.lstrip().startswith("{"):
-        return _grammar_list(text)
-    check_rules(text, "response_format.grammar")
+        return _grammar_list(text, place)
+    check_rules(text, place)
     try:
         return grammar_from("grammar", text)
     except ValueError as error:
-        raise RequestError(f"response_format.grammar cannot be read: {error}") from error
+        raise RequestError(f"{place} cannot be read: {error}") from error
 
 
-def _grammar_list(text: str) -> str:
+def _grammar_list(text: str, place: str) -> str:
     """llguidance's own JSON: grammars that refer to each other by name."""
     try:
         read = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"response_format.grammar begins with a brace, but is no JSON: {error}") from error
+        raise RequestError(f"{place} begins with a brace, but is no JSON: {error}") from error
     grammars = read.get("grammars")
     if not grammars or not isinstance(grammars, list) or not all(isinstance(g, dict) for g in grammars):
         raise RequestError(
-            "response_format.grammar is a JSON object, but not llguidance's: it must hold a list 'grammars' "
+            f"{place} is a JSON object, but not llguidance's: it must hold a list 'grammars' "
             "of objects, each with a lark_grammar or a json_schema."
         )
-    check("number of grammars", len(grammars), RULES, "response_format.grammar")
+    check("number of grammars", len(grammars), RULES, place)
     for i, grammar in enumerate(grammars):
-        _check_part(grammar, f"response_format.grammar.grammars[{i}]")
+        _check_part(grammar, f"{place}.grammars[{i}]")
     return json.dumps(read)
 
 

@@ -39,7 +39,7 @@ class ResponseFormat(ProtocolModel):
     def as_dict(self) -> Form | None:
         """As `GenerationConfig.response_format` has it."""
         if self.own_schema is not None and self.json_schema is None and self.type.startswith("json"):
-            return schema_form(self.own_schema)
+            return schema_form(self.own_schema, "response_format.schema")
         return None if self.type == "text" else self.model_dump(by_alias=True, exclude_none=True)
 
 
@@ -63,10 +63,11 @@ class StructuredOutputs(ProtocolModel):
                 code="unsupported_field",
             )
         if self.json_schema is not None:
-            yield f"{prefix}json", schema_form(_object(self.json_schema, f"{prefix}json"))
+            place = f"{prefix}json"
+            yield place, schema_form(_object(self.json_schema, place), place)
         for kind in ("regex", "choice", "grammar"):
             if (value := getattr(self, kind)) is not None:
-                yield prefix + kind, {"type": kind, kind: value}
+                yield prefix + kind, {"type": kind, kind: value, "field": prefix + kind}
         if self.json_object:
             yield f"{prefix}json_object", {"type": "json_object"}
 
@@ -105,14 +106,15 @@ class FormFields(ProtocolModel):
             "guided_"
         )
         if self.json_schema is not None:
-            yield "json_schema", schema_form(self.json_schema)
+            yield "json_schema", schema_form(self.json_schema, "json_schema")
         if self.grammar:
-            yield "grammar", {"type": "grammar", "grammar": self.grammar}
+            yield "grammar", {"type": "grammar", "grammar": self.grammar, "field": "grammar"}
 
 
-def schema_form(schema: dict[str, Any]) -> Form:
-    """The form of JSON that fits a schema."""
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+def schema_form(schema: dict[str, Any], field: str) -> Form:
+    """The form of JSON that fits a schema. field: where the request has it."""
+    named = {"name": "answer", "schema": schema}
+    return {"type": "json_schema", "json_schema": named, "field": field}
 
 
 def _object(schema: dict[str, Any] | str, name: str) -> dict[str, Any]:

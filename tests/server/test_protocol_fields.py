@@ -165,6 +165,36 @@ def test_errors_speak_of_fields_and_not_of_how_they_are_checked(server, path, bo
         assert error["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        (
+            MESSAGES,
+            {"output_config": {"format": CLAUDE | {"schema": {"type": "int"}}}},
+            "output_config.format.schema.type",
+        ),
+        (
+            RESPONSES,
+            {"text": {"format": {"type": "json_schema", "schema": {"type": "int"}}}},
+            "text.format.schema.type",
+        ),
+        (CHAT, {"guided_regex": "("}, "guided_regex cannot be used: "),
+        (CHAT, {"structured_outputs": {"choice": []}}, "structured_outputs.choice=[] is invalid"),
+        (CHAT, {"grammar": 'root ::= "a'}, "grammar cannot be "),
+        (
+            CHAT,
+            {"response_format": {"type": "regex", "regex": "("}},
+            "response_format of type 'regex' cannot",
+        ),
+    ],
+)
+def test_a_form_that_cannot_be_enforced_is_called_by_the_name_it_came_under(server, path, fields, words):
+    http, _ = server
+    answer = http.post(path, json=BODIES[path] | fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(words)
+
+
 def test_an_empty_body_is_called_so(server):
     http, _ = server
     answer = http.post(CHAT, content=b"", headers={"content-type": "application/json"})

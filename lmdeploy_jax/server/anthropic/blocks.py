@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -63,7 +62,7 @@ def _document(source: Any, where: str) -> str:
         case {"type": "base64", "media_type": str(kind), "data": str(data)} if kind.startswith("text/"):
             try:
                 return base64.b64decode(data, validate=True).decode()
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:  # no base64, or no UTF-8
                 pass
     found = source.get("media_type", source.get("type")) if isinstance(source, Mapping) else source
     raise RequestError(

@@ -99,5 +99,5 @@ class MessagesRequest(CountTokensRequest, FormFields):
         current = self.output_config.format if self.output_config else None
         for name, own in (("output_config.format", current), ("output_format", self.output_format)):
             if own is not None:
-                yield name, schema_form(own.json_schema)
+                yield name, schema_form(own.json_schema, f"{name}.schema")
         yield from super()._forms()

@@ -59,10 +59,12 @@ def sampling(body: MessagesRequest) -> dict[str, Any]:
 
 def _prompt(body: CountTokensRequest, images: bool) -> Prompt:
     ids = body.input_ids if isinstance(body, MessagesRequest) else None
-    if bool(body.messages) == (ids is not None):
-        raise RequestError("messages: give exactly one of messages and input_ids.", param="messages")
+    if ids is not None and body.messages:
+        raise RequestError("Give exactly one of messages and input_ids.", param="messages")
     if ids is not None:
         return Prompt(token_ids=tuple(ids))
+    if not body.messages:
+        raise RequestError("messages: a conversation needs at least one message.", param="messages")
     return Prompt(messages=tuple(normalise_messages(_messages(body), images=images)))
 
 

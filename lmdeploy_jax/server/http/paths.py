@@ -39,4 +39,4 @@ class TolerantPaths:
             path = path.removeprefix("/anthropic")
         while path.startswith("/v1/v1/"):
             path = path.removeprefix("/v1")
-        return f"/v1{path}" if path.split("/")[1] in self._of_v1 else path
+        return f"/v1{path}" if path[1:].partition("/")[0] in self._of_v1 else path

@@ -68,9 +68,6 @@ class PlainFormat(ProtocolModel):
 class SchemaFormat(JsonSchema):
     type: Literal["json_schema"]
 
-    def as_dict(self) -> Form:
-        return schema_form(self.json_schema)
-
 
 class TextOptions(ProtocolModel):
     """verbosity: a hint to models that were trained for it; templates know none."""
@@ -132,7 +129,7 @@ class ResponsesRequest(InputTokensRequest, FormFields):
     def _forms(self) -> Iterator[tuple[str, Form]]:
         own = self.text.format if self.text else None
         if isinstance(own, SchemaFormat):
-            yield "text.format", own.as_dict()
+            yield "text.format", schema_form(own.json_schema, "text.format.schema")
         elif own is not None and own.type != "text":
             yield "text.format", {"type": own.type}
         yield from super()._forms()
