@@ -119,6 +119,10 @@ def test_a_server_with_keys_asks_for_one(browser, stage):
         assert page.locator("#notice").is_hidden()
         send(page, "show md")
         assert finished(page).locator("strong").inner_text() == "bold"
+        setting(page, "key", "another")
+        send(page, "hello")
+        page.locator(".user .error", has_text="Unauthorized").wait_for()
+        assert page.evaluate("document.activeElement.id") == "key"
 
 
 @pytest.mark.parametrize(

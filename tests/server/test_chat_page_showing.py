@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.server.browser import (
+    LINES,
     MARKDOWN,
     TOOLS,
     accessibility_checker,
@@ -16,6 +17,7 @@ from tests.server.browser import (
     setting,
     user,
 )
+from tests.server.hostile_markdown import HOSTILE
 
 
 def test_everything_survives_a_reload(page):
@@ -54,6 +56,16 @@ def test_answers_are_rendered_and_code_is_copied(page):
     answer.locator(".foot button", has_text="Copy").click()
     answer.locator(".foot button", has_text="Copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == MARKDOWN
+
+
+def test_nothing_hostile_runs(page, monkeypatch):
+    """Without the page's policy, which would stop it too."""
+    monkeypatch.setitem(LINES, "hostile", "\n\n".join(HOSTILE))
+    page.on("dialog", lambda dialog: pytest.fail(dialog.message))
+    send(page, "be hostile")
+    answer = finished(page)
+    assert answer.locator(".markdown p").count() > 20
+    assert answer.locator("script, img, svg, iframe, style, [style], [onclick], [onerror]").count() == 0
 
 
 def test_an_answer_is_rendered_while_it_comes(page, stage):

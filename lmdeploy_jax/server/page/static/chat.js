@@ -202,6 +202,7 @@ async function answer(begun) {
     failure = error;
   }
   clearInterval(clock);
+  if (failure?.status === 401) showSetting("key");
   coming.end(failure);
   await end(asked, coming, view, run);
 }
