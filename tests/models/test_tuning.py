@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from lmdeploy_jax.bench.quantised import FORMATS
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.tuning import Measurement, Tuning
@@ -47,6 +48,19 @@ def test_the_machine_s_own_table_wins(tmp_path):
     assert merged.find(first.format, first.kind, (first.out, first.inner), 3) == SMALL
     assert len(merged.products) > 1
     assert tuning.load("some other card", tmp_path) == Tuning()
+
+
+def test_what_is_shipped_can_be_done():
+    """Every cut fits its shape, and for each quantised format the products of a layer were measured."""
+    shipped = tuning.load("NVIDIA H200").products
+    for product in shipped:
+        assert product.us <= product.xla_us
+        if product.tiling is not None:
+            product.tiling.check(tokens=product.tokens, inner=product.inner, outputs=product.out)
+    for name in ("w4a16_g128", "w8a8_float8_e4m3fn"):
+        shapes = {(p.out, p.inner) for p in shipped if p.format == name}
+        assert {(6144, 4096), (4096, 4096), (14336, 4096), (4096, 14336)} <= shapes
+    assert all(FORMATS[name].held(4096).name in {p.format for p in shipped} for name in ("awq", "fp8"))
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"products": [{"kind": 1}]}'])
