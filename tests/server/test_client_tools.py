@@ -35,7 +35,7 @@ def called(name: str, arguments: dict) -> str:
 @pytest.fixture(scope="module")
 def server():
     with (
-        scripted(lambda request, index: ids("hello")) as (frontend, engine),
+        scripted(lambda request, index: ids("hello"), session_len=4096) as (frontend, engine),
         serving(frontend) as live,
         httpx.Client(base_url=live.url, timeout=PATIENCE) as http,
     ):
@@ -187,10 +187,24 @@ def test_anthropics_own_tools(server):
     assert '"f"' in prompt(server)
     forced = ask(http, hi, tools=[search, own], tool_choice={"type": "tool", "name": "web_search"})
     assert "'web_search_20250305', which this server does not have" in forced.json()["error"]["message"]
-    bash = ask(http, hi, tools=[{"type": "bash_20250124", "name": "bash"}])
-    assert bash.status_code == 400
-    assert "tools[0].input_schema is missing" in bash.json()["error"]["message"]
-    assert "'bash_20250124'" in bash.json()["error"]["message"]
+    screen = ask(http, hi, tools=[{"type": "computer_20250124", "name": "computer"}])
+    assert screen.status_code == 400
+    assert "tools[0].input_schema is missing" in screen.json()["error"]["message"]
+    assert "'computer_20250124'" in screen.json()["error"]["message"]
+
+
+def test_tools_that_the_client_runs_are_told_of_with_what_they_take(server):
+    http, engine = server
+    editor = {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool", "max_characters": 100}
+    tools = [{"type": "bash_20250124", "name": "bash"}, editor, {"type": "memory_20250818", "name": "memory"}]
+    hi = [{"role": "user", "content": "hi"}]
+    assert ask(http, hi, tools=tools).status_code == 200
+    for word in ('"restart"', '"str_replace_based_edit_tool"', '"view_range"', '"old_path"'):
+        assert word in prompt(server)
+    assert "undo_edit" not in prompt(server)
+    forced = {"type": "tool", "name": "str_replace_based_edit_tool"}
+    assert ask(http, hi, tools=tools, tool_choice=forced).status_code == 200
+    assert '"file_text"' in engine.seen[-1].params.grammar.source.text, "what it takes is enforced"
 
 
 @pytest.mark.parametrize("protocol", ["chat", "responses", "messages"])

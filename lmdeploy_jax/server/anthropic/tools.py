@@ -8,13 +8,13 @@ from typing import Any
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.server.anthropic.bodies import InputTool, InputToolChoice
+from lmdeploy_jax.server.anthropic.known_tools import known_tool
 from lmdeploy_jax.server.chat.call import ToolChoice
 from lmdeploy_jax.text.template_arguments import Tool
 
 logger = logging.getLogger("lmdeploy_jax")
 _MODES: dict[str, Any] = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
-# The client runs these, but only Anthropic's models know what arguments they take.
-_SCHEMALESS = ("bash_", "text_editor_", "memory_", "computer_", "browser_")
+_SCREENS = ("computer_", "browser_")  # the client runs these, but what they take is not known here
 _told: set[str] = set()  # types of tools that were left out
 _MOST_TYPES, _LONGEST_TYPE = 64, 64
 
@@ -42,7 +42,7 @@ def tool_choice(choice: InputToolChoice, tools: Sequence[InputTool]) -> ToolChoi
 
 def _is_hosted(tool: InputTool) -> bool:
     """Whether Anthropic would run it; told of once a type."""
-    if tool.input_schema is not None or tool.type.startswith(("custom", *_SCHEMALESS)):
+    if tool.input_schema is not None or tool.type.startswith(("custom", *_SCREENS)) or known_tool(tool.type):
         return False
     kind = tool.type[:_LONGEST_TYPE]
     if kind not in _told and len(_told) < _MOST_TYPES:
@@ -52,18 +52,14 @@ def _is_hosted(tool: InputTool) -> bool:
 
 
 def _tool(tool: InputTool, where: str) -> Tool:
-    if tool.input_schema is None:
-        known = (
-            ""
-            if tool.type == "custom"
-            else f" Its type, {tool.type!r}, is known to Anthropic's models alone."
-        )
-        raise RequestError(
-            f"{where}.input_schema is missing: {tool.name!r} needs the JSON schema of its input.{known}",
-            param=f"{where}.input_schema",
-        )
-    if not tool.name:
-        raise RequestError(f"{where}.name is missing: a tool needs one.", param=f"{where}.name")
-    function: dict[str, Any] = {"name": tool.name, "description": tool.description or ""}
-    function |= {"parameters": tool.input_schema} | ({"strict": True} if tool.strict else {})
+    known = known_tool(tool.type)
+    schema, description = tool.input_schema, tool.description
+    if schema is None and known is not None:
+        schema, description = known.input_schema, description or known.description
+    missing = "name" if not tool.name else "input_schema" if schema is None else None
+    if missing is not None:
+        message = f"{where}.{missing} is missing: a tool of type {tool.type!r} needs one here."
+        raise RequestError(message, param=f"{where}.{missing}")
+    function: dict[str, Any] = {"name": tool.name, "description": description or ""}
+    function |= {"parameters": schema} | ({"strict": True} if tool.strict else {})
     return {"type": "function", "function": function}
