@@ -37,6 +37,9 @@ class JaxEngineConfig(Checked):
     eager_mode: compile each program when it is first needed, not all ahead: quick to start, slow at first.
     language_model_only: leave out what encodes images of a model that takes any; it takes none then.
     vision_max_batch_size: images whose views are encoded in one run at most; None: as many as fit.
+    trust_remote_code: whether a tokenizer that only the checkpoint's own Python code can read may run it,
+        where transformers is installed; no other code of a checkpoint ever runs.
+    enable_return_routed_experts: requests may ask which experts each token had (`return_routed_experts`).
     decode_steps: decode steps dispatched at once while no request waits. More than 1 spares the host, which
         limits small models, and brings tokens in bursts of that size. None: 4 for models below 4 GB a GPU,
         else 1.
@@ -61,6 +64,8 @@ class JaxEngineConfig(Checked):
     eager_mode: bool = False
     language_model_only: bool = False
     vision_max_batch_size: _Positive | None = None
+    trust_remote_code: bool = False
+    enable_return_routed_experts: bool = False
 
 
 class QuantPolicy(enum.IntEnum):
@@ -249,7 +254,7 @@ class PytorchEngineConfig(_LmdeployConfig):
     LMDeploy's enum members.
     """
 
-    _carried = _CARRIED | {"eager_mode": "eager_mode"}
+    _carried = _CARRIED | {name: name for name in ("eager_mode", "enable_return_routed_experts")}
     _refused = _REFUSED | {
         "block_size": _ONE_PAGE_SIZE,
         "dp_rank": ((0,), "only tensor parallelism (tp) is implemented."),
@@ -260,7 +265,6 @@ class PytorchEngineConfig(_LmdeployConfig):
         "device_type": (("cuda", "gpu", "cpu", "auto"), "JAX runs here on CUDA GPUs and on CPUs."),
         "custom_module_map": ((None, {}), "PyTorch modules cannot be used here."),
         "logprobs_mode": ((None, "raw_logprobs"), "log-probabilities are always those of the raw logits."),
-        "enable_return_routed_experts": ((False,), "routed experts are not reported."),
         "dllm_block_length": ((None,), "diffusion language models are not implemented."),
         "dllm_denoising_steps": ((None,), "diffusion language models are not implemented."),
         "role": (("Hybrid",), "prefill and decode run in one engine."),

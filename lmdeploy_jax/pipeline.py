@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -76,7 +77,7 @@ class Pipeline:
     progress: whether loading and compiling are told on stderr: bars on a terminal, else a line for each.
     allowed_media_domains: the only hosts that images are fetched from; None is all of them.
     vision_config: how images are encoded; None leaves it to the engine.
-    trust_remote_code: a permission that nothing here needs: Python code of a checkpoint is never run.
+    trust_remote_code: as the field of `JaxEngineConfig`, for LMDeploy's signature.
     speculative_config: not supported; refused when set.
 
     Raises ConfigError, CheckpointError or UnsupportedModelError; TypeError for an unknown argument.
@@ -98,11 +99,11 @@ class Pipeline:
         **unknown: Any,
     ) -> None:
         set_level(log_level)
-        check_switches(progress=progress)
+        check_switches(progress=progress, trust_remote_code=trust_remote_code)
         refuse_unknown_fields(unknown)
-        check_switches(trust_remote_code=trust_remote_code)
         refuse("speculative_config", speculative_config, "speculative decoding is not implemented")
         config = with_vision(engine_config(backend_config), vision_config)
+        config = replace(config, trust_remote_code=config.trust_remote_code or trust_remote_code)
         self._access = media_access(allowed_media_domains)
         from lmdeploy_jax.engine.prepare import prepare
 

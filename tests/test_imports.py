@@ -92,6 +92,7 @@ WITHOUT_JAX = (
 )
 # LMDeploy's `messages` has the configs as well.
 ALLOWED = {"lmdeploy_jax.messages": ("lmdeploy_jax.config",)}
+BY_TRANSFORMERS = "lmdeploy_jax.text.transformers_backend"  # tokenizers that nothing else reads
 TRAINING = "lmdeploy_jax.assets."  # makes the embedded model; nothing at run time imports it
 ENVIRONMENT_READERS = {
     "lmdeploy_jax.engine.core.compile",  # the user's cache folder, as the XDG standard has it
@@ -152,7 +153,7 @@ def offences(path: Path) -> Iterator[str]:
             yield f"{line}: public JAX API only"
         if top in ("jax_triton", "triton"):
             yield f"{line}: no dependency of this project"
-        if top in ("torch", "transformers") and not name.startswith(TRAINING):
+        if top in ("torch", "transformers") and not name.startswith((TRAINING, BY_TRANSFORMERS)):
             yield f"{line}: a library of the tests"
 
 
@@ -225,8 +226,8 @@ def test_environment_variables_are_not_configuration() -> None:
 
 def test_dependencies_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]["video"]
-    declared = {_distribution(text) for text in (*project["dependencies"], *extras)}
+    extras = [project["optional-dependencies"][name] for name in ("video", "transformers")]
+    declared = {_distribution(text) for texts in (project["dependencies"], *extras) for text in texts}
     provided = {
         "absl": "absl-py",
         "jaxlib": "jax",

@@ -25,6 +25,8 @@ HELP = {
     "decode_steps": "steps at once while no request waits; without it 4 for small models on GPUs, else 1",
     "eager_mode": "compile each program when a step first needs it instead of all at the start",
     "language_model_only": "leave out what encodes images, and take none",
+    "trust_remote_code": "run the checkpoint's own Python code where its tokenizer needs it",
+    "enable_return_routed_experts": "let requests ask which experts each of their tokens had",
     "vision_max_batch_size": "images that are encoded together at most; by default as many as fit",
     "backend": "kernels; auto picks by device, turbomind and pytorch are aliases of pallas and xla",
     "model_format": "how the checkpoint is quantised, where no file says so; fp8 quantises a 16-bit one",

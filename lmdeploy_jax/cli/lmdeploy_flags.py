@@ -20,7 +20,7 @@ ENGINE = (
     "device", "dist_init_addr", "distributed_executor_backend", "dllm_block_length",
     "dllm_confidence_threshold", "dllm_denoising_steps", "dllm_unmasking_strategy", "dp", "enable_eplb",
     "enable_microbatch",
-    "enable_return_routed_experts", "ep", "kernel_block_size", "logprobs_mode", "max_prefill_iters",
+    "ep", "kernel_block_size", "logprobs_mode", "max_prefill_iters",
     "migration_backend", "nnodes", "node_rank", "num_tokens_per_iter", "prefix_cache_decode_state_interval",
     "prefix_cache_state_budget", "quant_policy", "role", "rope_scaling_factor",
 )  # fmt: skip
@@ -62,8 +62,6 @@ def add_lmdeploy_flags(flags: FlagSet, *, server: bool = False) -> None:
     for name, option in _options(server).items():
         if name not in flags.values:
             flags.add(SECTION, *_definition(name, option), option.help)
-    about = "a permission that nothing here needs: Python code of a checkpoint is never run"
-    flags.add(SECTION, absl_flags.DEFINE_boolean, "trust_remote_code", False, about)
     if server:
         about = f"HTTPS with the files that {KEY_FILE} and {CERTIFICATE_FILE} of the environment name"
         flags.add(SECTION, absl_flags.DEFINE_boolean, "ssl", False, about)

@@ -52,7 +52,7 @@ def prepare(
     config = config or JaxEngineConfig()
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
     model_config = read_config(folder, config.hf_overrides, config.model_format)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, config.trust_remote_code)
     vision = None if config.language_model_only else servable_vision(folder, config.hf_overrides)
     chosen = select(tokenizer, folder, template)
     return PreparedModel(folder, config, model_config, tokenizer, chosen, vision)

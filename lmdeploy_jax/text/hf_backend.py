@@ -1,4 +1,4 @@
-"""tokenizer.json, through the `tokenizers` library."""
+"""tokenizer.json, and what else becomes one, through the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _LONG = 4096
 class HfBackend:
     """A `tokenizers.Tokenizer` with the added tokens that the files beside it name."""
 
-    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
-        self._tokenizer = with_prefix_space(_load(path), settings.config)
+    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
+        self._tokenizer = with_prefix_space(tokenizer, settings.config)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         _add_missing(self._tokenizer, settings)
@@ -72,7 +72,8 @@ class HfBackend:
         return kind.piece(token) if token is not None else b""
 
 
-def _load(path: Path) -> tokenizers.Tokenizer:
+def load_json(path: Path) -> tokenizers.Tokenizer:
+    """Raises CheckpointError."""
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

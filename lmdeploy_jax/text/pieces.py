@@ -65,6 +65,12 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _ALPHABET = _byte_level_alphabet()
+_CHARACTERS = {byte: char for char, byte in _ALPHABET.items()}
+
+
+def byte_level_token(data: bytes) -> str:
+    """The other way round."""
+    return "".join(map(_CHARACTERS.__getitem__, data))
 
 
 def byte_level_piece(token: str) -> bytes:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Protocol, cast
+from typing import cast
 
 from lmdeploy_jax.errors import CheckpointError, RequestError
+from lmdeploy_jax.text.backend import Backend, TextBackend
 from lmdeploy_jax.text.detokenize import DetokenizeState, IncrementalDetokenizer, open_stream
-from lmdeploy_jax.text.pieces import ByteDecoding
-from lmdeploy_jax.text.settings import SAVE_FAST, TokenizerSettings, read_eos_ids, read_settings
+from lmdeploy_jax.text.settings import TokenizerSettings, read_eos_ids, read_settings
 
 logger = logging.getLogger("lmdeploy_jax")
 
@@ -23,38 +23,14 @@ _SLICE = 1 << 16  # characters
 _BY_CUTS = 2048  # tokens by which cuts within words may raise the rough count
 
 
-class Backend(Protocol):
-    """What a vocabulary file can do. `decoding` is None where tokens are not plain bytes."""
-
-    size: int  # with added tokens
-    base_size: int  # without
-    decoding: ByteDecoding | None
-    swallows_space: bool  # whether an added token takes the white space beside it with it
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
-
-    def id_to_token(self, token_id: int) -> str | None: ...
-
-    def token_to_id(self, token: str) -> int | None: ...
-
-    def get_vocab(self) -> dict[str, int]: ...
-
-    def is_special(self, token_id: int) -> bool: ...
-
-
-class TextBackend(Backend, Protocol):
-    """A vocabulary whose tokens are not plain bytes, and that decodes by itself."""
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
-
-
 class Tokenizer:
     """Text to ids and back, as HF's tokenizer of the same folder does it.
 
     model_path: a checkpoint folder with tokenizer.json or tokenizer.model, an embedded model's name, or a hub
         id, of which all but the weights are downloaded. Settings come from tokenizer_config.json,
         special_tokens_map.json, added_tokens.json and generation_config.json.
-    trust_remote_code: accepted for LMDeploy's signature. Python code of a checkpoint is never run.
+    trust_remote_code: whether Python code of the checkpoint may be run where nothing else reads its
+        vocabulary and transformers is installed.
 
     Ids that the vocabulary lacks decode to "". Where bytes are not UTF-8, byte-level tokenizers give U+FFFD
     per malformed sequence, sentencepiece ones per byte. Raises `CheckpointError` if there is no usable
@@ -65,7 +41,7 @@ class Tokenizer:
         self.folder = _folder(model_path)
         self.settings = read_settings(self.folder)
         self._model_eos_ids = read_eos_ids(self.folder)
-        self._backend = _open_backend(self.folder, self.settings)
+        self._backend = _open_backend(self.folder, self.settings, trust_remote_code)
         self.decoding = self._backend.decoding
         self._warned_bos = False
 
@@ -237,24 +213,30 @@ def _folder(model_path: str | Path) -> Path:
     return resolve_model(model_path, weights=False)
 
 
-def _open_backend(folder: Path, settings: TokenizerSettings) -> Backend:
+def _open_backend(folder: Path, settings: TokenizerSettings, trust_remote_code: bool) -> Backend:
     if (folder / "tokenizer.json").is_file():
-        from lmdeploy_jax.text.hf_backend import HfBackend
+        from lmdeploy_jax.text.hf_backend import HfBackend, load_json
 
-        return HfBackend(folder / "tokenizer.json", settings)
+        return HfBackend(load_json(folder / "tokenizer.json"), settings)
+    if _holds_tiktoken(folder):
+        from lmdeploy_jax.text.hf_backend import HfBackend
+        from lmdeploy_jax.text.tiktoken_files import find_tiktoken, read_tiktoken
+
+        found = find_tiktoken(folder, settings)
+        if found is not None:
+            return HfBackend(*read_tiktoken(*found, settings))
     if (folder / "tokenizer.model").is_file():
         from lmdeploy_jax.text.sp_backend import SentencePieceBackend
 
         return SentencePieceBackend(folder / "tokenizer.model", settings)
-    raise CheckpointError(_missing(folder))
+    from lmdeploy_jax.text.transformers_backend import VOCABULARIES, open_transformers
+
+    if any(path for name in VOCABULARIES for path in folder.glob(name)):
+        return open_transformers(folder, settings, trust_remote_code=trust_remote_code)
+    raise CheckpointError(
+        f"{folder} has neither tokenizer.json nor tokenizer.model. Download the tokenizer's files into it."
+    )
 
 
-def _missing(folder: Path) -> str:
-    slow = [p.name for p in sorted(folder.iterdir()) if p.name == "vocab.json" or p.suffix == ".tiktoken"]
-    slow += [p.name for p in sorted(folder.glob("tokenization_*.py"))]
-    if slow:
-        return (
-            f"{folder} has neither tokenizer.json nor tokenizer.model, only {', '.join(slow)}, which "
-            f"needs Python code to be read. Where transformers is installed, run {SAVE_FAST}."
-        )
-    return f"{folder} has neither tokenizer.json nor tokenizer.model. Download the tokenizer's files into it."
+def _holds_tiktoken(folder: Path) -> bool:
+    return (folder / "tiktoken.model").is_file() or any(folder.glob("*.tiktoken"))

@@ -32,7 +32,7 @@ REFUSED = {
     "node_rank": "1", "quant_policy": "int8", "role": "Prefill", "rope_scaling_factor": "2",
     "speculative_algorithm": "eagle3", "speculative_draft_model": "m", "proxy_url": "http://a:8000",
 }  # fmt: skip
-SWITCHES = ("enable_eplb", "enable_return_routed_experts")
+SWITCHES = ("enable_eplb",)
 TUNING = ("enable_microbatch", "dist_init_addr")
 
 

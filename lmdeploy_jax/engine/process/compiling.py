@@ -88,5 +88,6 @@ class CompilingRequests:
 
         with self._loading:
             if self._grammars is None:
-                self._grammars = Grammars(Tokenizer(self._engine.folder), self._engine.vocab_size)
+                tokenizer = Tokenizer(self._engine.folder, self._engine.config.trust_remote_code)
+                self._grammars = Grammars(tokenizer, self._engine.vocab_size)
             return self._grammars
