@@ -32,7 +32,9 @@ def escaped(text: str) -> str:
 
 
 class Writer:
-    """Collects the rules of a grammar. A tag is a special token where the vocabulary has it as one."""
+    """Collects the rules of a grammar. A tag is a special token where the vocabulary has it as one, and so is
+    what within it the vocabulary has.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -44,25 +46,44 @@ class Writer:
         return token if token is not None and self._tokenizer.is_special(token) else None
 
     def tag(self, tag: str) -> str:
+        """The tag as a part of a rule; special tokens within it are such."""
+        lead, rest = self._split(tag)
+        return f"{optional_literal(lead)} {rest}".strip()
+
+    def _split(self, tag: str) -> tuple[str, str]:
+        """What of a tag is text up to its first special token, and the rest as a part of a rule."""
         token = self.special(tag)
-        return literal(tag) if token is None else f"<[{token}]>"
+        if token is not None:
+            return "", f"<[{token}]>"
+        ids = self._tokenizer.encode(tag, add_bos=False, add_special_tokens=False)
+        found = {self._tokenizer.decode_text([i], False): i for i in ids if self._tokenizer.is_special(i)}
+        if not found:
+            return tag, ""
+        lead, *pieces = re.split(f"({'|'.join(map(re.escape, found))})", tag)
+        return lead, " ".join(f"<[{found[p]}]>" if p in found else literal(p) for p in pieces if p)
 
     def until(self, body: str, tag: str, before: str = "", after: str = "") -> str:
         """Text of the form `body`, up to and with the first `tag`; `before` and `after` stand around it."""
-        if self.special(tag) is None:
+        lead, rest = self._split(tag)
+        if not rest:
             return self.rule(f"({without(body, tag)}) {literal(before + tag + after)}", "TEXT")
-        return f"{self.rule(without(body, tag), 'TEXT')} {self.tag(tag)} {optional_literal(after)}"
+        if lead:  # a special token shows where it ends
+            return (
+                f"{self.rule(f'({body}) {literal(before + lead)}', 'TEXT')} {rest} {optional_literal(after)}"
+            )
+        return f"{self.rule(without(body, tag), 'TEXT')} {rest} {optional_literal(after)}"
 
     def up_to(self, body: str, tag: str, before: str, after: str) -> str:
         """Text of the form `body`, in which the tag never occurs, then the tag with what stands around it."""
-        if self.special(tag) is None:
+        lead, rest = self._split(tag)
+        if not rest:
             return self.rule(f"({body}) {literal(before + tag + after)}", "TEXT")
-        text = self.rule(f"({body}) {optional_literal(before)}", "TEXT")
-        return f"{text} {self.tag(tag)} {optional_literal(after)}"
+        text = self.rule(f"({body}) {optional_literal(before + lead)}", "TEXT")
+        return f"{text} {rest} {optional_literal(after)}"
 
     def closing(self, tag: str, before: str, after: str) -> str:
         """The tag with what stands around it."""
-        if self.special(tag) is None:
+        if not self._split(tag)[1]:
             return literal(before + tag + after)
         return " ".join([optional_literal(before), self.tag(tag), optional_literal(after)])
 

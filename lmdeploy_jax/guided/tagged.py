@@ -12,6 +12,7 @@ from lmdeploy_jax.guided.lark import ANY, Writer, literal
 from lmdeploy_jax.guided.response_format import json_grammar
 from lmdeploy_jax.text.parsers.schema import resolve, value_types
 
+_ARGUMENTS = r"""/([^()"']|"([^"\\]|\\.)*"|'([^'\\]|\\.)*')*\)/"""  # up to the bracket that closes a call
 _NOTES = {"title", "description", "default", "examples", "$schema", "$defs", "definitions", "x-guidance"}
 _OBJECT_KEYS = _NOTES | {"type", "properties", "required", "additionalProperties"}
 _STRING_KEYS = _NOTES | {"type", "enum", "const", "minLength", "maxLength"}
@@ -78,6 +79,71 @@ def minimax_m2_call(writer: Writer, function: Function) -> str:
     return f'{name} {parameters} "</invoke>\\n"'
 
 
+def dsml_call(writer: Writer, function: Function) -> str:
+    mark, close = "｜DSML｜", _Close("</｜DSML｜parameter>")
+
+    def label(key: str) -> str:
+        text = value_types(function.parameters, key) == {"string"}
+        return writer.tag(f'<{mark}parameter name="{key}" string="{str(text).lower()}">')
+
+    begin, end = writer.tag(f'<{mark}invoke name="{function.name}">\n'), f"</{mark}invoke>"
+    if function.any_arguments:
+        return f"{begin} {writer.until(ANY, end, after=chr(10))}"
+    parameters = _parameters(writer, function, close, label, not_in_keys='<>\n"')
+    return f"{begin} {parameters} {writer.closing(end, '', chr(10))}"
+
+
+def pythonic_call(writer: Writer, function: Function) -> str:
+    """Values are JSON, which its reader takes for such."""
+
+    def argument(key: str) -> str:
+        return f"{literal(f'{key}=')} {_json_value(function, key)}"
+
+    if function.any_arguments:
+        return f"{literal(function.name + '(')} {writer.rule(_ARGUMENTS, 'TEXT')}"
+    arguments = _separated(writer, function, argument, ", ", "<>{}[]()\"'`;,=｜ \n")
+    return f"{literal(function.name + '(')} {arguments} {literal(')')}"
+
+
+def gemma4_call(writer: Writer, function: Function) -> str:
+    quote = '<|"|>'
+
+    def argument(key: str) -> str:
+        if value_types(function.parameters, key) != {"string"}:
+            return f"{literal(f'{key}:')} {_json_value(function, key)}"
+        text = _string(writer, function, key, _Close(quote, after=""))
+        return f"{literal(f'{key}:')} {writer.tag(quote)} {text}"
+
+    name, end = literal(f"call:{function.name}{{"), "<tool_call|>"
+    if function.any_arguments:
+        return f"{name} {writer.until(ANY, end, before='}')}"
+    arguments = _separated(writer, function, argument, ",", ':{}[],"<\n')
+    return f"{name} {arguments} {literal('}')} {writer.tag(end)}"
+
+
+def _separated(
+    writer: Writer, function: Function, argument: Callable[[str], str], comma: str, not_in_keys: str
+) -> str:
+    """As `_parameters`, with commas between them."""
+    keys, required = _checked_keys(function, not_in_keys), function.parameters.get("required", [])
+    rules = [writer.rule(argument(key)) for key in keys]
+    rest = [f"{literal(comma)} {rule}" for rule in rules]
+    rest = [part if key in required else f"({part})?" for key, part in zip(keys, rest, strict=True)]
+    starts = []  # by which one is the first of those that are there
+    for i, key in enumerate(keys):
+        starts.append(" ".join([rules[i], *rest[i + 1 :]]))
+        if key in required:
+            return f"({' | '.join(starts)})"
+    return f"({' | '.join(starts)})?" if starts else ""
+
+
+def _json_value(function: Function, key: str) -> str:
+    parameters = function.parameters
+    schema = parameters["properties"][key]
+    value = {**schema, **_shared(schema, parameters)} if isinstance(schema, Mapping) else {}
+    return json_grammar(value, function.strict, f"{function.place}.parameters.properties.{key}")
+
+
 def _parameters(
     writer: Writer,
     function: Function,
@@ -86,30 +152,30 @@ def _parameters(
     not_in_keys: str = "<>\n",
 ) -> str:
     """All parameters in the schema's order; those that are not required may be left out."""
+    keys, required = _checked_keys(function, not_in_keys), function.parameters.get("required", [])
+    rules = [writer.rule(f"{label(key)} {_value(writer, function, key, close)}") for key in keys]
+    parts = (rule if key in required else f"{rule}?" for key, rule in zip(keys, rules, strict=True))
+    return " ".join(parts)
+
+
+def _checked_keys(function: Function, not_in_keys: str) -> list[str]:
+    """The names of the parameters. Raises RequestError for what cannot be enforced."""
     schema = function.parameters
     properties, required = schema.get("properties", {}), schema.get("required", [])
     unknown = {*schema} - _OBJECT_KEYS
     missing = {f"required {key!r}" for key in {*required} - {*properties}}
     if missing or (unknown and function.strict):
         raise _refusal(function, "its parameters", unknown | missing)
-    parts = []
     for key in properties:
         if not key or any(char in not_in_keys for char in key):
             raise _refusal(function, f"parameter {key!r}", {"its name"})
-        rule = writer.rule(f"{label(key)} {_value(writer, function, key, close)}")
-        parts.append(rule if key in required else f"{rule}?")
-    return " ".join(parts)
+    return list(properties)
 
 
 def _value(writer: Writer, function: Function, key: str, close: _Close) -> str:
-    parameters = function.parameters
-    schema = parameters["properties"][key]
-    if value_types(parameters, key) == {"string"}:
+    if value_types(function.parameters, key) == {"string"}:
         return _string(writer, function, key, close)
-    end = writer.closing(close.tag, close.before, close.after)
-    value = {**schema, **_shared(schema, parameters)} if isinstance(schema, Mapping) else {}
-    name = f"{function.place}.parameters.properties.{key}"
-    return f"{json_grammar(value, function.strict, name)} {end}"
+    return f"{_json_value(function, key)} {writer.closing(close.tag, close.before, close.after)}"
 
 
 def _shared(schema: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,23 @@ from lmdeploy_jax.guided.limits import TOOLS, check
 from lmdeploy_jax.guided.reasoning import thinking
 from lmdeploy_jax.guided.response_format import Written
 from lmdeploy_jax.guided.schemas import schema_json
-from lmdeploy_jax.guided.tagged import Function, glm4_call, minimax_m2_call, qwen3coder_call
-from lmdeploy_jax.text.parsers import ReasoningFormat, ToolFormat, json_formats, xml_formats
+from lmdeploy_jax.guided.tagged import (
+    Function,
+    dsml_call,
+    gemma4_call,
+    glm4_call,
+    minimax_m2_call,
+    pythonic_call,
+    qwen3coder_call,
+)
+from lmdeploy_jax.text.parsers import (
+    ReasoningFormat,
+    ToolFormat,
+    harmony,
+    json_formats,
+    literal_formats,
+    xml_formats,
+)
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
 # How a call without a tag begins, see the parser of llama3's format.
@@ -74,8 +89,8 @@ def tool_grammar(
 
 
 def has_grammar(tool_format: ToolFormat) -> bool:
-    """Whether calls of this format can be enforced."""
-    return tool_format in _STYLES
+    """Whether calls of this format can be enforced amid talk: special tokens that frame all talk cannot."""
+    return tool_format in _STYLES and not tool_format.frames
 
 
 def _calls(writer: Writer, style: _Style, functions: Iterable[Function], parallel: bool) -> str:
@@ -207,6 +222,38 @@ def _tagged(call: Callable[[Writer, Function], str], writer: Writer) -> _Style:
     return _Style("<tool_call>", partial(call, writer), between=f'"\\n" {writer.tag("<tool_call>")}')
 
 
+def _dsml(writer: Writer) -> _Style:
+    """V3.2's block; V4 calls it otherwise, and reads this one too."""
+    end = writer.tag("</｜DSML｜function_calls>")
+    return _Style("<｜DSML｜function_calls>", partial(dsml_call, writer), "", begin='"\\n"', end=end)
+
+
+def _harmony(writer: Writer) -> _Style:
+    """The prompt has begun the first message; each one behind a thought or a call begins itself."""
+    start = f'{writer.tag("<|start|>")} "assistant"'
+    message, end = writer.tag(" <|constrain|>json<|message|>"), writer.tag("<|call|>")
+
+    def call(function: Function) -> str:
+        header = writer.tag(f"<|channel|>commentary to=functions.{function.name}")
+        return f"{header} {message} {function.json()} {end}"
+
+    return _Style("", call, start, begin=f"({start})?")
+
+
+def _pythonic(writer: Writer) -> _Style:
+    """The vocabulary tells which tags are around the list; without any, it is bare."""
+    for tag, end in literal_formats.PYTHON_TAGS.items():
+        if writer.special(tag) is not None:
+            return _Style(tag, partial(pythonic_call, writer), '", "', '"["', f'"]" {writer.tag(end)}')
+    tag = next(iter(literal_formats.PYTHON_TAGS))
+    return _Style("", partial(pythonic_call, writer), '", "', '"["', '"]"', edge_tag=tag)
+
+
+def _gemma4(writer: Writer) -> _Style:
+    tag = "<|tool_call>"
+    return _Style(tag, partial(gemma4_call, writer), between=writer.tag(tag))
+
+
 _STYLES: dict[ToolFormat, Callable[[Writer], _Style]] = {
     json_formats.QWEN: _qwen,
     json_formats.INTERNLM: _internlm,
@@ -217,4 +264,8 @@ _STYLES: dict[ToolFormat, Callable[[Writer], _Style]] = {
     xml_formats.MINIMAX_M2: _minimax_m2,
     xml_formats.QWEN3CODER: partial(_tagged, qwen3coder_call),
     xml_formats.GLM4: partial(_tagged, glm4_call),
+    xml_formats.DSML: _dsml,
+    harmony.HARMONY: _harmony,
+    literal_formats.PYTHONIC: _pythonic,
+    literal_formats.GEMMA4: _gemma4,
 }

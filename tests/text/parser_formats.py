@@ -147,6 +147,56 @@ def minimax_m2(calls: Calls) -> str:
     return "<minimax:tool_call>\n" + "".join(blocks) + "</minimax:tool_call>"
 
 
+def dsml(calls: Calls) -> str:
+    def parameter(key: str, value: Any) -> str:
+        text = "true" if isinstance(value, str) else "false"
+        return f'<｜DSML｜parameter name="{key}" string="{text}">{text_of(value)}</｜DSML｜parameter>'
+
+    def parameters(arguments: Arguments) -> str:
+        return "\n".join(parameter(*pair) for pair in arguments.items())
+
+    blocks = "\n".join(
+        f'<｜DSML｜invoke name="{name}">\n{parameters(arguments)}\n</｜DSML｜invoke>'
+        for name, arguments in calls
+    )
+    return f"<｜DSML｜function_calls>\n{blocks}\n</｜DSML｜function_calls>"
+
+
+def dsml_v4(calls: Calls) -> str:
+    return dsml(calls).replace("function_calls", "tool_calls")
+
+
+def pythonic(calls: Calls) -> str:
+    return "[" + ", ".join(f"{name}({python(arguments)})" for name, arguments in calls) + "]"
+
+
+def python(arguments: Arguments) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+
+
+def pythonic_tagged(calls: Calls) -> str:
+    return f"<|python_start|>{pythonic(calls)}<|python_end|>"
+
+
+def gemma4(calls: Calls) -> str:
+    def written(value: Any) -> str:
+        match value:
+            case str():
+                return f'<|"|>{value}<|"|>'
+            case list():
+                return "[" + ",".join(map(written, value)) + "]"
+            case dict():
+                return "{" + ",".join(f"{written(k)}:{written(v)}" for k, v in value.items()) + "}"
+        return dump(value)
+
+    def parameters(arguments: Arguments) -> str:
+        return ",".join(f"{key}:{written(value)}" for key, value in arguments.items())
+
+    return "".join(
+        f"<|tool_call>call:{name}{{{parameters(arguments)}}}<tool_call|>" for name, arguments in calls
+    )
+
+
 WRITERS: list[tuple[str, Callable[[Calls], str]]] = [
     ("qwen", qwen),
     ("internlm", internlm),
@@ -164,6 +214,11 @@ WRITERS: list[tuple[str, Callable[[Calls], str]]] = [
     ("minimax_m2", minimax_m2),
     ("gpt-oss", harmony),
     ("gpt-oss", harmony_by_role),
+    ("deepseek-v32", dsml),
+    ("deepseek-v4", dsml_v4),
+    ("pythonic", pythonic),
+    ("llama4_pythonic", pythonic_tagged),
+    ("gemma4", gemma4),
 ]
 
 

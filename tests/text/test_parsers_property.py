@@ -96,6 +96,9 @@ SCRAPS = [
         '"name":',
     ),
     *('"{\\"a\\": 1}"', '"\\ud83d', "nul", "-1.5e", '"id": [1, "x"], '),
+    *("[add(", "a=1", "b='x\\", "'", ")", "<|python_start|>", "<|python_end|>", "(", "{'k': (1,", "True"),
+    *("<|tool_call>", "call:add{", "a:", '<|"|>', "<tool_call|>", "[1,", "<｜DSML｜function_calls>"),
+    *('<｜DSML｜invoke name="add">', '<｜DSML｜parameter name="a" string="', 'true">', "</｜DSML｜invoke>"),
 ]
 
 
@@ -116,7 +119,10 @@ def test_what_was_written_is_read(tools: str, write: Callable[[Calls], str], cas
     @drawn(cases)
     @given(CALLS, PROSE, PROSE, st.sampled_from(["", "\n", "<think>hm</think>\n"]), CUTS)
     def check(calls: Calls, before: str, after: str, thought: str, cuts: list[int]) -> None:
-        bare = write.__name__ == "llama3_bare"  # such calls stand at the answer's start or not at all
+        bare = write.__name__ in (
+            "llama3_bare",
+            "pythonic",
+        )  # such calls stand at the answer's start or not at all
         text = thought + ("" if bare else before) + write(calls) + after
         answer = collect(stream(new_parser(tools, "default"), pieces(text, cuts)))
         assert [(call.name, json.loads(call.arguments)) for call in answer.tool_calls] == list(calls)

@@ -17,6 +17,9 @@ _MARKS = (
     ("<tool_call>", "qwen"),
     ("<|tool_call_argument_begin|>", "kimi_k2"),
     ("<minimax:tool_call>", "minimax_m2"),
+    ("｜DSML｜", "deepseek-v32"),
+    ("<|tool_call>", "gemma4"),
+    ("[f(a=", "pythonic"),
     ("<｜tool▁call▁begin｜>", "deepseek-v3"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|action_start|>", "internlm"),
@@ -71,6 +74,8 @@ def _shown_reasoning(template: ChatTemplate) -> str:
     text = _rendered(template, [_USER, thinking], None) + _rendered(template, [_USER], None)
     if "<|channel|>analysis" in text:
         return "gpt-oss"
+    if "<|channel>thought" in text:
+        return "gemma4"
     return "default" if "<think>" in text else "none"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.text.parsers import harmony, json_formats, xml_formats
+from lmdeploy_jax.text.parsers import harmony, json_formats, literal_formats, xml_formats
 from lmdeploy_jax.text.parsers.block import ReasoningFormat, ToolFormat
 
 F = TypeVar("F")
@@ -58,20 +58,24 @@ def _look_up(known: Mapping[str, Callable[[], F]], what: str, name: str) -> F:
 
 
 _BUILT_IN = {
-    json_formats.QWEN: ("qwen", "qwen3", "qwen2d5", "hermes"),
+    json_formats.QWEN: ("qwen", "qwen3", "qwen2d5", "hermes", "qwen3_json", "granite4"),
     json_formats.INTERNLM: ("internlm", "intern-s1"),
     json_formats.LLAMA3: ("llama3", "llama3_json", "llama4_json"),
     json_formats.MISTRAL: ("mistral",),
     json_formats.DEEPSEEK_V3: ("deepseek-v3", "deepseek-r1", "deepseek_v3", "deepseek_v31"),
     harmony.HARMONY: ("gpt-oss", "openai"),
     json_formats.KIMI_K2: ("kimi_k2", "kimi-k2"),
-    xml_formats.QWEN3CODER: ("qwen3coder", "interns2-preview", "qwen3_coder", "qwen3_xml"),
+    xml_formats.QWEN3CODER: ("qwen3coder", "interns2-preview", "qwen3_coder", "qwen3_xml", "step3p5"),
     xml_formats.GLM4: ("glm4", "glm45", "glm47"),
     xml_formats.MINIMAX_M2: ("minimax_m2",),
+    xml_formats.DSML: ("deepseek-v32", "deepseek_v32", "deepseek-v4", "deepseek_v4"),
+    literal_formats.PYTHONIC: ("pythonic", "llama4_pythonic", "lfm2"),
+    literal_formats.GEMMA4: ("gemma4",),
 }
 _THINK = (
     *("default", "qwen3", "qwen-qwq", "deepseek-v3", "deepseek-r1", "intern-s1", "glm45"),
-    *("deepseek_r1", "deepseek_v3", "glm47", "kimi_k2", "minimax_m2", "nemotron_v3"),
+    *("deepseek_r1", "deepseek_v3", "glm47", "kimi_k2", "minimax_m2", "nemotron_v3", "step3p5"),
+    *("deepseek-v32", "deepseek-v3.2", "deepseek-v4", "deepseek_v4"),
 )
 """Names, LMDeploy's and vLLM's, of reasoning between `<think>` and `</think>`."""
 for _format, _names in _BUILT_IN.items():
@@ -81,3 +85,4 @@ for _name in _THINK:
     register_reasoning_format(_name, ReasoningFormat)
 for _name in ("gpt-oss", "openai_gptoss"):
     register_reasoning_format(_name, lambda: harmony.HARMONY_THOUGHT)
+register_reasoning_format("gemma4", lambda: literal_formats.GEMMA4_THOUGHT)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-_ALL_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
+ALL_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
 _BRANCHES = ("allOf", "anyOf", "oneOf")
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
@@ -34,8 +34,8 @@ def value_types(parameters: Mapping[str, Any], key: str) -> frozenset[str]:
             case {"anyOf": [*branches]} | {"oneOf": [*branches]} | {"allOf": [*branches]} if branches:
                 waiting += branches
             case _:
-                return _ALL_TYPES
-    return frozenset(types) or _ALL_TYPES
+                return ALL_TYPES
+    return frozenset(types) or ALL_TYPES
 
 
 def _declared(parameters: Mapping[str, Any], key: str) -> list[Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmdeploy_jax.text.parsers.block import Block, Call, Reading, ToolFormat, ViolationError
-from lmdeploy_jax.text.parsers.schema import coerce, value_types
+from lmdeploy_jax.text.parsers.schema import ALL_TYPES, coerce, value_types
 from lmdeploy_jax.text.stop import StopMatcher
 
 _NOT_IN_NAMES = "<>{}[]\"'`"
@@ -29,6 +29,8 @@ class _Tags:
 
 _QWEN3CODER = _Tags("<parameter=", ">", "", ("</parameter>", "\n</parameter>"), "</function>", True)
 _MINIMAX_M2 = _Tags('<parameter name="', '">', "", ("</parameter>",), "</invoke>", False, '<>\n"')
+_DSML = "｜DSML｜"
+_DSML_TAGS = _Tags("", "", "", (f"</{_DSML}parameter>",), "", False)
 _GLM4 = _Tags("<arg_key>", "</arg_key>", "<arg_value>", ("</arg_value>",), "</tool_call>", False)
 
 
@@ -58,7 +60,10 @@ def _read_parameters(block: Block, call: Call, tags: _Tags) -> Reading[None]:
 def _read_value(
     block: Block, call: Call, tags: _Tags, label: str, schema: Mapping[str, Any], key: str
 ) -> Reading[None]:
-    types = value_types(schema, key)
+    yield from _read_typed(block, call, tags, label, value_types(schema, key))
+
+
+def _read_typed(block: Block, call: Call, tags: _Tags, label: str, types: frozenset[str]) -> Reading[None]:
     if types == {"string"}:
         call.add(label + '"')
         yield from _stream_string(block, call, tags)
@@ -104,6 +109,38 @@ def _read_minimax_m2(block: Block) -> Reading[None]:
     block.commit()
 
 
+def _read_dsml(block: Block) -> Reading[None]:
+    """DeepSeek V3.2 and V4: calls in one block, parameters that say whether they are texts or JSON."""
+    begin, end = f'<{_DSML}invoke name="', block.tag.replace("<", "</")
+    yield from block.space()
+    tag = yield from block.one_of(begin)
+    while tag == begin:
+        block.begun = True
+        call = Call(block, (yield from block.word(_NOT_IN_NAMES)))
+        yield from block.one_of('">')
+        yield from _read_dsml_parameters(block, call)
+        yield from block.space()
+        tag = yield from block.one_of(begin, end)
+    block.commit()
+
+
+def _read_dsml_parameters(block: Block, call: Call) -> Reading[None]:
+    before, begin = "{", f'<{_DSML}parameter name="'
+    yield from block.space()
+    while (yield from block.one_of(begin, f"</{_DSML}invoke>")) == begin:
+        key = yield from block.take_while(lambda char: char not in '<>"\n')
+        if not key:
+            raise ViolationError
+        yield from block.one_of('" string="')
+        is_text = (yield from block.one_of('true">', 'false">')) == 'true">'
+        label = f"{before}{json.dumps(key, ensure_ascii=False)}: "
+        types = frozenset({"string"}) if is_text else ALL_TYPES
+        yield from _read_typed(block, call, _DSML_TAGS, label, types)
+        before = ", "
+        yield from block.space()
+    call.add("}" if call.has_arguments else "{}")
+
+
 def _read_glm4(block: Block) -> Reading[None]:
     yield from block.space()
     call = Call(block, (yield from block.word(_NOT_IN_NAMES)))
@@ -121,3 +158,4 @@ MINIMAX_M2 = ToolFormat(
     _read_minimax_m2,
     special_tokens=("<minimax:tool_call>", "</minimax:tool_call>"),
 )
+DSML = ToolFormat((f"<{_DSML}function_calls>", f"<{_DSML}tool_calls>"), _read_dsml, special_tokens=(_DSML,))
