@@ -111,28 +111,34 @@ class GroupedQKV:
     becomes `replicas` KV heads that share out its query heads, for a tp above the number of its KV heads.
     `interleaved`: how many leading elements of a head of q and k rotate in pairs of neighbours, which become
     pairs of halves (see `models.rope`): first those of even numbers, then the odd ones.
+    `values`: whether there is a v; without, [KH, G + 1, D, ...] of two sources.
     """
 
     replicas: int = 1
     packing: str = "split"
     interleaved: int = 0
+    values: bool = True
 
     def assemble(self, shape: Shape) -> Assembly:
         kv_heads, width, head_dim, *rest = shape
         if kv_heads % self.replicas:
             raise ValueError(f"{kv_heads} KV heads are no multiple of {self.replicas} replicas")
-        heads = _Heads(kv_heads // self.replicas, (width - 2) * self.replicas, self.packing)
+        queries = width - (2 if self.values else 1)
+        heads = _Heads(kv_heads // self.replicas, queries * self.replicas, self.packing)
         runs = []
         for head in range(kv_heads):
             group, replica = divmod(head, self.replicas)
-            first = group * heads.per_group + replica * (width - 2)
+            first = group * heads.per_group + replica * queries
             part, start = heads.query(first)
             (k_part, k_row), (v_part, v_row) = heads.key_value(group)
-            for row in range(start, start + width - 2):
+            for row in range(start, start + queries):
                 runs += self._turned(part, row, head_dim)
             runs += self._turned(k_part, k_row, head_dim)
-            runs.append(Run(v_part, v_row * head_dim, head_dim))
-        sources = {part: (count * head_dim, *rest) for part, count in heads.counts().items()}
+            if self.values:
+                runs.append(Run(v_part, v_row * head_dim, head_dim))
+        counts = heads.counts()
+        counts = counts if self.values else {part: counts[part] for part in ("q", "k")}
+        sources = {part: (count * head_dim, *rest) for part, count in counts.items()}
         return Assembly(3, _merge(runs), sources)
 
     def _turned(self, part: str, head: int, head_dim: int) -> list[Run]:
@@ -184,12 +190,18 @@ def halves(part: str, first: int, rotating: int, size: int) -> list[Run]:
 
 @dataclass(frozen=True)
 class RepeatedHeads:
-    """One source of heads [KH * D] as [KH * replicas, D]: each of them `replicas` times in a row."""
+    """One source of heads [KH * D], or if not `flat` [KH, D], as [KH * replicas, D]: each of them `replicas`
+    times in a row.
+    """
 
     replicas: int = 1
+    flat: bool = True
 
     def assemble(self, shape: Shape) -> Assembly:
         heads, size = shape
+        if not self.flat:
+            rows = [Run("", head // self.replicas, 1) for head in range(heads)]
+            return Assembly(1, _merge(rows), {"": (heads // self.replicas, size)})
         runs = [Run("", head // self.replicas * size, size) for head in range(heads)]
         return Assembly(2, _merge(runs), {"": (heads // self.replicas * size,)})
 

@@ -23,24 +23,25 @@ class StackedExperts:
     """How a family stacks its experts: `PREFIX.gate_up_proj` [X, 2 I, E] and `PREFIX.down_proj` [X, E, I].
 
     names: tensor -> what it holds, where it is called otherwise; below: what stands below the prefix in the
-    names of single ones. interleaved: gate and up take turns, row by
-    row, instead of half and half. transposed: plain weights, and no others, have their inner axis first.
+    names of single ones. interleaved: gate and up take turns, row by row, instead of half and half.
+    transposed: plain weights, and no others, have their inner axis first; None: where their shapes show it.
     """
 
     prefix: str = r".*\.experts"
     names: Mapping[str, str] = field(default_factory=lambda: NAMES)
     below: str = ""
     interleaved: bool = False
-    transposed: bool = False
+    transposed: bool | None = False
 
-    def views(self, name: str, info: TensorInfo) -> dict[str, _View]:
+    def views(self, name: str, reader: TensorReader) -> dict[str, _View]:
         """The single tensors in a stacked one, by the names that one by one they would have; else none."""
         match = re.fullmatch(rf"({self.prefix})\.({'|'.join(self.names)})(\.weight|_\w+)?", name)
+        info = reader.info(name)
         if match is None or len(info.shape) < 2:
             return {}
         held = self.names[match[2]]
         suffix = match[3] or ".weight"
-        turned = self.transposed and suffix == ".weight"
+        turned = suffix == ".weight" and self._are_transposed(match, reader)
         parts = PARTS[held]
         found = {}
         for expert in range(info.shape[0]):
@@ -48,6 +49,18 @@ class StackedExperts:
                 single = f"{match[1]}{self.below}.{expert}.{part}_proj{suffix.replace('_bias', '.bias')}"
                 found[single] = _View(name, expert, number, len(parts), self.interleaved, turned)
         return found
+
+    def _are_transposed(self, match: re.Match[str], reader: TensorReader) -> bool:
+        if self.transposed is not None:
+            return self.transposed
+        # The outer axis of `down` is the inner one of `gate_up`.
+        first, last = (
+            reader.info(f"{match[1]}.{other}{match[3] or ''}").shape
+            for part in PARTS
+            for other in self.names
+            if self.names[other] == part
+        )
+        return first[1] == last[2]
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ class StackedReader:
         self._names: dict[str, None] = {}
         self._views: dict[str, _View] = {}
         for name in reader.names():
-            views = stacked.views(name, reader.info(name))
+            views = stacked.views(name, reader)
             self._views |= views
             self._names |= dict.fromkeys(views or (name,))
 

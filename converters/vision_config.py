@@ -67,11 +67,15 @@ def servable_vision(
     """What the engine makes of images; None for models that it serves as text models.
 
     It gives tokens the places that they have in the prompt. Converted checkpoints hold the language model
-    alone.
+    alone, and of some families no more than that is read.
     """
     raw, _ = read_json(folder, hf_overrides)
     named = raw.get("architectures")
     within_others = isinstance(named, list) and any(name in TEXT_PARTS for name in named)
     if not within_others or not any(Path(folder).glob("*.safetensors")):
+        return None
+    from lmdeploy_jax.vision.families import vision_family
+
+    if vision_family(raw) is None:
         return None
     return read_vision(folder, hf_overrides)

@@ -72,6 +72,7 @@ class GenerationConfig(Checked):
     prompt_logprobs: Annotated[int, within(0, MAX_LOGPROBS)] | None = None  # the same for the prompt's
     output_logits: Literal["all", "generation"] | None = None
     output_last_hidden_state: Literal["all", "generation"] | None = None
+    return_routed_experts: bool = False  # of engines with `enable_return_routed_experts`
     logits_processors: Sequence[LogitsProcessor] | None = None
     repetition_ngram_size: _Count = 0
     repetition_ngram_threshold: _Count = 0
@@ -116,6 +117,8 @@ class Response:
     stream tell their answer by `choice`. `logprobs[i]` maps token ids to log-probabilities for generated
     token i (the sampled one included); `prompt_logprobs[0]` is None, since nothing predicts the first
     token. `logits` is float32 [tokens, vocab], `last_hidden_state` float32 [tokens, hidden].
+    `routed_experts` is int32 [tokens, layers, experts a token], of the prompt's tokens and the answer's but
+    the last, which nothing follows; layers without experts say 0.
     """
 
     text: str
@@ -127,6 +130,7 @@ class Response:
     prompt_logprobs: list[dict[int, float] | None] | None = None
     logits: Any = None
     last_hidden_state: Any = None
+    routed_experts: Any = None
     index: int = 0  # which prompt of the call
     choice: int = 0  # which of the prompt's `n` answers
     choices: list[Response] = field(default_factory=list)  # answers 1..n-1 when n > 1
@@ -144,6 +148,7 @@ class Response:
         self.prompt_logprobs = _joined(self.prompt_logprobs, piece.prompt_logprobs)
         self.logits = _stacked(self.logits, piece.logits)
         self.last_hidden_state = _stacked(self.last_hidden_state, piece.last_hidden_state)
+        self.routed_experts = _stacked(self.routed_experts, piece.routed_experts)
         self.cached_tokens = max(self.cached_tokens, piece.cached_tokens)
         self.queue_seconds = max(self.queue_seconds, piece.queue_seconds)
         for name in _LATEST:

@@ -20,16 +20,22 @@ class AttentionOptions:
     """Static options of an attention call.
 
     `scale` multiplies the logits; `window` is the number of newest keys a query sees (None: all);
-    `soft_cap` bounds the scaled logits as `soft_cap * tanh(logits / soft_cap)`.
+    `soft_cap` bounds the scaled logits as `soft_cap * tanh(logits / soft_cap)`; `chunk`: a sequence is cut
+    into chunks of so many positions, and a query sees no key of an earlier one (None: it is whole).
     """
 
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is {self.window}; it must be at least 1, or None for full attention")
+        if self.chunk is not None and (self.chunk < 1 or self.window is not None):
+            raise ValueError(
+                f"chunk is {self.chunk}, window {self.window}; one must be None, a chunk 1 or more"
+            )
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ValueError(f"soft_cap is {self.soft_cap}; it must be positive, or None for no cap")
 

@@ -76,7 +76,7 @@ def _attend_group(
 ) -> jax.Array:
     page_size = k_pages.shape[2]
     newest = jnp.max(positions if lookahead is None else positions + lookahead, axis=1)
-    first, steps = _page_range(positions, newest, page_size, options.window)
+    first, steps = _page_range(positions, newest, page_size, options)
     q = q.astype(jnp.float32) * options.scale
 
     def step(index: jax.Array, state: State) -> State:
@@ -86,7 +86,7 @@ def _attend_group(
         keys, values = _read_pages(k_pages, pages), _read_pages(v_pages, pages)
         # Whatever unused slots hold, NaN too, must not count: a weight of zero alone would keep a NaN.
         values = jnp.where((key_positions <= newest[:, None])[:, None, :, None], values, 0.0)
-        visible = _visible(positions, lookahead, key_positions, options.window)
+        visible = _visible(positions, lookahead, key_positions, options)
         return _online_softmax(state, q, keys, values, visible, options.soft_cap)
 
     _, denominator, out = lax.fori_loop(0, steps, step, _initial_state(q, sinks))
@@ -94,15 +94,15 @@ def _attend_group(
 
 
 def _page_range(
-    positions: jax.Array, newest: jax.Array, page_size: int, window: int | None
+    positions: jax.Array, newest: jax.Array, page_size: int, options: AttentionOptions
 ) -> tuple[jax.Array, jax.Array]:
     """First page [B] that any row of a block sees, and the number of pages that covers every block, up to its
     `newest` key [B].
     """
     first = jnp.zeros_like(newest)
-    if window is not None:
+    if options.window is not None or options.chunk is not None:
         oldest = jnp.min(jnp.where(positions < 0, newest[:, None], positions), axis=1)
-        first = jnp.maximum(oldest - window + 1, 0) // page_size
+        first = jnp.maximum(_oldest_key(oldest, options), 0) // page_size
     return first, jnp.max(newest // page_size - first + 1)
 
 
@@ -118,14 +118,23 @@ def _read_pages(pages: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _visible(
-    positions: jax.Array, lookahead: jax.Array | None, key_positions: jax.Array, window: int | None
+    positions: jax.Array, lookahead: jax.Array | None, key_positions: jax.Array, options: AttentionOptions
 ) -> jax.Array:
     """Which keys [B, P] the rows [B, N] see -> bool [B, 1, N, P]."""
     age = positions[:, :, None] - key_positions[:, None, :]
     visible = age >= 0 if lookahead is None else age + lookahead[:, :, None] >= 0
-    if window is not None:
-        visible &= age < window
+    if options.window is not None:
+        visible &= age < options.window
+    if options.chunk is not None:
+        visible &= key_positions[:, None, :] >= _oldest_key(positions, options)[:, :, None]
     return visible[:, None]
+
+
+def _oldest_key(positions: jax.Array, options: AttentionOptions) -> jax.Array:
+    """The first position that queries at `positions` see; it may be below 0."""
+    if options.chunk is not None:
+        return positions // options.chunk * options.chunk
+    return positions if options.window is None else positions - options.window + 1
 
 
 def _initial_state(q: jax.Array, sinks: jax.Array | None) -> State:

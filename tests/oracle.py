@@ -115,6 +115,13 @@ FALCON = {
     "ssm_multipliers": [0.7, 1.1, 0.8, 1.2, 0.9],
     "mlp_multipliers": [1.4, 0.6],
 }
+GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 24,
+    "vocab_size_per_layer_input": 257,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 MROPE = _rope("default", partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True)
 BIAS = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
@@ -138,6 +145,17 @@ def _internlm3(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     names = {"qkv_bias": config.pop("attention_bias"), "bias": config.pop("mlp_bias")}
     _rename(path, dict, config | names | {"architectures": ["InternLM3ForCausalLM"]})
+
+
+def _mimo(path: Path) -> None:
+    """The published config, and a layer that predicts further."""
+    config = json.loads((path / "config.json").read_text())
+    own = {"architectures": ["MiMoForCausalLM"], "model_type": "mimo", "attention_bias": True}
+
+    def rename(tensors: Tensors) -> Tensors:
+        return tensors | {"model.mtp_layers.0.input_proj.weight": np.zeros((64, 128), np.float32)}
+
+    _rename(path, rename, config | own | {"num_nextn_predict_layers": 1})
 
 
 def _internlm2(path: Path) -> None:
@@ -238,6 +256,45 @@ CONFIGS: Mapping[str, Spec] = {
             },
         },
     ),
+    "gemma4": Spec(
+        "Gemma4Text",
+        GEMMA4
+        | {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma4_moe": Spec(
+        "Gemma4Text",
+        GEMMA4
+        | {
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 16,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+    ),
+    "llama4": Spec(
+        "Llama4Text",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "intermediate_size": 48,
+            "intermediate_size_mlp": 96,
+            "attention_chunk_size": 64,
+            "interleave_moe_layer_step": 2,
+            "floor_scale": 16,
+            "attn_scale": 0.5,
+        },
+    ),
     "mixtral": Spec("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen2_moe": Spec(
         "Qwen2Moe",
@@ -309,6 +366,34 @@ CONFIGS: Mapping[str, Spec] = {
     ),
     "olmoe": Spec("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "cohere": Spec("Cohere", {"logit_scale": 0.3, "attention_bias": True}),
+    "cohere_qk_norm": Spec("Cohere", {"logit_scale": 0.3, "use_qk_norm": True}),
+    "cohere2_moe": Spec(
+        "Cohere2Moe",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "prefix_dense_intermediate_size": 80,
+            "sliding_window": 24,
+            "sliding_window_pattern": 2,
+            "logit_scale": 0.3,
+        },
+    ),
+    "exaone_moe": Spec(
+        "ExaoneMoe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "sliding_window": 24,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    "minicpm3": Spec("MiniCPM3", LATENT | {"scale_emb": 3, "scale_depth": 0.7, "dim_model_base": 24}),
+    "mimo": Spec("Qwen2", {"head_dim": 16}, _mimo),
     "cohere2": Spec("Cohere2", {"logit_scale": 0.3, "sliding_window": 24, "num_hidden_layers": 4}),
     "exaone4": Spec("Exaone4", {"sliding_window": 24, "sliding_window_pattern": 4, "num_hidden_layers": 4}),
     "ministral3": Spec("Ministral3", {"head_dim": 16} | _yarn(llama_4_scaling_beta=0.5, mscale=1.0)),

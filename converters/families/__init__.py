@@ -13,7 +13,13 @@ from lmdeploy_jax.converters.families.apertus import (
     arcee_config,
     arcee_rules,
 )
-from lmdeploy_jax.converters.families.cohere import cohere2_config, cohere_config, cohere_rules
+from lmdeploy_jax.converters.families.cohere import (
+    cohere2_config,
+    cohere2_moe_config,
+    cohere_config,
+    cohere_moe_rules,
+    cohere_rules,
+)
 from lmdeploy_jax.converters.families.deepseek import (
     deepseek_v2_config,
     deepseek_v3_config,
@@ -22,6 +28,7 @@ from lmdeploy_jax.converters.families.deepseek import (
     glm4_moe_lite_config,
     glm_moe_dsa_config,
     latent_rules,
+    minicpm3_config,
 )
 from lmdeploy_jax.converters.families.ernie import (
     ernie_config,
@@ -29,13 +36,18 @@ from lmdeploy_jax.converters.families.ernie import (
     ernie_moe_rules,
     ernie_rules,
 )
-from lmdeploy_jax.converters.families.exaone import exaone4_config
+from lmdeploy_jax.converters.families.exaone import EXAONE_NAMES, exaone4_config, exaone_moe_config
 from lmdeploy_jax.converters.families.falcon_h1 import falcon_h1_config, falcon_h1_rules
 from lmdeploy_jax.converters.families.gemma import gemma2_config, gemma2_rules, gemma3_config, gemma_config
+from lmdeploy_jax.converters.families.gemma4 import gemma4_config, gemma4_rules
+from lmdeploy_jax.converters.families.glm import (
+    MROPE as GLM_MROPE,
+)
 from lmdeploy_jax.converters.families.glm import (
     glm4_config,
     glm4_moe_config,
     glm4_rules,
+    glm4v_config,
     glm_config,
     glm_rules,
 )
@@ -59,6 +71,7 @@ from lmdeploy_jax.converters.families.hunyuan import (
 from lmdeploy_jax.converters.families.internlm import internlm2_config, internlm3_config
 from lmdeploy_jax.converters.families.lfm2 import lfm2_config, lfm2_moe_config, lfm2_rules
 from lmdeploy_jax.converters.families.llama import llama_config
+from lmdeploy_jax.converters.families.llama4 import LLAMA4_STACKED, llama4_config, llama4_rules
 from lmdeploy_jax.converters.families.minimax import MINIMAX_NAMES, minimax_m2_config
 from lmdeploy_jax.converters.families.mistral import ministral3_config, ministral_config, mistral_config
 from lmdeploy_jax.converters.families.mixtral import MIXTRAL_NAMES, mixtral_config
@@ -76,10 +89,12 @@ from lmdeploy_jax.converters.families.qwen import (
     QWEN2_MROPE,
     QWEN3_MROPE,
     QWEN_NAMES,
+    mimo_config,
     qwen2_config,
     qwen2_moe_config,
     qwen3_config,
     qwen3_moe_config,
+    qwen3_vl_moe_config,
 )
 from lmdeploy_jax.converters.families.qwen_hybrid import (
     qwen3_5_config,
@@ -112,10 +127,12 @@ class Family:
 
 STACKED = StackedExperts()
 
+EXAONE_MOE = Family(exaone_moe_config, partial(mixture_rules, names=EXAONE_NAMES), STACKED)
 PHIMOE = Family(phimoe_config, partial(mixture_rules, names=PHIMOE_NAMES), STACKED)
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(llama_config),
+    "Llama4ForCausalLM": Family(llama4_config, llama4_rules, LLAMA4_STACKED),
     "MistralForCausalLM": Family(mistral_config),
     "MinistralForCausalLM": Family(ministral_config),
     "Ministral3ForCausalLM": Family(ministral3_config),
@@ -152,7 +169,12 @@ FAMILIES: Mapping[str, Family] = {
     "OlmoeForCausalLM": Family(olmoe_config, mixture_rules, STACKED),
     "CohereForCausalLM": Family(cohere_config, cohere_rules),
     "Cohere2ForCausalLM": Family(cohere2_config, cohere_rules),
+    "Cohere2MoeForCausalLM": Family(cohere2_moe_config, cohere_moe_rules, STACKED),
     "Exaone4ForCausalLM": Family(exaone4_config, post_norm_rules),
+    "ExaoneMoeForCausalLM": EXAONE_MOE,
+    "ExaoneMoEForCausalLM": EXAONE_MOE,
+    "MiniCPM3ForCausalLM": Family(minicpm3_config, partial(latent_rules, pairs=False)),
+    "MiMoForCausalLM": Family(mimo_config),
     "Starcoder2ForCausalLM": Family(starcoder2_config, starcoder2_rules),
     "ApertusForCausalLM": Family(apertus_config, apertus_rules),
     "ArceeForCausalLM": Family(arcee_config, arcee_rules),
@@ -171,14 +193,23 @@ FAMILIES: Mapping[str, Family] = {
     "GemmaForCausalLM": Family(gemma_config),
     "Gemma2ForCausalLM": Family(gemma2_config, gemma2_rules),
     "Gemma3ForCausalLM": Family(gemma3_config, gemma2_rules),
+    "Gemma4ForCausalLM": Family(gemma4_config, gemma4_rules, STACKED),
     "Qwen2VLForConditionalGeneration": Family(partial(qwen2_config, mrope=QWEN2_MROPE)),
     "Qwen2_5_VLForConditionalGeneration": Family(partial(qwen2_config, mrope=QWEN2_MROPE)),
     "Qwen3VLForConditionalGeneration": Family(partial(qwen3_config, mrope=QWEN3_MROPE)),
+    "Qwen3VLMoeForConditionalGeneration": Family(
+        qwen3_vl_moe_config, mixture_rules, StackedExperts(transposed=None)
+    ),
+    "Glm4vForConditionalGeneration": Family(glm4v_config, glm4_rules),
+    "Glm4vMoeForConditionalGeneration": Family(
+        partial(glm4_moe_config, mrope=GLM_MROPE), mixture_rules, STACKED
+    ),
 }
 """The supported architectures, by the name in a config's `architectures`."""
 
 MODEL_TYPES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MinistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -215,7 +246,11 @@ MODEL_TYPES: Mapping[str, str] = {
     "olmoe": "OlmoeForCausalLM",
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
+    "cohere2_moe": "Cohere2MoeForCausalLM",
     "exaone4": "Exaone4ForCausalLM",
+    "exaone_moe": "ExaoneMoeForCausalLM",
+    "minicpm3": "MiniCPM3ForCausalLM",
+    "mimo": "MiMoForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
     "apertus": "ApertusForCausalLM",
     "arcee": "ArceeForCausalLM",
@@ -234,9 +269,13 @@ MODEL_TYPES: Mapping[str, str] = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
     "qwen2_vl_text": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl_text": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl_text": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe_text": "Qwen3VLMoeForConditionalGeneration",
+    "glm4v_text": "Glm4vForConditionalGeneration",
+    "glm4v_moe_text": "Glm4vMoeForConditionalGeneration",
 }
 """The architecture of each `model_type`, by which a config without `architectures` goes."""
 

@@ -21,7 +21,7 @@ from lmdeploy_jax.converters.families.rope import read_rope
 from lmdeploy_jax.converters.families.tables import LAYER, LAYER_TARGET
 from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.converters.keytable import Rule
-from lmdeploy_jax.converters.layouts import Rows, TurnedTails
+from lmdeploy_jax.converters.layouts import Layout, Rows, TurnedTails
 from lmdeploy_jax.models.config import DecoderConfig, LatentConfig, MixtureConfig, RopeConfig
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 
@@ -102,10 +102,44 @@ def glm4_moe_lite_config(fields: Fields) -> DecoderConfig:
     return _latent_config(fields, mixture, sparse, eps=1e-5)
 
 
+def minicpm3_config(fields: Fields) -> DecoderConfig:
+    """HF `MiniCPM3Config`: no mixtures, and factors of embeddings, residuals and logits."""
+    layers, hidden = count_layers(fields), fields.size("hidden_size")
+    base = fields.optional_size("dim_model_base", 256)
+    depth = fields.optional_number("scale_depth", 1.4)
+    return _latent_config(
+        fields,
+        None,
+        None,
+        eps=1e-5,
+        query_rank=768,
+        sizes=(256, 64, 32, hidden // count_heads(fields)),
+        embedding_multiplier=fields.positive("scale_emb", 12),
+        logit_multiplier=1.0 if base is None else base / hidden,
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        layer={"residual_multiplier": 1.0 if depth is None else depth * layers**-0.5},
+    )
+
+
 def _latent_config(
-    fields: Fields, mixture: MixtureConfig, sparse: tuple[bool, ...], *, eps: float, query_rank: int = 1536
+    fields: Fields,
+    mixture: MixtureConfig | None,
+    sparse: tuple[bool, ...] | None,
+    *,
+    eps: float,
+    query_rank: int = 1536,
+    sizes: tuple[int, int, int, int] = (512, 128, 64, 128),
+    **features: Any,
 ) -> DecoderConfig:
-    nope, rope_dim = fields.size("qk_nope_head_dim", 128), fields.size("qk_rope_head_dim", 64)
+    """sizes: what the latents' rank, and the parts of heads without rotation, with it and of values, are by
+    default.
+    """
+    rank, nope, rope_dim, value = (
+        fields.size(name, size)
+        for name, size in zip(
+            ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), sizes, strict=True
+        )
+    )
     for name in ("head_dim", "qk_head_dim", "ep_size", "num_mtp_layers"):  # said otherwise, or of training
         fields.get(name)
     if not fields.flag("rope_interleave", True):
@@ -113,10 +147,10 @@ def _latent_config(
     rope = read_rope(fields, rope_dim)
     latent = LatentConfig(
         heads=count_heads(fields),
-        latent_rank=fields.size("kv_lora_rank", 512),
+        latent_rank=rank,
         nope_dim=nope,
         rope_dim=rope_dim,
-        value_dim=fields.size("v_head_dim", 128),
+        value_dim=value,
         options=AttentionOptions((nope + rope_dim) ** -0.5 * _temperature(fields, rope) ** 2),
         rope=rope,
         query_rank=fields.optional_size("q_lora_rank", query_rank),
@@ -131,6 +165,7 @@ def _latent_config(
         sparse=sparse,
         mlp={"bias": fields.flag("mlp_bias", False)},
         norm_eps=fields.positive("rms_norm_eps", eps),
+        **features,
     )
 
 
@@ -143,13 +178,13 @@ def _temperature(fields: Fields, rope: RopeConfig) -> float:
     return 0.1 * share * math.log(rope.factor) + 1.0
 
 
-def latent_rules(config: DecoderConfig, tp: int, **usual: Any) -> tuple[Rule, ...]:
-    """`mixture_rules`, with latent attention's own names."""
+def latent_rules(config: DecoderConfig, tp: int, *, pairs: bool = True, **usual: Any) -> tuple[Rule, ...]:
+    """`mixture_rules`, with latent attention's own names. pairs: neighbours rotate, not halves."""
     latent = config.layers[0].mixer
     assert isinstance(latent, LatentConfig)  # as the configs above make it
     block, target = LAYER + r"self_attn\.", LAYER_TARGET + "attention."
-    queries = TurnedTails(latent.nope_dim, latent.rope_dim, 2)
-    latents = TurnedTails(latent.latent_rank, latent.rope_dim, 1)
+    queries: Layout = TurnedTails(latent.nope_dim, latent.rope_dim, 2) if pairs else Rows(2)
+    latents: Layout = TurnedTails(latent.latent_rank, latent.rope_dim, 1) if pairs else Rows()
     attention = (
         Rule(block + r"q_proj\.weight", target + "q.weight", "", queries),
         Rule(block + r"q_a_proj\.(weight|bias)", target + r"q_a.\2"),

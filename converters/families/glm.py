@@ -9,7 +9,7 @@ from functools import partial
 
 from lmdeploy_jax.converters.families.common import NONE, Features, decoder_config, head_size
 from lmdeploy_jax.converters.families.mixture import after_dense, read_mixture
-from lmdeploy_jax.converters.families.rope import read_rope
+from lmdeploy_jax.converters.families.rope import Mrope, read_rope
 from lmdeploy_jax.converters.families.tables import PRE_NORMS, hf_rules
 from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.models.config import DecoderConfig, MixtureConfig
@@ -19,17 +19,20 @@ NORMS: Mapping[str, str] = {
     "post_self_attn_layernorm": "attention_post_norm",
     "post_mlp_layernorm": "mlp_post_norm",
 }
+MROPE = Mrope((8, 12, 12))
 glm_rules = partial(hf_rules, fused_mlp=True, interleaved=True)
 glm4_rules = partial(glm_rules, norms=NORMS)
 
 
-def glm_config(fields: Fields, layer: Features = NONE) -> DecoderConfig:
-    """HF `GlmConfig`."""
-    head_dim = head_size(fields, 128)
+def glm_config(
+    fields: Fields, layer: Features = NONE, *, head: int | None = 128, mrope: Mrope | None = None
+) -> DecoderConfig:
+    """HF `GlmConfig`. head: the size of heads where the config has none."""
+    head_dim = head_size(fields, head)
     return decoder_config(
         fields,
         head_dim=head_dim,
-        rope=read_rope(fields, head_dim, partial=True, share=0.5),
+        rope=read_rope(fields, head_dim, partial=True, share=0.5, mrope=mrope),
         attention={"qkv_bias": fields.flag("attention_bias", True)},
         layer=layer,
         norm_eps=fields.positive("rms_norm_eps", 1.5625e-07),
@@ -41,15 +44,20 @@ def glm4_config(fields: Fields) -> DecoderConfig:
     return glm_config(fields, {"post_norm": True})
 
 
-def glm4_moe_config(fields: Fields) -> DecoderConfig:
-    """HF `Glm4MoeConfig`."""
+def glm4v_config(fields: Fields) -> DecoderConfig:
+    """HF `Glm4vTextConfig`."""
+    return glm_config(fields, {"post_norm": True}, head=None, mrope=MROPE)
+
+
+def glm4_moe_config(fields: Fields, mrope: Mrope | None = None) -> DecoderConfig:
+    """HF `Glm4MoeConfig`; with M-RoPE, `Glm4vMoeTextConfig`."""
     head_dim = head_size(fields)
     return decoder_config(
         fields,
         head_dim=head_dim,
-        rope=read_rope(fields, head_dim, partial=True, share=0.5),
+        rope=read_rope(fields, head_dim, partial=True, share=0.5, mrope=mrope),
         attention={
-            "qkv_bias": fields.flag("attention_bias", False),
+            "qkv_bias": fields.flag("attention_bias", mrope is not None),
             "qk_norm": fields.flag("use_qk_norm", False),
         },
         mixture=sigmoid_mixture(fields, width=1408, experts=128, per_token=8),

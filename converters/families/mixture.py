@@ -13,7 +13,8 @@ from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.converters.keytable import Rule
 from lmdeploy_jax.converters.layouts import Rows, Stack
 from lmdeploy_jax.errors import CheckpointError
-from lmdeploy_jax.models.config import DecoderConfig, MixtureConfig, MlpConfig, RouterConfig
+from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, RouterConfig
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOICES = ("num_experts_per_tok", "moe_topk", "moe_k")
@@ -87,7 +88,7 @@ def after_dense(fields: Fields, default: int) -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class MixtureNames:
-    """What a family calls the tensors of a mixture, within `block` of a layer."""
+    """What a family calls the tensors of a mixture, within `block` of a layer; empty: in the layer itself."""
 
     block: str = "mlp"
     router: str = "gate"
@@ -102,7 +103,7 @@ class MixtureNames:
         """The rules for them."""
         mixtures = (layer.mlp for layer in config.layers if isinstance(layer.mlp, MixtureConfig))
         (count,) = {mixture.router.experts for mixture in mixtures} or {0}
-        block, target = LAYER + re.escape(self.block) + r"\.", LAYER_TARGET + "mlp."
+        block, target = LAYER + (re.escape(self.block) + r"\." if self.block else ""), LAYER_TARGET + "mlp."
         gate, up, down = self.experts
         both = Stack(tuple(f"{i}.{part}" for i in range(count) for part in (gate, up)), axes=2)
         all_down = Stack(tuple(str(i) for i in range(count)))

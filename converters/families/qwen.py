@@ -36,6 +36,12 @@ def qwen2_config(fields: Fields, mrope: Mrope | None = None) -> DecoderConfig:
     )
 
 
+def mimo_config(fields: Fields) -> DecoderConfig:
+    """The published `MiMoConfig`: Qwen 2, and layers that predict further, which are not read."""
+    fields.get("attention_bias")  # q, k and v have one
+    return qwen2_config(fields)
+
+
 def qwen3_config(fields: Fields, mrope: Mrope | None = None) -> DecoderConfig:
     """HF `Qwen3Config`; heads are 128 wide unless the config says otherwise. With M-RoPE,
     `Qwen3VLTextConfig`.
@@ -69,18 +75,26 @@ def qwen2_moe_config(fields: Fields) -> DecoderConfig:
     )
 
 
-def qwen3_moe_config(fields: Fields) -> DecoderConfig:
-    """HF `Qwen3MoeConfig`."""
+def qwen3_vl_moe_config(fields: Fields) -> DecoderConfig:
+    """HF `Qwen3VLMoeTextConfig`, whose weights are always normalised."""
+    fields.get("norm_topk_prob")
+    return qwen3_moe_config(fields, QWEN3_MROPE, normalise=True)
+
+
+def qwen3_moe_config(
+    fields: Fields, mrope: Mrope | None = None, normalise: bool | None = None
+) -> DecoderConfig:
+    """HF `Qwen3MoeConfig`. normalise: whether weights are, whatever the config says."""
     head_dim = head_size(fields)
     bias = fields.flag("attention_bias", False)
     fields.get("max_window_layers")  # a window is one of all layers here
     return decoder_config(
         fields,
         head_dim=head_dim,
-        rope=read_rope(fields, head_dim),
+        rope=read_rope(fields, head_dim, mrope=mrope),
         windows=(_moe_window(fields),) * count_layers(fields),
         attention={"qk_norm": True, "qkv_bias": bias, "o_bias": bias},
-        mixture=_mixture(fields, experts=128, per_token=8, width=768),
+        mixture=_mixture(fields, experts=128, per_token=8, width=768, normalise=normalise),
         sparse=_sparse(fields),
     )
 
@@ -93,9 +107,9 @@ def _moe_window(fields: Fields) -> int | None:
     return None
 
 
-def _mixture(fields: Fields, *, width: int, **given: Any) -> MixtureConfig:
+def _mixture(fields: Fields, *, width: int, normalise: bool | None = None, **given: Any) -> MixtureConfig:
     inner = fields.size("moe_intermediate_size", width)
-    normalise = fields.flag("norm_topk_prob", False)
+    normalise = fields.flag("norm_topk_prob", False) if normalise is None else normalise
     return read_mixture(fields, width=inner, normalise=normalise, **given)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 STATE = "layers with a recurrent state"
 PACKED = "remote code's names of tensors; give the checkpoint in transformers' layout"
 REWARD = "a value head: it gives no text"
+VISION = "an encoder of images in remote code"
 OLD = "an older block of its own"
 
 REFUSED: Mapping[str, str] = {
@@ -19,22 +20,11 @@ REFUSED: Mapping[str, str] = {
         ),
         STATE,
     ),
-    **dict.fromkeys(
-        ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma3nForConditionalGeneration"),
-        "heads of two sizes, shared caches and inputs of each layer",
-    ),
-    **dict.fromkeys(
-        ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
-        "attention within chunks, experts whose inputs are scaled",
-    ),
+    "Gemma3nForConditionalGeneration": "several residual streams, and inputs of each layer",
     "DeepseekV4ForCausalLM": "compressed attention and several residual streams",
     "Mistral4ForCausalLM": "latent attention whose queries grow with their position",
-    "MiniCPM3ForCausalLM": "latent attention with factors of embeddings, residuals and logits",
     "MiMoV2FlashForCausalLM": "values of another size than keys",
-    "KimiK25ForConditionalGeneration": "the names of the language model within it",
     "DeepseekForCausalLM": "mixtures in a block that transformers does not have",
-    "Cohere2MoeForCausalLM": "mixtures beside attention",
-    "ExaoneMoeForCausalLM": "mixtures with windows whose layers alone rotate",
     "AfmoeForCausalLM": "gates on attention's output",
     "LongcatFlashForCausalLM": "two blocks a layer, and experts that do nothing",
     "BailingMoeV2ForCausalLM": PACKED,
@@ -52,6 +42,10 @@ REFUSED: Mapping[str, str] = {
     ),
     "SDARForCausalLM": "decoding by blocks of noise",
     "SDARMoeForCausalLM": "decoding by blocks of noise",
+    "MiniCPMV": VISION,
+    "MiniCPMO": VISION,
+    "DeepseekVLV2ForCausalLM": VISION,
+    "CogVLMForCausalLM": VISION,
     "InternLM2ForRewardModel": REWARD,
     "Qwen2ForRewardModel": REWARD,
 }  # fmt: skip

@@ -22,6 +22,7 @@ KEYS: Mapping[str, set[str]] = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", LENGTH},
     "yarn": {"factor", "beta_fast", "beta_slow", "truncate", LENGTH} | ATTENTION,
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor", LENGTH},
+    "proportional": {"factor"},
 }
 """What each kind may say; a null value says nothing."""
 MROPE = {"mrope_section", "mrope_interleaved"}
@@ -104,6 +105,10 @@ def rope_from(
     for key in sorted(said.keys() - KEYS[kind]):
         raise _misplaced(fields, key, said[key], kind)
     values = Fields(said, f"{fields.where}: rope_parameters")
+    if kind == "proportional":
+        share = Fields(given, values.where).positive("partial_rotary_factor", 1.0)
+        factor = values.positive("factor", 1.0)
+        return RopeConfig(dim=dim, kind=kind, theta=theta, factor=factor, turning_share=min(share, 1.0))
     return RopeConfig(dim=dim, kind=kind, theta=theta, **_settings(fields, values, kind, dim, original))
 
 

@@ -22,13 +22,15 @@ def hf_rules(
     qk_norms: tuple[str, str] = ("q_norm", "k_norm"),
     fused: bool = False,
     fused_mlp: bool = False,
+    mlp: str = "mlp",
     plain_mlp: tuple[str, str] | None = None,
     interleaved: bool = False,
     attention: tuple[Rule, ...] | None = None,
 ) -> tuple[Rule, ...]:
     """The names that most HF models use.
 
-    `fused`: qkv and gate and up are one tensor each, as in Phi-3; `fused_mlp`: gate and up alone.
+    `fused`: qkv and gate and up are one tensor each, as in Phi-3; `fused_mlp`: gate and up alone. `mlp`:
+    where in a layer those of an MLP go.
     `plain_mlp`: the two weights of an MLP that is not gated. `interleaved`: q and k rotate in pairs of
     neighbours. `attention`: what fills its weights but for `o`, where that is not q, k and v.
     On `tp` devices the model may hold more KV heads than the checkpoint (see `AttentionConfig`).
@@ -49,7 +51,7 @@ def hf_rules(
         Rule(prefix + r"o_proj\.weight", LAYER_TARGET + "attention.o.weight", "", FLAT_COLUMNS),
         Rule(prefix + r"o_proj\.bias", LAYER_TARGET + "attention.o.bias"),
         Rule(prefix + r"sinks", LAYER_TARGET + "attention.sinks", "", Rows(2)),
-        *(_plain_mlp_rules(*plain_mlp) if plain_mlp else _mlp_rules(fused or fused_mlp)),
+        *(_plain_mlp_rules(*plain_mlp) if plain_mlp else _mlp_rules(mlp, fused or fused_mlp)),
     )
 
 
@@ -61,9 +63,9 @@ def _qkv_rule(attention: str, packing: GroupedQKV) -> Rule:
     )
 
 
-def _mlp_rules(fused: bool) -> tuple[Rule, ...]:
-    mlp, gate_up = LAYER + r"mlp\.", LAYER_TARGET + "mlp.gate_up."
-    down = Rule(mlp + r"down_proj\.(weight|bias)", LAYER_TARGET + r"mlp.down.\2")
+def _mlp_rules(target: str, fused: bool) -> tuple[Rule, ...]:
+    mlp, gate_up = LAYER + r"mlp\.", LAYER_TARGET + f"{target}.gate_up."
+    down = Rule(mlp + r"down_proj\.(weight|bias)", LAYER_TARGET + target + r".down.\2")
     if fused:
         return Rule(mlp + r"gate_up_proj\.(weight|bias)", gate_up + r"\2", "", Rows(2)), down
     both = Stack(("gate", "up"))
@@ -78,8 +80,12 @@ def _plain_mlp_rules(up: str, down: str) -> tuple[Rule, ...]:
 
 
 def _qk_norm_rules(config: DecoderConfig, replicas: int, names: tuple[str, str]) -> tuple[Rule, ...]:
-    width = any(isinstance(mixer, AttentionConfig) and mixer.qk_norm_width for mixer in config.mixers)
-    layouts: tuple[Layout, Layout] = (Rows(3), RepeatedHeads(replicas)) if width else (Rows(), Rows())
+    mixers = [mixer for mixer in config.mixers if isinstance(mixer, AttentionConfig)]
+    layouts: tuple[Layout, Layout] = (Rows(), Rows())
+    if any(mixer.qk_norm_width for mixer in mixers):
+        layouts = (Rows(3), RepeatedHeads(replicas))
+    elif any(mixer.qk_layer_norm for mixer in mixers):
+        layouts = (Rows(2), RepeatedHeads(replicas, flat=False))
     return tuple(
         Rule(LAYER + rf"self_attn\.{name}\.weight", LAYER_TARGET + f"attention.{target}.weight", "", layout)
         for name, target, layout in zip(names, ("q_norm", "k_norm"), layouts, strict=True)
@@ -88,7 +94,7 @@ def _qk_norm_rules(config: DecoderConfig, replicas: int, names: tuple[str, str])
 
 def _rotating(config: DecoderConfig) -> int:
     """Leading elements of a head that rotate, in the layers that do."""
-    (count,) = {rope.dim for rope in config.ropes}
+    (count,) = {rope.dim for rope in config.ropes if rope.dim}
     return count
 
 

@@ -22,6 +22,7 @@ class LatentCache:
 
     width: int
     window: int | None = None
+    chunked: bool = False
 
     axes: ClassVar[Axes] = ()
 
@@ -39,11 +40,13 @@ class PagedCache:
     """K and V of tokens, by page: two arrays [pages, kv_heads, PAGE_SIZE, head_dim], cut by heads.
 
     window: how many tokens attention reaches back, the query's own counted; None: all, so that all are kept.
+    chunked: it reaches back to the last multiple of `window`, which is one of the page size too.
     """
 
     kv_heads: int
     head_dim: int
     window: int | None = None
+    chunked: bool = False
 
     axes: ClassVar[Axes] = (None, "tp")
     """The mesh axis of each leading axis of its arrays."""
@@ -79,5 +82,14 @@ class StateCache:
         return itemsize * prod(self.conv) + (4 * prod(self.state) if self.state else 0)
 
 
+@dataclass(frozen=True)
+class SharedCache:
+    """Nothing of its own: the layer reads what an earlier one, number `layer`, keeps of each token."""
+
+    layer: int
+
+
 PageKind = PagedCache | LatentCache
 CacheKind = PageKind | StateCache
+"""What a cache has arrays of."""
+LayerKind = CacheKind | SharedCache

@@ -5,7 +5,8 @@ page table of its own; the groups of a model have equally many layers, and all o
 one pool. So a page holds 64 tokens for the layers of one group, and memory goes to whichever group needs it:
 layers with a window keep a window's worth of pages, and leave the rest of the pool to the others.
 
-Recurrent layers have no pages and are in no group: each has arrays of its own, with a row a slot.
+Recurrent layers have no pages and are in no group: each has arrays of its own, with a row a slot. A layer
+that reads another's keys and values has that one's place.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lmdeploy_jax.cache.kinds import CacheKind, PageKind, StateCache
+from lmdeploy_jax.cache.kinds import CacheKind, LayerKind, PageKind, SharedCache, StateCache
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 
 MOST_GROUPS = 8  # each has a page table, which goes to the device with every step
@@ -24,16 +25,22 @@ MOST_GROUPS = 8  # each has a page table, which goes to the device with every st
 class CacheGroup:
     """Layers that keep the same tokens: all of a sequence's, or those that a window reaches.
 
+    chunked: the window begins at the last multiple of its size, so that all of it is let go at once.
     most_pages: what a sequence holds of a group with a window, where a step computes as many of its tokens as
     a step may have.
     """
 
     window: int | None = None
     most_pages: int | None = None
+    chunked: bool = False
 
     def first_page(self, position: int) -> int:
         """Number of the first page that a query at `position`, or a later one, may read."""
-        return 0 if self.window is None else max(position - self.window + 1, 0) // PAGE_SIZE
+        if self.window is None:
+            return 0
+        if self.chunked:
+            return position // self.window * self.window // PAGE_SIZE
+        return max(position - self.window + 1, 0) // PAGE_SIZE
 
     def end_page(self, position: int, end: int) -> int:
         """Number of the page behind those to hold for `end` tokens, of which `position` are computed."""
@@ -85,27 +92,29 @@ class CacheLayout:
         return num_pages * session_len // pages if len(self.groups) > 1 else num_pages * PAGE_SIZE
 
 
-def plan_layout(layers: Sequence[CacheKind], *, session_len: int, step_tokens: int) -> CacheLayout:
+def plan_layout(layers: Sequence[LayerKind], *, session_len: int, step_tokens: int) -> CacheLayout:
     """The layout in which a sequence of `session_len` tokens takes the least memory.
 
     layers: what each mixer keeps. step_tokens: most tokens of a step.
     """
-    paged = (kind for kind in layers if not isinstance(kind, StateCache))
+    paged = (kind for kind in layers if not isinstance(kind, StateCache | SharedCache))
     kinds = [_reaching(kind, session_len) for kind in paged]
     sizes = range(1, max(kinds.count(kind) for kind in kinds) + 1)
     layouts = [_one_group(kinds), *(_grouped(kinds, size, step_tokens) for size in sizes)]
     few = [layout for layout in layouts if len(layout.groups) <= MOST_GROUPS]
-    return _with_states(min(few, key=lambda layout: (_cost(layout, session_len), len(layout.groups))), layers)
+    return _with_others(min(few, key=lambda layout: (_cost(layout, session_len), len(layout.groups))), layers)
 
 
-def _with_states(layout: CacheLayout, layers: Sequence[CacheKind]) -> CacheLayout:
-    """The layout of the layers with pages, and the others among them."""
+def _with_others(layout: CacheLayout, layers: Sequence[LayerKind]) -> CacheLayout:
+    """The layout of the layers with pages of their own, and the others among them."""
     arrays, paged = list[CacheKind](layout.arrays), iter(layout.places)
     places: list[tuple[int | None, int]] = []
     for kind in layers:
         if isinstance(kind, StateCache):
             places.append((None, len(arrays)))
             arrays.append(kind)
+        elif isinstance(kind, SharedCache):
+            places.append(places[kind.layer])
         else:
             places.append(next(paged))
     return CacheLayout(layout.groups, tuple(arrays), tuple(places))
@@ -113,7 +122,11 @@ def _with_states(layout: CacheLayout, layers: Sequence[CacheKind]) -> CacheLayou
 
 def _reaching(kind: PageKind, session_len: int) -> PageKind:
     """A window that no sequence outgrows is none."""
-    return replace(kind, window=None) if kind.window is None or kind.window >= session_len else kind
+    return _without_window(kind) if kind.window is None or kind.window >= session_len else kind
+
+
+def _without_window(kind: PageKind) -> PageKind:
+    return replace(kind, window=None, chunked=False)
 
 
 def _reach(window: int, tokens: int) -> int:
@@ -128,27 +141,29 @@ def _cost(layout: CacheLayout, session_len: int) -> int:
 
 def _one_group(kinds: Sequence[PageKind]) -> CacheLayout:
     """Every layer has arrays of its own and keeps every token, whatever its window."""
-    arrays = tuple(replace(kind, window=None) for kind in kinds)
+    arrays = tuple(map(_without_window, kinds))
     return CacheLayout((CacheGroup(),), arrays, tuple((0, i) for i in range(len(kinds))))
 
 
 def _grouped(kinds: Sequence[PageKind], size: int, step_tokens: int) -> CacheLayout:
     """Groups of at most `size` layers of one kind, which share `size` arrays with the other groups."""
-    shapes = list(dict.fromkeys(replace(kind, window=None) for kind in kinds))
+    shapes = list(dict.fromkeys(map(_without_window, kinds)))
     groups: list[CacheGroup] = []
     places: dict[int, tuple[int, int]] = {}
     for kind in dict.fromkeys(kinds):
-        array = shapes.index(replace(kind, window=None)) * size
+        array = shapes.index(_without_window(kind)) * size
         for i, layer in enumerate(_layers_of(kinds, kind)):
             if i % size == 0:
-                groups.append(_group(kind.window, step_tokens))
+                groups.append(_group(kind, step_tokens))
             places[layer] = len(groups) - 1, array + i % size
     arrays = tuple(shape for shape in shapes for _ in range(size))
     return CacheLayout(tuple(groups), arrays, tuple(places[i] for i in range(len(kinds))))
 
 
-def _group(window: int | None, step_tokens: int) -> CacheGroup:
-    return CacheGroup() if window is None else CacheGroup(window, _reach(window, step_tokens))
+def _group(kind: PageKind, step_tokens: int) -> CacheGroup:
+    if kind.window is None:
+        return CacheGroup()
+    return CacheGroup(kind.window, _reach(kind.window, step_tokens), kind.chunked)
 
 
 def _layers_of(kinds: Sequence[PageKind], kind: PageKind) -> Iterator[int]:

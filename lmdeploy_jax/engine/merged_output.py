@@ -19,11 +19,11 @@ class MergedOutput:
 
     def __init__(self) -> None:
         self._out: StepOutput | None = None
-        self._rows: tuple[list[Any], list[Any]] | None = None  # of logits and hidden states, where asked for
+        self._rows: tuple[list[Any], ...] | None = None  # of logits, hidden states, experts, where asked for
 
     def add(self, out: StepOutput) -> None:
         """Append one."""
-        if out.logits is not None or out.hidden is not None:
+        if out.logits is not None or out.hidden is not None or out.routes is not None:
             self._add_rows(out)
         first, self._out = self._out, out
         if first is not None:
@@ -35,15 +35,14 @@ class MergedOutput:
             out.cached_tokens = max(first.cached_tokens, out.cached_tokens)
 
     def _add_rows(self, out: StepOutput) -> None:
-        self._rows = self._rows or ([], [])
-        for rows, new in zip(self._rows, (out.logits, out.hidden), strict=True):
+        self._rows = self._rows or ([], [], [])
+        for rows, new in zip(self._rows, (out.logits, out.hidden, out.routes), strict=True):
             rows.extend([] if new is None else [new])
 
     def result(self) -> StepOutput:
         """All that has been added, of which there must be something."""
         assert self._out is not None
         if self._rows is not None:
-            logits, hidden = self._rows
-            self._out.logits = np.concatenate(logits) if logits else None
-            self._out.hidden = np.concatenate(hidden) if hidden else None
+            logits, hidden, routes = (np.concatenate(rows) if rows else None for rows in self._rows)
+            self._out.logits, self._out.hidden, self._out.routes = logits, hidden, routes
         return self._out

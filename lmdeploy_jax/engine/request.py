@@ -52,6 +52,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logits: str | None = None  # None, "all", "generation"
     hidden: str | None = None
+    routes: bool = False  # the experts of every position
     ngram_size: int = 0
     ngram_threshold: int = 0
     logits_processors: tuple[LogitsProcessor, ...] = ()
@@ -79,7 +80,12 @@ class SamplingParams:
     @property
     def reports_prompt(self) -> bool:
         """True where every prompt position has to be computed, since something is reported for each."""
-        return self.prompt_logprobs is not None or "all" in (self.logits, self.hidden)
+        return self.prompt_logprobs is not None or self.routes or "all" in (self.logits, self.hidden)
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether something is told of the rows that tokens are drawn from."""
+        return bool(self.logits or self.hidden or self.routes)
 
     @cached_property
     def needs_host(self) -> bool:
@@ -89,7 +95,7 @@ class SamplingParams:
     @cached_property
     def repeats(self) -> bool:
         """Whether the device can draw several tokens before the host sees the first."""
-        return self.head < Head.FULL and self.grammar is None and not (self.logits or self.hidden)
+        return self.head < Head.FULL and self.grammar is None and not self.wants_rows
 
     @cached_property
     def head(self) -> Head:
@@ -118,6 +124,7 @@ class StepOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # whole prompt, once, with the first token
     logits: Any = None  # f32 [rows, V] numpy
     hidden: Any = None  # f32 [rows, E] numpy
+    routes: Any = None  # i32 [rows, L, k] numpy
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # which stop id ended it (the id is the last of token_ids)
     cached_tokens: int = 0
@@ -176,6 +183,7 @@ class PromptReport:
     logprobs: list[Any] = field(default_factory=list)  # packed i32 [n, 2 + 2k], see `reports.pack_logprobs`
     logits: list[Any] = field(default_factory=list)  # f32 [n, V]
     hidden: list[Any] = field(default_factory=list)  # f32 [n, E]
+    routes: list[Any] = field(default_factory=list)  # i32 [n, L, k]
 
 
 @dataclass(eq=False)

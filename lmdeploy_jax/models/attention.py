@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from lmdeploy_jax.models import head_work
@@ -20,10 +22,14 @@ from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLin
 from lmdeploy_jax.models.rope import Rotation
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
+Norms = tuple[WidthNorm, WidthNorm]  # of q and of k
+NOWHERE = -1  # the slot of what is not written
+
 
 class Attention(nnx.Module):
     """q, k and v in one product, laid out by KV head: `[KH, G + 2, D, E]`, G query heads, then k, then v;
-    with gates `[KH, 2 G + 2, D, E]`, each behind its query head.
+    with gates `[KH, 2 G + 2, D, E]`, each behind its query head. Without v where it
+    is k; of a layer that reads another's keys and values, q alone.
 
     added_plainly: whether the layer adds the output to the residual stream as it is.
     """
@@ -42,8 +48,9 @@ class Attention(nnx.Module):
         self.kernels = kernels
         self.config = config
         self.norm_eps, self.norm_offset = model.norm_eps, model.norm_offset
+        rows = (2 * groups if config.gated else groups) + config.own_rows
         self.qkv = ColumnParallelLinear(
-            (kv_heads, (2 * groups if config.gated else groups) + 2, head_dim),
+            (kv_heads, rows, head_dim),
             (model.hidden_size,),
             ("kv_heads", None, None, "embed"),
             bias=config.qkv_bias,
@@ -51,8 +58,11 @@ class Attention(nnx.Module):
             kernels=kernels,
         )
         self.replicas = kv_heads // config.kv_heads
-        self.q_norm = self._norm((kv_heads, groups, head_dim), dtype) if config.qk_norm else None
-        self.k_norm = self._norm((kv_heads, head_dim), dtype) if config.qk_norm else None
+        normed = config.qk_norm and config.qk_norm_weight
+        self.q_norm = self._norm((kv_heads, groups, head_dim), dtype) if normed else None
+        self.k_norm = (
+            self._norm((kv_heads, head_dim), dtype) if normed and config.shared_layer is None else None
+        )
         self.sinks = (
             param((kv_heads, groups), jnp.dtype("float32"), ("kv_heads", None)) if config.sinks else None
         )
@@ -67,7 +77,7 @@ class Attention(nnx.Module):
         )
 
     def _norm(self, heads: tuple[int, ...], dtype: jnp.dtype) -> RMSNorm | WidthNorm:
-        if self.config.qk_norm_width:
+        if self.config.qk_norm_width or self.config.qk_layer_norm:
             return WidthNorm(heads, dtype=dtype)
         return RMSNorm(heads[-1], self.norm_eps, self.norm_offset, dtype=dtype)
 
@@ -85,7 +95,10 @@ class Attention(nnx.Module):
         `rope` is None in a layer without RoPE.
         """
         x, qkv = self.qkv(x, delta, norm)  # [(S,) T, KH, G + 2, D]
-        work, gates = self._work(rope), None
+        work, gates = self._work(rope, x.dtype), None
+        if self.config.shared_layer is not None:
+            qkv, work = head_work.queries_alone(qkv, work)
+            metadata = replace(metadata, slots=jnp.full_like(metadata.slots, NOWHERE))
         if self.config.gated:
             qkv, gates, work = head_work.without_gates(qkv, work, x.dtype)
         if not self.config.is_plain:
@@ -103,16 +116,25 @@ class Attention(nnx.Module):
         """See `models.head_work`."""
         qkv, work = head_work.biased(qkv, work, dtype)
         if isinstance(self.q_norm, WidthNorm) and isinstance(self.k_norm, WidthNorm):
-            reduce = self.kernels.collectives.all_reduce
-            how: dict[str, Any] = {"eps": self.norm_eps, "replicas": self.replicas, "reduce": reduce}
-            qkv = head_work.norm_widths(qkv, (self.q_norm, self.k_norm), self.config, **how)
+            qkv = self._normed(qkv, (self.q_norm, self.k_norm))
+        qkv = jnp.concatenate([qkv, qkv[:, :, -1:]], axis=2) if self.config.own_rows == 1 else qkv
+        qkv = head_work.norm_values(qkv, self.norm_eps) if self.config.v_norm else qkv
         qkv = head_work.scale_queries(qkv, rope)
         return head_work.rotate_then_norm(qkv, work) if self.config.qk_norm_after_rope else (qkv, work)
 
-    def _work(self, rope: Rotation | None) -> HeadWork:
+    def _normed(self, qkv: Float[Array, "T KH R D"], norms: Norms) -> Float[Array, "T KH R D"]:
+        if self.config.qk_layer_norm:
+            return head_work.norm_heads(qkv, norms, self.norm_eps)
+        reduce = self.kernels.collectives.all_reduce
+        how: dict[str, Any] = {"eps": self.norm_eps, "replicas": self.replicas, "reduce": reduce}
+        return head_work.norm_widths(qkv, norms, self.config, **how)
+
+    def _work(self, rope: Rotation | None, dtype: DTypeLike) -> HeadWork:
         q_norm, k_norm = (
             norm.weight[...] if isinstance(norm, RMSNorm) else None for norm in (self.q_norm, self.k_norm)
         )
+        if self.config.qk_norm and not self.config.qk_norm_weight:
+            q_norm = k_norm = jnp.ones((self.config.head_dim,), dtype)
         return HeadWork(
             bias=None if self.qkv.bias is None else self.qkv.bias[...],
             q_norm=q_norm,

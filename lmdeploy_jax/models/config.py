@@ -6,17 +6,18 @@ Parts are frozen and shared between layers alike, so that each kind of layer is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from lmdeploy_jax.cache.kinds import LatentCache, PagedCache
+from lmdeploy_jax.cache.kinds import LatentCache, PagedCache, SharedCache
 from lmdeploy_jax.cache.layout import CacheLayout, plan_layout
 from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, PerLayerInputConfig
 from lmdeploy_jax.models.recurrent_config import RecurrentConfig
-from lmdeploy_jax.pallas_kernels.options import AttentionOptions
+from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import why_not_heads, why_not_latents
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 ROPE_KINDS: Mapping[str, RopeKind] = {kind: kind for kind in get_args(RopeKind)}
 
 
@@ -25,7 +26,7 @@ class RopeConfig:
     """Rotary position embedding. The kinds and their fields are those of HF's `modeling_rope_utils.py`."""
 
     dim: int
-    """Leading elements of each head that rotate."""
+    """Leading elements of each head that rotate; 0: none, where only queries grow with their position."""
     kind: RopeKind = "default"
     theta: float = 10000.0
     factor: float = 1.0
@@ -39,7 +40,10 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     llama_4_scaling_beta: float = 0.0
-    """b of the factor of rotated queries, `1 + b * ln(1 + position // original_max_position)`; 0: none."""
+    """b of the queries' factor, `1 + b * ln(1 + (position + offset) // original_max_position)`; 0: none."""
+    llama_4_scaling_offset: int = 0
+    turning_share: float = 1.0
+    """Of the frequencies of kind proportional, the share that turns at all: the first ones."""
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     mrope_section: tuple[int, ...] = ()
@@ -73,10 +77,20 @@ class AttentionConfig:
     o_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each head of q and k, before the rotation."""
+    qk_norm_weight: bool = True
+    """Whether these norms have weights."""
     qk_norm_width: bool = False
     """It goes over all heads of q, and over all of k, as one (OLMo 2)."""
+    qk_layer_norm: bool = False
+    """It is a LayerNorm; each head has weights of its own, in the order of pairs that rotate (Command R+)."""
     qk_norm_after_rope: bool = False
     """It comes behind the rotation (Hunyuan)."""
+    v_norm: bool = False
+    """RMSNorm without weight over each head of v (Gemma 4)."""
+    k_eq_v: bool = False
+    """Values are what keys are before their norm and rotation (Gemma 4)."""
+    shared_layer: int | None = None
+    """The earlier layer whose keys and values it reads instead of any of its own (Gemma 4)."""
     gated: bool = False
     """Each query head's output is multiplied by the sigmoid of as many elements, a head of their own of the
     qkv product, behind the query's.
@@ -90,7 +104,13 @@ class AttentionConfig:
     def is_plain(self) -> bool:
         """Whether the kernels do all that happens between the qkv product and the cache."""
         tempered = self.rope is not None and self.rope.llama_4_scaling_beta != 0
-        return not (self.qk_norm_width or self.qk_norm_after_rope or tempered)
+        norms = self.qk_norm_width or self.qk_layer_norm or self.qk_norm_after_rope or self.v_norm
+        return not (norms or self.k_eq_v or tempered)
+
+    @property
+    def own_rows(self) -> int:
+        """Of the heads that come of a KV head's product, those that are no query's: its key, its value."""
+        return 0 if self.shared_layer is not None else 1 if self.k_eq_v else 2
 
     @property
     def group(self) -> int:
@@ -113,9 +133,14 @@ class AttentionConfig:
             f"{self.heads}"
         )
 
-    def cache(self, tp: int) -> PagedCache:
+    def cache(self, tp: int) -> PagedCache | SharedCache:
         """What the layer keeps of each token. Raises ConfigError as `held_kv_heads` does."""
-        return PagedCache(self.held_kv_heads(tp), self.head_dim, self.options.window)
+        if self.shared_layer is not None:
+            return SharedCache(self.shared_layer)
+        heads, chunk = self.held_kv_heads(tp), self.options.chunk
+        if chunk is not None and chunk % PAGE_SIZE == 0:
+            return PagedCache(heads, self.head_dim, chunk, chunked=True)
+        return PagedCache(heads, self.head_dim, self.options.window)
 
     def why_not_kernels(self) -> str | None:
         """Why the hand-written kernels cannot do it, or None if they can."""
@@ -123,13 +148,14 @@ class AttentionConfig:
 
     def weights(self, hidden: int) -> int:
         """Elements of its matrices."""
-        return hidden * self.head_dim * ((3 if self.gated else 2) * self.heads + 2 * self.kv_heads)
+        queries = (3 if self.gated else 2) * self.heads
+        return hidden * self.head_dim * (queries + self.own_rows * self.kv_heads)
 
     def read_bytes(self, context: float, itemsize: int, tp: int) -> float:
         """Bytes that `tp` devices read of a sequence of `context` tokens in the cache, for its next one, at
         `itemsize` bytes an element.
         """
-        reached = min(context, float(self.options.window or context))
+        reached = min(context, float(self.options.window or self.options.chunk or context))
         return itemsize * reached * 2 * self.held_kv_heads(tp) * self.head_dim
 
     def __str__(self) -> str:
@@ -180,89 +206,6 @@ class LatentConfig:
         return f"latent attention with {self.heads} heads"
 
 
-@dataclass(frozen=True)
-class MlpConfig:
-    """The feed-forward block."""
-
-    width: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu2", "xielu", "swigluoai"] = "silu"
-    """relu2: the square of what is above 0. xielu (Apertus) has learnt numbers, and is of blocks that are
-    not gated. swigluoai (gpt-oss) is an expert's: of gate g and up u, clamped, `(u + 1) g sigmoid(1.702 g)`.
-    """
-    gated: bool = True
-    """Whether there is a product beside the one that is activated, by which this is multiplied."""
-    bias: bool = False
-    limit: float = 7.0
-    """Of swigluoai: g is at most that, u within it on both sides."""
-    gate_multiplier: float = 1.0
-    """Of what is activated, before it is."""
-    output_multiplier: float = 1.0
-    """Of the block's output, in blocks that are gated."""
-
-    def weight_rows(self, tokens: int) -> float:
-        """Rows of hidden_size elements that a step of so many tokens reads."""
-        return (3.0 if self.gated else 2.0) * self.width
-
-    def activations(self, hidden: int) -> int:
-        """Elements that a token takes on its way through, at most."""
-        return 4 * self.width
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """How tokens choose their experts, and what each one's output is multiplied by."""
-
-    experts: int
-    per_token: int
-    scores: Literal["softmax", "sigmoid", "chosen", "sparsemixer"] = "softmax"
-    """What the logits become before the choice. chosen: nothing; the weights are a softmax over the chosen
-    ones. sparsemixer: Phi-3.5's, of the best two; see `models.routing`.
-    """
-    normalise: bool = False
-    """Whether a token's weights are divided by their sum."""
-    scale: float = 1.0
-    """Multiplies the weights."""
-    bias: bool = False
-    """Whether the logits have one."""
-    correction: bool = False
-    """Whether a bias is added to the scores for the choice alone; weights are the scores without it."""
-    groups: int = 1
-    top_groups: int = 1
-    """Of equal groups of neighbouring experts, the best ones, from which alone is chosen."""
-    group_score: Literal["max", "top2"] = "top2"
-    """What makes a group good: its best score, or the sum of its best two."""
-    float32: bool = False
-    """Whether logits are computed in float32 of float32 weights, whatever the model's dtype."""
-    jitter: float = 0.0
-    """Half the distance from the best within which sparsemixer's softmax sees a logit."""
-
-
-@dataclass(frozen=True)
-class MixtureConfig:
-    """A mixture of experts: feed-forward blocks of which each token has a few."""
-
-    router: RouterConfig
-    expert: MlpConfig
-    shared: MlpConfig | None = None
-    """A block that every token has besides."""
-    shared_gate: bool = False
-    """Whether its output is multiplied by the sigmoid of a number of each token's own."""
-    latent_size: int | None = None
-    """Experts read and write a space of that many dimensions; None: the residual stream's."""
-
-    def weight_rows(self, tokens: int) -> float:
-        """As `MlpConfig.weight_rows`, where every choice of experts is as likely."""
-        share = self.router.per_token / self.router.experts
-        touched = self.router.experts * (1 - (1 - share) ** tokens)
-        shared = 0.0 if self.shared is None else self.shared.weight_rows(tokens)
-        return touched * self.expert.weight_rows(tokens) + shared + self.router.experts + self.shared_gate
-
-    def activations(self, hidden: int) -> int:
-        """As `MlpConfig.activations`."""
-        shared = 0 if self.shared is None else self.shared.activations(hidden)
-        return self.router.per_token * (self.expert.activations(hidden) + 4 * hidden) + shared
-
-
 MixerConfig = AttentionConfig | LatentConfig | RecurrentConfig
 
 
@@ -283,6 +226,9 @@ class LayerConfig:
     parallel: bool = False
     """Mixer and MLP read the same, and one norm stands before both (Cohere)."""
     residual_multiplier: float = 1.0
+    per_layer_input: PerLayerInputConfig | None = None
+    layer_scalar: bool = False
+    """Whether what leaves the layer is multiplied by a learnt number (Gemma 4)."""
 
     @property
     def added_plainly(self) -> bool:
@@ -328,6 +274,38 @@ class DecoderConfig:
     logit_soft_cap: float | None = None
     embedding_multiplier: float = 1.0
     logit_multiplier: float = 1.0
+    reports_routes: bool = False
+    """Whether each token's hidden state has behind it the numbers of its experts, `choices` a layer."""
+
+    @property
+    def choices(self) -> int:
+        """Most experts that a layer gives a token."""
+        mixtures = (layer.mlp for layer in self.layers if isinstance(layer.mlp, MixtureConfig))
+        return max((mixture.router.per_token for mixture in mixtures), default=0)
+
+    @property
+    def row_width(self) -> int:
+        """Elements of a token's row as a forward pass gives it."""
+        return self.hidden_size + (len(self.layers) * self.choices if self.reports_routes else 0)
+
+    def with_routes(self) -> DecoderConfig:
+        """The same, reporting routes. Raises ConfigError where there are none."""
+        if not self.choices:
+            raise ConfigError(
+                "enable_return_routed_experts=True: this model has no mixtures of experts; leave it out"
+            )
+        return replace(self, reports_routes=True)
+
+    def check_routes(self, dtype: str) -> None:
+        """Raises ConfigError where routes are reported and `dtype` cannot tell all experts apart."""
+        mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MixtureConfig)]
+        most = {"bfloat16": 2**8, "float16": 2**11}.get(dtype, 2**24)
+        experts = max((mixture.router.experts for mixture in mixtures), default=0)
+        if self.reports_routes and experts > most:
+            raise ConfigError(
+                f"enable_return_routed_experts=True: {dtype} tells at most {most} experts apart, and there "
+                f"are {experts}; take dtype='float32'"
+            )
 
     def check_length(self, session_len: int | None) -> int:
         """What an engine's `session_len`, or None, comes to. Raises ConfigError for one that is too long."""
@@ -360,6 +338,11 @@ class DecoderConfig:
     def is_recurrent(self) -> bool:
         """Whether layers keep a state of a whole sequence, of which prefixes have none of their own."""
         return any(isinstance(mixer, RecurrentConfig) for mixer in self.mixers)
+
+    @property
+    def per_layer_input(self) -> PerLayerInputConfig | None:
+        """That of its layers, which all have one, or none."""
+        return self.layers[0].per_layer_input
 
     @property
     def mrope(self) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32
 
 from lmdeploy_jax.cache.kv import KVCache
 from lmdeploy_jax.models.attention import Attention
@@ -26,15 +26,21 @@ from lmdeploy_jax.models.delta import GatedDeltaNet
 from lmdeploy_jax.models.embedding import Embedding
 from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.latent import LatentAttention
-from lmdeploy_jax.models.linear import soft_cap
+from lmdeploy_jax.models.linear import param, soft_cap
 from lmdeploy_jax.models.mamba import Mamba2
-from lmdeploy_jax.models.mixture import Mixture
+from lmdeploy_jax.models.mixture import Mixture, MixtureBesideMLP
 from lmdeploy_jax.models.mlp import GatedMLP, PlainMLP, feed_forward
 from lmdeploy_jax.models.norm import LayerNorm, Norm, RMSNorm
+from lmdeploy_jax.models.per_layer_input import PerLayerInput, PerLayerInputs
 from lmdeploy_jax.models.recurrent_config import DeltaConfig, Mamba2Config, ShortConvConfig
 from lmdeploy_jax.models.rope import Rotation, rotation
 from lmdeploy_jax.models.short_conv import ShortConv
 from lmdeploy_jax.models.step_cache import StepCache, Where
+
+# The residual stream, what is added to it next, the caches, and each token's experts where those are told.
+LayerOutput = tuple[
+    Float[Array, "T E"], Float[Array, "*parts T E"] | None, tuple[LayerCache, ...], Int32[Array, "T k"] | None
+]
 
 
 @runtime_checkable
@@ -65,7 +71,7 @@ class DecoderLayer(nnx.Module):
 
         mixes, feeds = config.mixer is not None, config.mlp is not None
         how: dict[str, Any] = {"added_plainly": config.added_plainly, "dtype": dtype, "kernels": kernels}
-        self.parallel = config.parallel
+        self.parallel, self.reports_routes = config.parallel, model.reports_routes
         self.kernels = kernels
         self.residual_multiplier = config.residual_multiplier
         self.attention_norm = norm(config.pre_norm and mixes)
@@ -75,6 +81,9 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = norm(config.pre_norm and feeds and not config.parallel)
         self.mlp = _feed_forward(model, config, **how)
         self.mlp_post_norm = norm(config.post_norm and feeds)
+        given = config.per_layer_input
+        self.per_layer_input = None if given is None else PerLayerInput(model, given, dtype=dtype)
+        self.layer_scalar = param((1,), dtype, (None,)) if config.layer_scalar else None
 
     def __call__(
         self,
@@ -83,23 +92,43 @@ class DecoderLayer(nnx.Module):
         caches: tuple[LayerCache, ...],
         where: tuple[Where, ...],
         rope: Rotation | None,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"] | None, tuple[LayerCache, ...]]:
+        given: Float[Array, "T P"] | None,
+    ) -> LayerOutput:
         """The residual stream x and what the layer before adds to it -> the same, and the caches.
 
-        `caches` and `where` are a mixer's each, see `StepCache.of`.
+        `caches` and `where` are a mixer's each, see `StepCache.of`. `given`: the tokens' inputs of this layer
+        alone.
         """
-        norm = self.attention_norm
+        norm, experts = self.attention_norm, None
         if self.parallel and self.mlp is not None:
             x, normed = self.kernels.add_norm(x, delta, norm)
             _, mixed, caches = self._mix(normed, None, None, caches, where, rope)
-            return x, self._scaled(None, mixed + self.mlp(normed, None, None)[1]), caches
+            _, out, experts = self._routed(normed, None, None)
+            return x, self._scaled(None, mixed + out), caches, experts
         if self.attention is not None:
             x, delta, caches = self._mix(x, delta, norm, caches, where, rope)
             delta = self._scaled(self.attention_post_norm, delta)
         if self.mlp is not None:
-            x, delta = self.mlp(x, delta, self.mlp_norm)
+            x, delta, experts = self._routed(x, delta, self.mlp_norm)
             delta = self._scaled(self.mlp_post_norm, delta)
-        return x, delta, caches
+        if self.per_layer_input is None and self.layer_scalar is None:
+            return x, delta, caches, experts
+        return self._finished(x if delta is None else x + delta, given), None, caches, experts
+
+    def _routed(
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+    ) -> tuple[Array, Array, Array | None]:
+        """The MLP, and the tokens' experts where they are reported."""
+        assert self.mlp is not None
+        if self.reports_routes and isinstance(self.mlp, Mixture | MixtureBesideMLP):
+            return self.mlp.routed(x, delta, norm)
+        return *self.mlp(x, delta, norm), None
+
+    def _finished(self, x: Float[Array, "T E"], given: Float[Array, "T P"] | None) -> Float[Array, "T E"]:
+        """The residual stream, with what Gemma 4 does to all of it behind the MLP."""
+        if self.per_layer_input is not None and given is not None:
+            x = self.per_layer_input(x, given)
+        return x if self.layer_scalar is None else x * self.layer_scalar[...]
 
     def _mix(
         self,
@@ -147,9 +176,11 @@ def _mixer(model: DecoderConfig, config: MixerConfig | None, **how: Any) -> Mixe
 
 def _feed_forward(
     model: DecoderConfig, config: LayerConfig, **how: Any
-) -> GatedMLP | PlainMLP | Mixture | None:
+) -> GatedMLP | PlainMLP | Mixture | MixtureBesideMLP | None:
     if config.mlp is None:
         return None
+    if isinstance(config.mlp, MixtureConfig) and config.mlp.beside:
+        return MixtureBesideMLP(model, config.mlp, dtype=how["dtype"], kernels=how["kernels"])
     if isinstance(config.mlp, MixtureConfig):
         return Mixture(model.hidden_size, config.mlp, **how)
     return feed_forward(model.hidden_size, config.mlp, **how)
@@ -166,6 +197,10 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.kernels = kernels
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, kernels=kernels)
+        given = config.per_layer_input
+        self.per_layer_inputs = (
+            None if given is None else PerLayerInputs(config, given, dtype=dtype, kernels=kernels)
+        )
         self.layers = nnx.List(
             DecoderLayer(config, layer, dtype=dtype, kernels=kernels) for layer in config.layers
         )
@@ -183,17 +218,32 @@ class Decoder(nnx.Module):
         if self.config.embedding_multiplier != 1.0:
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
         x, delta = _merged(x, batch), None
+        given = None if self.per_layer_inputs is None else self.per_layer_inputs(batch.tokens, x)
         step, rotations, first = StepCache(cache, batch), self._rotations(batch), 0
+        routes: list[Array | None] = []
         for i, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             mixers = range(first, first + len(config.mixers))
             seen = [step.of(mixer) for mixer in mixers]
             caches, where = tuple(held for held, _ in seen), tuple(sequences for _, sequences in seen)
             rope = rotations[None if config.mixer is None else config.mixer.rope]
-            x, delta, caches = _run_layer(*nnx.split(layer), x, delta, caches, where, rope)
+            own = None if given is None else given[:, i]
+            x, delta, caches, experts = _run_layer(*nnx.split(layer), x, delta, caches, where, rope, own)
             for mixer, held in zip(mixers, caches, strict=True):
                 step.put(mixer, held)
             x, first = _deepstack(x, batch, i + 1), mixers.stop
-        return self.kernels.add_norm(x, delta, self.norm)[1], step.cache
+            routes.append(experts)
+        hidden = self.kernels.add_norm(x, delta, self.norm)[1]
+        return self._with_routes(hidden, routes) if self.config.reports_routes else hidden, step.cache
+
+    def _with_routes(
+        self, hidden: Float[Array, "T E"], routes: list[Int32[Array, "T k"] | None]
+    ) -> Float[Array, "T W"]:
+        """See `DecoderConfig.reports_routes`; 0 in layers without experts."""
+        none = jnp.zeros((hidden.shape[0], self.config.choices), hidden.dtype)
+        told = [
+            none if experts is None else none.at[:, : experts.shape[1]].set(experts) for experts in routes
+        ]
+        return jnp.concatenate([hidden, *told], axis=1)
 
     def logits(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R V"]:
         """V is the vocabulary's size, without what pads it."""
@@ -202,7 +252,7 @@ class Decoder(nnx.Module):
     def head_product(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R rows"]:
         """The product with the rows of the head's table that are on this device."""
         head = self.embedding if self.lm_head is None else self.lm_head
-        return head.attend(hidden)
+        return head.attend(hidden[:, : self.config.hidden_size] if self.config.reports_routes else hidden)
 
     def _rotations(self, batch: Batch) -> dict[RopeConfig | None, Rotation | None]:
         """The rotation of each kind of layers; those without one have None."""
@@ -243,6 +293,7 @@ def _run_layer(
     caches: tuple[LayerCache, ...],
     where: tuple[Where, ...],
     rope: Rotation | None,
-) -> tuple[Array, Array, tuple[LayerCache, ...]]:
+    given: Array | None,
+) -> LayerOutput:
     """A jitted function of its own, so that layers alike are traced once; XLA inlines the calls."""
-    return nnx.merge(graph, state)(x, delta, caches, where, rope)
+    return nnx.merge(graph, state)(x, delta, caches, where, rope, given)

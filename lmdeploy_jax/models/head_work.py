@@ -57,6 +57,43 @@ def norm_widths(
     return jnp.concatenate([q, k[:, :, None], qkv[:, :, -1:]], axis=2)
 
 
+def norm_heads(
+    qkv: Float[Array, "T KH R D"], norms: tuple[WidthNorm, WidthNorm], eps: float
+) -> Float[Array, "T KH R D"]:
+    """LayerNorm over each head of q and of k, with weights of its own."""
+    q = _layer_norm(qkv[:, :, :-2], norms[0].weight[...], eps)
+    k = _layer_norm(qkv[:, :, -2], norms[1].weight[...], eps)
+    return jnp.concatenate([q, k[:, :, None], qkv[:, :, -1:]], axis=2)
+
+
+def _layer_norm(x: Float[Array, "T *heads D"], weight: Float[Array, "*heads D"], eps: float) -> Array:
+    """The weights are those of pairs of neighbours, the elements here of pairs of halves."""
+    halves = weight.reshape(*weight.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(weight.shape)
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normed = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    return (normed * halves.astype(jnp.float32)).astype(x.dtype)
+
+
+def queries_alone(
+    qkv: Float[Array, "*S T KH G D"], work: HeadWork
+) -> tuple[Float[Array, "*S T KH R D"], HeadWork]:
+    """With zeros in the places of k and v, which a layer that reads another's does not have."""
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 2), (0, 0)])
+
+    bias = None if work.bias is None else padded(work.bias)
+    return padded(qkv), replace(work, bias=bias, k_norm=work.q_norm)
+
+
+def norm_values(qkv: Float[Array, "T KH R D"], eps: float) -> Float[Array, "T KH R D"]:
+    """RMSNorm without weight over each head of v."""
+    ones = jnp.ones(qkv.shape[-1:], qkv.dtype)
+    v = rms_norm(qkv[:, :, -1:], ones, eps=eps, offset=0.0)
+    return jnp.concatenate([qkv[:, :, :-1], v], axis=2)
+
+
 def rotate_then_norm(
     qkv: Float[Array, "T KH R D"], work: HeadWork
 ) -> tuple[Float[Array, "T KH R D"], HeadWork]:

@@ -147,5 +147,5 @@ class Kernels:
         long = self.tuning.prefill_attention == "mosaic" and q.shape[0] >= MOSAIC_TOKENS
         options = mixer.options
         causal = long and metadata.lookahead is None and not mixer.sinks
-        plain = causal and options.window is None and options.soft_cap is None
+        plain = causal and options.window is None and options.chunk is None and options.soft_cap is None
         return "mosaic" if plain and why_not_mosaic(q.dtype, k_pages.dtype, q.shape[-1]) is None else "pallas"

@@ -99,7 +99,7 @@ def _product(linear: Linear, x: Float[Array, "T E"]) -> Float[Array, "T N"]:
 
 
 def _rotated(x: Float[Array, "T *H D"], rope: Rotation | None) -> Float[Array, "T *H D"]:
-    return x if rope is None else rotate(x, rope.cos, rope.sin)
+    return x if rope is None or rope.cos is None or rope.sin is None else rotate(x, rope.cos, rope.sin)
 
 
 def _by_head(equation: str, x: Array, weight: Array) -> Array:

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
-from lmdeploy_jax.models.config import MixtureConfig, MlpConfig
+from lmdeploy_jax.models.config import DecoderConfig, MixtureConfig, MlpConfig
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
-from lmdeploy_jax.models.mlp import feed_forward
-from lmdeploy_jax.models.norm import Norm
+from lmdeploy_jax.models.mlp import GatedMLP, feed_forward
+from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.products import ACTIVATIONS, dense_product
 from lmdeploy_jax.models.quantised import QuantWeight
 from lmdeploy_jax.models.routing import Router, Routes
@@ -124,6 +124,7 @@ class Mixture(nnx.Module):
     ) -> None:
         self.kernels = kernels
         self.added_plainly = added_plainly
+        self.weigh_inputs, self.shared_scale = config.weigh_inputs, config.shared_scale
         self.router = Router(hidden, config.router, dtype=dtype, backend=kernels.backend)
         latent, plain = config.latent_size, partial(Linear, bias=False, dtype=dtype)
         self.experts = Experts(latent or hidden, config, dtype=dtype, kernels=kernels)
@@ -142,17 +143,25 @@ class Mixture(nnx.Module):
         self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
         """`Kernels.add_norm` of the arguments, and the mixture -> x, what is added to it next."""
+        return self.routed(x, delta, norm)[:2]
+
+    def routed(
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], Int32[Array, "T k"]]:
+        """The same, and each token's experts."""
         x, normed = self.kernels.add_norm(x, delta, norm)
-        out = self.experts(_through(self.into_latent, normed), self.router(normed))
+        routes, inputs = self.router(normed), _through(self.into_latent, normed)
+        out = self.experts(*(_weighed(inputs, routes) if self.weigh_inputs else (inputs, routes)))
         added_up = self.shared is None and self.added_plainly and self.from_latent is None
         if out.ndim == 3 and not added_up:
             out = out.sum(0, dtype=jnp.float32).astype(x.dtype)
         out = _through(self.from_latent, out)
-        return x, out if self.shared is None else out + self._shared(normed)
+        return x, out if self.shared is None else out + self._shared(normed), routes.experts
 
     def _shared(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
         assert self.shared is not None
         out = self.shared(x, None, None)[1]
+        out = out if self.shared_scale == 1.0 else out * self.shared_scale
         if self.shared_gate is None:
             return out
         return out * jax.nn.sigmoid(dense_product(x, self.shared_gate.weight.dense()))
@@ -160,6 +169,53 @@ class Mixture(nnx.Module):
 
 def _through(linear: Linear | None, x: Float[Array, "*parts E"]) -> Float[Array, "*parts N"]:
     return x if linear is None else dense_product(x, linear.weight.dense())
+
+
+def _weighed(x: Float[Array, "T E"], routes: Routes) -> tuple[Float[Array, "T E"], Routes]:
+    """The inputs of each token's one expert, whose output then counts as it is."""
+    weights = routes.weights.astype(x.dtype)
+    return x * weights, routes._replace(weights=jnp.ones_like(routes.weights))
+
+
+class MixtureBesideMLP(nnx.Module):
+    """Experts beside a block that every token has, each with norms of its own before and behind it; the
+    router has one too, of the residual stream (Gemma 4). Called as a `GatedMLP` is; its norm is the block's.
+    """
+
+    def __init__(
+        self, model: DecoderConfig, config: MixtureConfig, *, dtype: jnp.dtype, kernels: Kernels
+    ) -> None:
+        assert config.shared is not None
+
+        def norm() -> RMSNorm:
+            return RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset, dtype=dtype, axis="embed")
+
+        hidden = model.hidden_size
+        how: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
+        self.kernels = kernels
+        self.shared = GatedMLP(hidden, config.shared, added_plainly=False, **how)
+        self.shared_post_norm = norm()
+        self.router_norm = norm()
+        self.router = Router(hidden, config.router, dtype=dtype, backend=kernels.backend)
+        self.experts_norm = norm()
+        self.experts = Experts(hidden, config, **how)
+        self.experts_post_norm = norm()
+
+    def __call__(
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
+        return self.routed(x, delta, norm)[:2]
+
+    def routed(
+        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "T E"], Int32[Array, "T k"]]:
+        """As `Mixture.routed`."""
+        x, normed = self.kernels.add_norm(x, delta, norm)
+        shared = self.shared(normed, None, None)[1]
+        routes = self.router(self.router_norm(x) * jnp.asarray(x.shape[1] ** -0.5, x.dtype))
+        out = self.experts(self.experts_norm(x), routes)
+        out = out.sum(0, dtype=jnp.float32).astype(x.dtype) if out.ndim == 3 else out
+        return x, self.shared_post_norm(shared) + self.experts_post_norm(out), routes.experts
 
 
 @cache  # layers alike must have the same function, so that they are traced once

@@ -48,7 +48,9 @@ Norm = RMSNorm | LayerNorm
 
 
 class WidthNorm(nnx.Module):
-    """The weight of an RMSNorm over several heads at once, which may lie on several devices."""
+    """The weight of an RMSNorm over several heads at once, which may lie on several devices, or of norms of
+    heads that have weights of their own.
+    """
 
     def __init__(self, heads: tuple[int, ...], *, dtype: jnp.dtype) -> None:
         self.weight = param(heads, dtype, ("kv_heads", *(None,) * (len(heads) - 1)))

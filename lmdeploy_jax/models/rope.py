@@ -19,24 +19,26 @@ from lmdeploy_jax.models.config import RopeConfig
 class Rotation(NamedTuple):
     """cos and sin of each token's angles; R = rope.dim / 2."""
 
-    cos: Float32[Array, "T R"]
-    sin: Float32[Array, "T R"]
-    query_factor: Float32[Array, "T"] | None = None  # of rotated queries, see `llama_4_scaling_beta`
+    cos: Float32[Array, "T R"] | None
+    sin: Float32[Array, "T R"] | None
+    query_factor: Float32[Array, "T"] | None = None  # see `RopeConfig.llama_4_scaling_beta`
 
 
 def rotation(rope: RopeConfig, positions: Int32[Array, "*axes T"], lengths: Int32[Array, "T"]) -> Rotation:
     """Angles of tokens at `positions` in sequences of `lengths` (see `Batch`)."""
+    factor = _query_factor(rope, positions) if rope.llama_4_scaling_beta else None
+    if not rope.dim:
+        return Rotation(None, None, factor)
     frequencies = _frequencies_by_length(rope, lengths) if rope.depends_on_length else _frequencies(rope)
     turns = positions.astype(jnp.float32)
     angles = (turns[:, None] if turns.ndim == 1 else turns[_axes(rope)].T) * frequencies
     cos, sin = lax.platform_dependent(angles, cpu=_turn_once, default=_turn)
-    factor = _query_factor(rope, positions) if rope.llama_4_scaling_beta else None
     return Rotation(cos * rope.attention_factor, sin * rope.attention_factor, factor)
 
 
 def _query_factor(rope: RopeConfig, positions: Int32[Array, "T"]) -> Float32[Array, "T"]:
-    times = (positions // rope.original_max_position).astype(jnp.float32)
-    return 1.0 + rope.llama_4_scaling_beta * jnp.log1p(times)
+    times = (positions + rope.llama_4_scaling_offset) // rope.original_max_position
+    return 1.0 + rope.llama_4_scaling_beta * jnp.log1p(times.astype(jnp.float32))
 
 
 def _axes(rope: RopeConfig) -> np.ndarray:
@@ -69,6 +71,9 @@ def _base_frequencies(rope: RopeConfig) -> np.ndarray:
 def _frequencies(rope: RopeConfig) -> np.ndarray:
     """f32 [dim / 2], in radians a position."""
     base = _base_frequencies(rope)
+    if rope.kind == "proportional":
+        turning = int(rope.turning_share * rope.dim // 2)
+        return np.where(np.arange(len(base)) < turning, base / np.float32(rope.factor), np.float32(0))
     if rope.kind == "linear":
         return base / np.float32(rope.factor)
     if rope.kind == "llama3":

@@ -10,8 +10,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Float32, Int32
 
-from lmdeploy_jax.models.config import RouterConfig
 from lmdeploy_jax.models.linear import param
+from lmdeploy_jax.models.mlp_config import RouterConfig
 from lmdeploy_jax.models.products import dense_product
 from lmdeploy_jax.pallas_kernels.topk_routing import TopK, topk_routing
 
@@ -33,13 +33,17 @@ class Router(nnx.Module):
         self.weight = param((config.experts, hidden), wide if config.float32 else dtype, (None, "embed"))
         self.bias = param((config.experts,), wide, (None,)) if config.bias else None
         self.correction = param((config.experts,), wide, (None,)) if config.correction else None
+        self.expert_scale = param((config.experts,), wide, (None,)) if config.expert_scale else None
 
     def __call__(self, x: Float[Array, "T E"]) -> Routes:
         weight = self.weight[...]
         logits = dense_product(x.astype(weight.dtype), weight, out_dtype=jnp.float32)
         logits = logits if self.bias is None else logits + self.bias[...]
         correction = None if self.correction is None else self.correction[...]
-        return choose(self.config, logits, correction, self.backend)
+        routes = choose(self.config, logits, correction, self.backend)
+        if self.expert_scale is None:
+            return routes
+        return routes._replace(weights=routes.weights * self.expert_scale[...][routes.experts])
 
 
 def choose(

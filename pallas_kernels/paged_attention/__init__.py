@@ -32,10 +32,10 @@ def paged_attention(
     Each of T sequences attends with its new token to what the cache has of it, the new token included, whose
     slot is the last one of those that kv_lens counts. page_table int32 [T, M], padded with 0; kv_lens int32
     [T] (0: a row that pads the batch; it comes out as zeros). A window limits the query at position L-1 to
-    keys at positions above L-1-window; `sinks` f32 [H] adds a logit to each head's softmax denominator
-    (gpt-oss). Softmax in f32. split_counters int32 [T, KH]: how many of the programs that share a sequence's
-    pages are done; zero between calls, and in place where the caller lets go of them: one array serves all
-    layers.
+    keys at positions above L-1-window, a chunk to those of its own; `sinks` f32 [H] adds a logit to each
+    head's softmax denominator (gpt-oss). Softmax in f32. split_counters int32 [T, KH]: how many of the
+    programs that share a sequence's pages are done; zero between calls, and in place where the caller lets
+    go of them: one array serves all layers.
     Returns [T, KH, G, D] in `dtype`, the cache with the new tokens, and the counters. In place where the
     caller donates the cache. Raises ValueError for shapes or options that do not fit.
     """

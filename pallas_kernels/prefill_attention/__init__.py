@@ -16,7 +16,9 @@ __all__ = ["build_tiles", "max_tiles", "prefill_attention", "tile_rows", "why_no
 
 
 def why_not_mosaic(dtype: DTypeLike, cache_dtype: DTypeLike, head_dim: int) -> str | None:
-    """Why backend "mosaic" cannot do it, or None. It knows no sinks, lookahead, window or soft cap either."""
+    """Why backend "mosaic" cannot do it, or None. It knows no sinks, lookahead, window, chunk or soft cap
+    either.
+    """
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16) or jnp.dtype(cache_dtype) != jnp.dtype(dtype):
         return f"it multiplies 16-bit numbers, not {dtype} with {cache_dtype}"
     if head_dim not in (64, 128):
@@ -42,10 +44,10 @@ def prefill_attention(
     q [T, H, D]; k_pages, v_pages [pages, KH, PAGE_SIZE, D]; page_table int32 [S, M], padded with 0; tiles
     int32 [W, 4] from `build_tiles` with this backend's `tile_rows`; "xla" also takes those of another one,
     whose `tile_rows` it is told. A row at position p sees keys at positions p-window < j <= p + `lookahead`,
-    int32 [T], None being 0: those must be in the pages too. `sinks` f32 [H] adds a logit to each head's
-    softmax denominator. Softmax in f32. Backend "mosaic" is for Hopper, see `why_not_mosaic`. Returns
-    [T, H, D] in q's dtype; rows that no tile covers hold anything finite, as q does. Raises ValueError for
-    shapes or options that do not fit.
+    int32 [T], None being 0: those must be in the pages too; with chunks, those of its own. `sinks` f32 [H]
+    adds a logit to each head's softmax denominator. Softmax in f32. Backend "mosaic" is for Hopper, see
+    `why_not_mosaic`. Returns [T, H, D] in q's dtype; rows that no tile covers hold anything finite, as q
+    does. Raises ValueError for shapes or options that do not fit.
     """
     check_backend(backend, "mosaic")
     check_cache(k_pages, v_pages)
@@ -61,8 +63,8 @@ def prefill_attention(
     if backend != "mosaic":
         return pallas.prefill_attention(*arrays, options, interpret=backend == "pallas_interpret")
     reason = why_not_mosaic(q.dtype, k_pages.dtype, q.shape[2])
-    if any(each is not None for each in (sinks, lookahead, options.window, options.soft_cap)):
-        reason = "it knows no sinks, lookahead, window or soft cap"
+    if any(x is not None for x in (sinks, lookahead, options.window, options.chunk, options.soft_cap)):
+        reason = "it knows no sinks, lookahead, window, chunk or soft cap"
     if reason:
         raise ValueError(f"backend 'mosaic' cannot do this prefill attention: {reason}; take 'pallas'")
     from lmdeploy_jax.pallas_kernels.prefill_attention import mosaic

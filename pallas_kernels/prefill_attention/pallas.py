@@ -71,6 +71,8 @@ def prefill_attention(
 
 
 def _tuning(head_dim: int, dtype: jnp.dtype) -> Tuning:
+    if head_dim > 256:  # compiled for an H200, and not run: what spills no registers
+        return Tuning(16 if dtype == jnp.float32 else 32, 8, 1)
     if dtype == jnp.float32:
         return Tuning(32 if head_dim <= 128 else 16, 8, 2)
     return Tuning(128, 8, 5) if head_dim <= 128 else Tuning(64, 8, 3)
@@ -176,26 +178,40 @@ def _attend_pages(
         visible = age >= 0 if ahead is None else age + ahead[:, None] >= 0
         if options.window is not None:
             visible = visible & (age < options.window)
+        if options.chunk is not None:
+            visible = visible & (key[None, :] >= first_of_chunk[:, None])
         return attend_page(state, q, keys, values, visible, options)
 
+    first_of_chunk = _chunk_start(positions, options)
     masked, unmasked = (functools.partial(step, masked=flag) for flag in (True, False))
-    begin, unmasked_begin, unmasked_end = _page_ranges(oldest, newest, page_size, options.window)
+    begin, unmasked_begin, unmasked_end = _page_ranges(oldest, newest, page_size, options)
     state = initial_state(*q.shape)
-    if options.window is not None:
+    if options.window is not None or options.chunk is not None:
         state = lax.fori_loop(begin, unmasked_begin, masked, state)
     state = lax.fori_loop(unmasked_begin, unmasked_end, unmasked, state)
     return lax.fori_loop(unmasked_end, lax.div(last, page_size) + 1, masked, state)
 
 
 def _page_ranges(
-    oldest: jax.Array, newest: jax.Array, page_size: int, window: int | None
+    oldest: jax.Array, newest: jax.Array, page_size: int, options: AttentionOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Pages that queries `oldest` to `newest` see: (first, first whole, past the whole)."""
     zero = jnp.int32(0)
     unmasked_end = lax.div(oldest + 1, page_size)
-    if window is None:
+    window = options.window
+    if options.chunk is not None:
+        begin = lax.div(_chunk_start(oldest, options), page_size)
+        unmasked_begin = lax.div(_chunk_start(newest, options) + page_size - 1, page_size)
+    elif window is not None:
+        begin = lax.div(jnp.maximum(oldest - window + 1, zero), page_size)
+        unmasked_begin = lax.div(jnp.maximum(newest - window + 1, zero) + page_size - 1, page_size)
+    else:
         return zero, zero, unmasked_end
-    begin = lax.div(jnp.maximum(oldest - window + 1, zero), page_size)
-    unmasked_begin = lax.div(jnp.maximum(newest - window + 1, zero) + page_size - 1, page_size)
     unmasked_end = jnp.maximum(unmasked_end, begin)
     return begin, jnp.minimum(unmasked_begin, unmasked_end), unmasked_end
+
+
+def _chunk_start(position: jax.Array, options: AttentionOptions) -> jax.Array:
+    """The first position of the chunk of each of `position`; without chunks nobody asks."""
+    chunk = options.chunk
+    return position if chunk is None else position - lax.rem(position, jnp.full_like(position, chunk))

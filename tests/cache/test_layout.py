@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmdeploy_jax.cache.kinds import PagedCache, StateCache
+from lmdeploy_jax.cache.kinds import PagedCache, SharedCache, StateCache
 from lmdeploy_jax.cache.layout import MOST_GROUPS, CacheGroup, plan_layout
 from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 
@@ -43,6 +43,12 @@ def test_layers_that_all_have_a_window_are_one_group_too():
     layout = plan(*[NEAR] * 4)
     assert [group.window for group in layout.groups] == [1024]
     assert len(layout.arrays) == 4
+
+
+def test_a_layer_that_reads_anothers_keys_and_values_has_its_place():
+    layout = plan(NEAR, FULL, SharedCache(0), SharedCache(1))
+    assert layout.places[2:] == layout.places[:2]
+    assert layout.arrays == plan(NEAR, FULL).arrays
 
 
 def test_a_window_that_no_sequence_outgrows_is_none():

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.load import load_model
+from lmdeploy_jax.converters.vision_config import servable_vision
 from tests.models.paged import named_leaves
 from tests.oracle import save_checkpoint
 
@@ -89,6 +90,34 @@ def test_qwen3_5_is_read_as_it_is_published(tmp_path: Path) -> None:
     for name in ("mtp.fc.weight", "model.visual.blocks.0.attn.qkv.weight"):
         renamed[name] = np.zeros((2, 2), np.float32)
     save_file(renamed, whole / "model.safetensors")
+    ours, theirs = (named_leaves(load_model(folder)) for folder in (whole, text))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+WITHIN = {  # whose images are not read: how the language model's tensors are called within
+    "Gemma4ForConditionalGeneration": ("gemma4", "model.language_model.", "lm_head.", "vision_tower.w"),
+    "Llama4ForConditionalGeneration": (
+        "llama4", "language_model.model.", "language_model.lm_head.", "vision_model.layernorm_pre.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", WITHIN)
+def test_a_language_model_is_read_where_its_images_are_not(architecture: str, tmp_path: Path) -> None:
+    family, model, head, other = WITHIN[architecture]
+    text, whole = save_checkpoint(family, tmp_path / "text"), tmp_path / "whole"
+    part = json.loads((text / "config.json").read_text())
+    raw = {"architectures": [architecture], "model_type": "any", "vision_config": {"depth": 1},
+           "text_config": part | {"architectures": None}}  # fmt: skip
+    whole.mkdir()
+    (whole / "config.json").write_text(json.dumps(raw))
+    tensors = load_file(text / "model.safetensors")
+    renamed = {
+        name.replace("model.", model, 1).replace("lm_head.", head): value for name, value in tensors.items()
+    }
+    save_file(renamed | {other: np.zeros((2, 2), np.float32)}, whole / "model.safetensors")
+    assert servable_vision(whole) is None
     ours, theirs = (named_leaves(load_model(folder)) for folder in (whole, text))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)

@@ -114,7 +114,9 @@ def opened(compile_cache: Path) -> Iterator[Open]:
 
 
 FAMILIES = ["internvl_hf", "internvl", "llava", "llava_next", "mistral3", "pixtral", "qwen2_vl", "qwen2_5_vl",
-            "qwen3_vl", "gemma3"]  # fmt: skip
+            "qwen3_vl", "gemma3", "qwen3_vl_moe", "qwen3_5",
+            *(pytest.param(name, marks=pytest.mark.full)
+              for name in ("qwen3_5_moe", "internvl_moe", "glm4v", "glm4v_moe"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)

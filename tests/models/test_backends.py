@@ -9,16 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
-from lmdeploy_jax.models.config import (
-    AttentionConfig,
-    DecoderConfig,
-    LatentConfig,
-    MixtureConfig,
-    MlpConfig,
-    RopeConfig,
-    RouterConfig,
-)
+from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LatentConfig, RopeConfig
 from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, RouterConfig
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import MAX_GROUP
 from tests.models.paged import PagedRunner

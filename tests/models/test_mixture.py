@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lmdeploy_jax.converters.load import load_model
-from lmdeploy_jax.models.config import MixtureConfig, MlpConfig, RouterConfig
+from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, RouterConfig
 from lmdeploy_jax.models.routing import choose
 from tests.converters.formats.packers import mx
 from tests.models.paged import PagedRunner, named_leaves

@@ -137,6 +137,7 @@ class PagedBatch:
     def _head(self, q: np.ndarray, row: int, position: int, head: int) -> np.ndarray:
         options, kv_head = self.shape.options, head // self.shape.group
         first = max(position + 1 - options["window"], 0) if "window" in options else 0
+        first = position // options["chunk"] * options["chunk"] if "chunk" in options else first
         stop = position + 1 + self.lookahead(row, position)
         logits = self.keys[row][first:stop, kv_head].astype(np.float64) @ q * options["scale"]
         if "soft_cap" in options:

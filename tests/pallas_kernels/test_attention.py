@@ -27,6 +27,7 @@ SHORT = (3, 0, 64, 1)  # one page each: decode does not split
 XLA = [
     Shape("plain", group=1, options={"scale": 0.2}),
     Shape("window", group=2, options={"scale": 0.2, "window": 50}),
+    Shape("chunk", group=2, options={"scale": 0.2, "chunk": 96}),
     Shape("everything", group=7, options=ALL, sinks=True),
     Shape("bfloat16", group=2, dtype="bfloat16", options={"scale": 0.2}, sinks=True),
 ]
@@ -34,11 +35,13 @@ INTERPRET = [
     Shape("plain", group=2, head_dim=64, options={"scale": 0.2}),
     Shape("everything-80", group=7, head_dim=80, options=ALL, sinks=True),
     Shape("bfloat16-96", group=1, head_dim=96, dtype="bfloat16", options={"scale": 0.1, "soft_cap": 5.0}),
+    Shape("chunk", group=2, head_dim=16, options={"scale": 0.2, "chunk": 50}),
+    Shape("head-512", group=8, head_dim=512, dtype="bfloat16", lengths=SHORT, options={"scale": 0.05}),
     Shape("one-page", group=3, head_dim=16, lengths=SHORT, options={"scale": 0.2}, sinks=True),
 ]
 DEVICE = [
     *INTERPRET,
-    *XLA[1:],
+    *(shape for shape in XLA[1:] if shape.name != "chunk"),
     Shape("head-128", group=4, head_dim=128, dtype="bfloat16", options={"scale": 0.1}),
     Shape("head-256", group=16, head_dim=256, dtype="float16", options={"scale": 0.05, "window": 64}),
 ]

@@ -18,6 +18,8 @@ MORE = (
     *("nemotron_h", "granite_hybrid", "falcon_h1", "falcon_h1_norm", "lfm2", "lfm2_moe"),
 )
 
+KERNELS = ("gpt_oss", "minimax_m2", "gemma4", "gemma4_moe", "llama4")
+
 
 NAMES = ("minimax_m2", "qwen3_5_moe", "granite_hybrid")
 
@@ -37,7 +39,7 @@ def test_two_devices_and_the_kernels_equal_transformers():
 
 @pytest.mark.full
 def test_every_family():
-    _assert_close(errors("2,4", "--interpreted", "gpt_oss", "minimax_m2", *MORE), len(MORE) + 2)
+    _assert_close(errors("2,4", "--interpreted", *KERNELS, *MORE), len(MORE) + len(KERNELS))
 
 
 def _assert_close(found, count):

@@ -139,6 +139,31 @@ MROPE = {
     "vision_end_token_id": 106,
 }
 QWEN_TEXT = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+QWEN3_TOWER = {
+    "depth": 3,
+    "hidden_size": 32,
+    "out_hidden_size": 64,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
+HYBRID = {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
 CLIP = {
     "model_type": "clip_vision_model",
     "hidden_size": 32,
@@ -173,6 +198,24 @@ PIXTRAL = {
     "num_attention_heads": 2,
     "image_size": 40,
     "patch_size": 4,
+}
+GLM_TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "out_hidden_size": 64,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "patch_size": 4,
+    "image_size": 16,
+}
+GLM_PIXELS = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 8192}}
+GLM_TEXT = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 2],
+    }
 }
 CONFIGS: Mapping[str, Spec] = {
     "internvl_hf": Spec("InternVL", INTERN, INTERN_OPTIONS, "GotOcr2", TILES),
@@ -219,20 +262,48 @@ CONFIGS: Mapping[str, Spec] = {
     ),
     "qwen3_vl": Spec(
         "Qwen3VL",
-        {
-            "depth": 3,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "num_heads": 2,
-            "intermediate_size": 48,
-            "patch_size": 4,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0, 1],
-        },
+        QWEN3_TOWER | {"deepstack_visual_indexes": [0, 1]},
         MROPE,
         "Qwen2VL",
         {"patch_size": 4, "min_pixels": 64, "max_pixels": 4096},
         QWEN_TEXT | {"head_dim": 16, "num_hidden_layers": 3},
+    ),
+    "qwen3_vl_moe": Spec(
+        "Qwen3VLMoe",
+        QWEN3_TOWER | {"deepstack_visual_indexes": [1]},
+        MROPE,
+        "Qwen2VL",
+        {"patch_size": 4, "min_pixels": 64, "max_pixels": 4096},
+        QWEN_TEXT
+        | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"tie_word_embeddings": False},
+    ),
+    "qwen3_5": Spec(
+        "Qwen3_5",
+        QWEN3_TOWER,
+        MROPE,
+        "Qwen2VL",
+        {"patch_size": 4, "min_pixels": 64, "max_pixels": 4096},
+        HYBRID,
+    ),
+    "qwen3_5_moe": Spec(
+        "Qwen3_5Moe",
+        QWEN3_TOWER,
+        MROPE,
+        "Qwen2VL",
+        {"patch_size": 4, "min_pixels": 64, "max_pixels": 4096},
+        HYBRID
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"shared_expert_intermediate_size": 24},
+    ),
+    "internvl_moe": Spec(
+        "InternVL",
+        INTERN,
+        INTERN_OPTIONS,
+        "GotOcr2",
+        TILES,
+        {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"head_dim": 16, "norm_topk_prob": True},
     ),
     "llava": Spec("Llava", CLIP, {"image_token_index": 100}, "CLIP", CROP),
     "llava_next": Spec(
@@ -273,28 +344,16 @@ CONFIGS: Mapping[str, Spec] = {
         {"size": {"longest_edge": 40}, "patch_size": {"height": 8, "width": 8}},
         {"model_type": "mistral", "head_dim": 16},
     ),
-    "glm4v": Spec(
-        "Glm4v",
-        {
-            "depth": 2,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "num_heads": 2,
-            "intermediate_size": 48,
-            "patch_size": 4,
-            "image_size": 16,
-        },
+    "glm4v": Spec("Glm4v", GLM_TOWER, MROPE, "Glm4v", GLM_PIXELS, GLM_TEXT),
+    "glm4v_moe": Spec(
+        "Glm4vMoe",
+        GLM_TOWER,
         MROPE,
         "Glm4v",
-        {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 8192}},
-        {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.5,
-                "mrope_section": [1, 1, 2],
-            }
-        },
+        GLM_PIXELS,
+        GLM_TEXT
+        | {"num_hidden_layers": 2, "n_routed_experts": 6, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1},
     ),
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from PIL import Image
@@ -44,9 +45,10 @@ KIMI_NAMES = {
 }
 
 
+@pytest.mark.parametrize("saved", ["kimi_vl", "kimi_k25", "kimi_k25_published"])
 @torch.no_grad()
-def test_kimi_vl(tmp_path: Path) -> None:
-    """By Kimi-K2.5, whose tower does the same with one frame."""
+def test_kimi(saved: str, tmp_path: Path) -> None:
+    """Kimi-VL by Kimi K2.5, whose tower does the same with one frame; that as saved and as published."""
     vision = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
         "patch_size": 4,
@@ -59,16 +61,19 @@ def test_kimi_vl(tmp_path: Path) -> None:
     model = transformers.Kimi_K25ForConditionalGeneration(config).eval()
     scramble(model)
     model.save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    save_file({_kimi_name(name): value for name, value in stored.items()}, tmp_path / "model.safetensors")
-    published = {"init_pos_emb_height": 8, "init_pos_emb_width": 8, "merge_kernel_size": [2, 2]}
-    raw: dict[str, Any] = {
-        "architectures": ["KimiVLForConditionalGeneration"],
-        "vision_config": vision | published,
-        "text_config": {"hidden_size": 64},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"in_token_limit": 100}))
+    files: dict[str, Any] = {"max_patches": 100}
+    if saved == "kimi_vl":
+        published = {"init_pos_emb_height": 8, "init_pos_emb_width": 8, "merge_kernel_size": [2, 2]}
+        _rewrite(tmp_path, KIMI_NAMES, "KimiVLForConditionalGeneration", vision | published)
+        files = {"in_token_limit": 100}
+    elif saved == "kimi_k25_published":
+        named = {f"vt_{name}": value for name, value in vision.items() if name != "patch_size"}
+        init = {f"init_{name}": value for name, value in table.items()}
+        whole = {**named, **init, "patch_size": 4, "merge_kernel_size": [2, 2], "mm_hidden_size": 32}
+        names = {"vision_tower.encoder.patch_embed": "vision_tower.patch_embed", "model.mm_p": "mm_p"}
+        _rewrite(tmp_path, names, "KimiK25ForConditionalGeneration", whole)
+        files = {"media_proc_cfg": {"in_patch_limit": 100, "patch_limit_on_one_side": 512}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(files))
 
     loaded = load_vision(tmp_path)
     images = [picture(60, 85), picture(32, 32, seed=1)]
@@ -85,10 +90,17 @@ def test_kimi_vl(tmp_path: Path) -> None:
     assert_close(features(loaded, images)[0], torch.cat([part.reshape(-1, 64) for part in rows]).numpy())
 
 
-def _kimi_name(name: str) -> str:
-    for old, new in KIMI_NAMES.items():
-        name = name.replace(old, new)
-    return name
+def _rewrite(folder: Path, names: Mapping[str, str], architecture: str, vision: Mapping[str, Any]) -> None:
+    """The checkpoint by other names of its tensors, and of the fields of its config."""
+    stored = load_file(folder / "model.safetensors")
+    renamed = {}
+    for name, value in stored.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    save_file(renamed, folder / "model.safetensors")
+    raw = {"architectures": [architecture], "vision_config": vision, "text_config": {"hidden_size": 64}}
+    (folder / "config.json").write_text(json.dumps(raw))
 
 
 @torch.no_grad()

@@ -102,6 +102,20 @@ RELEASED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
                            "merge_kernel_size": [2, 2]}},
         {"in_token_limit": 4096}, 638, 417,
     ),
+    "Kimi-K2.5": (
+        {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": {"hidden_size": 7168},
+         "vision_config": {"patch_size": 14, "init_pos_emb_height": 64, "init_pos_emb_width": 64,
+                           "init_pos_emb_time": 4, "pos_emb_type": "divided_fixed",
+                           "vt_num_attention_heads": 16, "vt_num_hidden_layers": 27, "vt_hidden_size": 1152,
+                           "vt_intermediate_size": 4304, "merge_kernel_size": [2, 2],
+                           "video_attn_type": "spatial_temporal", "merge_type": "sd2_tpool",
+                           "mm_projector_type": "patchmerger", "mm_hidden_size": 1152,
+                           "projector_hidden_act": "gelu", "projector_ln_eps": 1e-5,
+                           "text_hidden_size": 7168}},
+        {"media_proc_cfg": {"in_patch_limit": 16384, "patch_size": 14, "image_mean": [0.5] * 3,
+                            "image_std": [0.5] * 3, "merge_kernel_size": 2, "patch_limit_on_one_side": 512}},
+        638, 417,
+    ),
 }  # fmt: skip
 
 

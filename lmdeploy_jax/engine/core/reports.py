@@ -28,6 +28,7 @@ class Reports:
 
     def __init__(self, programs: Programs, sizes: Iterable[int]) -> None:
         state, ints = programs.state, programs.state.ints(REPORT_ROWS)
+        self._config = state.skeleton.config
         self._take_rows = {
             size: programs.add("take", take_rows, size=size, hidden=state.hidden(size), index=ints)
             for size in set(sizes)
@@ -39,23 +40,32 @@ class Reports:
             "row_logprobs", logprobs, size=REPORT_ROWS, rows=taken, targets=ints
         )
 
-    def of_draws(self, draws: Draws, rows: Any) -> tuple[Rows, Rows]:
-        """The hidden states [E] and the logits [V] that each draw was made from, where its sequence wants
-        them; empty where none does.
+    def of_draws(self, draws: Draws, rows: Any) -> tuple[Rows, Rows, Rows]:
+        """The hidden states [E], the logits [V] and the experts i32 [L, k] of the row that each draw was made
+        from, where its sequence wants them; empty where none does.
         """
         hidden: Rows = []
         logits: Rows = []
-        if not any(sequence.params.hidden or sequence.params.logits for sequence, _ in draws):
-            return hidden, logits
+        routes: Rows = []
+        if not any(sequence.params.wants_rows for sequence, _ in draws):
+            return hidden, logits, routes
         for i in range(0, len(draws), REPORT_ROWS):
             part = draws[i : i + REPORT_ROWS]
             taken = self._take(rows, [row for _, row in part])
             scores = self._logits(taken) if any(s.params.logits for s, _ in part) else None
-            states = np.asarray(taken, np.float32)
+            states, experts = self._parts(taken)
             for j, (sequence, _) in enumerate(part):
                 hidden.append(states[j].copy() if sequence.params.hidden else None)
                 logits.append(scores[j].copy() if scores is not None and sequence.params.logits else None)
-        return hidden, logits
+                routes.append(experts[j] if sequence.params.routes else None)
+        return hidden, logits, routes
+
+    def _parts(self, taken: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a forward pass as hidden states f32 [N, E] and experts i32 [N, L, k]."""
+        config, rows = self._config, np.asarray(taken, np.float32)
+        told = rows[:, config.hidden_size :].astype(np.int32)
+        shape = (len(config.layers), config.choices if config.reports_routes else 0)
+        return rows[:, : config.hidden_size], told.reshape(len(rows), *shape)
 
     def add_prompts(self, chunks: abc.Sequence[Chunk], hidden: Any) -> None:
         """Add to the sequences' reports what they want to know of their prompt positions in these chunks;
@@ -63,7 +73,8 @@ class Reports:
         """
         offset = 0
         for chunk in chunks:
-            if chunk.sequence.report:
+            # The step behind the prompt's last may be dispatched before that one's token is read.
+            if chunk.sequence.report and chunk.start < chunk.sequence.num_prompt:
                 self._add_prompt(chunk, hidden, offset)
             offset += chunk.count
 
@@ -79,7 +90,9 @@ class Reports:
             if params.logits == "all":
                 report.logits.append(self._logits(taken)[:count].copy())
             if params.hidden == "all":
-                report.hidden.append(np.array(taken, np.float32)[:count])
+                report.hidden.append(self._parts(taken)[0][:count].copy())
+            if params.routes:
+                report.routes.append(self._parts(taken)[1][:count])
 
     def logits_of(self, rows: Any, index: abc.Sequence[int]) -> np.ndarray:
         """f32 [N, V] of these rows, to be written to."""

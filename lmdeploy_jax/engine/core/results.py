@@ -107,8 +107,9 @@ def output_of(
         return out
     if top is not None and packed is not None:
         out.logprobs = [unpack_logprobs(packed[i], top)]
-    if drawn.logits:  # and then the hidden states are there too
+    if drawn.logits:  # and then the others are there too
         out.logits, out.hidden = _rows(drawn.logits[i]), _rows(drawn.hidden[i])
+        out.routes = _rows(drawn.routes[i])
     if sequence.report is not None:
         _add_prompt(out, sequence)
     return out
@@ -124,6 +125,7 @@ def _add_prompt(out: StepOutput, sequence: Sequence) -> None:
         out.prompt_logprobs = [None, *(unpack_logprobs(row, params.prompt_logprobs) for row in rows)]
     out.logits = _joined(report.logits, out.logits)
     out.hidden = _joined(report.hidden, out.hidden)
+    out.routes = _joined(report.routes, out.routes)
 
 
 def _rows(row: np.ndarray | None) -> Any:

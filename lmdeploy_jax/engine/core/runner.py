@@ -77,7 +77,7 @@ class Runner:
     def draw(self, draws: Draws, passed: Forward) -> Drawn:
         """Start the choice of the next tokens; the result is read later. Grammars go by the tokens read."""
         drawn = self._steps.draw(draws, passed)
-        drawn.hidden, drawn.logits = self._steps.reports.of_draws(draws, passed.rows)
+        drawn.hidden, drawn.logits, drawn.routes = self._steps.reports.of_draws(draws, passed.rows)
         return drawn
 
     # -- pages and states ----------------------------------------------------------------------------------

@@ -212,13 +212,19 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
             tuning=_tuning(mesh, backend),
             hf_overrides=config.hf_overrides,
             model_format=config.model_format,
+            config=_with_routes(folder, config) if config.enable_return_routed_experts else None,
             on_progress=on_progress,
         )
         jax.block_until_ready(loaded.leaves)
+    loaded.config.check_routes(str(loaded.dtype))
     if mesh.devices.flat[0].platform == "cpu" and loaded.dtype != jnp.float32:
         log.warning("dtype %s on a CPU is far slower than float32, which dtype='auto' takes", loaded.dtype)
     log.info("loaded %s in %.1f s, backend %s", folder, time.perf_counter() - start, backend)
     return loaded
+
+
+def _with_routes(folder: Path, config: JaxEngineConfig) -> DecoderConfig:
+    return read_config(folder, config.hf_overrides, config.model_format).with_routes()
 
 
 def _reload(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str) -> tuple[Leaves, Leaves]:

@@ -163,12 +163,12 @@ class DeviceState:
     def _image_rows(self, vision: LoadedVisionModel) -> Any:
         """[1 + k, image_capacity + 1, E] with k DeepStack layers; the last row is for what nobody wants."""
         levels = 1 + len(vision.config.tower.deepstack)
-        shape = (levels, *self.hidden(self.image_capacity + 1).shape)
+        shape = (levels, self.image_capacity + 1, self.skeleton.config.hidden_size)
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.replicated)
 
     def hidden(self, rows: int) -> Any:
-        """Hidden states of so many tokens."""
-        shape = (rows, self.skeleton.config.hidden_size)
+        """Hidden states of so many tokens, and what else their rows hold."""
+        shape = (rows, self.skeleton.config.row_width)
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.replicated)
 
 

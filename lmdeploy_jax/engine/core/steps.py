@@ -70,6 +70,7 @@ class Drawn:
     packed: bool = False
     hidden: list[Any] = field(default_factory=list)  # per draw [E] or None
     logits: list[Any] = field(default_factory=list)  # per draw [V] or None
+    routes: list[Any] = field(default_factory=list)  # per draw i32 [L, k] or None
     errors: Errors = field(default_factory=dict)  # draws whose user code failed
 
 

@@ -120,6 +120,7 @@ class Answer:
             prompt_logprobs=_prompt_by_id(self._prompt, out.prompt_logprobs),
             logits=_without_last(out.logits, cut),
             last_hidden_state=_without_last(out.hidden, cut),
+            routed_experts=_without_last(out.routes, cut),
             index=self._options.index,
             choice=self._choice,
             cached_tokens=out.cached_tokens,

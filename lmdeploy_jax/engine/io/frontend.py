@@ -84,6 +84,7 @@ class Frontend:
             eos_ids=_within_vocabulary(tokenizer.eos_token_ids, engine.vocab_size),
             template_stops=tuple(template.stop_words),
             is_special=tokenizer.is_special,
+            reports_routes=engine.config.enable_return_routed_experts,
         )
         self._images = None if vision is None else _prompt_images(vision, tokenizer, engine.session_len)
         self._max_log_len = max_log_len

@@ -33,6 +33,7 @@ class ModelLimits:
     eos_ids: frozenset[int] = frozenset()
     template_stops: tuple[str, ...] = ()
     is_special: Callable[[int], bool] = lambda token: False
+    reports_routes: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,21 @@ def sampling_params(
         prompt_logprobs=config.prompt_logprobs,
         logits=config.output_logits,
         hidden=config.output_last_hidden_state,
+        routes=_routes(config, limits),
         ngram_size=config.repetition_ngram_size if ngrams else 0,
         ngram_threshold=config.repetition_ngram_threshold if ngrams else 0,
         logits_processors=tuple(config.logits_processors or ()),
         grammar=grammar,
     )
+
+
+def _routes(config: GenerationConfig, limits: ModelLimits) -> bool:
+    if config.return_routed_experts and not limits.reports_routes:
+        raise RequestError(
+            "return_routed_experts=True: the engine does not report them; start it with "
+            "enable_return_routed_experts=True (--enable-return-routed-experts)."
+        )
+    return config.return_routed_experts
 
 
 def stops(config: GenerationConfig, limits: ModelLimits) -> Stops:

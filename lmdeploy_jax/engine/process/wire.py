@@ -100,7 +100,9 @@ def packed(out: StepOutput) -> Packed | StepOutput:
     """An output as it travels."""
     if out.error is not None:
         out.error = portable(out.error)
-    elif not out.logprobs and out.prompt_logprobs is None and out.logits is None and out.hidden is None:
+    elif not out.logprobs and all(
+        x is None for x in (out.prompt_logprobs, out.logits, out.hidden, out.routes)
+    ):
         return (
             out.request_id,
             out.index,
@@ -113,12 +115,19 @@ def packed(out: StepOutput) -> Packed | StepOutput:
     return out
 
 
+def _rows(out: StepOutput) -> tuple[Any, ...]:
+    """What most outputs do without."""
+    return out.prompt_logprobs, out.logits, out.hidden, out.routes
+
+
 def unpacked(sent: Packed | StepOutput) -> StepOutput:
     """What `packed` was given."""
     if isinstance(sent, StepOutput):
         return sent
     request_id, index, token_ids, reason, stop_token, cached, queued = sent
-    return StepOutput(request_id, index, token_ids, [], None, None, None, reason, stop_token, cached, queued)
+    out = StepOutput(request_id, index, token_ids, finish_reason=reason, stop_token=stop_token)
+    out.cached_tokens, out.queue_seconds = cached, queued
+    return out
 
 
 def portable(error: BaseException) -> BaseException:

@@ -24,7 +24,7 @@ REFUSED = {
     "mcp_servers": "call the tools in your own client.",
     "container": "this server runs no containers.",
     "image_data": "use a content block of type image.",
-    "return_routed_experts": "routed experts are not reported.",
+    "return_routed_experts": "POST /generate reports them.",
     "compaction": "shorten the conversation in your own client.",
     "fallbacks": "this server has one model.",
     "fallback_credit_token": "this server has one model.",

@@ -31,6 +31,7 @@ def answer_body(piece: Response, config: GenerationConfig) -> dict[str, Any]:
             "cached_tokens": piece.cached_tokens,
             "finish_reason": finish,
             "output_token_logprobs": logprobs,
+            "routed_experts": None if piece.routed_experts is None else piece.routed_experts.tolist(),
         },
     } | choice_error(error)
 

@@ -13,6 +13,7 @@ class GenerateRequest(SamplingFields, FormFields):
     input_ids: list[int] | None = None
     max_tokens: Length | None = 128
     return_logprob: bool = False
+    return_routed_experts: bool = False
     stream: bool = False
     session_id: int | str | None = None
 

@@ -24,7 +24,6 @@ for path, prompt in {"/generate": "prompt", "/get_ppl": "input"}.items():
     register_dialect(path, Dialect(prompt=prompt))
 REFUSED = {
     "image_data": "send parts of type image_url to /v1/chat/completions.",
-    "return_routed_experts": "routed experts are not reported.",
 }
 
 
@@ -34,7 +33,11 @@ async def generate(body: GenerateRequest, service: CurrentService) -> HttpRespon
     check_fields(service, body, REFUSED)
     if (body.prompt is None) == (body.input_ids is None):
         raise ApiError(400, "Give exactly one of prompt and input_ids.", param="prompt")
-    given = body.sampling() | {"logprobs": 0 if body.return_logprob else None, "response_format": body.form()}
+    given = body.sampling() | {
+        "logprobs": 0 if body.return_logprob else None,
+        "response_format": body.form(),
+        "return_routed_experts": body.return_routed_experts,
+    }
     config = service.defaults.config(given)
     prompt = body.prompt if body.prompt is not None else body.input_ids or []
     id, stream = new_id("gen"), body.stream

@@ -23,7 +23,7 @@ REFUSED = {
     "migration_request": "prefill and decode run in one engine.",
     "with_cache": "prefill and decode run in one engine.",
     "preserve_cache": "prefill and decode run in one engine.",
-    "return_routed_experts": "routed experts are not reported.",
+    "return_routed_experts": "POST /generate reports them.",
     "moderation": "this server judges nobody; ask a model for it.",
 }
 

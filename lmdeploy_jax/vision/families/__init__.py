@@ -24,13 +24,19 @@ VISION_FAMILIES: Mapping[str, VisionFamily] = {
     "Qwen2VLForConditionalGeneration": qwen2_vl.QWEN2_VL,
     "Qwen2_5_VLForConditionalGeneration": qwen2_vl.QWEN2_5_VL,
     "Qwen3VLForConditionalGeneration": qwen3_vl.QWEN3_VL,
+    "Qwen3VLMoeForConditionalGeneration": qwen3_vl.QWEN3_VL,
+    "Qwen3_5ForConditionalGeneration": qwen3_vl.QWEN3_5,
+    "Qwen3_5MoeForConditionalGeneration": qwen3_vl.QWEN3_5,
     "LlavaForConditionalGeneration": llava.LLAVA,
     "LlavaNextForConditionalGeneration": llava.LLAVA_NEXT,
     "Gemma3ForConditionalGeneration": gemma3.GEMMA3,
     "Mistral3ForConditionalGeneration": pixtral.MISTRAL3,
     "Phi3VForCausalLM": phi3_v.PHI3_V,
     "KimiVLForConditionalGeneration": kimi_vl.KIMI_VL,
+    "KimiK25ForConditionalGeneration": kimi_vl.KIMI_K25,
+    "Kimi_K25ForConditionalGeneration": kimi_vl.KIMI_K25,
     "Glm4vForConditionalGeneration": glm4v.GLM4V,
+    "Glm4vMoeForConditionalGeneration": glm4v.GLM4V,
 }
 """The architectures that take images, by the name in a config's `architectures`."""
 

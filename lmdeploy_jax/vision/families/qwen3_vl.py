@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.converters.keytable import Rule
@@ -39,8 +40,8 @@ from lmdeploy_jax.vision.video import VideoRule
 PIXELS = (256 * 256, 4096 * 4096)
 
 
-def qwen3_config(fields: Fields, files: Fields) -> VisionModelConfig:
-    """`Qwen3VLConfig`."""
+def qwen3_config(fields: Fields, files: Fields, deepstack: Sequence[int] = (8, 16, 24)) -> VisionModelConfig:
+    """`Qwen3VLConfig`; without `deepstack` by default, `Qwen3_5Config`."""
     vision = fields.within("vision_config")
     processor = smart_processor(vision, files, patch=16, pixels=PIXELS, normal=(HALF, HALF))
     width, entries = vision.size("hidden_size", 1152), vision.size("num_position_embeddings", 2304)
@@ -59,7 +60,7 @@ def qwen3_config(fields: Fields, files: Fields) -> VisionModelConfig:
         norm_eps=EPS,
         positions=PositionTable(side, (entries, width), "bilinear", align_corners=True),
         rotary=RotaryConfig(),
-        deepstack=layer_numbers(vision, "deepstack_visual_indexes", [8, 16, 24], layers),
+        deepstack=layer_numbers(vision, "deepstack_visual_indexes", list(deepstack), layers),
     )
     out = vision.size("out_hidden_size", 3584)
     vision.finish()
@@ -110,6 +111,6 @@ def qwen3_video(_: Fields, files: Fields) -> VideoRule:
 
 
 VIDEO_PLACEHOLDER = Placeholder(VIDEO, "<|video_pad|>", expand_video, VIDEO, "videos")
-QWEN3_VL = VisionFamily(
-    qwen3_config, rules, PLACEHOLDER, mrope=True, video=VideoFamily(qwen3_video, VIDEO_PLACEHOLDER)
-)
+_VIDEO = VideoFamily(qwen3_video, VIDEO_PLACEHOLDER)
+QWEN3_VL = VisionFamily(qwen3_config, rules, PLACEHOLDER, mrope=True, video=_VIDEO)
+QWEN3_5 = VisionFamily(partial(qwen3_config, deepstack=()), rules, PLACEHOLDER, mrope=True, video=_VIDEO)
