@@ -128,6 +128,24 @@ def test_conversations_are_listed_renamed_and_deleted(page):
     assert titles.all_inner_texts() == ["beta"]
 
 
+def test_two_tabs_show_the_same(page, stage):
+    send(page, "alpha")
+    finished(page)
+    other = page.context.new_page()
+    other.goto(page.url)
+    ready(other)
+    finished(other)
+    send(page, "beta")
+    assert finished(page, 2).locator(".text").inner_text() == "beta"
+    other.locator(".assistant", has_text="beta").wait_for()
+    with other.expect_request("**/v1/chat/completions") as sent:
+        send(other, "gamma")
+    assert [message["content"] for message in sent.value.post_data_json["messages"]] == [
+        "alpha", "alpha", "beta", "beta", "gamma",
+    ]  # fmt: skip
+    finished(other, 3)
+
+
 def test_what_is_deleted_while_it_is_answered_stays_deleted(page, stage):
     page.on("dialog", lambda dialog: dialog.accept())
     stage.actor.go.clear()
@@ -168,6 +186,7 @@ def test_figures_names_and_context(page):
 def test_a_phone(browser, stage):
     with opened(browser, stage.url, viewport={"width": 390, "height": 844}, has_touch=True) as page:
         assert page.evaluate("document.activeElement.id") == "", "a keyboard would cover the page"
+        assert page.locator("main").bounding_box()["width"] == 390
         send(page, "show md " + "word " * 40 + "md")
         finished(page)
         assert page.evaluate("document.documentElement.scrollWidth") == 390

@@ -101,7 +101,7 @@ GROWING = {
     "formulas": lambda n: "$a " * n,
     "dollars": lambda n: "$" * n,
     "open formulas": lambda n: r"\(\[$$" * n,
-    "table": lambda n: "|a" * (n // 100) + "\n" + "|-" * (n // 100) + "\n" + "|a\n" * (n // 4),
+    "table": lambda n: "|a" * 20 + "\n" + "|-" * 20 + "\n" + "|a\n" * (n // 4),
     "definitions": lambda n: "".join(f"[{i}]: x\n" for i in range(n // 2)),
     "entities": lambda n: "&#35;" * n,
 }
@@ -119,6 +119,12 @@ def test_hostile_text_takes_time_in_proportion(kind):
 
     seconds(100)
     assert seconds(8000) < 11 * seconds(2000) + 0.05, "four times as much took more than eleven times as long"
+
+
+def test_a_huge_table_ends_somewhere():
+    """Rows are filled up with cells that nobody has written, here a thousand in each of 20,000."""
+    text = "|a" * 1000 + "\n" + "|-" * 1000 + "\n" + "|a\n" * 20_000
+    assert 10_000 < rendered(text).count("<td") < 100_000
 
 
 def test_what_is_settled_stays_while_text_is_added():

@@ -33,16 +33,14 @@ class Highlighter:
 
     def highlight(self, code: str, language: str) -> str:
         """The code as HTML: spans with Pygments' short class names, which a style sheet colours."""
-        parts: list[str] = []
-        end = 0
+        parts = [(0, "")]  # where each ends in the code, and its HTML: both, or neither, when time is over
         if self._left > 0 and language.lower() in _languages():
             try:
                 for start, kind, text in self._tokens(_lexer(language.lower()), code):
-                    parts.append(_span(_class(kind), text))
-                    end = start + len(text)
+                    parts.append((start + len(text), _span(_class(kind), text)))
             except _OutOfTime:
                 self._left = 0
-        return "".join(parts) + escapeHtml(code[end:])
+        return "".join(part for _, part in parts) + escapeHtml(code[parts[-1][0] :])
 
     def _tokens(self, lexer: Lexer, code: str) -> Iterator[tuple[int, _TokenType, str]]:
         """Raises `_OutOfTime`."""

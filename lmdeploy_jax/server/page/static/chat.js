@@ -110,7 +110,7 @@ function cut(length) {
 
 const listActs = {
   open: (chosen) => { closeOverlay(); location.hash = chosen.id; },
-  rename: async (chosen, title) => { chosen.title = title; await keep(chosen); },
+  rename: async (chosen, title) => { await keep(Object.assign(chosen, { title })); },
   remove: async (chosen) => {
     if (!confirm("Delete this conversation?")) return;
     if (chosen === conversation) startNew();
@@ -300,6 +300,7 @@ function startMessages() {
     follows = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
     $("to-end").hidden = follows;
   });
+  new ResizeObserver(follow).observe(box);  // a panel that opens makes its lines longer or shorter
   $("to-end").addEventListener("click", toEnd);
   box.addEventListener("click", ({ target }) => {
     if (target.matches(".copy")) copyBy(target, target.closest(".code").querySelector("code").textContent);
@@ -319,6 +320,12 @@ async function showChosen() {
   show(store.find(location.hash.slice(1)) ?? create());
 }
 
+function showOthersChanges() {
+  const newer = store.find(conversation.id);
+  if (newer && newer !== conversation && !running) show(newer);
+  else showConversations();
+}
+
 startPanels();
 startSettings((name) => name === "key" && listModels());
 startImages(takesImages);
@@ -327,5 +334,6 @@ startMessages();
 $("model").addEventListener("change", showModel);
 $("search").addEventListener("input", showConversations);
 addEventListener("hashchange", showChosen);
+store.watch(showOthersChanges);
 await Promise.all([listModels(), showChosen()]);
 document.body.dataset.ready = "";

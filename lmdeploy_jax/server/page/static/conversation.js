@@ -1,4 +1,4 @@
-// A conversation is {id, title, updated, messages}. Its messages are the protocol's, and an answer's `info`
+// A conversation is {id, title, updated, saved, messages}. Its messages are the protocol's, and an answer's `info`
 // holds what is told of it: finish, error, usage, seconds, ...
 
 const TITLE_LENGTH = 60;

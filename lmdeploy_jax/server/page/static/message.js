@@ -5,6 +5,7 @@ import { button, copyBy, count, element, grow, onEnter } from "./dom.js";
 import { picture } from "./images.js";
 import { Markdown } from "./markdown.js";
 
+const LEAST_SECONDS = 0.05;  // of an answer, for which a rate can be told
 const NAMES = { user: "You", assistant: "Assistant", tool: "Result of the call" };
 
 export function viewOf(parent, message) {
@@ -25,7 +26,8 @@ export class MessageView {
 
   fill() {
     const images = imagesOf(this.message.content);
-    if (images.length) images.reduce((row, url) => (picture(row, url), row), element(this.body, "div", "images"));
+    const row = images.length ? element(this.body, "div", "images") : null;
+    for (const url of images) picture(row, url);
     const text = textOf(this.message.content);
     if (text) element(this.body, "div", this.message.role === "tool" ? "tool" : "text plain", text);
   }
@@ -152,7 +154,7 @@ function figures({ prompt_tokens: prompt, completion_tokens: tokens, ...usage },
   const cached = usage.prompt_tokens_details?.cached_tokens;
   const parts = [`${count(prompt, "prompt token")}${cached ? ` (${cached} cached)` : ""}`, count(tokens, "token")];
   if (untilFirst !== undefined) parts.push(`first after ${untilFirst.toFixed(2)} s`);
-  if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(0)} tokens/s`);
+  if (tokens > 1 && seconds > LEAST_SECONDS) parts.push(`${((tokens - 1) / seconds).toFixed(0)} tokens/s`);
   return parts.join(", ");
 }
 

@@ -23,10 +23,21 @@ async function ask(mode, act) {
   });
 }
 
+const tabs = globalThis.BroadcastChannel ? new BroadcastChannel(DATABASE) : null;
+
+// changed: called when another tab has changed what is kept.
+export function watch(changed) {
+  tabs?.addEventListener("message", async ({ data }) => {
+    if (data.removed) kept.delete(data.removed);
+    else await load();
+    changed();
+  });
+}
+
 // Read what is kept, another tab's changes too. Raises where the browser keeps nothing.
 export async function load() {
   for (const found of await ask("readonly", (store) => store.getAll())) {
-    if (!(kept.get(found.id)?.updated >= found.updated)) kept.set(found.id, found);
+    if (!(kept.get(found.id)?.saved >= found.saved)) kept.set(found.id, found);
   }
 }
 
@@ -34,13 +45,16 @@ export const find = (id) => kept.get(id);
 export const latestFirst = () => [...kept.values()].sort((a, b) => b.updated - a.updated);
 
 export async function save(conversation) {
+  conversation.saved = Date.now();
   kept.set(conversation.id, conversation);
   await ask("readwrite", (store) => store.put(conversation));
+  tabs?.postMessage({ saved: conversation.id });
 }
 
 export async function remove(id) {
   kept.delete(id);
   await ask("readwrite", (store) => store.delete(id));
+  tabs?.postMessage({ removed: id });
 }
 
 // The message that is being written lasts as long as the tab.
