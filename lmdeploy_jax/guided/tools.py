@@ -56,7 +56,8 @@ def tool_grammar(
         these hold what cannot be enforced, a tool with `strict: true` is refused and another does without.
     name: the one tool to be called; None leaves the model the choice (`tool_choice="required"`).
     required: False lets the model talk as well (`tool_choice="auto"`). Once it has begun a call, that is one
-        of these tools, and arguments for those with `strict: true` follow their `parameters`.
+        of these tools, and arguments for those with `strict: true` follow their `parameters`, but for what
+        cannot be enforced: what was free before is not refused for that.
     parallel: whether there may be several calls.
     reasoning: how the model marks its reasoning, which may then come first, unless it is forbidden (see
         `after_reasoning`).
@@ -133,7 +134,7 @@ def _function(tool: Mapping[str, Any], place: str, enforced: bool) -> Function:
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise RequestError(f"tools: the parameters of {name!r} must be the schema of an object.")
     schema = schema_json({**parameters, "type": "object"}, f"{place}.parameters")
-    return Function(name, schema, place, strict)
+    return Function(name, schema, place, strict and enforced)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _kimi_k2(writer: Writer) -> _Style:
 
     def call(function: Function) -> str:
         number = literal(f"functions.{function.name}:")
-        return f"{begin} {number} /[0-9]/ {argument} {function.json()} {end}"
+        return f"{begin} {number} /[0-9]{{1,4}}/ {argument} {function.json()} {end}"
 
     return _Style("<|tool_calls_section_begin|>", call, "", end=writer.tag("<|tool_calls_section_end|>"))
 

@@ -260,6 +260,31 @@ def test_arguments_for_a_tool_that_is_not_strict_are_the_models_own(name, plain)
         begun(grammar, plain, f"Well.\n{LOOSE_CALLS[name].replace('now', 'later')}")
 
 
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        (
+            "qwen",
+            '<tool_call>\n{"name": "f", "arguments": {"x": [',
+            '<tool_call>\n{"name": "f", "arguments": {"x": {',
+        ),
+        (
+            "glm4",
+            "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>[",
+            "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>{",
+        ),
+    ],
+)
+def test_a_call_of_the_models_choice_is_held_to_what_can_be_enforced(name, good, bad, plain):
+    x = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    y = {"type": "string", "pattern": "a+", "format": "unheard-of"}
+    tools = tool({"type": "object", "properties": {"x": x, "y": y}, "required": ["x", "y"]})
+    grammar = grammars_of(plain).compile(tool_grammar(tool_format(name), tools, plain, required=False))
+    begun(grammar, plain, good)
+    with pytest.raises(RequestError, match="not in the answer's grammar"):
+        begun(grammar, plain, bad)
+
+
 @pytest.mark.parametrize("vocabulary", ["plain", "special"])
 @pytest.mark.parametrize("name", [name for name in FORMATS if not tool_format(name).frames])
 def test_a_call_that_is_begun_amid_talk_is_one_of_a_tool_and_fits_where_it_is_strict(

@@ -109,6 +109,29 @@ def test_a_custom_tool_is_called_with_a_text(server, client, say):
     assert prompt(server) == continued
 
 
+def test_chat_has_custom_tools_too(server, client, say):
+    say(called("apply_patch", PATCHED))
+    custom = {name: PATCH[name] for name in ("name", "description")}
+    form = {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: /.+/"}}
+    fields = {"tools": [{"type": "custom", "custom": custom | {"format": form}}], "model": "tiny-chat"}
+    hi = [{"role": "user", "content": "hi"}]
+    whole = client.chat.completions.create(messages=hi, **fields).choices[0]
+    (call,) = whole.message.tool_calls
+    assert (call.type, call.custom.name, call.custom.input) == ("custom", "apply_patch", PATCHED["input"])
+    assert whole.finish_reason == "tool_calls"
+    assert "start: /.+/" in prompt(server)
+    chunks = list(client.chat.completions.create(messages=hi, stream=True, **fields))
+    pieces = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
+    assert (pieces[0].type, pieces[0].custom["name"]) == ("custom", "apply_patch")
+    assert "".join(piece.custom["input"] for piece in pieces) == PATCHED["input"]
+    answered = [whole.message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "patched"}]
+    client.chat.completions.create(messages=hi + answered, **fields)
+    assert json.dumps(PATCHED) in prompt(server)
+    forced = {"type": "custom", "custom": {"name": "apply_patch"}}
+    client.chat.completions.create(messages=hi, tool_choice=forced, **fields)
+    assert '"apply_patch' in server[1].seen[-1].params.grammar.source.text
+
+
 @pytest.mark.parametrize("choice", [{"type": "web_search"}, {"type": "mcp", "server_label": "x"}])
 def test_what_is_not_here_cannot_be_forced(client, choice):
     with pytest.raises(openai.BadRequestError, match="no tool of type"):

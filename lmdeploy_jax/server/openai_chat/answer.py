@@ -9,17 +9,20 @@ from typing import Any
 import orjson
 
 from lmdeploy_jax.server.chat.answers import Answers
+from lmdeploy_jax.server.chat.custom_tools import InputReader, input_of
 from lmdeploy_jax.server.chat.deltas import Answer, Delta
 from lmdeploy_jax.server.errors import choice_error
 from lmdeploy_jax.server.http.sse import data
 from lmdeploy_jax.server.ids import ToolCallIds, new_id, now
 from lmdeploy_jax.server.logprobs import chat_logprobs, sampled_logprobs
 from lmdeploy_jax.server.openai_chat.bodies import ChatCompletionRequest
+from lmdeploy_jax.server.openai_chat.prompt import custom_names
 from lmdeploy_jax.server.usage import Usage, openai_usage
 from lmdeploy_jax.text.parsers import (
     ContentDelta,
     Event,
     ReasoningDelta,
+    ToolCall,
     ToolCallArguments,
     ToolCallBroken,
     ToolCallStart,
@@ -33,6 +36,7 @@ class ChatShape:
 
     top_logprobs: None for no log-probabilities. return_logprob, return_token_ids: LMDeploy's extensions.
     reasons: every delta has the key `reasoning_content`, as in LMDeploy, whose programs read it from all.
+    custom: names of custom tools.
     """
 
     id: str
@@ -44,6 +48,7 @@ class ChatShape:
     return_token_ids: bool = False
     include_usage: bool = False
     reasons: bool = False
+    custom: frozenset[str] = frozenset()
 
 
 def chat_shape(
@@ -60,6 +65,7 @@ def chat_shape(
         return_token_ids=body.return_token_ids,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         reasons=reasons,
+        custom=custom_names(body),
     )
 
 
@@ -70,6 +76,7 @@ class ChunkWriter:
     shape: ChatShape
     call_ids: ToolCallIds
     _begun: set[int] = field(default_factory=set)
+    _inputs: dict[tuple[int, int], InputReader] = field(default_factory=dict)  # of calls of custom tools
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -102,9 +109,9 @@ class ChunkWriter:
         extra = b"" if self._plain else self._extras(delta)
         events = delta.events
         for event in events[:-1]:
-            chunks.append(self._chunk(delta.choice, self._said(event)))
+            chunks.append(self._chunk(delta.choice, self._said(delta.choice, event)))
         if events or extra:
-            said = self._said(events[-1]) if events else self._empty
+            said = self._said(delta.choice, events[-1]) if events else self._empty
             chunks.append(self._chunk(delta.choice, said, extra))
         if delta.finish is not None:
             finish: dict[str, Any] = {"finish_reason": delta.finish.reason} | choice_error(delta.finish.error)
@@ -118,12 +125,20 @@ class ChunkWriter:
     ) -> bytes:
         return b"".join((self._head, b"%d" % choice, b',"delta":', said, extra, finish, self._tail))
 
-    def _said(self, event: Event) -> bytes:
+    def _said(self, choice: int, event: Event) -> bytes:
         match event:
             case ContentDelta(text):
                 return self._delta(b'"content":' + orjson.dumps(text))
             case ReasoningDelta(text):
                 return b'{"reasoning_content":' + orjson.dumps(text) + b"}"
+            case ToolCallStart(index, name) if name in self.shape.custom:
+                self._inputs[choice, index] = InputReader()
+                custom = {"name": name, "input": ""}
+                call = {"index": index, "id": self.call_ids.new(), "type": "custom", "custom": custom}
+                return self._delta(b'"tool_calls":' + orjson.dumps([call]))
+            case ToolCallArguments(index, arguments) if (choice, index) in self._inputs:
+                call = {"index": index, "custom": {"input": self._inputs[choice, index].add(arguments)}}
+                return self._delta(b'"tool_calls":' + orjson.dumps([call]))
             case ToolCallStart(index, name):
                 function = {"name": name, "arguments": ""}
                 call = {"index": index, "id": self.call_ids.new(), "type": "function", "function": function}
@@ -171,14 +186,7 @@ def completion(
 
 def _choice(shape: ChatShape, answer: Answer, call_ids: ToolCallIds) -> dict[str, Any]:
     parsed = answer.parsed
-    calls = [
-        {
-            "id": call_ids.new(),
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
-        for call in parsed.tool_calls
-    ]
+    calls = [{"id": call_ids.new(), **_call(shape, call)} for call in parsed.tool_calls]
     message = {
         "role": "assistant",
         "content": parsed.content or (None if calls or parsed.reasoning else ""),
@@ -193,6 +201,12 @@ def _choice(shape: ChatShape, answer: Answer, call_ids: ToolCallIds) -> dict[str
         "finish_reason": answer.finish.reason,
         "stop_reason": answer.finish.stop_match,
     } | (choice_error(answer.finish.error) | extras(shape, answer.token_ids, answer.logprobs))
+
+
+def _call(shape: ChatShape, call: ToolCall) -> dict[str, Any]:
+    if call.name in shape.custom:
+        return {"type": "custom", "custom": {"name": call.name, "input": input_of(call.arguments)}}
+    return {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def extras(shape: ChatShape, ids: Sequence[int], logprobs: list[dict[int, float]] | None) -> dict[str, Any]:

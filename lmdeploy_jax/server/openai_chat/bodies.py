@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from lmdeploy_jax.server.bodies import CacheSalt, Length, ProtocolModel, SamplingFields, StreamOptions
 from lmdeploy_jax.server.forms import FormFields
@@ -17,20 +17,32 @@ class Function(ProtocolModel):
     strict: bool | None = None
 
 
-class Tool(ProtocolModel):
+class FunctionTool(ProtocolModel):
     type: Literal["function"] = "function"
     function: Function
 
 
-class NamedFunction(ProtocolModel):
-    name: str
+class Custom(ProtocolModel):
+    """format: what the text looks like that the tool takes."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    format: dict[str, Any] | None = None
 
 
-class NamedChoice(ProtocolModel):
-    """One tool that must be called."""
+class CustomTool(ProtocolModel):
+    type: Literal["custom"]
+    custom: Custom
 
-    type: Literal["function"] = "function"
-    function: NamedFunction
+
+def _kind(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return "custom" if kind == "custom" else "function"
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("function")] | Annotated[CustomTool, Tag("custom")], Discriminator(_kind)
+]
 
 
 class AllowedTools(ProtocolModel):
@@ -47,7 +59,7 @@ class AllowedChoice(ProtocolModel):
     allowed_tools: AllowedTools
 
 
-Choice = Literal["auto", "none", "required"] | AllowedChoice | NamedChoice
+Choice = Literal["auto", "none", "required"] | AllowedChoice | CustomTool | FunctionTool
 
 
 class ChatCompletionRequest(SamplingFields, FormFields):

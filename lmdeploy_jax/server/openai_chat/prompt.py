@@ -9,13 +9,14 @@ from lmdeploy_jax.engine.io.sampling_defaults import SamplingDefaults
 from lmdeploy_jax.messages import GenerationConfig
 from lmdeploy_jax.server.bodies import length
 from lmdeploy_jax.server.chat.call import ChatCall, ToolChoice
+from lmdeploy_jax.server.chat.custom_tools import INPUT, custom_function
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.openai_chat.bodies import (
     AllowedChoice,
     ChatCompletionRequest,
     Choice,
-    NamedChoice,
-    Tool,
+    CustomTool,
+    FunctionTool,
 )
 from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.prompts import Prompt, with_media_options
@@ -31,7 +32,7 @@ def chat_call(body: ChatCompletionRequest, defaults: SamplingDefaults, *, images
         prompt,
         _config(body, defaults),
         chat=chat and body.do_preprocess,
-        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or _told_by(body.tool_choice)],
+        tools=list(map(_as_function, _tools(body))),
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
         template_kwargs=_template_kwargs(body),
@@ -47,7 +48,7 @@ def _prompt(body: ChatCompletionRequest, images: bool) -> tuple[Prompt, bool]:
         return Prompt(token_ids=tuple(body.input_ids)), True
     if isinstance(body.messages, str):
         return Prompt(text=body.messages), False
-    prompt = Prompt(messages=tuple(normalise_messages(body.messages, images=images)))
+    prompt = Prompt(messages=tuple(normalise_messages(_with_functions(body.messages), images=images)))
     return with_media_options(prompt, body.mm_processor_kwargs), True
 
 
@@ -65,22 +66,61 @@ def _config(body: ChatCompletionRequest, defaults: SamplingDefaults) -> Generati
     return defaults.config(given)
 
 
-def _told_by(choice: Choice | None) -> Sequence[Tool]:
-    """The tools of a request that lists them, with their schemas, as those that are allowed."""
-    tools = choice.allowed_tools.tools if isinstance(choice, AllowedChoice) else []
-    return tools if all(tool.function.parameters is not None for tool in tools) else ()
+def _tools(body: ChatCompletionRequest) -> Sequence[FunctionTool | CustomTool]:
+    """The request's tools. It may list them, with their schemas, as those that are allowed."""
+    if body.tools or not isinstance(body.tool_choice, AllowedChoice):
+        return body.tools or ()
+    tools = body.tool_choice.allowed_tools.tools
+    whole = (isinstance(tool, CustomTool) or tool.function.parameters is not None for tool in tools)
+    return tools if all(whole) else ()
+
+
+def _as_function(tool: FunctionTool | CustomTool) -> dict[str, Any]:
+    if isinstance(tool, FunctionTool):
+        return tool.model_dump(exclude_none=True)
+    grammar = (tool.custom.format or {}).get("grammar")
+    return custom_function(
+        tool.custom.name, tool.custom.description, grammar if isinstance(grammar, dict) else None
+    )
+
+
+def custom_names(body: ChatCompletionRequest) -> frozenset[str]:
+    """The tools whose calls are told as those of custom tools."""
+    return frozenset(tool.custom.name for tool in _tools(body) if isinstance(tool, CustomTool))
+
+
+def _name(tool: FunctionTool | CustomTool) -> str:
+    return tool.custom.name if isinstance(tool, CustomTool) else tool.function.name
 
 
 def _tool_choice(choice: Choice | None) -> ToolChoice:
     match choice:
-        case NamedChoice():
-            return ToolChoice("required", choice.function.name)
+        case FunctionTool() | CustomTool():
+            return ToolChoice("required", _name(choice))
         case AllowedChoice():
-            names = tuple(tool.function.name for tool in choice.allowed_tools.tools)
+            names = tuple(map(_name, choice.allowed_tools.tools))
             return ToolChoice(choice.allowed_tools.mode, allowed=names)
         case str():
             return ToolChoice(choice)
     return ToolChoice()
+
+
+def _with_functions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls of custom tools in the conversation, as a model sees them."""
+    return [
+        m | {"tool_calls": list(map(_as_call, calls))}
+        if isinstance(calls := m.get("tool_calls"), list)
+        else m
+        for m in messages
+    ]
+
+
+def _as_call(call: Any) -> Any:
+    match call:
+        case {"type": "custom", "custom": {"name": str(name), "input": str(text)}}:
+            function = {"name": name, "arguments": {INPUT: text}}
+            return {"id": call.get("id"), "type": "function", "function": function}
+    return call
 
 
 def _template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:

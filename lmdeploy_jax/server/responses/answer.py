@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmdeploy_jax.server.chat.answers import Answers
+from lmdeploy_jax.server.chat.custom_tools import input_of
 from lmdeploy_jax.server.chat.deltas import Answer, Delta, Finish
 from lmdeploy_jax.server.errors import ApiError, as_api_error
 from lmdeploy_jax.server.http.sse import event
 from lmdeploy_jax.server.ids import ToolCallIds
 from lmdeploy_jax.server.responses.bodies import ResponsesRequest
 from lmdeploy_jax.server.responses.prompt import Conversation
-from lmdeploy_jax.server.responses.tools import Toolbox, input_of
+from lmdeploy_jax.server.responses.tools import Toolbox
 from lmdeploy_jax.server.usage import Usage
 from lmdeploy_jax.text.parsers import (
     ContentDelta,

@@ -117,6 +117,7 @@ class ResponsesRequest(InputTokensRequest, FormFields):
     cache_salt: CacheSalt | None = None
 
     metadata: dict[str, Any] | None = None  # given back as it came
+    client_metadata: Any = None
     user: Any = None  # about the client's own bookkeeping; nothing follows from them here
     service_tier: str | None = None
     safety_identifier: str | None = None

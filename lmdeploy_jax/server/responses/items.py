@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmdeploy_jax.errors import RequestError
-from lmdeploy_jax.server.responses.tools import INPUT, Toolbox
+from lmdeploy_jax.server.chat.custom_tools import INPUT
+from lmdeploy_jax.server.responses.tools import Toolbox
 from lmdeploy_jax.text.conversation import ImagePart, without_nulls
 
 Item = Mapping[str, Any]

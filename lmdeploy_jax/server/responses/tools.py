@@ -1,12 +1,11 @@
 """The tools of a request as functions that a model can call, and how its calls are told.
 
-A custom tool takes a text, and is a function with one parameter here. The tools of a namespace are functions
-too; a call says which namespace its tool is from. What OpenAI runs itself, a local server does not have.
+The tools of a namespace are functions like others; a call says which namespace its tool is from. What OpenAI
+runs itself, a local server does not have.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,17 +13,12 @@ from typing import Any
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.server.chat.call import ToolChoice
+from lmdeploy_jax.server.chat.custom_tools import custom_function
 from lmdeploy_jax.server.responses.bodies import CustomTool, FunctionTool, InputTokensRequest, NamespaceTool
+from lmdeploy_jax.text.conversation import without_nulls
 from lmdeploy_jax.text.template_arguments import Tool
 
 logger = logging.getLogger("lmdeploy_jax")
-INPUT = "input"  # the one parameter of a custom tool
-_INPUT_SCHEMA = {
-    "type": "object",
-    "properties": {INPUT: {"type": "string"}},
-    "required": [INPUT],
-    "additionalProperties": False,
-}
 _told: set[str] = set()  # types of tools that were left out
 _MOST_TYPES, _LONGEST_TYPE = 64, 64
 
@@ -46,20 +40,12 @@ class ClientTool:
 
     def as_function(self, name: str) -> Tool:
         """As every protocol says it, under the name by which the model calls it."""
-        function: dict[str, Any] = {"name": name, "description": self.spec.description}
-        if isinstance(self.spec, CustomTool):
-            notes = [self.spec.description, _format_note(self.spec.format)]
-            function |= {"description": "\n".join(filter(None, notes)), "parameters": _INPUT_SCHEMA}
-        else:
-            function |= {"parameters": self.spec.parameters, "strict": self.spec.strict}
-        return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
-
-
-def _format_note(form: Mapping[str, Any] | None) -> str:
-    """What the model must know of a custom tool's input."""
-    if not form or form.get("type") != "grammar":
-        return ""
-    return f"The input follows this {form.get('syntax', '')} grammar:\n{form.get('definition', '')}"
+        spec = self.spec
+        if isinstance(spec, CustomTool):
+            form = spec.format or {}
+            return custom_function(name, spec.description, form if form.get("type") == "grammar" else None)
+        said = {"description": spec.description, "parameters": spec.parameters, "strict": spec.strict}
+        return {"type": "function", "function": {"name": name, **without_nulls(said)}}
 
 
 class Toolbox:
@@ -124,12 +110,3 @@ def _tell_left_out(kind: str) -> None:
     if kind not in _told and len(_told) < _MOST_TYPES:
         _told.add(kind)
         logger.warning("this server has no tools of type %a: they are left out of requests", kind)
-
-
-def input_of(arguments: str) -> str:
-    """The text that a custom tool is called with; all of the arguments where they are not whole."""
-    try:
-        value = json.loads(arguments)[INPUT]
-    except (ValueError, KeyError, TypeError):
-        return arguments
-    return value if isinstance(value, str) else arguments
