@@ -80,7 +80,7 @@ def for_blocks(spans: Spans, block: Callable[[Block, Any], Any], carry: Any) -> 
 
 
 def run_packed(
-    inputs: tuple[Array, ...],
+    inputs: tuple[Shaped[Array, "T ..."], ...],
     states: Float32[Array, "slots N D V"],
     spans: Spans,
     step: Callable[..., tuple[Array, Array]],

@@ -51,9 +51,11 @@ def seeing(tmp_path_factory):
         yield pipe
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium; skipped where there is none."""
+    """A headless Chromium; skipped where there is none. Its driver runs an event loop in this thread,
+    beside which other modules' tests could not start their own.
+    """
     with launched() as browser:
         yield browser
 
