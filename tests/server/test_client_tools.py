@@ -72,7 +72,7 @@ def test_namespaces_are_flat_and_tools_of_others_are_left_out(server, client, sa
     say(called("crm__f", {}) + "\n" + called("g", {}))
     with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
         for _ in range(2):
-            response = respond(client, tools=[F, SPACE, SEARCH])
+            response = respond(client, tools=[SPACE, F, SEARCH])
     lines = [r.getMessage() for r in caplog.records if "web_search" in r.getMessage()]
     assert len(lines) <= 1, "told once"
     calls = [(call.name, call.namespace) for call in response.output]
@@ -214,6 +214,10 @@ def test_anthropics_own_tools(server):
     assert screen.status_code == 400
     assert "tools[0].input_schema is missing" in screen.json()["error"]["message"]
     assert "'computer_20250124'" in screen.json()["error"]["message"]
+    openais = ask(http, hi, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert "tools[0].name is missing" in openais.json()["error"]["message"], (
+        "a form of another protocol is no tool"
+    )
 
 
 def test_tools_that_the_client_runs_are_told_of_with_what_they_take(server):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +10,12 @@ from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.server.anthropic.bodies import InputTool, InputToolChoice
 from lmdeploy_jax.server.anthropic.known_tools import known_tool
 from lmdeploy_jax.server.chat.call import ToolChoice
+from lmdeploy_jax.server.chat.hosted_tools import leave_out
 from lmdeploy_jax.text.template_arguments import Tool
 
-logger = logging.getLogger("lmdeploy_jax")
 _MODES: dict[str, Any] = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
+_HOSTED = re.compile(r"\w+_\d{8}|mcp_toolset")  # what such types look like
 _SCREENS = ("computer_", "browser_")  # the client runs these, but what they take is not known here
-_told: set[str] = set()  # types of tools that were left out
-_MOST_TYPES, _LONGEST_TYPE = 64, 64
 
 
 def client_tools(tools: Sequence[InputTool]) -> list[Tool]:
@@ -42,12 +41,10 @@ def tool_choice(choice: InputToolChoice, tools: Sequence[InputTool]) -> ToolChoi
 
 def _is_hosted(tool: InputTool) -> bool:
     """Whether Anthropic would run it; told of once a type."""
-    if tool.input_schema is not None or tool.type.startswith(("custom", *_SCREENS)) or known_tool(tool.type):
+    of_the_client = tool.input_schema is not None or tool.type.startswith(_SCREENS) or known_tool(tool.type)
+    if of_the_client or not _HOSTED.fullmatch(tool.type):
         return False
-    kind = tool.type[:_LONGEST_TYPE]
-    if kind not in _told and len(_told) < _MOST_TYPES:
-        _told.add(kind)
-        logger.warning("this server has no tools of type %a: they are left out of requests", kind)
+    leave_out(tool.type)
     return True
 
 

@@ -6,7 +6,6 @@ runs itself, a local server does not have.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,10 @@ from typing import Any
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.server.chat.call import ToolChoice
 from lmdeploy_jax.server.chat.custom_tools import custom_function
+from lmdeploy_jax.server.chat.hosted_tools import leave_out
 from lmdeploy_jax.server.responses.bodies import CustomTool, FunctionTool, InputTokensRequest, NamespaceTool
 from lmdeploy_jax.text.conversation import without_nulls
 from lmdeploy_jax.text.template_arguments import Tool
-
-logger = logging.getLogger("lmdeploy_jax")
-_told: set[str] = set()  # types of tools that were left out
-_MOST_TYPES, _LONGEST_TYPE = 64, 64
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Toolbox:
 
     def __init__(self, body: InputTokensRequest) -> None:
         self._tools: dict[str, ClientTool] = {}
-        for tool in _client_tools(body.tools or ()):
+        for tool in sorted(_client_tools(body.tools or ()), key=lambda tool: tool.namespace is not None):
             taken = tool.name in self._tools and tool.namespace is not None
             self._tools[f"{tool.namespace}__{tool.name}" if taken else tool.name] = tool
 
@@ -103,10 +99,4 @@ def _client_tools(tools: Iterable[Any]) -> Iterator[ClientTool]:
         elif isinstance(tool, FunctionTool | CustomTool):
             yield ClientTool(tool)
         else:
-            _tell_left_out(tool.type[:_LONGEST_TYPE])
-
-
-def _tell_left_out(kind: str) -> None:
-    if kind not in _told and len(_told) < _MOST_TYPES:
-        _told.add(kind)
-        logger.warning("this server has no tools of type %a: they are left out of requests", kind)
+            leave_out(tool.type)
