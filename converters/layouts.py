@@ -73,11 +73,17 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Scalar:
-    """One source without axes as [1]."""
+class Scalars:
+    """Sources without axes, one element of the weight each, in row-major order."""
+
+    parts: tuple[str, ...] = ("",)
 
     def assemble(self, shape: Shape) -> Assembly:
-        return Assembly(1, (Run("", 0, 1),), {"": ()})
+        if math.prod(shape) != len(self.parts):
+            raise ValueError(f"{len(self.parts)} numbers do not make {shape}")
+        return Assembly(
+            len(shape), tuple(Run(part, 0, 1) for part in self.parts), dict.fromkeys(self.parts, ())
+        )
 
 
 @dataclass(frozen=True)
@@ -228,20 +234,29 @@ class TurnedTails:
 
 @dataclass(frozen=True)
 class PermutedHeads:
-    """One source of rows q|k|v as [3, H, D, ...], the elements of each head of q and k in another order:
+    """Rows q|k|v of one source as [3, H, D, ...], the elements of each head of q and k in another order:
     `order` names the source's element for each, so that another kind of rotation becomes the model's own.
+    `split`: q, k and v are sources of their own.
     """
 
     order: tuple[int, ...]
+    split: bool = False
 
     def assemble(self, shape: Shape) -> Assembly:
         parts, heads, size, *rest = shape
         if parts != 3 or sorted(self.order) != list(range(size)):
             raise ValueError(f"an order of {len(self.order)} elements does not fit q, k and v of {shape}")
-        firsts = range(0, 2 * heads * size, size)
-        runs = [Run("", first + element, 1) for first in firsts for element in self.order]
-        runs.append(Run("", 2 * heads * size, heads * size))
-        return Assembly(3, _merge(runs), {"": (3 * heads * size, *rest)})
+        rows = heads * size
+        q, k, v = [("q", 0), ("k", 0), ("v", 0)] if self.split else [("", i * rows) for i in range(3)]
+        runs = [
+            Run(source, start + first + element, 1)
+            for source, start in (q, k)
+            for first in range(0, rows, size)
+            for element in self.order
+        ]
+        runs.append(Run(*v, rows))
+        held = {"q": rows, "k": rows, "v": rows} if self.split else {"": 3 * rows}
+        return Assembly(3, _merge(runs), {source: (count, *rest) for source, count in held.items()})
 
 
 @dataclass(frozen=True)

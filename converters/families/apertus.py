@@ -12,7 +12,7 @@ from lmdeploy_jax.converters.families.rope import read_rope
 from lmdeploy_jax.converters.families.tables import LAYER, LAYER_TARGET, hf_rules
 from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.converters.keytable import Rule
-from lmdeploy_jax.converters.layouts import Scalar
+from lmdeploy_jax.converters.layouts import Scalars
 from lmdeploy_jax.models.config import DecoderConfig
 
 NORMS: Mapping[str, str] = {"attention_layernorm": "attention_norm", "feedforward_layernorm": "mlp_norm"}
@@ -51,7 +51,7 @@ def apertus_rules(config: DecoderConfig, tp: int) -> tuple[Rule, ...]:
     return (
         *hf_rules(config, tp, norms=NORMS, plain_mlp=PLAIN),
         Rule(activation + r"(alpha_p|alpha_n)", LAYER_TARGET + r"mlp.activation.\2"),
-        Rule(activation + r"(beta|eps)", LAYER_TARGET + r"mlp.activation.\2", "", Scalar()),
+        Rule(activation + r"(beta|eps)", LAYER_TARGET + r"mlp.activation.\2", "", Scalars()),
     )
 
 

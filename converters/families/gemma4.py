@@ -55,6 +55,7 @@ ROUTER = (
 
 def gemma4_config(fields: Fields) -> DecoderConfig:
     """HF `Gemma4TextConfig`."""
+    both_ways = fields.get("use_bidirectional_attention") == "vision"
     if fields.get("use_bidirectional_attention") == "all":
         raise fields.unsupported("use_bidirectional_attention", "all", "null, or vision")
     head_dim, layers = head_size(fields, 256), count_layers(fields)
@@ -88,7 +89,8 @@ def gemma4_config(fields: Fields) -> DecoderConfig:
         assert isinstance(layer.mixer, AttentionConfig)
         assert isinstance(layer.mlp, MlpConfig)
         block = replace(layer.mlp, width=2 * layer.mlp.width) if wide and source is not None else layer.mlp
-        mixer = replace(layer.mixer, shared_layer=source, **(sizes if window is None else {}))
+        causal = window is None and both_ways
+        mixer = replace(layer.mixer, shared_layer=source, causal=causal, **(sizes if window is None else {}))
         feed_forward = block if mixture is None else replace(mixture, shared=block)
         return replace(layer, mixer=mixer, mlp=feed_forward)
 
@@ -150,7 +152,8 @@ def _per_layer_input(fields: Fields, activation: Any) -> PerLayerInputConfig | N
     width = fields.size("hidden_size_per_layer_input", 256, least=0)
     rows = fields.size("vocab_size_per_layer_input", 262144)
     check_widths(fields, {"vocab_size_per_layer_input": rows * width * count_layers(fields)} if width else {})
-    return PerLayerInputConfig(width, rows, activation) if width else None
+    pad = fields.size("pad_token_id", 0, least=0)
+    return PerLayerInputConfig(width, rows, pad, activation) if width else None
 
 
 def _mixture(fields: Fields, activation: Any) -> MixtureConfig | None:

@@ -89,6 +89,8 @@ class AttentionConfig:
     """RMSNorm without weight over each head of v (Gemma 4)."""
     k_eq_v: bool = False
     """Values are what keys are before their norm and rotation (Gemma 4)."""
+    causal: bool = False
+    """Whether tokens of an image see none behind them here, even where a model lets them (Gemma 4)."""
     shared_layer: int | None = None
     """The earlier layer whose keys and values it reads instead of any of its own (Gemma 4)."""
     gated: bool = False

@@ -218,7 +218,7 @@ class Decoder(nnx.Module):
         if self.config.embedding_multiplier != 1.0:
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
         x, delta = _merged(x, batch), None
-        given = None if self.per_layer_inputs is None else self.per_layer_inputs(batch.tokens, x)
+        given = self._given(batch, x)
         step, rotations, first = StepCache(cache, batch), self._rotations(batch), 0
         routes: list[Array | None] = []
         for i, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
@@ -235,11 +235,20 @@ class Decoder(nnx.Module):
         hidden = self.kernels.add_norm(x, delta, self.norm)[1]
         return self._with_routes(hidden, routes) if self.config.reports_routes else hidden, step.cache
 
+    def _given(self, batch: Batch, x: Float[Array, "T E"]) -> Float[Array, "T L P"] | None:
+        """What each layer has of each token besides the residual stream."""
+        config, tokens = self.config.per_layer_input, batch.tokens
+        if self.per_layer_inputs is None or config is None:
+            return None
+        if batch.embedding_index is not None:
+            tokens = jnp.where(batch.embedding_index < 0, tokens, config.pad_id)
+        return self.per_layer_inputs(tokens, x)
+
     def _with_routes(
         self, hidden: Float[Array, "T E"], routes: list[Int32[Array, "T k"] | None]
     ) -> Float[Array, "T W"]:
-        """See `DecoderConfig.reports_routes`; 0 in layers without experts."""
-        none = jnp.zeros((hidden.shape[0], self.config.choices), hidden.dtype)
+        """See `DecoderConfig.reports_routes`; -1 in layers without experts."""
+        none = jnp.full((hidden.shape[0], self.config.choices), -1, hidden.dtype)
         told = [
             none if experts is None else none.at[:, : experts.shape[1]].set(experts) for experts in routes
         ]

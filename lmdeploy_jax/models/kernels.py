@@ -112,7 +112,8 @@ class Kernels:
             backend = self._prefill_backend(q, k_pages, mixer, metadata)
         arguments = (queries, k_pages, v_pages, metadata.page_table, metadata.tiles)
         height = tile_rows(self.backend)  # of the batch's tiles, which layers of both backends share
-        how = {"sinks": sinks, "lookahead": metadata.lookahead, "backend": backend, "tile_rows": height}
+        ahead = None if mixer.causal else metadata.lookahead
+        how = {"sinks": sinks, "lookahead": ahead, "backend": backend, "tile_rows": height}
         out = prefill_attention(*arguments, options=options, **how)
         return out.reshape(q.shape), (k_pages, v_pages, split_counters)
 
@@ -146,6 +147,6 @@ class Kernels:
         """Mosaic's calls take the host longer than a short step lasts: they are for long ones."""
         long = self.tuning.prefill_attention == "mosaic" and q.shape[0] >= MOSAIC_TOKENS
         options = mixer.options
-        causal = long and metadata.lookahead is None and not mixer.sinks
+        causal = long and (mixer.causal or metadata.lookahead is None) and not mixer.sinks
         plain = causal and options.window is None and options.chunk is None and options.soft_cap is None
         return "mosaic" if plain and why_not_mosaic(q.dtype, k_pages.dtype, q.shape[-1]) is None else "pallas"

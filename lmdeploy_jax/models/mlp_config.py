@@ -106,4 +106,6 @@ class PerLayerInputConfig:
     width: int
     vocab_size: int
     """Rows of its embedding table."""
+    pad_id: int
+    """The token whose row an image's tokens have."""
     activation: Literal["silu", "gelu", "gelu_tanh"]

@@ -24,6 +24,7 @@ class NormConfig:
     kind: NormKind = "layer"
     eps: float = 1e-6
     offset: float = 0.0
+    weighted: bool = True
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,21 @@ class PositionTable:
     """Learned positions of `side` x `side` patches, and how they are spread over other grids.
 
     shape: as checkpoints hold the table; its entries go row by row, after the class token's where there is
-        one.
+        one, or before it with `class_last`.
+    by_axis: it has an entry for each of `side` columns, then one for each row; a patch has both together.
     """
 
     side: int
     shape: tuple[int, ...]
     interpolation: Interpolation = "bicubic"
     align_corners: bool = False
+    class_last: bool = False
+    by_axis: bool = False
+
+    @property
+    def taps(self) -> int:
+        """Most entries that a patch's position is made of."""
+        return 2 if self.by_axis else 4 if self.interpolation == "bilinear" else 16
 
 
 @dataclass(frozen=True)
@@ -45,10 +54,12 @@ class RotaryConfig:
     """Rotation of queries and keys by a patch's row in one half of the frequencies, its column in the other.
 
     Frequencies are theta ** -(2i / dim). "axial": of dim = head size / 2, the same for both; "alternating":
-    of dim = head size, even i for rows and odd i for columns (Pixtral).
+    of dim = head size, even i for rows and odd i for columns (Pixtral). "halves": as
+    axial, but columns turn a head's first half, and rows its second, each by itself (Gemma 4). A class token
+    is at row -1, column -1.
     """
 
-    kind: Literal["axial", "alternating"] = "axial"
+    kind: Literal["axial", "alternating", "halves"] = "axial"
     theta: float = 10000.0
 
 
@@ -62,7 +73,11 @@ class TowerConfig:
     class_token: stands before the patches, and is dropped after the last layer.
     patch_norm: on patches before positions are added; pre_norm: after that; post_norm: after the last layer.
     layer_scale: a learned factor for each channel of what attention and MLP add.
-    qk_norm: over all heads together.
+    qk_norm: over all heads together. head_norms: over each head of q and k, and of v without a weight; scores
+        are then not scaled.
+    post_norms: on what attention and MLP add.
+    clipped: what enters and leaves the layers' products is kept within learned bounds (Gemma 4's small ones).
+    channels_last: a patch's pixels reach its weight [E, P, P, C].
     window: patches that attend to each other, but for `full_layers`; None: whole views in every layer.
     deepstack: layers after which features are taken besides those of the last.
     """
@@ -89,6 +104,10 @@ class TowerConfig:
     post_norm: bool = False
     layer_scale: bool = False
     qk_norm: bool = False
+    head_norms: bool = False
+    post_norms: bool = False
+    clipped: bool = False
+    channels_last: bool = False
     window: int | None = None
     full_layers: tuple[int, ...] = ()
     deepstack: tuple[int, ...] = ()
@@ -118,6 +137,14 @@ class PoolConfig:
     """The mean of `count` neighbouring patches."""
 
     count: int
+
+
+@dataclass(frozen=True)
+class StandardConfig:
+    """`(factor * x - bias) * scale`, with both learned for each channel."""
+
+    width: int
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -157,7 +184,16 @@ class LearnedRows:
     shape: tuple[int, ...]
 
 
-Step = MergeConfig | PoolConfig | NormConfig | LinearConfig | ActivationConfig | GatedConfig | LearnedRows
+Step = (
+    MergeConfig
+    | PoolConfig
+    | StandardConfig
+    | NormConfig
+    | LinearConfig
+    | ActivationConfig
+    | GatedConfig
+    | LearnedRows
+)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lmdeploy_jax.vision.config import (
     MergeConfig,
     NormConfig,
     PoolConfig,
+    StandardConfig,
     Step,
     VisionModelConfig,
 )
@@ -47,6 +48,19 @@ class Pool(nnx.Module):
         """x [T, E] -> [T / count, E]."""
         blocks = x.reshape(-1, self.count, x.shape[-1])
         return blocks.mean(axis=1, dtype=jnp.float32).astype(x.dtype)
+
+
+class Standardise(nnx.Module):
+    """See `StandardConfig`; in float32, since large numbers cancel."""
+
+    def __init__(self, config: StandardConfig, *, dtype: jnp.dtype) -> None:
+        self.factor = config.factor
+        self.bias = param((config.width,), dtype, (None,))
+        self.scale = param((config.width,), dtype, (None,))
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32) * self.factor - self.bias[...].astype(jnp.float32)
+        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Product(nnx.Module):
@@ -93,6 +107,8 @@ def _step(step: Step, dtype: jnp.dtype) -> nnx.Module:
             return Merge(step)
         case PoolConfig():
             return Pool(step)
+        case StandardConfig():
+            return Standardise(step, dtype=dtype)
         case NormConfig():
             return make_norm(step, dtype=dtype)
         case LinearConfig():

@@ -110,7 +110,7 @@ def _places(config: VisionModelConfig, rows: int, columns: int) -> tuple[np.ndar
 def _empty(config: VisionModelConfig, view: View, size: int) -> VisionInputs:
     """A run of padding."""
     table, shape = config.tower.positions, (1, size)
-    taps = 0 if table is None else 4 if table.interpolation == "bilinear" else 16
+    taps = 0 if table is None else table.taps
     return VisionInputs(
         np.zeros((*shape, view.patches.shape[1]), view.patches.dtype),
         None,

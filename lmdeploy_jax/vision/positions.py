@@ -16,9 +16,13 @@ def position_taps(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Entries of a position table and their shares for the patches of a view, int32 and float32 [patches, n].
 
-    n is 1 where the view's grid is the table's own, else what the interpolation reads.
+    n is 1 where the view's grid is the table's own, 2 where it is by axis, else what the interpolation reads.
     """
-    if rows == columns == table.side:
+    if table.by_axis:
+        across, down = np.meshgrid(range(columns), range(table.side, table.side + rows))
+        taps = np.stack([across, down], axis=-1)
+        weights = np.ones(taps.shape)
+    elif rows == columns == table.side:
         taps = np.arange(rows * columns).reshape(rows, columns, 1)
         weights = np.ones(taps.shape)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.vision.attention import attend, rotate, rotation
 from lmdeploy_jax.vision.config import NormConfig, TowerConfig
 from lmdeploy_jax.vision.inputs import VisionInputs
-from lmdeploy_jax.vision.layers import MLP, Dense, GatedMLP, make_norm
-from lmdeploy_jax.vision.positions import position_taps
+from lmdeploy_jax.vision.layers import MLP, Dense, GatedMLP, PlainRMSNorm, make_norm, product
+from lmdeploy_jax.vision.positions import coordinates, position_taps
 from lmdeploy_jax.vision.processor import ImageProcessor
 
 Rotation = tuple[Array, Array]
@@ -26,25 +27,35 @@ class TowerAttention(nnx.Module):
 
     def __init__(self, config: TowerConfig, *, dtype: jnp.dtype) -> None:
         heads, size, width = config.heads, config.head_dim, config.width
-        self.qkv = Dense((3, heads, size), (width,), bias=config.qkv_bias, dtype=dtype)
-        self.out = Dense((width,), (heads, size), bias=config.out_bias, dtype=dtype)
-        norm = NormConfig(width, "rms", config.norm_eps)
-        self.q_norm = make_norm(norm, dtype=dtype) if config.qk_norm else None
-        self.k_norm = make_norm(norm, dtype=dtype) if config.qk_norm else None
+        kind = product(config.clipped)
+        self.qkv = kind((3, heads, size), (width,), bias=config.qkv_bias, dtype=dtype)
+        self.out = kind((width,), (heads, size), bias=config.out_bias, dtype=dtype)
+        self.head_norms = config.head_norms
+        norm = NormConfig(size if config.head_norms else width, "rms", config.norm_eps)
+        normed = config.qk_norm or config.head_norms
+        self.q_norm = make_norm(norm, dtype=dtype) if normed else None
+        self.k_norm = make_norm(norm, dtype=dtype) if normed else None
+        self.v_norm = PlainRMSNorm(config.norm_eps) if config.head_norms else None
 
     def __call__(self, x: Array, segments: Array | None, turn: Rotation | None) -> Array:
         """x [B, N, E] -> the same."""
         batch, count, width = x.shape
         qkv = self.qkv(x.reshape(batch * count, width))
         q, k, v = (qkv[:, part].reshape(batch, count, *qkv.shape[2:]) for part in range(3))
-        q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        q, k, v = self._normed(q, k, v)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         attended = attend(q, k, v, segments)
         return self.out(attended.reshape(batch * count, *attended.shape[2:])).reshape(x.shape)
 
+    def _normed(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        if not self.head_norms:
+            return _over_heads(self.q_norm, q), _over_heads(self.k_norm, k), v
+        q, k, v = _applied(self.q_norm, q), _applied(self.k_norm, k), _applied(self.v_norm, v)
+        return q * jnp.asarray(q.shape[-1] ** 0.5, q.dtype), k, v  # which `attend` divides by
 
-def _normed(norm: nnx.Module | None, x: Array) -> Array:
+
+def _over_heads(norm: nnx.Module | None, x: Array) -> Array:
     """Normalised over all heads together."""
     return x if norm is None else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
@@ -60,18 +71,23 @@ class TowerLayer(nnx.Module):
         scaled = config.layer_scale
         self.attention_scale = param((config.width,), dtype, (None,)) if scaled else None
         self.mlp_scale = param((config.width,), dtype, (None,)) if scaled else None
+        after = config.post_norms
+        self.attention_post_norm = make_norm(config.norm_config(), dtype=dtype) if after else None
+        self.mlp_post_norm = make_norm(config.norm_config(), dtype=dtype) if after else None
 
     def __call__(self, x: Array, segments: Array | None, turn: Rotation | None) -> Array:
         """x [B, N, E] -> the same."""
-        x = x + _scaled(self.attention_scale, self.attention(self.attention_norm(x), segments, turn))
-        out = self.mlp(self.mlp_norm(x).reshape(-1, x.shape[-1]))
+        attended = _applied(self.attention_post_norm, self.attention(self.attention_norm(x), segments, turn))
+        x = x + _scaled(self.attention_scale, attended)
+        out = _applied(self.mlp_post_norm, self.mlp(self.mlp_norm(x).reshape(-1, x.shape[-1])))
         return x + _scaled(self.mlp_scale, out.reshape(x.shape))
 
 
 def _mlp(config: TowerConfig, dtype: jnp.dtype) -> nnx.Module:
     width, inner, bias = config.width, config.mlp_width, config.mlp_bias
     if config.gated:
-        return GatedMLP(width, inner, width, config.activation, bias=bias, dtype=dtype)
+        how: dict[str, Any] = {"bias": bias, "dtype": dtype, "clipped": config.clipped}
+        return GatedMLP(width, inner, width, config.activation, **how)
     return MLP(width, inner, config.activation, bias=bias, dtype=dtype)
 
 
@@ -85,7 +101,9 @@ class Tower(nnx.Module):
     def __init__(self, config: TowerConfig, processor: ImageProcessor, *, dtype: jnp.dtype) -> None:
         self.config = config
         self.processor = processor
-        self.patch = Dense((config.width,), config.patch_shape, bias=config.patch_bias, dtype=dtype)
+        shape = config.patch_shape
+        inner = (*shape[1:], shape[0]) if config.channels_last else shape
+        self.patch = Dense((config.width,), inner, bias=config.patch_bias, dtype=dtype)
         self.class_token = param((1, 1, config.width), dtype, (None,) * 3) if config.class_token else None
         self.positions = _table(config, dtype)
         norm = config.norm_config()
@@ -97,10 +115,7 @@ class Tower(nnx.Module):
     def __call__(self, inputs: VisionInputs) -> tuple[Array, list[Array]]:
         """-> features [B, N, E], and those of the layers in `TowerConfig.deepstack`."""
         x = self._embedded(inputs)
-        turn = None
-        if self.config.rotary is not None and inputs.coordinates is not None:
-            turn = rotation(self.config.rotary, self.config.head_dim, inputs.coordinates)
-        taken = []
+        turn, taken = self._turn(inputs), []
         for number, layer in enumerate(self.layers):
             x = self._run(number, layer, x, inputs.segments, turn)
             if number in self.config.deepstack:
@@ -108,6 +123,17 @@ class Tower(nnx.Module):
         if self.class_token is not None:
             x = x[:, 1:]
         return _applied(self.post_norm, x), taken
+
+    def _turn(self, inputs: VisionInputs) -> Rotation | None:
+        if self.config.rotary is None:
+            return None
+        places = inputs.coordinates
+        if places is None:  # views are squares of one size
+            assert self.config.grid is not None
+            places = jnp.asarray(coordinates(self.processor, self.config.grid, self.config.grid))[None]
+        if self.class_token is not None:
+            places = jnp.pad(places, ((0, 0), (1, 0), (0, 0)), constant_values=-1)
+        return rotation(self.config.rotary, self.config.head_dim, places)
 
     def _run(
         self, number: int, layer: TowerLayer, x: Array, segments: Array | None, turn: Rotation | None
@@ -123,7 +149,8 @@ class Tower(nnx.Module):
     def _embedded(self, inputs: VisionInputs) -> Array:
         x = self._normalised(inputs.patches)
         batch, count, _ = x.shape
-        x = self.patch(x.reshape(batch * count, *self.config.patch_shape)).reshape(batch, count, -1)
+        x = x.reshape(batch * count, *self.config.patch_shape)
+        x = self.patch(jnp.moveaxis(x, 1, -1) if self.config.channels_last else x).reshape(batch, count, -1)
         x = _applied(self.patch_norm, x)
         if self.positions is not None:
             table = self.positions[...].reshape(-1, x.shape[-1])
@@ -134,8 +161,11 @@ class Tower(nnx.Module):
         """Positions added, and the class token before the patches."""
         if self.class_token is None:
             return x + self._positions(table, inputs).astype(x.dtype)
-        x = x + self._positions(table[1:], inputs).astype(x.dtype)
-        first = self.class_token[...] + table[:1]
+        assert self.config.positions is not None
+        at = len(table) - 1 if self.config.positions.class_last else 0
+        patches = table[:at] if at else table[1:]
+        x = x + self._positions(patches, inputs).astype(x.dtype)
+        first = self.class_token[...] + table[at : at + 1]
         return jnp.concatenate([jnp.broadcast_to(first, (len(x), *first.shape[1:])), x], axis=1)
 
     def _normalised(self, patches: Array) -> Array:

@@ -105,6 +105,16 @@ def test_crops_of_long_images(tmp_path: Path, opened: Open) -> None:
 
 
 @pytest.mark.full
+def test_steps_hold_the_largest_image_of_any_size(tmp_path: Path, opened: Open) -> None:
+    """And only layers with a window see both ways (Gemma 4)."""
+    folder = save("gemma4", tmp_path / "gemma4")
+    pipe = opened(folder, max_prefill_token_num=8, max_batch_size=4)
+    assert pipe(ASKED["one"], GREEDY).token_ids == hf_tokens(
+        "gemma4", folder, encoded(pipe, ASKED["one"]), [ONE]
+    )
+
+
+@pytest.mark.full
 def test_the_interpreted_kernels_give_the_same_tokens(
     checkpoint: Path, opened: Open, expected: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:

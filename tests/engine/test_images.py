@@ -42,7 +42,7 @@ TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}w3"
 PLACEHOLDER, ROW_BYTES = 100, 64 * 4
 BESIDE = {"<img>": 101, "</img>": 102, "[IMG_BREAK]": 103, "[IMG_END]": 104,
           "<|vision_start|>": 105, "<|vision_end|>": 106, "<|video_pad|>": 107, "<start_of_image>": 108,
-          "<end_of_image>": 109}  # fmt: skip
+          "<end_of_image>": 109, "<|image>": 111, "<image|>": 112}  # fmt: skip
 
 
 def save(name: str, folder: Path) -> Path:
@@ -75,9 +75,10 @@ def hf_tokens(name: str, folder: Path, ids: Sequence[int], images: Sequence[Imag
     model = hf_model(name, folder)
     model.generation_config.eos_token_id = None
     inputs = dict(processed(hf_processor(name), list(images), "pt")) if images else {}
-    given = {key: inputs[key] for key in ("pixel_values", "image_sizes", "image_grid_thw") if key in inputs}
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "image_position_ids")
+    given = {key: inputs[key] for key in names if key in inputs}
     tokens = torch.tensor([list(ids)])
-    if "image_grid_thw" in inputs:
+    if "image_grid_thw" in inputs or "image_position_ids" in inputs:
         given["mm_token_type_ids"] = (tokens == PLACEHOLDER).int()
     if name.startswith("gemma3"):
         given["token_type_ids"] = (tokens == PLACEHOLDER).int()
@@ -114,9 +115,9 @@ def opened(compile_cache: Path) -> Iterator[Open]:
 
 
 FAMILIES = ["internvl_hf", "internvl", "llava", "llava_next", "mistral3", "pixtral", "qwen2_vl", "qwen2_5_vl",
-            "qwen3_vl", "gemma3", "qwen3_vl_moe", "qwen3_5",
+            "qwen3_vl", "gemma3", "gemma4", "qwen3_vl_moe", "qwen3_5",
             *(pytest.param(name, marks=pytest.mark.full)
-              for name in ("qwen3_5_moe", "internvl_moe", "glm4v", "glm4v_moe"))]  # fmt: skip
+              for name in ("gemma4_small", "qwen3_5_moe", "internvl_moe", "glm4v", "glm4v_moe"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)

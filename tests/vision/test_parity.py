@@ -66,7 +66,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert worst < TOLERANCE, f"relative error {worst:.2e}"
 
 
-LIKE_OTHERS = ("qwen3_vl_moe", "qwen3_5_moe", "internvl_moe", "glm4v_moe")
+LIKE_OTHERS = ("gemma4_small", "qwen3_vl_moe", "qwen3_5_moe", "internvl_moe", "glm4v_moe")
 
 
 @pytest.mark.parametrize("name", [*(n for n in CONFIGS if n not in LIKE_OTHERS), *in_full(*LIKE_OTHERS)])

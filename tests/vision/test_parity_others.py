@@ -104,6 +104,41 @@ def _rewrite(folder: Path, names: Mapping[str, str], architecture: str, vision: 
 
 
 @torch.no_grad()
+def test_llama4(tmp_path: Path) -> None:
+    """By pixels of its own: transformers rounds them to 16 bits."""
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
+        "image_size": 16, "patch_size": 4, "projector_input_dim": 24, "projector_output_dim": 24,
+        "vision_output_dim": 24,
+    }  # fmt: skip
+    text = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 48, "intermediate_size_mlp": 96,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "num_local_experts": 2,
+    }  # fmt: skip
+    config = transformers.Llama4Config(vision_config=vision, text_config=text, dtype="float32")
+    torch.manual_seed(0)
+    model = transformers.Llama4ForConditionalGeneration(config).eval()
+    scramble(model)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 16, "width": 16}}))
+
+    loaded = load_vision(tmp_path)
+    images = [picture(60, 85), picture(16, 12, seed=1)]
+    processor = loaded.config.processor
+    views = np.concatenate([np.stack(processor.rule.views(image)) for image in images])
+    inputs = torch.tensor(normalize(views, processor.mean, processor.std)).permute(0, 3, 1, 2)
+    hidden = model.get_image_features(inputs).last_hidden_state
+    rows = model.multi_modal_projector(hidden.reshape(-1, hidden.shape[-1]))
+    assert_close(features(loaded, images)[0], rows.numpy())
+    plan = processor.plan(33, 60)
+    assert (plan.rows, plan.columns, plan.views) == (3, 4, 13)
+    text = loaded.family.placeholder.expand(processor, plan)
+    line = "<|tile_x_separator|>".join(["<|patch|>" * 4] * 4) + "<|tile_y_separator|>"
+    assert text == f"<|image_start|>{line * 3}<|image|>{'<|patch|>' * 4}<|image_end|>"
+
+
+@torch.no_grad()
 def test_phi3_v(tmp_path: Path) -> None:
     """By CLIP and the steps of the checkpoints' own code: merged by 2 x 2, lines ended, views divided."""
     features_of = save_phi3_v(tmp_path, {}, {"hidden_size": 64})

@@ -37,6 +37,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
         "full_image_sequence": f"\n\n<start_of_image>{'<image_soft_token>' * 16}<end_of_image>\n\n",
     },
     "glm4v": {"image_token": "<|image|>"},
+    "gemma4": {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
 }  # fmt: skip
 
 

@@ -116,6 +116,19 @@ RELEASED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
                             "image_std": [0.5] * 3, "merge_kernel_size": 2, "patch_limit_on_one_side": 512}},
         638, 417,
     ),
+    "Llama-4-Scout": (
+        {"architectures": ["Llama4ForConditionalGeneration"], "text_config": {"hidden_size": 5120},
+         "vision_config": {"attention_dropout": 0.0, "hidden_act": "gelu", "hidden_size": 1408,
+                           "image_size": 336, "initializer_range": 0.02, "intermediate_size": 5632,
+                           "model_type": "llama4_vision_model", "multi_modal_projector_bias": False,
+                           "norm_eps": 1e-05, "num_attention_heads": 16, "num_channels": 3,
+                           "num_hidden_layers": 34, "patch_size": 14, "pixel_shuffle_ratio": 0.5,
+                           "projector_dropout": 0.0, "projector_input_dim": 4096,
+                           "projector_output_dim": 4096, "rope_theta": 10000, "vision_feature_layer": -1,
+                           "vision_feature_select_strategy": "default", "vision_output_dim": 4096}},
+        {"size": {"height": 336, "width": 336}, "max_patches": 16, "resample": 2, "image_mean": [0.5] * 3,
+         "image_std": [0.5] * 3, "resize_to_max_canvas": False}, 1008, 811,
+    ),
 }  # fmt: skip
 
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
+from transformers.image_utils import SizeDict
+from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.vision import pixels
 from lmdeploy_jax.vision.processor import CLIP_MEAN, CLIP_STD, HALF, ImageProcessor, block_order
 from lmdeploy_jax.vision.resize import (
+    BestFit,
     FixedSize,
     GridRatio,
     HDTransform,
     LongestEdge,
     NaViT,
     PanAndScan,
+    PatchBudget,
     Pinpoints,
     ResizeRule,
     ShortestEdge,
@@ -32,8 +42,6 @@ ROUNDING = 2e-6  # transformers multiplies by 1 / 255 and subtracts; here it is 
 
 
 def theirs(family: str, image: Image.Image, **options: Any) -> Any:
-    import transformers
-
     return processed(getattr(transformers, family)(**options), image, "np")
 
 
@@ -87,6 +95,39 @@ def test_pinpoints(size):
     }
     want = theirs("LlavaNextImageProcessorPil", image, **options)["pixel_values"][0]
     check(ImageProcessor(Pinpoints(56, resolutions), 14), image, want)
+
+
+def functions_of(module: str, *names: str) -> dict[str, Any]:
+    """Some of a module of transformers that cannot be imported without torchvision; they can do without."""
+    tree = ast.parse((Path(transformers.__file__).parent / module).read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    found: dict[str, Any] = {"torch": torch, "math": math, "defaultdict": defaultdict, "lru_cache": lru_cache}
+    found["SizeDict"] = SizeDict
+    exec(compile(tree, module, "exec"), found)
+    return found
+
+
+@pytest.mark.parametrize("enlarge", [False, True])
+def test_best_fit_has_the_canvases_of_transformers(enlarge):
+    """And the picture's size on it."""
+    names = ("get_factors", "find_supported_resolutions", "get_best_fit", "get_max_res_without_distortion")
+    code = functions_of("models/llama4/image_processing_llama4.py", *names)
+    side, rng = 24, np.random.default_rng(0)
+    resolutions = torch.tensor(code["find_supported_resolutions"](16, SizeDict(height=side, width=side)))
+    rule = BestFit(side, 16, enlarge=enlarge)
+    sizes = [(24, 24), (48, 48), (23, 24), (1, 400), (96, 96), *rng.integers(1, 300, (200, 2)).tolist()]
+    for height, width in sizes:
+        canvas = code["get_best_fit"]((height, width), resolutions, enlarge).tolist()
+        plan = rule.plan(height, width)
+        assert [side * plan.rows, side * plan.columns] == canvas, (height, width)
+        inner = canvas if enlarge else [min(max(height, side), canvas[0]), min(max(width, side), canvas[1])]
+        rows, columns = code["get_max_res_without_distortion"]((height, width), inner)
+        views = rule.views(Image.new("RGB", (width, height), (255, 255, 255)))
+        tiles = np.stack(views[: plan.rows * plan.columns]).reshape(plan.rows, plan.columns, side, side, 3)
+        whole = tiles.swapaxes(1, 2).reshape(*canvas, 3)
+        assert (whole[: max(rows, 1), : max(columns, 1)] == 255).all()
+        assert whole.sum() == 255 * 3 * max(rows, 1) * max(columns, 1), (height, width)
+        assert len(views) == plan.views == plan.rows * plan.columns + (plan.rows * plan.columns > 1)
 
 
 @pytest.mark.parametrize("size", [*SIZES, (100, 400), (400, 101), (100, 119), (121, 100)])
@@ -147,6 +188,20 @@ def test_longest_edge(size):
     options = {"size": {"longest_edge": 256}, "patch_size": {"height": 16, "width": 16}}
     want = theirs("PixtralImageProcessorPil", image, **options)["pixel_values"]
     check(ImageProcessor(LongestEdge(256, 16), 16), image, want)
+
+
+def test_patch_budget_has_the_sizes_of_transformers():
+    rule, rng = PatchBudget(48, 280), np.random.default_rng(0)
+    for height, width in [
+        (600, 800),
+        (48, 48),
+        (1, 4000),
+        (3000, 2),
+        *rng.integers(1, 3000, (300, 2)).tolist(),
+    ]:
+        plan = rule.plan(height, width)
+        assert (plan.height, plan.width) == get_aspect_ratio_preserving_size(height, width, 16, 280 * 9, 3)
+        assert plan.height * plan.width <= rule.most_pixels
 
 
 def test_a_line_keeps_one_block_of_pixtral():
@@ -238,6 +293,7 @@ def test_numbers_of_tiles_have_bounds(bounds):
                           (448, 448): (1, 1, 1), (300, 3000): (1, 10, 11)}),
         (GridRatio(448, most=6), {(600, 800): (2, 3, 7), (1080, 1920): (1, 2, 3), (2000, 2000): (2, 2, 5)}),
         (Pinpoints(336, PINPOINTS), {(600, 800): (2, 2, 5), (100, 100): (1, 2, 3)}),
+        (BestFit(336), {(600, 800): (2, 3, 7), (336, 336): (1, 1, 1), (1080, 1920): (3, 5, 16)}),
         (HDTransform(336, 16), {(600, 800): (3, 4, 13)}),
         (HDTransform(336, 4), {(600, 800): (2, 2, 5)}),
     ],

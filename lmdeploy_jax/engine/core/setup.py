@@ -61,6 +61,7 @@ log = logging.getLogger("lmdeploy_jax")
 HOST_BOUND = 4e9  # bytes of weights a device below which a GPU's step ends before the host has the next
 WIDENED_AT_ONCE = 2  # quantised weights that XLA writes out: the next while one is multiplied with
 KEPT_STATES = 0.1  # of the free memory, most of what states behind prefixes take
+ANY_LENGTH = 1 << 30  # of a prompt in tokens
 DEFAULTS = {"cpu": (32, 256), "gpu": (256, 8192)}  # sequences, tokens a step
 
 
@@ -266,9 +267,10 @@ def _buckets(config: JaxEngineConfig, platform: str, steps: int, vision: LoadedV
 
 def _for_whole_views(tokens: int, vision: LoadedVisionModel, batch: int) -> int:
     """Tokens of a step that can hold all of a view's, beside sequences that decode."""
-    from lmdeploy_jax.vision.packing import output_of
+    from lmdeploy_jax.vision.packing import most_places, output_of
 
-    least = output_of(vision.config, 1) + batch
+    largest = most_places(vision.config, ANY_LENGTH)
+    least = output_of(vision.config, 1 if largest is None else largest) + batch
     if tokens < least:
         log.warning("max_prefill_token_num is %d instead of %d: no step cuts an image", least, tokens)
     return max(tokens, least)

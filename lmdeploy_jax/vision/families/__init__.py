@@ -7,9 +7,11 @@ from typing import Any
 
 from lmdeploy_jax.vision.families import (
     gemma3,
+    gemma4,
     glm4v,
     internvl,
     kimi_vl,
+    llama4,
     llava,
     phi3_v,
     pixtral,
@@ -30,6 +32,8 @@ VISION_FAMILIES: Mapping[str, VisionFamily] = {
     "LlavaForConditionalGeneration": llava.LLAVA,
     "LlavaNextForConditionalGeneration": llava.LLAVA_NEXT,
     "Gemma3ForConditionalGeneration": gemma3.GEMMA3,
+    "Gemma4ForConditionalGeneration": gemma4.GEMMA4,
+    "Llama4ForConditionalGeneration": llama4.LLAMA4,
     "Mistral3ForConditionalGeneration": pixtral.MISTRAL3,
     "Phi3VForCausalLM": phi3_v.PHI3_V,
     "KimiVLForConditionalGeneration": kimi_vl.KIMI_VL,
@@ -48,4 +52,6 @@ def vision_family(raw: Mapping[str, Any]) -> VisionFamily | None:
     found = next((VISION_FAMILIES[name] for name in names if name in VISION_FAMILIES), None)
     if found is llava.LLAVA and isinstance(tower, Mapping) and tower.get("model_type") == "pixtral":
         return pixtral.PIXTRAL
+    if found is gemma4.GEMMA4:
+        return gemma4.family_of(raw.get("text_config")) if isinstance(tower, Mapping) else None
     return found

@@ -120,6 +120,14 @@ def check_blocks(fields: Fields, name: str, block: int, grid: int) -> None:
         raise fields.unsupported(name, block, f"blocks that divide a view of {grid} x {grid} patches")
 
 
+def shuffled_block(fields: Fields, name: str) -> int:
+    """The edge of the blocks of patches that become one, of the field that gives 1 divided by it."""
+    ratio = fields.positive(name, 0.5)
+    if not 1 / MOST_SIDE <= ratio <= 1 or 1 / ratio != int(1 / ratio):
+        raise fields.unsupported(name, ratio, "1 divided by a whole number")
+    return int(1 / ratio)
+
+
 def layers_run(fields: Fields, name: str, layers: int, default: int) -> int:
     """How many layers give the features: `name` counts hidden states from the embeddings or from the end."""
     index = fields.get(name, default)
@@ -172,17 +180,18 @@ def tower_rules(
     qkv: str,
     out: str,
     fused: bool,
-    layout: Layout = FUSED_QKV,
+    layout: Layout | None = None,
 ) -> tuple[Rule, ...]:
     """The layers' rules. `prefix` stands before a layer's number; `names` are parts copied as they are.
 
     qkv: the tensors of q, k and v, with one group for the letter; or of one tensor, where they are `fused`.
-    layout: of the fused tensor.
+    layout: of q, k and v together, where it is not that of plain rows.
     """
     layer = prefix + f"({_any(range(tower.layers))})" + r"\."
     parts, target = (r"(weight|bias)", LAYER + r"attention.qkv.\2")
     if not fused:
-        target, layout = LAYER + r"attention.qkv.\3", Stack(("q", "k", "v"), rows=2)
+        target = LAYER + r"attention.qkv.\3"
+    layout = layout or (FUSED_QKV if fused else Stack(("q", "k", "v"), rows=2))
     return (
         Rule(rf"{layer}{qkv}\.{parts}", target, "" if fused else r"\2", layout),
         Rule(rf"{layer}{out}\.weight", LAYER + "attention.out.weight", "", Rows(1, flat_columns=True)),

@@ -21,7 +21,6 @@ from lmdeploy_jax.vision.config import (
 from lmdeploy_jax.vision.families.base import (
     ACTIVATIONS,
     LAYER,
-    MOST_SIDE,
     VisionFamily,
     check_blocks,
     language_model,
@@ -31,6 +30,7 @@ from lmdeploy_jax.vision.families.base import (
     number_of_layers,
     plain,
     resample,
+    shuffled_block,
     side,
     tower_rules,
 )
@@ -61,7 +61,7 @@ def published_config(fields: Fields, _: Fields) -> VisionModelConfig:
     processor = ImageProcessor(
         rule,
         patch,
-        _block(fields),
+        shuffled_block(fields, "downsample_ratio"),
         columns_first=fields.require("ps_version", {"v1": True, "v2": False}, "v1"),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
@@ -78,7 +78,7 @@ def hf_config(fields: Fields, files: Fields) -> VisionModelConfig:
     most = files.size("max_patches", 12, most=4096)
     rule = GridRatio(image, files.size("min_patches", 1), most, True, resample(files, "bicubic"))
     mean, std = normalisation(files, IMAGENET_MEAN, IMAGENET_STD)
-    processor = ImageProcessor(rule, patch, _block(fields), mean=mean, std=std)
+    processor = ImageProcessor(rule, patch, shuffled_block(fields, "downsample_ratio"), mean=mean, std=std)
     fields.require("vision_feature_select_strategy", {"default": True}, "default")
     names = {"qkv_bias": "attention_bias", "qk_norm": "use_qk_norm"}
     tower = _tower(vision, names, fields, "vision_feature_layer", image)
@@ -86,17 +86,10 @@ def hf_config(fields: Fields, files: Fields) -> VisionModelConfig:
     return VisionModelConfig(processor, tower, _projector(fields, tower, "text_config", activation))
 
 
-def _block(fields: Fields) -> int:
-    ratio = fields.positive("downsample_ratio", 0.5)
-    if not 1 / MOST_SIDE <= ratio <= 1 or 1 / ratio != int(1 / ratio):
-        raise fields.unsupported("downsample_ratio", ratio, "1 divided by a whole number")
-    return int(1 / ratio)
-
-
 def _tower(vision: Fields, names: dict[str, str], outer: Fields, layer: str, image: int) -> TowerConfig:
     """`names`: how the layout calls two features; `layer`: how it calls the layer that features come from."""
     width, patch = vision.size("hidden_size", 1024), side(vision, "patch_size", 14)
-    check_blocks(outer, "downsample_ratio", _block(outer), image // patch)
+    check_blocks(outer, "downsample_ratio", shuffled_block(outer, "downsample_ratio"), image // patch)
     trained, layers = side(vision, "image_size", 448) // patch, number_of_layers(vision, default=24)
     for name in UNTRAINED:
         vision.get(name)
@@ -123,7 +116,7 @@ def _tower(vision: Fields, names: dict[str, str], outer: Fields, layer: str, ima
 
 
 def _projector(fields: Fields, tower: TowerConfig, text: str, activation: Any) -> tuple[Step, ...]:
-    count, out = _block(fields) ** 2, fields.within(text).size("hidden_size")
+    count, out = shuffled_block(fields, "downsample_ratio") ** 2, fields.within(text).size("hidden_size")
     width = count * tower.width
     return (
         MergeConfig(count),

@@ -147,4 +147,33 @@ class NaViT:
         return next(size), next(size)
 
 
-PACKED = (LongestEdge, NaViT, SmartResize)
+@dataclass(frozen=True)
+class PatchBudget:
+    """Brought to the area of `most` blocks, edges then rounded down to multiples of `factor` (Gemma 4)."""
+
+    factor: int
+    most: int
+    resample: Resample = "bicubic"
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def most_pixels(self) -> int:
+        """Of the largest view that it makes."""
+        return self.most * self.factor**2
+
+    def plan(self, height: int, width: int) -> ImagePlan:
+        scale = math.sqrt(self.most_pixels / (height * width))
+        rows, columns = (math.floor(scale * edge / self.factor) for edge in (height, width))
+        # A picture so thin that nothing would be left of it keeps a line of blocks.
+        if not rows:
+            rows, columns = 1, min(width // height, self.most)
+        elif not columns:
+            rows, columns = min(height // width, self.most), 1
+        return ImagePlan((height, width), rows * self.factor, columns * self.factor)
+
+    def views(self, image: Image.Image) -> list[np.ndarray]:
+        return _resized(self.plan(image.height, image.width), image, self.resample)
+
+
+PACKED = (LongestEdge, NaViT, PatchBudget, SmartResize)

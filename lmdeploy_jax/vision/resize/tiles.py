@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -144,7 +144,7 @@ class Pinpoints:
 
     def views(self, image: Image.Image) -> list[np.ndarray]:
         height, width = self.best(image.height, image.width)
-        new_height, new_width = _fitted(image.height, image.width, height, width)
+        new_height, new_width = _fitted(image.height, image.width, height, width, math.ceil)
         fitted = pixels.resize(image, new_height, new_width, self.resample)
         top, left = (height - new_height) // 2, (width - new_width) // 2
         padded = pixels.pad(fitted, height, width, top, left, BLACK)
@@ -162,12 +162,61 @@ class Pinpoints:
         return max(self.resolutions, key=worth)
 
 
-def _fitted(height: int, width: int, most_height: int, most_width: int) -> tuple[int, int]:
-    """The largest size of the same shape within another, in whole pixels."""
+def _fitted(
+    height: int, width: int, most_height: int, most_width: int, whole: Callable[[float], int]
+) -> tuple[int, int]:
+    """The largest size of the same shape within another, in `whole` pixels."""
     scale_width, scale_height = most_width / width, most_height / height
     if scale_width < scale_height:
-        return min(math.ceil(height * scale_width), most_height), most_width
-    return most_height, min(math.ceil(width * scale_height), most_width)
+        return min(whole(height * scale_width), most_height), most_width
+    return most_height, min(whole(width * scale_height), most_width)
+
+
+@dataclass(frozen=True)
+class BestFit:
+    """Fitted into a canvas of at most `most` tiles on black, at its left and top, and cut in them; the whole
+    picture after them where there are several (Llama 4).
+
+    enlarge: to the largest canvas; else to the smallest that shrinks it least, and no further than to a tile.
+    """
+
+    side: int
+    most: int = 16
+    resample: Resample = "bilinear"
+    enlarge: bool = False
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {}
+
+    def plan(self, height: int, width: int) -> ImagePlan:
+        rows, columns = self.canvas(height, width)
+        views = rows * columns + (rows * columns > 1)
+        return ImagePlan((height, width), self.side, self.side, rows, columns, views)
+
+    def views(self, image: Image.Image) -> list[np.ndarray]:
+        plan = self.plan(image.height, image.width)
+        padded = self._fitted(image, self.side * plan.rows, self.side * plan.columns)
+        tiles = cut(padded, self.side)
+        if plan.views > 1:
+            tiles.append(pixels.levels(pixels.resize(image, self.side, self.side, self.resample)))
+        return tiles
+
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles. Scales are compared in float32, as the checkpoints' own code does."""
+        grids = np.array([grid[::-1] for grid in _grids(1, self.most)])
+        scales = ((grids * self.side).astype(np.float32) / np.array([height, width], np.float32)).min(axis=1)
+        larger = scales[scales >= 1]
+        scale = larger.min() if len(larger) and not self.enlarge else scales.max()
+        rows, columns = min(map(tuple, grids[scales == scale]), key=math.prod)
+        return int(rows), int(columns)
+
+    def _fitted(self, image: Image.Image, height: int, width: int) -> Image.Image:
+        most_height, most_width = height, width
+        if not self.enlarge:
+            most_height = min(max(image.height, self.side), height)
+            most_width = min(max(image.width, self.side), width)
+        sizes = _fitted(image.height, image.width, most_height, most_width, math.floor)
+        fitted = pixels.resize(image, max(sizes[0], 1), max(sizes[1], 1), self.resample)
+        return pixels.pad(fitted, height, width, 0, 0, BLACK)
 
 
 @dataclass(frozen=True)
