@@ -118,7 +118,7 @@ class Response:
     token i (the sampled one included); `prompt_logprobs[0]` is None, since nothing predicts the first
     token. `logits` is float32 [tokens, vocab], `last_hidden_state` float32 [tokens, hidden].
     `routed_experts` is int32 [tokens, layers, experts a token], of the prompt's tokens and the answer's but
-    the last, which nothing follows; layers without experts say 0.
+    the last, which nothing follows; layers without experts say -1.
     """
 
     text: str

@@ -6,10 +6,12 @@ microseconds, thousands of times a second. Each of these has one thread that wri
 
 from __future__ import annotations
 
+import collections
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 
+import numpy as np
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -24,6 +26,27 @@ class Counter(Collector):
     def collect(self) -> Iterator[Metric]:
         family = CounterMetricFamily(self._name, self._about, labels=list(self._labels))
         family.add_metric(list(self._labels.values()), self.value)
+        yield family
+
+
+class ExpertLoad(Collector):
+    """How many tokens each expert of each layer had, of answers that tell."""
+
+    def __init__(self, name: str, about: str, labels: Mapping[str, str]) -> None:
+        self._name, self._about, self._labels = name, about, labels
+        self._counts: list[collections.Counter[int]] = []
+
+    def observe(self, routes: np.ndarray) -> None:
+        """Count int32 [tokens, layers, k]; -1 is no expert."""
+        self._counts += [collections.Counter() for _ in range(routes.shape[1] - len(self._counts))]
+        for counts, layer in zip(self._counts, routes.swapaxes(0, 1), strict=True):
+            counts.update(layer[layer >= 0].tolist())
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(self._name, self._about, labels=[*self._labels, "layer", "expert"])
+        for layer, counts in enumerate(self._counts):
+            for expert in sorted(counts):
+                family.add_metric([*self._labels.values(), str(layer), str(expert)], counts[expert])
         yield family
 
 

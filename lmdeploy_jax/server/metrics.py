@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lmdeploy_jax.messages import Response
-from lmdeploy_jax.server.collectors import Counter, Histogram
+from lmdeploy_jax.server.collectors import Counter, ExpertLoad, Histogram
 
 if TYPE_CHECKING:
     from lmdeploy_jax.engine.base import EngineBase
@@ -65,6 +65,9 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "prompt tokens")
         self.generation_tokens = self._counter("generation_tokens", "generated tokens")
         self.cached_tokens = self._counter("cached_tokens", "prompt tokens from the prefix cache")
+        about = "tokens that an expert had, of requests that report them"
+        self.expert_load = ExpertLoad(PREFIX + "expert_tokens", about, self._labels)
+        self.registry.register(self.expert_load)
         self.succeeded = 0
         self.failed = 0
         self.received = 0
@@ -134,6 +137,8 @@ class RequestMetrics:
         else:
             metrics.seconds_between.observe(now - last)
         metrics.generation_tokens.value += piece.generate_token_len - count
+        if piece.routed_experts is not None:
+            metrics.expert_load.observe(piece.routed_experts)
         self._last[key] = (now, piece.generate_token_len)
         if piece.finish_reason is not None:
             self._observe_end(piece, now - self._first[key], now)

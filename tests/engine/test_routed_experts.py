@@ -15,6 +15,7 @@ from lmdeploy_jax.engine.core.setup import set_up
 from lmdeploy_jax.engine.io.params import sampling_params
 from lmdeploy_jax.errors import ConfigError, RequestError
 from lmdeploy_jax.messages import GenerationConfig
+from lmdeploy_jax.server.collectors import ExpertLoad
 from tests.engine.harness import config, generate
 from tests.engine.test_params import LIMITS
 from tests.oracle import save_checkpoint
@@ -47,7 +48,7 @@ def test_the_experts_of_every_token_but_the_last_are_told(tmp_path: Path, compil
         routes = np.concatenate([out.routes for out in result.outputs if out.routes is not None])
         ids = [*prompt, *result.tokens[:-1]]
         assert (routes.shape, routes.dtype) == ((len(ids), 3, 3), np.int32)
-        assert not routes[:, 0].any(), "the first layer has no experts"
+        assert (routes[:, 0] == -1).all(), "the first layer has no experts"
         assert np.array_equal(np.sort(routes[:, 1:], axis=2), chosen(folder, ids, 3))
 
 
@@ -58,3 +59,12 @@ def test_it_is_refused_where_it_cannot_be_told(llama: Path, compile_cache: Path)
     with pytest.raises(RequestError, match="start it with enable_return_routed_experts=True"):
         sampling_params(asked, [1, 2], LIMITS, frozenset())
     assert sampling_params(asked, [1, 2], replace(LIMITS, reports_routes=True), frozenset()).routes
+
+
+def test_the_load_of_each_expert_is_a_metric() -> None:
+    load = ExpertLoad("lmdeploy_jax:expert_tokens", "tokens", {"model_name": "m"})
+    for routes in ([[[-1, -1], [0, 2]], [[-1, -1], [2, 3]]], [[[-1, -1], [2, 0]]]):
+        load.observe(np.array(routes, np.int32))
+    (family,) = load.collect()
+    found = {(each.labels["layer"], each.labels["expert"]): each.value for each in family.samples}
+    assert found == {("1", "0"): 2, ("1", "2"): 3, ("1", "3"): 1}
