@@ -1,12 +1,14 @@
-"""Training of tiny-chat's tokenizer: a byte-level BPE with Qwen's special tokens. Needs transformers."""
+"""Training of the tiny models' tokenizers: byte-level BPE with Qwen's special tokens. Needs transformers."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics  # plain English that comes with every Python
 from typing import TYPE_CHECKING, Any
 
+from . import vision_tasks
 from .tasks import answer_text, training_conversation, words
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ PATTERN = (
 )
 
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+
+VISION_VOCAB_SIZE = 512
+VISION_ADDED = ("<img>", "</img>", "<IMG_CONTEXT>")
+VISION_TEMPLATE = Path(__file__).parent / "vision_chat_template.jinja"
 
 
 def corpus(seed: int, conversations: int = 20_000) -> list[str]:
@@ -41,23 +47,43 @@ def corpus(seed: int, conversations: int = 20_000) -> list[str]:
     return texts + ["system\n", "user\n", "assistant\n", "</tools>\nCall a tool like this:\n"] * 500
 
 
+def vision_corpus(seed: int, scenes: int = 10_000) -> list[str]:
+    """Questions and answers of tiny-vision's tasks, in lower case alone: so every capital letter stays a
+    token of its own, and words on signs are read letter by letter.
+    """
+    rng = random.Random(seed)
+    found = (question for _ in range(scenes) for question in vision_tasks.training_scene(rng)[1])
+    texts = [text.lower() for question in found for text in (question.text, question.answer)]
+    return [*texts, *["system\n", "user\n", "assistant\n"] * 1000]
+
+
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A fresh tokenizer with the chat template in it; the same seed gives the same vocabulary."""
+    """tiny-chat's, with the chat template in it; the same seed gives the same vocabulary."""
+    return bpe(corpus(seed), VOCAB_SIZE, ADDED, TEMPLATE)
+
+
+def train_vision_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """tiny-vision's, likewise."""
+    return bpe(vision_corpus(seed), VISION_VOCAB_SIZE, VISION_ADDED, VISION_TEMPLATE)
+
+
+def bpe(texts: Sequence[str], size: int, added: Sequence[str], template: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most `size` tokens: merges learned from `texts`, then `SPECIAL` and `added`."""
     import tokenizers as tk
     from transformers import PreTrainedTokenizerFast
 
-    bpe = tk.Tokenizer(tk.models.BPE())
+    model = tk.Tokenizer(tk.models.BPE())
     split = tk.pre_tokenizers.Split(tk.Regex(PATTERN), behavior="isolated")
     level: Any = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = tk.pre_tokenizers.Sequence([split, level])
-    bpe.decoder = tk.decoders.ByteLevel()
+    model.pre_tokenizer = tk.pre_tokenizers.Sequence([split, level])
+    model.decoder = tk.decoders.ByteLevel()
     alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tk.trainers.BpeTrainer(vocab_size=VOCAB_SIZE - len(SPECIAL + ADDED), initial_alphabet=alphabet,
+    trainer = tk.trainers.BpeTrainer(vocab_size=size - len((*SPECIAL, *added)), initial_alphabet=alphabet,
                                      show_progress=False)  # fmt: skip
-    bpe.train_from_iterator(corpus(seed), trainer)
-    bpe.add_special_tokens(list(SPECIAL))
-    bpe.add_tokens([tk.AddedToken(token, normalized=False) for token in ADDED])
+    model.train_from_iterator(texts, trainer)
+    model.add_special_tokens(list(SPECIAL))
+    model.add_tokens([tk.AddedToken(token, normalized=False) for token in added])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048,
-        clean_up_tokenization_spaces=False, chat_template=TEMPLATE.read_text(),
+        tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048,
+        clean_up_tokenization_spaces=False, chat_template=template.read_text(),
     )  # fmt: skip

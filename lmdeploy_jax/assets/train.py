@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -160,11 +160,11 @@ def loss_of(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
 
 
-def optimizers(model: Model, options: Options) -> list[torch.optim.Optimizer]:
+def optimizers(model: Model) -> list[torch.optim.Optimizer]:
     """AdamW, but Muon (https://kellerjordan.github.io/posts/muon) for the matrices inside the layers."""
     named = dict(model.named_parameters())
-    inner = [value for name, value in named.items() if value.ndim == 2 and "layers" in name]
-    outer = [value for name, value in named.items() if not (value.ndim == 2 and "layers" in name)]
+    inner = [value for name, value in named.items() if value.ndim == 2 and "layer" in name]
+    outer = [value for name, value in named.items() if not (value.ndim == 2 and "layer" in name)]
     # The rates here are relative: `step` multiplies them by the schedule's.
     both: list[torch.optim.Optimizer] = [
         torch.optim.Muon(inner, lr=1.0, weight_decay=0.05, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
@@ -175,7 +175,18 @@ def optimizers(model: Model, options: Options) -> list[torch.optim.Optimizer]:
     return both
 
 
-def rate_at(progress: float, options: Options) -> float:
+class Schedule(Protocol):
+    """What of a trainer's options `rate_at` reads."""
+
+    @property
+    def rate(self) -> float: ...
+    @property
+    def warmup(self) -> float: ...
+    @property
+    def hold(self) -> float: ...
+
+
+def rate_at(progress: float, options: Schedule) -> float:
     """Warm-up, a plateau, then linear decay to zero at progress 1."""
     if progress < options.warmup:
         return options.rate * (progress + 1e-3) / (options.warmup + 1e-3)
@@ -185,6 +196,12 @@ def rate_at(progress: float, options: Options) -> float:
 def step(model: Model, steppers: list[torch.optim.Optimizer], batch: Batch, rate: float) -> float:
     ids, labels = batch
     loss = loss_of(model, ids.to(model.device), labels.to(model.device))
+    update(model, steppers, loss, rate)
+    return float(loss.detach())
+
+
+def update(model: Model, steppers: list[torch.optim.Optimizer], loss: torch.Tensor, rate: float) -> None:
+    """One step of every optimizer down the loss's gradient, cut to a norm of 1."""
     loss.backward()
     average_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -193,12 +210,11 @@ def step(model: Model, steppers: list[torch.optim.Optimizer], batch: Batch, rate
             group["lr"] = rate * group["initial_lr"]
         stepper.step()
         stepper.zero_grad(set_to_none=True)
-    return float(loss.detach())
 
 
 def train(model: Model, tokenizer: PreTrainedTokenizerFast, options: Options) -> dict[str, float]:
     """Train in place for the given minutes; returns {steps, tokens (without padding), minutes}."""
-    steppers, start, seen, recent = optimizers(model, options), time.monotonic(), 0, 0.0
+    steppers, start, seen, recent = optimizers(model), time.monotonic(), 0, 0.0
     next_snapshot = options.snapshot_minutes
     loader = torch.utils.data.DataLoader(Stream(tokenizer, options), None, num_workers=options.workers)
     for index, batch in enumerate(loader):

@@ -66,7 +66,13 @@ class Lesson:
 
 
 def training_lesson(rng: random.Random, names: tuple[str, ...] = TASKS) -> Lesson:
-    """A fresh lesson of one of the named tasks, nothing in whose images is held out."""
+    """A fresh lesson of one of the named tasks."""
+    scene, questions = training_scene(rng, names)
+    return Lesson(scene.draw(rng), questions)
+
+
+def training_scene(rng: random.Random, names: tuple[str, ...] = TASKS) -> tuple[Scene, tuple[Question, ...]]:
+    """A scene of one of the named tasks, nothing in which is held out, with its questions."""
     (name,) = rng.choices(names, [_TASKS[name].weight for name in names])
     task = _TASKS[name]
     scene = task.make(rng)
@@ -74,7 +80,7 @@ def training_lesson(rng: random.Random, names: tuple[str, ...] = TASKS) -> Lesso
         scene = task.make(rng)
     askers = [task.ask, *(ask for ask in task.beside if rng.random() < 0.4)]
     rng.shuffle(askers)
-    return Lesson(scene.draw(rng), tuple(ask(rng, scene) for ask in askers))
+    return scene, tuple(ask(rng, scene) for ask in askers)
 
 
 def held_out_scenes(task: str, count: int, seed: int = 0) -> list[tuple[Scene, Question]]:
