@@ -1,9 +1,10 @@
-"""Trains tiny-vision: `python -m lmdeploy_jax.assets.train_vision --out DIR --minutes 6.5 --workers 15`.
+"""Trains tiny-vision: `python -m lmdeploy_jax.assets.train_vision --out DIR --minutes 6 --workers 14`.
 
-Needs torch and transformers; made for one GPU, runs on a CPU too. The learning rate follows the clock, so that
-a run of any length ends with a decayed rate. Worker processes draw all images while the model learns: none
-comes twice but by chance. DIR holds the best checkpoint so far, by held-out examples, in the layout in which
-InternVL is published.
+Needs torch and transformers; made for one GPU, runs on a CPU too. The learning rate follows the clock, so a
+run of any length ends with a decayed rate. Worker processes draw all images while the model learns: none
+comes twice but by chance. DIR holds the best checkpoint so far, by held-out examples, in the layout of
+published InternVL checkpoints. At its end the model answers other held-out examples, with their images and
+blind, with even grey in their place.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from . import vision_tasks
 from .tasks import grade
 from .tokenizer import train_vision_tokenizer
 from .train import IGNORED, Shares, log, optimizers, rate_at, report, targets, update
-from .train_vision_model import MEAN, STD, Model, Size, new_model, save
+from .train_vision_model import MEAN, STD, Model, Size, load, new_model, save
 from .vision_tasks import Example, Lesson
 
 MOST_TOKENS = 48  # more than any right answer has
 SEEN = 20  # held-out examples a task by which checkpoints are compared
+JUDGED = 50  # others, by which the last one is judged
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,22 @@ class Options:
 
     `warmup` and `hold` are the shares of the time after which the rate has risen, and begins to fall;
     `workers` the processes that draw (0: the training process itself); `tasks` what is trained and judged;
-    `snapshot_minutes` the time between two judgements.
+    `snapshot_minutes` the time between two judgements; `init` a checkpoint of this script to go on from, with
+    its tokenizer.
     """
 
     out: Path
-    minutes: float = 6.5
+    minutes: float = 6.0
     batch: int = 256
     rate: float = 2e-3
-    warmup: float = 0.02
+    warmup: float = 0.03
     hold: float = 0.4
     seed: int = 0
     workers: int = 0
     snapshot_minutes: float = 1.5
     tasks: tuple[str, ...] = vision_tasks.TASKS
     size: Size = field(default_factory=Size)
+    init: Path | None = None
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -150,28 +154,40 @@ def loss_of(model: Model, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), batch.labels[:, 1:][wanted])
 
 
-def train(model: Model, tokenizer: PreTrainedTokenizerFast, options: Options) -> dict[str, float]:
-    """Train in place for the given minutes; returns {steps, lessons, minutes, best}.
+def loader(tokenizer: PreTrainedTokenizerFast, options: Options) -> Iterator[Batch]:
+    """Endless batches on the training device, drawn by the worker processes while the model learns."""
+    pinned = options.device.startswith("cuda")
+    drawn = torch.utils.data.DataLoader(
+        Stream(tokenizer, options), None, num_workers=options.workers, pin_memory=pinned
+    )
+    for batch in drawn:
+        yield Batch(*(value.to(options.device, non_blocking=True) for value in batch))
 
-    The best of what was judged on the way lies in `options.out`.
+
+def train(model: Model, tokenizer: PreTrainedTokenizerFast, options: Options) -> dict[str, float]:
+    """Train in place for the given minutes; returns {steps, lessons, minutes, waited, best}.
+
+    The best of what was judged on the way lies in `options.out`. waited: the minutes in which no image was
+    ready.
     """
-    steppers, start, best, next_look = optimizers(model), time.monotonic(), -1.0, options.snapshot_minutes
-    loader = torch.utils.data.DataLoader(Stream(tokenizer, options), None, num_workers=options.workers)
+    drawn, steppers = loader(tokenizer, options), optimizers(model)
+    batch, waited, best, next_look, steps = next(drawn), 0.0, -1.0, options.snapshot_minutes, 0
+    start = time.monotonic()
     model.train()
-    for index, batch in enumerate(loader):
-        minutes = (time.monotonic() - start) / 60
-        progress = minutes / options.minutes
-        if progress >= 1:
-            break
-        loss = loss_of(model, Batch(*(value.to(options.device, non_blocking=True) for value in batch)))
-        update(model, steppers, loss, rate_at(progress, options))
-        if index % 50 == 0:
-            log(f"step {index}: {minutes:.2f} min, {batch.ids.shape[1]} tokens, loss {loss.item():.4f}")
+    while (minutes := (time.monotonic() - start) / 60) < options.minutes:
+        loss = loss_of(model, batch)
+        update(model, steppers, loss, rate_at(minutes / options.minutes, options))
+        if steps % 50 == 0:
+            log(f"step {steps}: {minutes:.2f} min, {waited:.2f} waited, loss {loss.item():.4f}")
         if minutes >= next_look:
             next_look += options.snapshot_minutes
             best = keep_the_best(model, tokenizer, options, best)
+        asked, steps = time.monotonic(), steps + 1
+        batch = next(drawn)
+        waited += (time.monotonic() - asked) / 60
     best = keep_the_best(model, tokenizer, options, best)
-    return {"steps": index, "lessons": index * options.batch, "minutes": minutes, "best": best}
+    counts = {"steps": steps, "lessons": steps * options.batch}
+    return counts | {"minutes": minutes, "waited": waited, "best": best}
 
 
 def keep_the_best(model: Model, tokenizer: PreTrainedTokenizerFast, options: Options, best: float) -> float:
@@ -205,16 +221,21 @@ def answers(
 
 
 def evaluate(
-    model: Model, tokenizer: PreTrainedTokenizerFast, options: Options, count: int, seed: int = 0
-) -> Shares:
-    """Share of exactly right answers to held-out examples, per task; three wrong ones of each are printed."""
+    model: Model, tokenizer: PreTrainedTokenizerFast, options: Options, count: int, seed: int = 0,
+    blind: bool = False,
+) -> Shares:  # fmt: skip
+    """Share of exactly right answers to held-out examples, per task; three wrong ones of each are printed.
+
+    blind: every image is blanked, and no wrong answer is worth a line.
+    """
     model.eval()
     shares = {}
     for task in options.tasks:
         examples = vision_tasks.held_out(task, count, seed)
+        examples = [vision_tasks.blanked(example) for example in examples] if blind else examples
         outputs = answers(model, tokenizer, examples, options.size)
         wrong = [pair for pair in zip(examples, outputs, strict=True) if not grade(*pair)]
-        for example, output in wrong[:3]:
+        for example, output in () if blind else wrong[:3]:
             asked = example.messages[0]["content"][-1]["text"]
             log(f"  {task}: {asked!r} -> {output!r}, not {example.answer!r}")
         shares[task] = 1 - len(wrong) / len(examples)
@@ -232,19 +253,32 @@ def options_from_flags() -> Options:
     for one in fields(Size):
         parser.add_argument(f"--{one.name.replace('_', '-')}", type=int, default=one.default)
     parser.add_argument("--tasks", nargs="+", choices=vision_tasks.TASKS, default=vision_tasks.TASKS)
+    parser.add_argument("--init", type=Path)
     parser.add_argument("--device", default=Options.device)
     given = vars(parser.parse_args())
     size = Size(**{one.name: given.pop(one.name) for one in fields(Size)})
     return Options(**given | {"tasks": tuple(given["tasks"]), "size": size})
 
 
+def beginning(options: Options) -> tuple[PreTrainedTokenizerFast, Model]:
+    """Tokenizer and float32 model to train: those of the `init` checkpoint, or fresh ones."""
+    if options.init is None:
+        tokenizer = train_vision_tokenizer(options.seed)
+        return tokenizer, new_model(tokenizer, options.size, options.seed)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.init)
+    model = new_model(tokenizer, options.size, options.seed)
+    load(model, options.init)
+    return tokenizer, model
+
+
 def main() -> None:
     options = options_from_flags()
-    tokenizer = train_vision_tokenizer(options.seed)
-    model = new_model(tokenizer, options.size, options.seed)
+    tokenizer, model = beginning(options)
     log(f"{sum(value.numel() for value in model.parameters()) / 1e6:.2f}M parameters on {options.device}")
     model.to(options.device)
     log(json.dumps(train(model, tokenizer, options)))
+    log("judged:", report(evaluate(model, tokenizer, options, JUDGED, seed=1)))
+    log("blind:", report(evaluate(model, tokenizer, options, JUDGED, seed=1, blind=True)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ Model = Any  # InternVLForConditionalGeneration, whose own annotations no type c
 Tensors = dict[str, torch.Tensor]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GAIN = 0.7  # of initial weights
 DOWNSAMPLE = 0.5  # a token of the decoder is a square of two by two patches
 
 # transformers' names -> the published ones; q, k and v of the tower are one tensor there.
@@ -42,6 +43,7 @@ PUBLISHED = (
     (r"\.lambda_([12])$", r".ls\1"),
     (r"\.attention\.projection_layer\.", ".attn.proj."),
 )
+FUSED = re.compile(r"(.*vision_tower.*)\.attention\.([qkv])_proj\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,25 @@ class Size:
 def new_model(tokenizer: PreTrainedTokenizerFast, size: Size, seed: int) -> Model:
     """A freshly initialised InternViT with a Qwen3 behind it, in float32."""
     torch.manual_seed(seed)
-    context = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    context = tokenizer.get_vocab()["<IMG_CONTEXT>"]
     config = InternVLConfig(
         vision_config=_tower(size), text_config=_decoder(tokenizer, size), image_token_id=context,
         image_seq_length=size.tokens, downsample_ratio=DOWNSAMPLE, vision_feature_layer=-1,
         vision_feature_select_strategy="default", tie_word_embeddings=False,
     )  # fmt: skip
     model: Model = InternVLForConditionalGeneration(config)
-    # transformers fills them with zeros, which are for checkpoints to overwrite.
-    torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.02)
+    _initialise(model)
     return model
+
+
+def _initialise(model: Model) -> None:
+    """Weights by their inputs' number, where transformers has 0.02: that small, they leave a narrow model
+    unmoved by its images for hundreds of steps. Positions are drawn too: transformers fills them with zeros.
+    """
+    for name, value in model.named_parameters():
+        if value.ndim in (2, 4) and re.search(r"layer|projector|patch", name):
+            torch.nn.init.normal_(value, std=GAIN * value[0].numel() ** -0.5)
+    torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.02)
 
 
 def _tower(size: Size) -> dict[str, Any]:
@@ -120,6 +131,18 @@ def _write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def load(model: Model, folder: Path) -> None:
+    """Take the weights that `save` wrote for a model of the same size."""
+    saved = load_file(folder / "model.safetensors")
+    model.load_state_dict({name: _saved(saved, name) for name in model.state_dict()})
+
+
+def _saved(saved: Tensors, name: str) -> torch.Tensor:
+    if fused := FUSED.fullmatch(name):
+        return saved[_fused_name(fused)].chunk(3)["qkv".index(fused[2])]
+    return saved[_name(name)]
+
+
 def published(weights: Tensors) -> Tensors:
     """The weights under the published names."""
     return dict(_published(weights))
@@ -127,12 +150,16 @@ def published(weights: Tensors) -> Tensors:
 
 def _published(weights: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in weights.items():
-        fused = re.fullmatch(r"(.*vision_tower.*)\.attention\.([qkv])_proj\.(\w+)", name)
+        fused = FUSED.fullmatch(name)
         if fused is None:
             yield _name(name), value.contiguous()
         elif fused[2] == "q":
             parts = [weights[f"{fused[1]}.attention.{part}_proj.{fused[3]}"] for part in "qkv"]
-            yield f"{_name(fused[1] + '.')}attn.qkv.{fused[3]}", torch.cat(parts)
+            yield _fused_name(fused), torch.cat(parts)
+
+
+def _fused_name(fused: re.Match[str]) -> str:
+    return f"{_name(fused[1] + '.')}attn.qkv.{fused[3]}"
 
 
 def _name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""tiny-vision's trainer: it learns from images, and what it writes answers through the pipeline as in training."""
+"""tiny-vision's trainer learns from images; what it writes answers through the pipeline as in training."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from lmdeploy_jax.assets.train_vision import Batch, Options, answers, batches, l
 from lmdeploy_jax.assets.train_vision_model import Size, new_model, save
 from lmdeploy_jax.assets.vision_tasks.arrangements import Arrangement, Placed
 from lmdeploy_jax.assets.vision_tasks.scenes import Question
+from lmdeploy_jax.bench.accuracy import accuracy
 from lmdeploy_jax.converters.config import read_config
 from tests.engine.harness import config
 
 SMALL = Size(image=56, tower_width=64, tower_layers=1, width=64, layers=1)
-STEPS = 120
+STEPS = 160
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,11 @@ def lessons() -> list[vision_tasks.Lesson]:
 @pytest.fixture(scope="module")
 def examples(lessons: list[vision_tasks.Lesson]) -> list[Example]:
     return [
-        Example("shape", (vision_tasks.message(lesson.images, one.text),), one.answer)
+        Example(
+            "shape" if len(lesson.images) == 1 else "compare",
+            (vision_tasks.message(lesson.images, one.text),),
+            one.answer,
+        )
         for lesson in lessons
         for one in lesson.questions
     ]
@@ -71,9 +76,9 @@ def trained(tokenizer: Any, batch: Batch) -> tuple[Any, list[float]]:
     """A model that was shown the same lessons again and again, and its losses."""
     model, losses = new_model(tokenizer, SMALL, seed=0), []
     steppers = optimizers(model)
-    for step in range(STEPS):
+    for _ in range(STEPS):
         loss = train_vision.loss_of(model, batch)
-        update(model, steppers, loss, 5e-3 * min(1.0, 2 - 2 * step / STEPS))
+        update(model, steppers, loss, 2e-3)
         losses.append(loss.item())
     rounded = {name: value.bfloat16().float() for name, value in model.state_dict().items()}
     model.load_state_dict(rounded)  # as it is saved
@@ -88,8 +93,8 @@ def checkpoint(trained: tuple[Any, list[float]], tokenizer: Any, tmp_path_factor
 
 
 @pytest.fixture(scope="module")
-def pipe(checkpoint: Path, compile_cache: Path) -> Iterator[Pipeline]:
-    with pipeline(checkpoint, config(compile_cache), progress=False) as found:
+def pipe(checkpoint: Path, tmp_path_factory: Any) -> Iterator[Pipeline]:
+    with pipeline(checkpoint, config(tmp_path_factory.mktemp("xla")), progress=False) as found:
         yield found
 
 
@@ -97,7 +102,7 @@ def test_it_learns_what_only_the_image_says(
     trained: tuple[Any, list[float]], tokenizer: Any, examples: list[Example]
 ) -> None:
     model, losses = trained
-    assert losses[-1] < 0.05 < 3 < losses[0]
+    assert losses[-1] < 0.1 < 3 < losses[0]
     assert answers(model, tokenizer, examples, SMALL) == [example.answer for example in examples]
 
 
@@ -116,6 +121,17 @@ def test_the_pipeline_answers_as_the_trainer_does(
 def test_the_image_may_stand_behind_the_question(pipe: Pipeline, examples: list[Example]) -> None:
     image = vision_tasks.images_of(examples[1])[0]
     assert pipe(("What shape is this?", image)).text == pipe((image, "What shape is this?")).text == "star"
+
+
+def test_accuracy_is_measured_through_the_pipeline(
+    pipe: Pipeline, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = {"shape": examples[:4], "compare": examples[4:]}
+    monkeypatch.setattr(vision_tasks, "TASKS", tuple(trained))
+    monkeypatch.setattr(vision_tasks, "held_out", lambda task, count, seed: trained[task][:count])
+    assert accuracy(pipe, 4, tasks=vision_tasks) == {"shape": 1.0, "compare": 1.0}
+    blind = accuracy(pipe, 4, tasks=vision_tasks, change=vision_tasks.blanked)
+    assert max(blind.values()) <= 0.5  # one question a task, whose answer was different each time
 
 
 def test_prompts_have_the_tokens_of_training(pipe: Pipeline, tokenizer: Any, examples: list[Example]) -> None:
@@ -144,6 +160,14 @@ def test_the_checkpoint_is_in_the_published_layout(checkpoint: Path) -> None:
     assert {tower + "attn.qkv.weight", tower + "ls1", "mlp1.0.weight", "mlp1.3.bias"} <= names
     assert {name.split(".")[0] for name in names} == {"vision_model", "mlp1", "language_model"}
     assert read_config(checkpoint).layers[0] is not None
+
+
+def test_training_goes_on_from_what_was_saved(checkpoint: Path, trained: tuple[Any, list[float]]) -> None:
+    options = Options(checkpoint, size=SMALL, init=checkpoint, seed=1)
+    tokenizer, model = train_vision.beginning(options)
+    assert tokenizer.get_vocab()["<IMG_CONTEXT>"] == model.config.image_token_id
+    for name, value in trained[0].state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 def test_what_is_shipped_is_at_most_ten_megabytes(tokenizer: Any, tmp_path: Path) -> None:

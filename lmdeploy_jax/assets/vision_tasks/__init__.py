@@ -27,31 +27,26 @@ class Task:
     """How scenes are made and asked about.
 
     weight: how often it is trained, relative to the others.
-    beside: further questions that fit its scenes, for lessons of more than one.
+    beside: tasks whose questions fit its scenes, for lessons of more than one.
     """
 
     make: Callable[[random.Random], Scene]
     ask: Asker
     weight: float = 1.0
-    beside: tuple[Asker, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
-_SEEN = (
-    arrangements.ask_shape,
-    arrangements.ask_colour,
-    arrangements.ask_position,
-    arrangements.ask_describe,
-)
+_SEEN = ("shape", "colour", "position", "describe")
 
 _TASKS: dict[str, Task] = {
     "shape": Task(arrangements.distinct, arrangements.ask_shape, 0.8, _SEEN),
     "colour": Task(arrangements.distinct, arrangements.ask_colour, 0.8, _SEEN),
     "position": Task(arrangements.distinct, arrangements.ask_position, 1.0, _SEEN),
-    "count": Task(arrangements.crowd, arrangements.ask_count, 1.2, (arrangements.ask_count,)),
+    "count": Task(arrangements.crowd, arrangements.ask_count, 1.2, ("count",)),
     "describe": Task(lambda rng: arrangements.distinct(rng, 3), arrangements.ask_describe, 1.0, _SEEN),
     "number": Task(signs.number, signs.ask_number, 1.5),
     "word": Task(signs.word, signs.ask_word, 2.0),
-    "chart": Task(charts.chart, charts.ask_chart, 1.5, (charts.ask_chart,) * 2),
+    "chart": Task(charts.chart, charts.ask_chart, 1.5, ("chart", "chart")),
     "compare": Task(pairs.pair, pairs.ask_compare, 2.0),
 }
 TASKS: tuple[str, ...] = tuple(_TASKS)
@@ -78,7 +73,8 @@ def training_scene(rng: random.Random, names: tuple[str, ...] = TASKS) -> tuple[
     scene = task.make(rng)
     while any(map(is_held_out, scene.keys)):
         scene = task.make(rng)
-    askers = [task.ask, *(ask for ask in task.beside if rng.random() < 0.4)]
+    beside = (_TASKS[other].ask for other in task.beside if other in names and rng.random() < 0.4)
+    askers = [task.ask, *beside]
     rng.shuffle(askers)
     return scene, tuple(ask(rng, scene) for ask in askers)
 
