@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,15 +161,22 @@ def loss_of(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
 
 
-def optimizers(model: Model) -> list[torch.optim.Optimizer]:
-    """AdamW, but Muon (https://kellerjordan.github.io/posts/muon) for the matrices inside the layers."""
-    named = dict(model.named_parameters())
-    inner = [value for name, value in named.items() if value.ndim == 2 and "layer" in name]
-    outer = [value for name, value in named.items() if not (value.ndim == 2 and "layer" in name)]
-    # The rates here are relative: `step` multiplies them by the schedule's.
+def optimizers(model: Model, inner: str = "layer", slow: str = "$^") -> list[torch.optim.Optimizer]:
+    """AdamW, but Muon (https://kellerjordan.github.io/posts/muon) for the matrices inside the layers.
+
+    inner: the expression by which these are known; slow: that of what learns at a fifth of AdamW's rate.
+    """
+    groups: dict[str, list[torch.nn.Parameter]] = {"inner": [], "slow": [], "outer": []}
+    for name, value in model.named_parameters():
+        is_inner = value.ndim == 2 and re.search(inner, name)
+        groups["inner" if is_inner else "slow" if re.search(slow, name) else "outer"].append(value)
+    # The rates here are relative: `update` multiplies them by the schedule's.
+    outer = [{"params": groups["outer"], "lr": 0.5}, {"params": groups["slow"], "lr": 0.1}]
     both: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(inner, lr=1.0, weight_decay=0.05, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outer, lr=0.5, weight_decay=0.0, betas=(0.9, 0.98)),
+        torch.optim.Muon(
+            groups["inner"], lr=1.0, weight_decay=0.05, ns_steps=3, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW([group for group in outer if group["params"]], weight_decay=0.0, betas=(0.9, 0.98)),
     ]
     for group in (group for stepper in both for group in stepper.param_groups):
         group["initial_lr"] = group["lr"]

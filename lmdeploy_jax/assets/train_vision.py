@@ -53,7 +53,7 @@ class Options:
     hold: float = 0.4
     seed: int = 0
     workers: int = 0
-    snapshot_minutes: float = 1.5
+    snapshot_minutes: float = 2.0
     tasks: tuple[str, ...] = vision_tasks.TASKS
     size: Size = field(default_factory=Size)
     init: Path | None = None
@@ -164,13 +164,20 @@ def loader(tokenizer: PreTrainedTokenizerFast, options: Options) -> Iterator[Bat
         yield Batch(*(value.to(options.device, non_blocking=True) for value in batch))
 
 
+def vision_optimizers(model: Model) -> list[torch.optim.Optimizer]:
+    """With AdamW's full rate on what every patch goes through (its inputs are many and much alike), all
+    patches soon look the same, and the answers stay those of a blind guess.
+    """
+    return optimizers(model, inner="layer|projector", slow="patch_embeddings")
+
+
 def train(model: Model, tokenizer: PreTrainedTokenizerFast, options: Options) -> dict[str, float]:
     """Train in place for the given minutes; returns {steps, lessons, minutes, waited, best}.
 
     The best of what was judged on the way lies in `options.out`. waited: the minutes in which no image was
     ready.
     """
-    drawn, steppers = loader(tokenizer, options), optimizers(model)
+    drawn, steppers = loader(tokenizer, options), vision_optimizers(model)
     batch, waited, best, next_look, steps = next(drawn), 0.0, -1.0, options.snapshot_minutes, 0
     start = time.monotonic()
     model.train()

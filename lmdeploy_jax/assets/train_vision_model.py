@@ -54,7 +54,7 @@ class Size:
     """
 
     image: int = 112
-    patch: int = 14
+    patch: int = 8
     tower_width: int = 192
     tower_layers: int = 6
     width: int = 192

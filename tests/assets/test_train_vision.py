@@ -18,7 +18,7 @@ from lmdeploy_jax import GenerationConfig, Pipeline, pipeline
 from lmdeploy_jax.assets import train_vision, vision_tasks
 from lmdeploy_jax.assets.tasks import Example
 from lmdeploy_jax.assets.tokenizer import train_vision_tokenizer
-from lmdeploy_jax.assets.train import optimizers, update
+from lmdeploy_jax.assets.train import update
 from lmdeploy_jax.assets.train_vision import Batch, Options, answers, batches, levels, padded, render
 from lmdeploy_jax.assets.train_vision_model import Size, new_model, save
 from lmdeploy_jax.assets.vision_tasks.arrangements import Arrangement, Placed
@@ -27,8 +27,8 @@ from lmdeploy_jax.bench.accuracy import accuracy
 from lmdeploy_jax.converters.config import read_config
 from tests.engine.harness import config
 
-SMALL = Size(image=56, tower_width=64, tower_layers=1, width=64, layers=1)
-STEPS = 160
+SMALL = Size(image=56, patch=14, tower_width=64, tower_layers=1, width=64, layers=1)
+STEPS = 80
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def batch(tokenizer: Any, lessons: list[vision_tasks.Lesson]) -> Batch:
 def trained(tokenizer: Any, batch: Batch) -> tuple[Any, list[float]]:
     """A model that was shown the same lessons again and again, and its losses."""
     model, losses = new_model(tokenizer, SMALL, seed=0), []
-    steppers = optimizers(model)
+    steppers = train_vision.vision_optimizers(model)
     for _ in range(STEPS):
         loss = train_vision.loss_of(model, batch)
-        update(model, steppers, loss, 2e-3)
+        update(model, steppers, loss, 5e-3)
         losses.append(loss.item())
     rounded = {name: value.bfloat16().float() for name, value in model.state_dict().items()}
     model.load_state_dict(rounded)  # as it is saved
