@@ -48,7 +48,7 @@ class Options:
     out: Path
     minutes: float = 6.0
     batch: int = 256
-    rate: float = 2e-3
+    rate: float = 3e-3
     warmup: float = 0.03
     hold: float = 0.4
     seed: int = 0

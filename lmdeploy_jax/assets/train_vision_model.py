@@ -60,6 +60,10 @@ class Size:
     width: int = 192
     layers: int = 4
 
+    def __post_init__(self) -> None:
+        if self.image % int(self.patch / DOWNSAMPLE):
+            raise ValueError(f"image {self.image}: no multiple of two patches of {self.patch} pixels")
+
     @property
     def tokens(self) -> int:
         """Of an image, in the decoder."""
