@@ -77,6 +77,17 @@ def test_an_answer_is_rendered_while_it_comes(page, stage):
     assert finished(page).locator("td").inner_text() == "b"
 
 
+def test_a_very_long_answer_is_rendered_in_parts(page):
+    """The server takes 64,000 characters at once."""
+    page.evaluate(
+        "async (text) => { const { Markdown } = await import('/static/markdown.js');"
+        " await new Markdown(document.getElementById('messages')).finish(text); }",
+        "so *it* goes\n\n" * 7000,
+    )
+    assert page.locator("em").count() == 7000
+    assert page.locator("p", has_text="so it goes").count() == 7000
+
+
 def test_what_the_server_cannot_render_is_shown_as_it_is(page):
     page.route("**/markdown", lambda route: route.fulfill(status=500, body="no"))
     send(page, "show md")

@@ -9,6 +9,8 @@ import time
 from html.parser import HTMLParser
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmdeploy_jax.errors import RequestError
 from lmdeploy_jax.server.page import renderer as renderer_module
@@ -17,6 +19,7 @@ from lmdeploy_jax.server.page.markdown import render
 from lmdeploy_jax.server.page.renderer import Renderer
 from lmdeploy_jax.server.page.route import MOST_CHARACTERS
 from tests import patience
+from tests.fuzz import cases, drawn
 from tests.server.hostile_markdown import HOSTILE
 from tests.server.live import serving
 
@@ -72,6 +75,34 @@ class Elements(HTMLParser):
 def test_nothing_hostile_passes(text):
     for around in ("{}", "> {}", "- {}", "**{}**", "|a|\n|-|\n|{}|", "a\n{}\nb"):
         Elements().feed(rendered(around.format(text)))
+
+
+BITS = (
+    "*", "_", "**", "`", "```", "~~", "#", "> ", "- ", "1. ", "\n", "\n\n", "    ", "\t", "|", "|-|\n",
+    "[", "](", ")", "!", "<", ">", "</", "&", "&#", ";", "\\", "$", "$$", r"\(", r"\)", r"\[", "a", "1", " ",
+    "javascript:", "https://x.y", "data:", '"', "'", "onload=", "<script>", "<img ", "```python\n", "<<",
+    "```html\n", "${", "{{", "\x00", "\u2028", "ä", "😀",
+)  # fmt: skip
+
+
+def without_space(shown: str) -> str:
+    """Empty lines in the end of an open block of code count or not, depending on what comes."""
+    return re.sub(r'<span class="w">\s*</span>|\s', "", shown)
+
+
+@cases(20_000)
+def test_whatever_is_drawn_brings_nothing_of_its_own(cases):
+    @drawn(cases)
+    @given(st.lists(st.sampled_from(BITS), max_size=60).map("".join))
+    def check(text):
+        parts = render(text)
+        for part in (parts.settled, parts.open):
+            Elements().feed(part)
+        lines = text.replace("\x00", "\ufffd").split("\n")
+        alone = rendered("\n".join(lines[: parts.settled_lines]))
+        assert not parts.settled or without_space(parts.settled) == without_space(alone)
+
+    check()
 
 
 def test_code_of_any_language_is_what_was_written():
