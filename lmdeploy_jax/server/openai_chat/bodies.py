@@ -17,7 +17,7 @@ class Function(ProtocolModel):
     strict: bool | None = None
 
 
-class FunctionTool(ProtocolModel):
+class ChatCompletionFunctionTool(ProtocolModel):
     type: Literal["function"] = "function"
     function: Function
 
@@ -30,7 +30,7 @@ class Custom(ProtocolModel):
     format: dict[str, Any] | None = None
 
 
-class CustomTool(ProtocolModel):
+class ChatCompletionCustomTool(ProtocolModel):
     type: Literal["custom"]
     custom: Custom
 
@@ -41,7 +41,9 @@ def _kind(tool: Any) -> str:
 
 
 Tool = Annotated[
-    Annotated[FunctionTool, Tag("function")] | Annotated[CustomTool, Tag("custom")], Discriminator(_kind)
+    Annotated[ChatCompletionFunctionTool, Tag("function")]
+    | Annotated[ChatCompletionCustomTool, Tag("custom")],
+    Discriminator(_kind),
 ]
 
 
@@ -59,7 +61,12 @@ class AllowedChoice(ProtocolModel):
     allowed_tools: AllowedTools
 
 
-Choice = Literal["auto", "none", "required"] | AllowedChoice | CustomTool | FunctionTool
+Choice = (
+    Literal["auto", "none", "required"]
+    | AllowedChoice
+    | ChatCompletionCustomTool
+    | ChatCompletionFunctionTool
+)
 
 
 class ChatCompletionRequest(SamplingFields, FormFields):

@@ -13,10 +13,10 @@ from lmdeploy_jax.server.chat.custom_tools import INPUT, custom_function
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.openai_chat.bodies import (
     AllowedChoice,
+    ChatCompletionCustomTool,
+    ChatCompletionFunctionTool,
     ChatCompletionRequest,
     Choice,
-    CustomTool,
-    FunctionTool,
 )
 from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.prompts import Prompt, with_media_options
@@ -66,17 +66,19 @@ def _config(body: ChatCompletionRequest, defaults: SamplingDefaults) -> Generati
     return defaults.config(given)
 
 
-def _tools(body: ChatCompletionRequest) -> Sequence[FunctionTool | CustomTool]:
+def _tools(body: ChatCompletionRequest) -> Sequence[ChatCompletionFunctionTool | ChatCompletionCustomTool]:
     """The request's tools. It may list them, with their schemas, as those that are allowed."""
     if body.tools or not isinstance(body.tool_choice, AllowedChoice):
         return body.tools or ()
     tools = body.tool_choice.allowed_tools.tools
-    whole = (isinstance(tool, CustomTool) or tool.function.parameters is not None for tool in tools)
+    whole = (
+        isinstance(tool, ChatCompletionCustomTool) or tool.function.parameters is not None for tool in tools
+    )
     return tools if all(whole) else ()
 
 
-def _as_function(tool: FunctionTool | CustomTool) -> dict[str, Any]:
-    if isinstance(tool, FunctionTool):
+def _as_function(tool: ChatCompletionFunctionTool | ChatCompletionCustomTool) -> dict[str, Any]:
+    if isinstance(tool, ChatCompletionFunctionTool):
         return tool.model_dump(exclude_none=True)
     grammar = (tool.custom.format or {}).get("grammar")
     return custom_function(
@@ -86,16 +88,16 @@ def _as_function(tool: FunctionTool | CustomTool) -> dict[str, Any]:
 
 def custom_names(body: ChatCompletionRequest) -> frozenset[str]:
     """The tools whose calls are told as those of custom tools."""
-    return frozenset(tool.custom.name for tool in _tools(body) if isinstance(tool, CustomTool))
+    return frozenset(tool.custom.name for tool in _tools(body) if isinstance(tool, ChatCompletionCustomTool))
 
 
-def _name(tool: FunctionTool | CustomTool) -> str:
-    return tool.custom.name if isinstance(tool, CustomTool) else tool.function.name
+def _name(tool: ChatCompletionFunctionTool | ChatCompletionCustomTool) -> str:
+    return tool.custom.name if isinstance(tool, ChatCompletionCustomTool) else tool.function.name
 
 
 def _tool_choice(choice: Choice | None) -> ToolChoice:
     match choice:
-        case FunctionTool() | CustomTool():
+        case ChatCompletionFunctionTool() | ChatCompletionCustomTool():
             return ToolChoice("required", _name(choice))
         case AllowedChoice():
             names = tuple(map(_name, choice.allowed_tools.tools))
