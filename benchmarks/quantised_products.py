@@ -4,8 +4,8 @@
 
 First a cut of each of the model's matrices is held against `xla.py`, later the fastest ones are too. The
 table has microseconds by the profiler, GB/s of the weight, and what was expected; the cuts go to
---tuning_dir, where the engine looks for them. `--interpret` runs all of it but the times on a CPU, for tiny
-shapes.
+--tuning_dir, where the engine looks for them. `--only_times` leaves out what comes before: checks, roundings,
+16 bits. `--interpret` runs all of it but the times on a CPU, for tiny shapes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from lmdeploy_jax.bench import quant_tune, quantised, shapes, tune
 from lmdeploy_jax.bench.device_time import Case, device_seconds
 from lmdeploy_jax.bench.quant_tune import TOKENS, Quantised
-from lmdeploy_jax.bench.tune import Shape
+from lmdeploy_jax.bench.tune import Candidate, Shape
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.engine.core.compile import tuning_dir
 from lmdeploy_jax.models import tuning
@@ -34,7 +34,7 @@ from lmdeploy_jax.models.tuning import Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm_quant
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised as Rounded
-from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
 FORMATS = {**quantised.FORMATS, "fp8_blocks": quantised.FP8_BLOCKS}
 SIXTEEN_BITS = 2**-7  # the share by which a number's neighbours in bfloat16 differ at most
@@ -155,7 +155,7 @@ def first_checks(names: list[str], products: dict[str, Shape], backend: str) -> 
         product = Quantised(shape, FORMATS[name].held(shape.inner), backend)
         (cut,) = one_cut(product)
         error = check(product, cut)
-        verdict = "right" if error < most(cut) else "WRONG"
+        verdict = "right" if error < most(product, cut) else "WRONG"
         print(f"{verdict}: {name} {shape_name}, {cut.tokens} rows, error {error:.1e}", flush=True)
 
 
@@ -167,67 +167,80 @@ def one_cut(product: Quantised) -> list[Measurement]:
 
 
 def measure(name: str, shape_name: str, product: Quantised) -> Iterator[Measurement]:
-    """Times, checks and prints a product; gives the right ones."""
-    for best in times(product):
-        error = 0.0 if best.tiling is None else check(product, best)
-        rate = product.weight_bytes / best.us / 1e3
-        expected = dict(zip(ROWS, EXPECTED.get(name, {}).get(shape_name, ()), strict=False))
-        print(
-            f"{name:12} {shape_name:8} {best.tokens:4} rows: {best.us:8.2f} us {rate:6.0f} GB/s,",
-            f"expected {expected.get(best.tokens, '-')}, XLA {best.xla_us:8.2f},",
-            f"error {error:.1e}, {best.tiling}",
-            flush=True,
-        )
-        if error < most(best):
-            yield best
-        else:
-            print(f"WRONG: {name} {shape_name} {best}; its error is {error:.1e}", flush=True)
+    """Times, checks and prints a product; gives the fastest right cut for each number of rows."""
+    for tokens, timed in times(product):
+        while timed:
+            (best,) = tune.fastest(product.held.name, product.shape, {tokens: timed})
+            error = 0.0 if best.tiling is None else check(product, best)
+            print(line(name, shape_name, product, best, error), flush=True)
+            if error < most(product, best):
+                yield best
+                break
+            del timed[best.tiling]
 
 
-def times(product: Quantised) -> Iterator[Measurement]:
-    """Few rows and many by themselves: what fails with one says nothing of the other."""
+def line(name: str, shape_name: str, product: Quantised, best: Measurement, error: float) -> str:
+    rate = product.weight_bytes / best.us / 1e3
+    expected = dict(zip(ROWS, EXPECTED.get(name, {}).get(shape_name, ()), strict=False))
+    return (
+        f"{'' if error < most(product, best) else 'WRONG: '}{name:12} {shape_name:8} {best.tokens:4} rows: "
+        f"{best.us:8.2f} us {rate:6.0f} GB/s, expected {expected.get(best.tokens, '-')}, "
+        f"XLA {best.xla_us:8.2f}, error {error:.1e}, {best.tiling}"
+    )
+
+
+def times(product: Quantised) -> Iterator[tuple[int, dict[Candidate, float | None]]]:
+    """Seconds of every cut, few rows and many by themselves: what fails with one leaves the other."""
     if product.backend != "pallas":
-        yield from one_cut(product)
+        (cut,) = one_cut(product)
+        yield cut.tokens, {None: 1.0, cut.tiling: 1e-6}
         return
     for tokens in (TOKENS, quant_tune.tokens_of(product.held)[len(TOKENS) :]):
         try:
-            yield from quant_tune.tune(product.shape, product.held, tokens)
+            yield from quant_tune.measure(product.shape, product.held, tokens).items()
         except Exception:  # the others are still worth the machine's time
             traceback.print_exc()
 
 
-def most(best: Measurement) -> float:
+def most(product: Quantised, best: Measurement) -> float:
     """The error that a product may have, as a share of all of it."""
-    return PARTS_ERROR if best.kind == "parts" and isinstance(best.tiling, Tiling | None) else ROUNDED_ERROR
+    rounds = product.held.activations is not None and not product.shape.after_norm
+    whole = best.kind != "parts" or (isinstance(best.tiling, StreamTiling) and best.tiling.splits == 1)
+    return ROUNDED_ERROR if rounds or whole else PARTS_ERROR
+
+
+def print_small(hidden: int, products: dict[str, Shape]) -> str:
+    """Prints what roundings and products of 16 bits take; gives the faster backend of a norm that rounds."""
+    faster = quant_tune.rounding(hidden, "float8_e4m3fn")
+    print(f"what a norm gives is rounded faster by {faster}", flush=True)
+    for kernel, tokens, size, us in small_us(sorted({shape.inner for shape in products.values()})):
+        print(f"{kernel} [{tokens}, {size}]: {us:.2f} us, expected {SMALL[tokens]}", flush=True)
+    for name, shape in products.items():
+        times = ", ".join(f"{t} rows {us:.2f} us" for t, us in plain_us(shape).items())
+        print(f"16 bits, XLA: {name} {times}", flush=True)
+    return faster
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help=f"a shape: {', '.join(shapes.names())}")
     parser.add_argument("--formats", default="fp8,smooth_quant,awq,fp8_blocks", help=", ".join(FORMATS))
+    parser.add_argument("--products", default=",".join(quant_tune.QUANTISED))
+    parser.add_argument("--only_times", action="store_true")
     parser.add_argument("--tuning_dir", type=Path, default=None)
     parser.add_argument("--interpret", action="store_true")
     args = parser.parse_args()
     backend = "pallas_interpret" if args.interpret else "pallas"
     config = build_config(shapes.read(args.model), args.model)
-    products = {k: v for k, v in tune.products(config).items() if k in quant_tune.QUANTISED}
-    sizes = sorted({shape.inner for shape in products.values()})
-    for columns in sizes:
-        check_rounding(backend, columns)
-    first_checks(args.formats.split(","), products, backend)
+    products = {k: v for k, v in tune.products(config).items() if k in args.products.split(",")}
+    if not args.only_times:
+        for columns in sorted({shape.inner for shape in products.values()}):
+            check_rounding(backend, columns)
+        first_checks(args.formats.split(","), products, backend)
     path = (args.tuning_dir or tuning_dir()) / tuning.file_name(jax.devices()[0].device_kind)
     table = tuning.read(path) if path.exists() else tuning.UNTUNED
-    if not args.interpret:
-        faster = quant_tune.rounding(config.hidden_size, "float8_e4m3fn")
-        print(f"what a norm gives is rounded faster by {faster}", flush=True)
-        table = replace(table, rounding=faster)
-        for kernel, tokens, size, us in small_us(sizes):
-            print(f"{kernel} [{tokens}, {size}]: {us:.2f} us, expected {SMALL[tokens]}", flush=True)
-        for name, shape in products.items():
-            print(
-                f"16 bits, XLA: {name} "
-                + ", ".join(f"{t} rows {us:.2f} us" for t, us in plain_us(shape).items())
-            )
+    if not args.interpret and not args.only_times:
+        table = replace(table, rounding=print_small(config.hidden_size, products))
     for name, (shape_name, shape) in itertools.product(args.formats.split(","), products.items()):
         found = measure(name, shape_name, Quantised(shape, FORMATS[name].held(shape.inner), backend))
         table = table.merged(Tuning(tuple(found)))

@@ -19,11 +19,13 @@ class Case:
     """A function to time over several sets of arguments, so many that no set stays in the device's cache.
 
     state: arrays that it takes before the arguments, writes in place and returns before anything else.
+    compiler_options: what XLA is told.
     """
 
     function: Callable[..., Any]
     arguments: Sequence[tuple[Any, ...]]
     state: list[Any] = field(default_factory=list)
+    compiler_options: dict[str, Any] = field(default_factory=dict)
 
 
 def device_seconds(cases: Sequence[Case], repeats: int = 2) -> list[float | None]:
@@ -82,6 +84,6 @@ def _compiled(index: int, case: Case) -> Callable[..., Any] | None:
     function.__name__ = _name(index)
     try:
         jitted = jax.jit(function, donate_argnums=range(len(case.state)))
-        return jitted.lower(*case.state, *case.arguments[0]).compile()
+        return jitted.lower(*case.state, *case.arguments[0]).compile(case.compiler_options)
     except jax.errors.JaxRuntimeError:  # more shared memory or registers than there are
         return None

@@ -16,6 +16,7 @@ from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.bench.tune import (
     BEYOND_CACHE,
     EPS,
+    LAUNCH,
     PROGRAMS,
     Candidate,
     Shape,
@@ -23,10 +24,12 @@ from lmdeploy_jax.bench.tune import (
     fastest,
     is_hopper,
 )
+from lmdeploy_jax.engine.core.compile import compiler_options
 from lmdeploy_jax.models.formats import INT4, WeightFormat
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.products import Product, XlaGatedProduct, XlaProduct
 from lmdeploy_jax.models.quant_products import (
+    PartsGatedProduct,
     RoundedProduct,
     Rows,
     RowsProduct,
@@ -37,33 +40,27 @@ from lmdeploy_jax.models.quant_products import (
 from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.tuning import Measurement
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
-from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import deepest, why_not_streamed
+from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import BLOCK_OUT, deepest, tile_of, why_not_streamed
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised as Operand
 from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
 TOKENS = (1, 16, 64)  # of the kernels of few rows
 MANY_TOKENS = (128, 256, 1024, 4096)  # of those that stream
-EIGHT_BITS = (  # outputs and inner elements of a tile, warps, stages
-    (32, 256, 4, 4),
+EIGHT_BITS = (  # outputs and inner elements of a tile, warps, stages: those that won somewhere on an H200
     (64, 128, 4, 4),
     (64, 128, 4, 6),
-    (64, 256, 4, 3),
-    (64, 256, 4, 4),
-    (64, 512, 8, 3),
-    (128, 128, 8, 4),
     (128, 256, 8, 3),
 )
 FOUR_BITS = (
-    (32, 128, 2, 4),
     (64, 128, 2, 4),
     (64, 128, 4, 4),
-    (64, 256, 2, 3),
-    (64, 256, 4, 3),
     (128, 128, 4, 3),
-    (128, 128, 4, 4),
 )
-SPLITS = (1, 2, 4, 8, 16)
+SPLITS = (4, 8, 16)
+GATED_SPLITS = (1, 2, 4)  # of 4 bits, whose programs are few; 8 bits have one split
+STREAM_SPLITS = (1, 2, 4, 8)
+FEW_ROWS = 8  # of the smallest tile that tensor cores take
 QUANTISED = ("qkv", "o", "gate_up", "down")  # of `tune.products`; a head is of 16 bits
 SCALE = 1e-2
 ROUNDED_ROWS, ROUNDED_SETS = (1, 64, 4096), 4
@@ -98,11 +95,19 @@ class Quantised:
         return [_random(leaf, key) for leaf in jax.tree.leaves(self._split[1])]
 
     def rows(self, tokens: int, candidate: Candidate) -> Rows:
-        """Random activations, rounded as they would be before the product."""
+        """Random activations, rounded as they would be by the norm before the product, if there is one."""
         x = jax.random.normal(jax.random.key(1), (tokens, self.shape.inner), jnp.bfloat16)
-        if self.held.activations is None or (candidate is None and not self.held.rounds_activations):
+        if not (self.shape.after_norm and self.reads_rounded(candidate)):
             return x
+        assert self.held.activations is not None
         return round_rows(x, self.held.activations, groups=self.held.groups)
+
+    def reads_rounded(self, candidate: Candidate) -> bool:
+        """Whether activations are rounded before the kernel that multiplies them."""
+        if candidate is None:
+            return self.held.rounds_activations
+        rounds = isinstance(candidate, Tiling) and candidate.rounds
+        return self.held.activations is not None and not rounds
 
     def function(self, candidate: Candidate) -> Callable[[Rows, list[jax.Array]], jax.Array]:
         """Of activations and a weight's leaves."""
@@ -112,16 +117,22 @@ class Quantised:
 
     def _product(self, candidate: Candidate) -> Callable[..., jax.Array]:
         gated = self.shape.product == "gated"
-        if isinstance(candidate, Tiling):
-            if gated:
-                return SkinnyQuantGatedProduct(jax.nn.silu, candidate, self.backend)
-            return SkinnyQuantProduct(candidate, self.backend)
-        product: Product | RowsProduct = XlaProduct()
-        if isinstance(candidate, StreamTiling):
-            product = StreamedQuantProduct(candidate, self.backend)
-        elif self.held.rounds_activations:
-            product = RoundedProduct()
-        return XlaGatedProduct(jax.nn.silu, product) if gated else product
+        if candidate is None:
+            product: Product | RowsProduct = (
+                RoundedProduct(backend=self.backend) if self.held.rounds_activations else XlaProduct()
+            )
+            return XlaGatedProduct(jax.nn.silu, product) if gated else product
+        if gated and isinstance(candidate, Tiling) and candidate.splits == 1:
+            return SkinnyQuantGatedProduct(jax.nn.silu, candidate, self.backend)
+        kernel = (
+            SkinnyQuantProduct(candidate, self.backend)
+            if isinstance(candidate, Tiling)
+            else StreamedQuantProduct(candidate, self.backend)
+        )
+        if not gated:
+            return kernel
+        in_parts = candidate.splits > 1
+        return PartsGatedProduct(jax.nn.silu, kernel) if in_parts else XlaGatedProduct(jax.nn.silu, kernel)
 
 
 def _random(leaf: Any, key: jax.Array) -> jax.Array:
@@ -144,8 +155,12 @@ def tune(shape: Shape, held: WeightFormat, tokens: Sequence[int] | None = None) 
 
 def tokens_of(held: WeightFormat) -> tuple[int, ...]:
     """Numbers of rows for which there are kernels; many rows of 8 bits with one scale are XLA's."""
-    hopper = is_hopper() and jax.__version_info__ >= (0, 11)  # whose Mosaic the kernel is written for
-    return TOKENS + MANY_TOKENS if hopper and not held.rounds_activations else TOKENS
+    return TOKENS + MANY_TOKENS if streamed_here(held) else TOKENS
+
+
+def streamed_here(held: WeightFormat) -> bool:
+    """Whether this GPU, and a JAX whose Mosaic the kernel is written for, stream such weights."""
+    return is_hopper() and jax.__version_info__ >= (0, 11) and not held.rounds_activations
 
 
 def measure(
@@ -157,32 +172,45 @@ def measure(
     keys = jax.random.split(jax.random.key(0), max(2, -(-BEYOND_CACHE // product.weight_bytes)))
     weights = [product.weight(key) for key in keys]
     tried = [(count, candidate) for count in tokens for candidate in [None, *candidates(product, count)]]
+    options = compiler_options("gpu", [held])
     cases = []
     for count, candidate in tried:
-        x = product.rows(count, candidate)
-        cases.append(Case(product.function(candidate), [(x, weight) for weight in weights]))
+        arguments = [(product.rows(count, candidate), weight) for weight in weights]
+        cases.append(Case(product.function(candidate), arguments, compiler_options=options))
     measured: dict[int, dict[Candidate, float | None]] = {count: {} for count in tokens}
     for (count, candidate), seconds in zip(tried, device_seconds(cases), strict=True):
         extra = extra_seconds(shape, candidate, count)
+        if not shape.after_norm and product.reads_rounded(candidate):
+            extra += LAUNCH
         measured[count][candidate] = None if seconds is None else seconds + extra
     return measured
 
 
 def candidates(product: Quantised, tokens: int) -> Iterator[Tiling | StreamTiling]:
     """Those worth measuring."""
-    yield from tilings(product) if tokens <= max(TOKENS) else streams(product, tokens)
+    if tokens <= max(TOKENS):
+        yield from tilings(product)
+    if tokens <= FEW_ROWS:
+        yield from (replace(tiling, min_rows=FEW_ROWS) for tiling in tilings(product))
+        if product.held.activations is not None and not product.shape.after_norm:
+            yield from (replace(tiling, min_rows=FEW_ROWS, rounds=True) for tiling in tilings(product))
+    if streamed_here(product.held):
+        yield from streams(product, tokens)
 
 
 def streams(product: Quantised, tokens: int) -> Iterator[StreamTiling]:
-    """Of many rows."""
+    """Of as many rows as 8 divides: half of the cores have a tile, or all of them one or two."""
     outputs = prod(product.shape.weight[:-1])
     held, columns = product.held, product.shape.inner // product.held.per_value
     values = jax.ShapeDtypeStruct((outputs, columns), held.stored)
     scales = jax.ShapeDtypeStruct((held.groups, outputs), "float32")
     operand = Operand(cast(jax.Array, values), cast(jax.Array, scales))  # nothing but shapes is asked for
-    if why_not_streamed(tokens, operand) is None:
-        most = deepest(tokens, operand, getattr(jax.devices()[0], "core_count", 132))
-        yield from (replace(most, num_stages=stages) for stages in (most.num_stages, most.num_stages - 1))
+    cores = getattr(jax.devices()[0], "core_count", 132)
+    for splits in STREAM_SPLITS:
+        tiles = outputs // BLOCK_OUT * (tokens // tile_of(tokens)) * splits
+        even = splits == 1 if tiles > 2 * cores else 2 * tiles > cores
+        if even and why_not_streamed(tokens, operand, splits) is None:
+            yield deepest(tokens, operand, cores, splits)
 
 
 def tilings(product: Quantised) -> Iterator[Tiling]:
@@ -191,7 +219,7 @@ def tilings(product: Quantised) -> Iterator[Tiling]:
     for block_out, block_in, num_warps, num_stages in FOUR_BITS if held.element == INT4 else EIGHT_BITS:
         if held.element != INT4 and held.groups > 1 and held.group % block_in:
             continue
-        for splits in SPLITS if shape.kind == "parts" else (1,):
+        for splits in SPLITS if shape.kind == "parts" else GATED_SPLITS if held.element == INT4 else (1,):
             programs = -(-shape.out // block_out) * splits
             crowded = shape.kind == "parts" and not PROGRAMS[0] <= programs <= PROGRAMS[1]
             if shape.inner % (splits * block_in) == 0 and not crowded:

@@ -65,13 +65,14 @@ Candidate = Tiling | StreamTiling | None  # None: XLA's own
 class Shape:
     """A product of a layer, as one device does it. `kind` as in `models.tuning.Measurement`.
 
-    summed: whether its result is summed over devices.
+    summed: whether its result is summed over devices. after_norm: whether it reads what a norm gives.
     """
 
     out: int
     inner: int
     kind: Kind
     summed: bool = False
+    after_norm: bool = True
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -101,7 +102,7 @@ def products(config: DecoderConfig, tp: int = 1) -> dict[str, Shape]:
     qkv, heads = (kv_heads * rows * layer.mixer.head_dim for rows in (group + 2, group))
     plain = {
         "qkv": Shape(qkv, hidden, "parts"),
-        "o": Shape(hidden, heads, "parts", summed=tp > 1),
+        "o": Shape(hidden, heads, "parts", summed=tp > 1, after_norm=False),
         "head": Shape(-(-config.vocab_size // tp), hidden, "whole"),
     }
     if layer.pre_norm:
@@ -120,7 +121,7 @@ def _mlp_products(layer: LayerConfig, hidden: int, tp: int) -> dict[str, Shape]:
     inner = layer.mlp.width // tp
     found = {
         "gate_up": Shape(inner, hidden, "gated"),
-        "down": Shape(hidden, inner, "parts", summed=tp > 1),
+        "down": Shape(hidden, inner, "parts", summed=tp > 1, after_norm=False),
     }
     return found | ({"norm_gate_up": Shape(inner, hidden, "norm_gated")} if layer.pre_norm else {})
 
@@ -253,15 +254,23 @@ def extra_seconds(shape: Shape, candidate: Candidate, tokens: int) -> float:
     """Seconds that a candidate costs beside its own kernel: its parts are read by the next kernel or summed
     over devices, its activation is a launch of its own, or Mosaic is called in a CUDA graph.
     """
-    if shape.product == "parts" and isinstance(candidate, Tiling):
-        more = tokens * shape.out * (4 * candidate.splits - 2) / PART_RATE  # bytes than those of one sum
-        if not shape.summed:
-            return more
-        size = 4 * candidate.splits * tokens * shape.out
-        return size / LINK_RATE if size <= ONE_SHOT_BYTES else more + SUM_LAUNCH
-    if isinstance(candidate, StreamTiling):
-        return MOSAIC
-    return LAUNCH if candidate is None and shape.product == "gated" else 0.0
+    mosaic = MOSAIC if isinstance(candidate, StreamTiling) else 0.0
+    if shape.product == "gated":
+        apart = candidate is None or candidate.splits > 1
+        return mosaic + (LAUNCH if apart else 0.0)
+    return mosaic + _reading_seconds(shape, candidate, tokens)
+
+
+def _reading_seconds(shape: Shape, candidate: Candidate, tokens: int) -> float:
+    """Of parts, which are f32, instead of one sum of 16 bits."""
+    whole = isinstance(candidate, StreamTiling) and candidate.splits == 1
+    if shape.product != "parts" or candidate is None or whole:
+        return 0.0
+    more = tokens * shape.out * (4 * candidate.splits - 2) / PART_RATE  # bytes than those of one sum
+    if not shape.summed:
+        return more
+    size = 4 * candidate.splits * tokens * shape.out
+    return size / LINK_RATE if size <= ONE_SHOT_BYTES else more + SUM_LAUNCH
 
 
 def _extra_norm_seconds(shape: Shape, candidate: Candidate, unfused: Candidate) -> float:

@@ -22,6 +22,7 @@ from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.quant_products import (
+    PartsGatedProduct,
     RoundedProduct,
     RoundingNorm,
     Rows,
@@ -232,11 +233,12 @@ def plan_gated(kernels: Kernels, linear: Linear, x: Float[Array, "T E"], activat
     """`activation(gate) * up` of a weight [2, I, E]."""
     tiling = None if linear.bias is not None else _tiling(kernels, "gated", linear, x)
     if isinstance(linear.weight, QuantWeight):
-        if isinstance(tiling, Tiling):
+        if isinstance(tiling, Tiling) and tiling.splits == 1:
             return SkinnyQuantGatedProduct(activation, tiling, kernels.backend)
         found = _plan_quant(kernels, "gated", linear, x, tiling)
         if found is not None:
-            return XlaGatedProduct(activation, found)
+            in_parts = found.tiling.splits > 1
+            return PartsGatedProduct(activation, found) if in_parts else XlaGatedProduct(activation, found)
     elif tiling is not None and not (isinstance(tiling, StreamTiling) and x.shape[0] % 8):
         return SkinnyGatedProduct(activation, tiling, kernels.backend)
     if _transposed(kernels, x) and not _rounded(linear):
@@ -274,19 +276,20 @@ def _plan_quant(
 ) -> SkinnyQuantProduct | StreamedQuantProduct | None:
     """A kernel's product with a quantised weight, without an activation."""
     if isinstance(tiling, Tiling):
-        return SkinnyQuantProduct(tiling, kernels.backend, in_parts=kind == "parts")
-    if tiling is None or kind == "whole" or not can_stream(linear, x.shape[0]):
+        return SkinnyQuantProduct(tiling, kernels.backend, in_parts=kind != "whole")
+    if tiling is None or kind == "whole":
         return None
     return StreamedQuantProduct(tiling, kernels.backend)
 
 
 def _tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tiling | StreamTiling | None:
     """As measured for the shapes that one device sees."""
-    weight, inner = linear.weight, prod(x.shape[1:])
+    weight, inner, tokens = linear.weight, prod(x.shape[1:]), x.shape[0]
     if isinstance(weight, QuantWeight) and weight.operand(-1) is None:
         return None
     out = prod(linear.out_shape(x)) // (2 if kind.endswith("gated") else 1)
-    return kernels.tuning.find(weight.format, kind, (out, inner), x.shape[0])
+    streams = not isinstance(weight, QuantWeight) or can_stream(linear, tokens)
+    return kernels.tuning.find(weight.format, kind, (out, inner), tokens, streams=streams)
 
 
 def _rounded(linear: Linear) -> bool:
@@ -295,12 +298,13 @@ def _rounded(linear: Linear) -> bool:
 
 def _takes_rounded(linear: Linear, product: object) -> bool:
     """Whether what a product reads is rounded by a kernel, which the norm before it can be."""
-    if isinstance(product, XlaGatedProduct):
+    if isinstance(product, XlaGatedProduct | PartsGatedProduct):
         product = product.product
     if isinstance(product, RoundedProduct):
         return product.backend != "xla"
-    kernel = isinstance(product, SkinnyQuantProduct | SkinnyQuantGatedProduct | StreamedQuantProduct)
-    return kernel and _has_rounded(linear)
+    if isinstance(product, SkinnyQuantProduct | SkinnyQuantGatedProduct):
+        return _has_rounded(linear) and not product.tiling.rounds
+    return isinstance(product, StreamedQuantProduct) and _has_rounded(linear)
 
 
 def _has_rounded(linear: Linear) -> bool:

@@ -18,6 +18,7 @@ from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.quantised import QuantWeight
+from lmdeploy_jax.pallas_kernels.act_and_mul import act_and_mul
 from lmdeploy_jax.pallas_kernels.quant_gemm import (
     gated_quant_gemm,
     quant_gemm,
@@ -72,7 +73,7 @@ class SkinnyQuantProduct:
         weight = quantised(linear)
         operand = weight.operand(-1)
         assert operand is not None  # as planned
-        rows = _taken(weight, x, self.backend)
+        rows = _taken(weight, x, self.backend, rounds=self.tiling.rounds)
         parts = quant_gemm(rows, operand, self.tiling, out_dtype=jnp.float32, backend=self.backend)
         parts = parts.reshape(*parts.shape[:2], *weight.out_shape)
         return parts if self.in_parts else parts[0]
@@ -91,12 +92,13 @@ class SkinnyQuantGatedProduct:
         operand = weight.operand(2, weight.out_shape[1])
         assert operand is not None  # as planned
         how = {"activation": self.activation, "out_dtype": weight.dtype, "backend": self.backend}
-        return gated_quant_gemm(_taken(weight, x, self.backend), operand, self.tiling, **how)
+        rows = _taken(weight, x, self.backend, rounds=self.tiling.rounds)
+        return gated_quant_gemm(rows, operand, self.tiling, **how)
 
 
 @dataclass(frozen=True)
 class StreamedQuantProduct:
-    """The hand-written product of many rows, for Hopper."""
+    """The hand-written product for Hopper; in f32 parts where it is split."""
 
     tiling: StreamTiling
     backend: str
@@ -105,8 +107,23 @@ class StreamedQuantProduct:
         weight = quantised(linear)
         operand = weight.operand(-1)
         assert operand is not None  # as planned
-        rows, how = _taken(weight, x, self.backend), {"out_dtype": weight.dtype, "backend": self.backend}
-        return streamed_quant_gemm(rows, operand, self.tiling, **how).reshape(-1, *weight.out_shape)
+        whole = self.tiling.splits == 1
+        how = {"out_dtype": weight.dtype if whole else jnp.float32, "backend": self.backend}
+        parts = streamed_quant_gemm(_taken(weight, x, self.backend), operand, self.tiling, **how)
+        parts = parts.reshape(*parts.shape[:2], *weight.out_shape)
+        return parts[0] if whole else parts
+
+
+@dataclass(frozen=True)
+class PartsGatedProduct:
+    """`activation(gate) * up` of a weight [2, I, E] without a bias, after a product in parts."""
+
+    activation: Callable[[Array], Array]
+    product: SkinnyQuantProduct | StreamedQuantProduct
+
+    def __call__(self, linear: Linear, x: Rows) -> Float[Array, "..."]:
+        how = {"out_dtype": quantised(linear).dtype, "backend": self.product.backend}
+        return act_and_mul(self.product(linear, x), activation=self.activation, **how)
 
 
 @dataclass(frozen=True)
@@ -144,9 +161,11 @@ def can_stream(linear: Linear, tokens: int) -> bool:
     return operand is not None and why_not_streamed(tokens, operand) is None
 
 
-def _taken(weight: QuantWeight, x: Rows, backend: str) -> Float[Array, "T K"] | Quantised:
-    """x as the product takes it."""
+def _taken(
+    weight: QuantWeight, x: Rows, backend: str, *, rounds: bool = False
+) -> Float[Array, "T K"] | Quantised:
+    """x as the product takes it, which perhaps `rounds` it itself."""
     if isinstance(x, Quantised):
         return x
     rows, kind = x.reshape(x.shape[0], -1), weight.held.activations
-    return rows if kind is None else round_rows(rows, kind, groups=weight.groups, backend=backend)
+    return rows if kind is None or rounds else round_rows(rows, kind, groups=weight.groups, backend=backend)

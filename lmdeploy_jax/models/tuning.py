@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import lmdeploy_jax
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
+from lmdeploy_jax.pallas_kernels.skinny_gemm import MAX_TOKENS, StreamTiling, Tiling
 
 FOLDER = Path(lmdeploy_jax.__file__).parent / "configs" / "kernels"
 
@@ -58,15 +58,21 @@ class Tuning:
     rounding: str | None = None
 
     def find(
-        self, format: str, kind: Kind, weight: tuple[int, int], tokens: int
+        self, format: str, kind: Kind, weight: tuple[int, int], tokens: int, *, streams: bool = True
     ) -> Tiling | StreamTiling | None:
         """The tiling that was fastest for that many rows, or the next higher number measured; None: XLA.
 
-        `weight` is (out, inner).
+        `weight` is (out, inner). streams: whether so many rows can be streamed; where they cannot and that
+        was fastest, it is the one of the next lower number which has one for any rows.
         """
-        shape = (format, kind, *weight)
-        known = [p for p in self.products if p.shape == shape and p.tokens >= tokens]
-        return min(known, key=lambda p: p.tokens).tiling if known else None
+        known = sorted(
+            (p for p in self.products if p.shape == (format, kind, *weight)), key=lambda p: p.tokens
+        )
+        chosen = next((p.tiling for p in known if p.tokens >= tokens), None)
+        if streams or not isinstance(chosen, StreamTiling):
+            return chosen
+        lower = [p.tiling for p in known if p.tokens < tokens <= MAX_TOKENS and isinstance(p.tiling, Tiling)]
+        return lower[-1] if lower else None
 
     def merged(self, newer: Tuning) -> Tuning:
         """With `newer` products in place of those of the same shape."""
@@ -118,7 +124,7 @@ def _measurement(row: dict[str, Any]) -> Measurement:
     return Measurement(**{"format": "w16a16"} | row | {"tiling": _tiling(row["tiling"])})
 
 
-def _tiling(fields: dict[str, int] | None) -> Tiling | StreamTiling | None:
+def _tiling(fields: dict[str, Any] | None) -> Tiling | StreamTiling | None:
     if fields is None:
         return None
     return StreamTiling(**fields) if "programs" in fields else Tiling(**fields)

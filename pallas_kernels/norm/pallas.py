@@ -46,7 +46,7 @@ def add_rms_norm_quant(
 ) -> tuple[Float[Array, "T E"], Quantised]:
     """See `lmdeploy_jax.pallas_kernels.norm`."""
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes_of(x, dtype, groups)]
-    kernel = functools.partial(_kernel, eps=eps, offset=offset)
+    kernel = functools.partial(_quant_kernel, eps=eps, offset=offset)
     added, *normed = launch(kernel, _how(x), out, x, parts, weight, interpret=interpret)
     return added, Quantised(*normed)
 
@@ -62,11 +62,42 @@ def _kernel(
     weight_ref: jax.Ref,
     added_ref: jax.Ref,
     normed_ref: jax.Ref,
-    scales_ref: jax.Ref | None = None,
     *,
     eps: float,
     offset: float,
 ) -> None:
+    row, size = pl.program_id(0), x_ref.shape[1]
+    column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
+    mask = column < size
+    added = _add(x_ref, parts_ref, added_ref)
+    weight = plt.load(weight_ref.at[column], mask=mask, other=0)
+    wide = added.astype(jnp.float32)
+    normed = weigh(wide * inverse_rms(wide, size, eps), weight, offset, x_ref.dtype)
+    plt.store(normed_ref.at[row, column], normed, mask=mask)
+
+
+def _quant_kernel(
+    x_ref: jax.Ref,
+    parts_ref: jax.Ref,
+    weight_ref: jax.Ref,
+    added_ref: jax.Ref,
+    values_ref: jax.Ref,
+    scales_ref: jax.Ref,
+    *,
+    eps: float,
+    offset: float,
+) -> None:
+    """The weight is read first: it is in no cache, and no read overtakes the store of what is added."""
+    row, size = pl.program_id(0), x_ref.shape[1]
+    column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
+    weight = plt.load(weight_ref.at[column], mask=column < size, other=0)
+    wide = _add(x_ref, parts_ref, added_ref).astype(jnp.float32)
+    normed = weigh(wide * inverse_rms(wide, size, eps), weight, offset, x_ref.dtype)
+    store_rounded(normed.astype(jnp.float32), row, values_ref, scales_ref)
+
+
+def _add(x_ref: jax.Ref, parts_ref: jax.Ref, added_ref: jax.Ref) -> Float[Array, "padded"]:
+    """This program's row of x with its parts, which is stored; zeros beyond the last column."""
     row, size = pl.program_id(0), x_ref.shape[1]
     column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
     mask = column < size
@@ -75,13 +106,7 @@ def _kernel(
         total += plt.load(parts_ref.at[part, row, column], mask=mask, other=0).astype(jnp.float32)
     added = total.astype(x_ref.dtype)
     plt.store(added_ref.at[row, column], added, mask=mask)
-    weight = plt.load(weight_ref.at[column], mask=mask, other=0)
-    wide = added.astype(jnp.float32)
-    normed = weigh(wide * inverse_rms(wide, size, eps), weight, offset, x_ref.dtype)
-    if scales_ref is None:
-        plt.store(normed_ref.at[row, column], normed, mask=mask)
-    else:
-        store_rounded(normed.astype(jnp.float32), row, normed_ref, scales_ref)
+    return added
 
 
 def inverse_rms(wide: Float32[Array, "*rows N"], size: int, eps: float) -> Float32[Array, "*rows 1"]:

@@ -18,6 +18,7 @@ from lmdeploy_jax.pallas_kernels.quant_gemm import xla
 from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import why_not_streamed
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, TILE
 from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
 from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import MAX_TOKENS, StreamTiling, Tiling
 
@@ -32,13 +33,14 @@ def quant_gemm(
     """x [T, K] @ weight [N, K]^T in parts: -> [splits, T, N] in `out_dtype`, whose sum over parts it is.
 
     T is at most MAX_TOKENS; x is rounded to as many groups as the weight has, or of 16 bits where the weight
-    has 4. Accumulates in f32, int8 in int32. Raises ValueError for what does not fit.
+    has 4 or where `tiling.rounds`. Accumulates in f32, int8 in int32.
+    Raises ValueError for what does not fit.
     """
     check_backend(backend)
     halves = Quantised(weight.values[None], weight.scales[:, None], _with_half(weight.zeros))
     _check(x, halves, tiling)
     if backend == "xla":
-        return xla.quant_gemm(x, halves, tiling.splits)[:, 0].astype(out_dtype)
+        return xla.quant_gemm(_rounded(x, weight, tiling), halves, tiling.splits)[:, 0].astype(out_dtype)
     from lmdeploy_jax.pallas_kernels.quant_gemm import pallas  # CPUs never need it
 
     return pallas.quant_gemm(x, halves, tiling, out_dtype, interpret=backend == "pallas_interpret")
@@ -62,7 +64,7 @@ def gated_quant_gemm(
         raise ValueError(f"weight {weight.values.shape} must be [2, N, K], and splits, {tiling.splits}, 1")
     _check(x, weight, tiling)
     if backend == "xla":
-        gate, up = xla.quant_gemm(x, weight, 1)[0].astype(out_dtype)
+        gate, up = xla.quant_gemm(_rounded(x, weight, tiling), weight, 1)[0].astype(out_dtype)
         return activation(gate) * up
     from lmdeploy_jax.pallas_kernels.quant_gemm import pallas  # CPUs never need it
 
@@ -72,19 +74,19 @@ def gated_quant_gemm(
 
 def streamed_quant_gemm(
     x: Rows, weight: Quantised, tiling: StreamTiling, *, out_dtype: DTypeLike, backend: str
-) -> Float[Array, "T N"]:
-    """`quant_gemm` of many rows, whole, on Hopper: x [T, K], weight [N, K] -> [T, N] in `out_dtype`.
+) -> Float[Array, "{tiling.splits} T N"]:
+    """`quant_gemm` on Hopper's own instructions, for many rows too, if a multiple of 8.
 
     Raises ValueError for what does not fit, see `why_not_streamed`.
     """
     check_backend(backend)
     rows = _check_rows(x, weight)
-    fault = why_not_streamed(rows.shape[0], weight)
+    fault = why_not_streamed(rows.shape[0], weight, tiling.splits)
     if fault is not None:
         raise ValueError(f"{fault}; leave this product to XLA")
     if backend == "xla":
         half = Quantised(weight.values[None], weight.scales[:, None], _with_half(weight.zeros))
-        return xla.quant_gemm(x, half, 1)[0, 0].astype(out_dtype)
+        return xla.quant_gemm(x, half, tiling.splits)[:, 0].astype(out_dtype)
     from lmdeploy_jax.pallas_kernels.quant_gemm import mosaic  # CPUs never need it
 
     return mosaic.quant_gemm(x, weight, tiling, out_dtype)
@@ -116,7 +118,7 @@ def _with_half(zeros: jax.Array | None) -> jax.Array | None:
 
 
 def _check(x: Rows, weight: Quantised, tiling: Tiling) -> None:
-    rows = _check_rows(x, weight)
+    rows = _check_rows(x, weight, rounds=tiling.rounds)
     if not 1 <= rows.shape[0] <= MAX_TOKENS:
         raise ValueError(f"x has {rows.shape[0]} rows; a skinny product takes 1 to {MAX_TOKENS}")
     tiling.check(tokens=rows.shape[0], inner=rows.shape[1], outputs=weight.values.shape[1])
@@ -125,16 +127,26 @@ def _check(x: Rows, weight: Quantised, tiling: Tiling) -> None:
         raise ValueError(fault)
 
 
-def _check_rows(x: Rows, weight: Quantised) -> jax.Array:
+def _check_rows(x: Rows, weight: Quantised, *, rounds: bool = False) -> jax.Array:
     """The values of x, which fit the weight."""
     rows, groups = (x.values, x.scales.shape[0]) if isinstance(x, Quantised) else (x, None)
     columns = _columns(weight)
     if rows.ndim != 2 or rows.shape[1] != columns:
         raise ValueError(f"x {rows.shape} does not fit {columns} columns of a weight: it must be [T, K]")
-    wanted = None if weight.values.dtype == jnp.uint16 else weight.scales.shape[0]
-    if groups != wanted or (groups is not None and rows.dtype != weight.values.dtype):
+    words = weight.values.dtype == jnp.uint16
+    wanted = None if words or rounds else weight.scales.shape[0]
+    if (words and rounds) or groups != wanted or (groups is not None and rows.dtype != weight.values.dtype):
         raise ValueError(
             f"x is {rows.dtype} with {groups} groups of columns; a weight of {weight.values.dtype} asks for "
             + ("16 bits" if wanted is None else f"{weight.values.dtype} with {wanted}")
+            + (", and rounds nothing" if words and rounds else "")
         )
     return rows
+
+
+def _rounded(x: Rows, weight: Quantised, tiling: Tiling) -> Rows:
+    """What the kernel multiplies with where it rounds x itself."""
+    if not tiling.rounds:
+        return x
+    assert not isinstance(x, Quantised)
+    return round_rows(x, weight.values.dtype, groups=x.shape[1] // tiling.block_in)

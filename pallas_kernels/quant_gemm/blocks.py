@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, BFloat16, Float32, Int32, Shaped, UInt16
+from jax.typing import DTypeLike
+from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped, UInt16
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, TILE
+from lmdeploy_jax.pallas_kernels.round_rows.pallas import rounded
+from lmdeploy_jax.pallas_kernels.round_rows.xla import LEAST, limit
 from lmdeploy_jax.pallas_kernels.skinny_gemm.pallas import WeightTile
 
 QUARTER = TILE // PER_WORD  # columns of a tile that have the same nibble of their words
@@ -23,7 +26,9 @@ Totals = list[Shaped[Array, "out rows"]]  # f32, or int32 of int8 times int8
 
 @dataclass(frozen=True)
 class Refs:
-    """x [T, K] and its scales [G, T]; the weight's values [halves, N, K], scales and zeros [G, halves, N]."""
+    """x [T, K], with its scales [G, T] if it has 8 bits; the weight's values [halves, N, K], scales and zeros
+    [G, halves, N].
+    """
 
     x: jax.Ref
     x_scales: jax.Ref | None
@@ -51,44 +56,61 @@ class Blocks(Protocol):
     def zeros(self) -> Totals:
         """One of each half."""
 
-    def add(self, totals: Totals, inner: Index) -> Totals:
-        """Adds the products of the block from column `inner` on."""
+    def add(self, totals: Totals, block: Index) -> Totals:
+        """Adds the products of block number `block` of the columns."""
 
     def scaled(self, totals: Totals) -> Totals:
         """The sums of all blocks, in f32."""
 
 
 class EightBits:
-    """Weights and activations of 8 bits. With one group, its scales are those of the sums."""
+    """Weights and activations of 8 bits. With one group, its scales are those of the sums.
+
+    Activations without scales are rounded on the way, a block of columns with a scale for each row.
+    """
 
     def __init__(self, tile: WeightTile, refs: Refs) -> None:
         self.tile, self.refs = tile, refs
-        self.whole = refs.groups == 1
+        self.whole, self.rounds = refs.groups == 1, refs.x_scales is None
 
     def zeros(self) -> Totals:
-        exact = self.whole and self.refs.values.dtype == jnp.int8
+        exact = self.whole and not self.rounds and self.refs.values.dtype == jnp.int8
         zeros = jnp.zeros(self.tile.mask.shape, jnp.int32 if exact else jnp.float32)
         return [zeros for _ in self.refs.halves]
 
-    def add(self, totals: Totals, inner: Index) -> Totals:
-        x = self.tile.x(self.refs.x, inner).T
-        products = [dot(self.tile.read(self.refs.values, inner, half), x) for half in self.refs.halves]
+    def add(self, totals: Totals, block: Index) -> Totals:
+        inner = block * self.tile.block_in
+        x, rows = self._x(inner)
+        products = [dot(self.tile.read(self.refs.values, inner, half), x.T) for half in self.refs.halves]
         if not self.whole:
-            products = self._scaled(products, inner // self.refs.width)
+            group = lax.div(inner, self.refs.width)
+            products = self._scaled(products, self._rows(group) if rows is None else rows, group)
+        elif rows is not None:
+            products = [product.astype(jnp.float32) * rows[None, :] for product in products]
         return [total + product for total, product in zip(totals, products, strict=True)]
 
     def scaled(self, totals: Totals) -> Totals:
-        return self._scaled(totals, 0) if self.whole else totals
+        if not self.whole:
+            return totals
+        return self._scaled(totals, None if self.rounds else self._rows(0), 0)
 
-    def _scaled(self, sums: list[jax.Array], group: Index | int) -> Totals:
-        tile, refs = self.tile, self.refs
-        assert refs.x_scales is not None
-        rows = plt.load(refs.x_scales.at[group, tile.token], mask=tile.token < tile.tokens, other=0)
-        scales = [of_outputs(tile, refs.scales, group, half) for half in refs.halves]
-        return [
-            total.astype(jnp.float32) * (scale[:, None] * rows[None, :])
-            for total, scale in zip(sums, scales, strict=True)
-        ]
+    def _x(self, inner: Index) -> tuple[Shaped[Array, "rows columns"], Float32[Array, "rows"] | None]:
+        """Of 8 bits, and the scales that it was just rounded with."""
+        x = self.tile.x(self.refs.x, inner)
+        return rounded_block(x, self.refs.values.dtype) if self.rounds else (x, None)
+
+    def _rows(self, group: Index | int) -> Float32[Array, "rows"]:
+        """Scales that came with the activations."""
+        assert self.refs.x_scales is not None
+        token = self.tile.token
+        return plt.load(self.refs.x_scales.at[group, token], mask=token < self.tile.tokens, other=0)
+
+    def _scaled(
+        self, sums: list[jax.Array], rows: Float32[Array, "rows"] | None, group: Index | int
+    ) -> Totals:
+        scales = [of_outputs(self.tile, self.refs.scales, group, half)[:, None] for half in self.refs.halves]
+        factors = scales if rows is None else [scale * rows[None, :] for scale in scales]
+        return [total.astype(jnp.float32) * factor for total, factor in zip(sums, factors, strict=True)]
 
 
 class FourBits:
@@ -101,10 +123,12 @@ class FourBits:
     def zeros(self) -> Totals:
         return [self.tile.zeros() for _ in self.refs.halves]
 
-    def add(self, totals: Totals, inner: Index) -> Totals:
-        for start in range(0, self.tile.block_in, TILE):
-            x = [self._x(inner + start + quarter * QUARTER) for quarter in range(PER_WORD)]
-            totals = [self._add(totals[half], x, inner + start, half) for half in self.refs.halves]
+    def add(self, totals: Totals, block: Index) -> Totals:
+        tiles = self.tile.block_in // TILE
+        for number in range(tiles):
+            tile = block * tiles + number
+            x = [self._x(tile * TILE + quarter * QUARTER) for quarter in range(PER_WORD)]
+            totals = [self._add(totals[half], x, tile, half) for half in self.refs.halves]
         return totals
 
     def scaled(self, totals: Totals) -> Totals:
@@ -113,11 +137,11 @@ class FourBits:
         scales = [of_outputs(self.tile, self.refs.scales, 0, half) for half in self.refs.halves]
         return [total * scale[:, None] for total, scale in zip(totals, scales, strict=True)]
 
-    def _add(self, total: jax.Array, x: list[jax.Array], inner: Index, half: int) -> jax.Array:
+    def _add(self, total: jax.Array, x: list[jax.Array], tile: Index, half: int) -> jax.Array:
         """The products of one tile of columns."""
-        words, width = self._words(inner, half), min(self.refs.width, TILE)
+        words, width = self._words(tile, half), min(self.refs.width, TILE)
         for first in range(0, TILE, width):
-            group = (inner + first) // self.refs.width
+            group = lax.div(tile * TILE + first, self.refs.width)
             zero = self._zero(group, half)
             quarters = range(first // QUARTER, (first + width) // QUARTER)
             products = sum(dot(unpacked(words, q, zero, self.interpret), x[q]) for q in quarters)
@@ -132,9 +156,10 @@ class FourBits:
         inside = jnp.broadcast_to((tile.token < tile.tokens)[:, None], (tile.token.size, QUARTER))
         return plt.load(self.refs.x.at[tile.token[:, None], column[None, :]], mask=inside, other=0).T
 
-    def _words(self, inner: Index, half: int) -> UInt16[Array, "out columns"]:
+    def _words(self, number: Index, half: int) -> UInt16[Array, "out columns"]:
+        """Those of tile `number`, of which Triton has to see that 16 bytes lie together: no quotients."""
         tile = self.tile
-        column = inner // PER_WORD + jnp.arange(QUARTER, dtype=jnp.int32)
+        column = number * QUARTER + jnp.arange(QUARTER, dtype=jnp.int32)
         at = self.refs.values.at[half, tile.out[:, None], column[None, :]]
         if tile.in_bounds:
             return plt.load(at)
@@ -155,6 +180,15 @@ def of_outputs(tile: WeightTile, ref: jax.Ref, group: Index | int, half: int) ->
     at = ref.at[group, half, tile.out]
     row = plt.load(at) if tile.in_bounds else plt.load(at, mask=tile.out < tile.outputs, other=0)
     return row.astype(jnp.float32)
+
+
+def rounded_block(
+    x: Float[Array, "rows columns"], dtype: DTypeLike
+) -> tuple[Shaped[Array, "rows columns"], Float32[Array, "rows"]]:
+    """As `round_rows` has it, of one group."""
+    wide = x.astype(jnp.float32)
+    scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=1), LEAST) / limit(dtype)
+    return rounded(wide / scales[:, None], dtype), scales
 
 
 def unpacked(

@@ -1,9 +1,10 @@
 """Quantised products of many rows in Mosaic GPU (Hopper): weights are the tensor cores' left operand.
 
-There are as many programs as cores; program p has every tile of outputs and tokens whose number is p modulo
-their count. One warpgroup copies blocks of 128 columns ahead of two that multiply, each with half of the
-tile's outputs. A block's product is made from nothing, exactly, and added in f32 times its scales: E4M3 would
-lose bits in a longer sum of the tensor cores. 4-bit integers, less their zeros, are bfloat16 in registers.
+There are as many programs as cores; program p has every tile of outputs, tokens and, in parts, columns whose
+number is p modulo their count. One warpgroup copies blocks of 128 columns ahead of two that multiply, each
+with half of the tile's outputs. A block's product is made from nothing, exactly, and added in f32 times its
+scales: E4M3 would lose bits in a longer sum of the tensor cores. 4-bit integers, less their zeros, are
+bfloat16 in registers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MIDDLE = 136  # a nibble at the end of bfloat16's 128, less this, is a 4-bit int
 
 def quant_gemm(
     x: Float[Array, "T K"] | Quantised, weight: Quantised, tiling: StreamTiling, out_dtype: DTypeLike
-) -> Float[Array, "T N"]:
+) -> Float[Array, "{tiling.splits} T N"]:
     """x [T, K] @ weight [N, K]^T; see `lmdeploy_jax.pallas_kernels.quant_gemm`."""
     rows = x.values if isinstance(x, Quantised) else x
     tokens, outputs = rows.shape[0], weight.values.shape[0]
@@ -51,12 +52,14 @@ def quant_gemm(
     elif weight.zeros is not None:
         vectors.append((weight.zeros + jnp.uint8(128)).astype(jnp.bfloat16))
     widths = [BLOCK_OUT, tile if isinstance(x, Quantised) else BLOCK_OUT]
-    body = functools.partial(_kernel, work=_Work(tokens, outputs, tile, tiling.programs), stages=stages)
+    body = functools.partial(
+        _kernel, work=_Work(tokens, outputs, tile, tiling.programs, tiling.splits), stages=stages
+    )
     body.__name__ = "quant_gemm"  # type: ignore[attr-defined]  # what profiles call it
     columns = BLOCK_IN // PER_WORD if words else BLOCK_IN
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((tokens, outputs), out_dtype),
+        out_type=jax.ShapeDtypeStruct((tiling.splits, tokens, outputs), out_dtype),
         grid=(tiling.programs,),
         grid_names=("program",),
         num_threads=COMPUTE + 1,
@@ -65,7 +68,7 @@ def quant_gemm(
             _ring(stages, tile, BLOCK_IN, rows.dtype),
             _ring(stages, BLOCK_OUT, columns, weight.values.dtype),
             [plgpu.SMEM((stages, width), v.dtype) for width, v in zip(widths, vectors, strict=False)],
-            plgpu.SMEM((COMPUTE, tile, ROWS), out_dtype, transforms=(plgpu.SwizzleTransform(128),)),
+            _staged(tile, out_dtype),
             plgpu.Barrier(num_arrivals=2 + len(vectors), num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
         ],
@@ -84,14 +87,25 @@ def _ring(stages: int, rows: int, columns: int, dtype: DTypeLike) -> Any:
     return plgpu.SMEM((stages, rows, columns), dtype, transforms=layout)
 
 
+def _staged(tile: int, dtype: DTypeLike) -> Any:
+    """What leaves, of lines of 128 bytes: those of f32 are two."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return _ring(COMPUTE, tile, ROWS, dtype)
+    return plgpu.SMEM((COMPUTE, tile, ROWS), dtype, transforms=(plgpu.SwizzleTransform(128),))
+
+
 @dataclass(frozen=True)
 class _Work:
-    """The tiles of all programs: tokens first, so that programs side by side read the same weights."""
+    """The tiles of all programs: tokens first, so that programs side by side read the same weights.
+
+    splits: of the columns.
+    """
 
     tokens: int
     outputs: int
     tile: int
     programs: int
+    splits: int
 
     @property
     def across(self) -> int:
@@ -99,12 +113,14 @@ class _Work:
 
     @property
     def tiles(self) -> int:
-        return self.across * (self.outputs // BLOCK_OUT)
+        return self.across * self.splits * (self.outputs // BLOCK_OUT)
 
-    def place(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The first output and token of this program's tile number `index`."""
+    def place(self, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The first output and token of this program's tile number `index`, and its part."""
         tile = lax.axis_index("program") + index * self.programs
-        return lax.div(tile, self.across) * BLOCK_OUT, lax.rem(tile, self.across) * self.tile
+        rest = lax.div(tile, self.across)
+        output, split = lax.div(rest, self.splits), lax.rem(rest, self.splits)
+        return output * BLOCK_OUT, lax.rem(tile, self.across) * self.tile, split
 
     def mine(self) -> jax.Array:
         """How many tiles this program has."""
@@ -126,7 +142,8 @@ def _kernel(
     work: _Work,
     stages: int,
 ) -> None:
-    group, blocks = lax.axis_index("group"), x_ref.shape[1] // BLOCK_IN
+    group, all_blocks = lax.axis_index("group"), x_ref.shape[1] // BLOCK_IN
+    blocks = all_blocks // work.splits  # of a tile
     pairs = list(zip(vector_refs, vector_smems, strict=True))
 
     @pl.when(group == COMPUTE)
@@ -136,8 +153,8 @@ def _kernel(
         def step(count: jax.Array, _: None) -> None:
             stage = lax.rem(count, stages)
             pl.when(count >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
-            output, token = work.place(lax.div(count, blocks))
-            block = lax.rem(count, blocks)
+            output, token, split = work.place(lax.div(count, blocks))
+            block = split * blocks + lax.rem(count, blocks)
             outputs, tokens = pl.ds(output, BLOCK_OUT), pl.ds(token, work.tile)
             second = outputs if weight_ref.dtype == jnp.uint16 else tokens
             width = weight_smem.shape[2]
@@ -146,7 +163,7 @@ def _kernel(
             columns = pl.ds(block * BLOCK_IN, BLOCK_IN)
             plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_smem.at[stage], full.at[stage])
             for (vector, smem), where in zip(pairs, (outputs, second), strict=False):
-                run = lax.div(block, blocks // vector.shape[0])
+                run = lax.div(block, all_blocks // vector.shape[0])
                 plgpu.copy_gmem_to_smem(vector.at[run, where], smem.at[stage], full.at[stage])
 
         lax.fori_loop(0, work.mine() * blocks, step, None)
@@ -183,8 +200,8 @@ def _kernel(
             narrow = plgpu.layout_cast(total.astype(out_ref.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             out_smem.at[group].T[...] = narrow
             plgpu.commit_smem()
-            output, token = work.place(index)
-            place = pl.ds(token, work.tile), pl.ds(output + group * ROWS, ROWS)
+            output, token, split = work.place(index)
+            place = split, pl.ds(token, work.tile), pl.ds(output + group * ROWS, ROWS)
             plgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[place])
 
         lax.fori_loop(0, work.mine(), tile, None)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -54,13 +55,13 @@ def _kernel(
 ) -> None:
     split, tile = pl.program_id(1), WeightTile(x_ref.shape[0], out_ref.shape[2], tiling)
     refs = Refs(x_ref, x_scales_ref, values_ref, scales_ref, zeros_ref)
-    blocks = FourBits(tile, refs, interpret) if x_scales_ref is None else EightBits(tile, refs)
-    share = x_ref.shape[1] // tiling.splits
+    words = values_ref.dtype == jnp.uint16
+    blocks = FourBits(tile, refs, interpret) if words else EightBits(tile, refs)
+    steps = x_ref.shape[1] // tiling.splits // tiling.block_in
 
     def step(index: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
-        return blocks.add(totals, split * share + index * tiling.block_in)
+        return blocks.add(totals, split * steps + index)
 
-    totals = lax.fori_loop(0, share // tiling.block_in, step, blocks.zeros())
-    totals = blocks.scaled(totals)
+    totals = blocks.scaled(lax.fori_loop(0, steps, step, blocks.zeros()))
     out = totals[0] if activation is None else gated(totals[0], totals[1], activation, out_ref.dtype)
     plt.store(out_ref.at[split, *tile.place], out.astype(out_ref.dtype), mask=tile.mask)

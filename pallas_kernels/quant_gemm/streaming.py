@@ -12,6 +12,7 @@ BLOCK_OUT = 128  # outputs of a tile: two warpgroups with 64 each
 BLOCK_IN = TILE
 MAX_TILE = 128  # tokens, beside which two sums fit registers
 MAX_ROWS = 8192
+MAX_STAGES = 8
 
 
 def tile_of(tokens: int) -> int:
@@ -19,16 +20,14 @@ def tile_of(tokens: int) -> int:
     return tokens // -(-tokens // MAX_TILE)
 
 
-def why_not_streamed(tokens: int, weight: Quantised) -> str | None:
-    """Why a product of so many rows with a weight [N, K] cannot be streamed, or None if it can."""
+def why_not_streamed(tokens: int, weight: Quantised, splits: int = 1) -> str | None:
+    """Why a product of so many rows with a weight [N, K] cannot be streamed so, or None if it can."""
     words, (outputs, columns) = weight.values.dtype == jnp.uint16, weight.values.shape
     columns *= PER_WORD if words else 1
     if not words and (weight.values.dtype != jnp.float8_e4m3fn or weight.zeros is not None):
         return f"weights of {weight.values.dtype} are XLA's"
-    sizes = {"outputs": (outputs, BLOCK_OUT), "columns": (columns, BLOCK_IN * weight.scales.shape[0])}
-    if weight.scales.shape[0] == 1:
-        sizes["columns"] = (columns, BLOCK_IN)
-    elif columns // weight.scales.shape[0] % BLOCK_IN:
+    sizes = {"outputs": (outputs, BLOCK_OUT), "columns": (columns, BLOCK_IN * splits)}
+    if columns // weight.scales.shape[0] % BLOCK_IN:
         return f"groups of {columns // weight.scales.shape[0]} columns are no blocks of {BLOCK_IN}"
     for name, (size, unit) in sizes.items():
         if size % unit:
@@ -39,10 +38,11 @@ def why_not_streamed(tokens: int, weight: Quantised) -> str | None:
     return None
 
 
-def deepest(tokens: int, weight: Quantised, programs: int) -> StreamTiling:
-    """With as many stages as shared memory holds."""
+def deepest(tokens: int, weight: Quantised, programs: int, splits: int = 1) -> StreamTiling:
+    """With as many stages as shared memory holds, up to MAX_STAGES."""
     tile, words = tile_of(tokens), weight.values.dtype == jnp.uint16
     block = tile * BLOCK_IN * (2 if words else 1) + BLOCK_OUT * BLOCK_IN // (2 if words else 1)
     vectors = 3 * 4 * max(tile, BLOCK_OUT)
-    out = 2 * tile * BLOCK_OUT
-    return StreamTiling(BLOCK_OUT, programs, (SHARED_BYTES - out) // (block + vectors))
+    out = (2 if splits == 1 else 4) * tile * BLOCK_OUT  # parts are f32
+    stages = min((SHARED_BYTES - out) // (block + vectors), MAX_STAGES)
+    return StreamTiling(BLOCK_OUT, programs, stages, splits)

@@ -21,8 +21,6 @@ from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import Tiling
 
-MIN_ROWS = 16  # of the smallest tensor-core product
-
 
 def skinny_gemm(
     x: Float[Array, "T K"],
@@ -96,11 +94,11 @@ def _gated_kernel(
 
 
 def gated(
-    gate: Float32[Array, "out rows"],
-    up: Float32[Array, "out rows"],
+    gate: Float32[Array, "*tile"],
+    up: Float32[Array, "*tile"],
     activation: Callable[[jax.Array], jax.Array],
     dtype: jnp.dtype,
-) -> Float[Array, "out rows"]:
+) -> Float[Array, "*tile"]:
     """activation(gate) * up, rounded where the separate operations round."""
     gate, up = (half.astype(dtype).astype(jnp.float32) for half in (gate, up))
     return (activation(gate).astype(dtype).astype(jnp.float32) * up).astype(dtype)
@@ -111,7 +109,7 @@ class WeightTile:
 
     def __init__(self, tokens: int, outputs: int, tiling: Tiling) -> None:
         self.tokens, self.outputs, self.block_in = tokens, outputs, tiling.block_in
-        rows = max(MIN_ROWS, pl.next_power_of_2(self.tokens))
+        rows = max(tiling.min_rows, pl.next_power_of_2(self.tokens))
         self.token = jnp.arange(rows, dtype=jnp.int32)
         self.out = pl.program_id(0) * tiling.block_out + jnp.arange(tiling.block_out, dtype=jnp.int32)
         self.in_bounds = outputs % tiling.block_out == 0

@@ -12,7 +12,9 @@ SHARED_BYTES = 225 << 10  # of a core, less what the compiler keeps for itself
 class Tiling:
     """A program multiplies `block_out` rows of the weight with all of x, `block_in` elements at a time.
 
-    `splits` programs share the inner axis of the same outputs.
+    `splits` programs share the inner axis of the same outputs. x is padded to `min_rows`, 16 or 8, at least.
+    rounds: x of 16 bits, where the weight asks for 8, is rounded by every program that reads it, a block with
+    a scale for each row, and not by a kernel of its own.
     """
 
     block_out: int
@@ -20,6 +22,8 @@ class Tiling:
     splits: int
     num_warps: int
     num_stages: int
+    min_rows: int = 16
+    rounds: bool = False
 
     def check(self, tokens: int, inner: int, outputs: int) -> None:
         """Raises ValueError where a product cannot be cut so."""
@@ -32,11 +36,15 @@ class Tiling:
 
 @dataclass(frozen=True)
 class StreamTiling:
-    """`programs` programs share the tiles of `block_out` outputs, each with `num_stages` blocks in flight."""
+    """`programs` programs share the tiles of `block_out` outputs, each with `num_stages` blocks in flight.
+
+    A tile is cut into `splits` along the inner axis, so that there are enough of them.
+    """
 
     block_out: int
     programs: int
     num_stages: int
+    splits: int = 1
 
     def check(self, tokens: int, inner: int, outputs: int) -> None:
         """Raises ValueError where a product cannot be cut so."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from lmdeploy_jax.bench import shapes
+from lmdeploy_jax.bench import quantised, shapes, tune
 from lmdeploy_jax.cache.kv import CacheSpec
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
@@ -26,6 +26,8 @@ from lmdeploy_jax.engine.core.program import Program, Programs
 from lmdeploy_jax.engine.core.state import DeviceState
 from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
 from lmdeploy_jax.models import tuning
+from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.formats import WeightFormat
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.pallas_kernels.prefill_attention import tile_rows
 from lmdeploy_jax.parallel.mesh import AXES
@@ -81,12 +83,16 @@ MIXTURES = {
 """Shapes whose programs are named after them, and which ones."""
 
 
-def programs_on(mesh: Mesh, shape: str) -> Programs:
+QUANTISED = ("fp8", "awq", "smooth_quant")  # formats of the weights of llama3-8b
+
+
+def programs_on(mesh: Mesh, shape: str, model_format: str | None = None) -> Programs:
     """The programs of a shape, cut to two layers and a small vocabulary."""
     known = {"deepseek-v2-lite": DEEPSEEK_V2_LITE}
     raw = (known.get(shape) or shapes.read(shape)) | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
     config, dtype = build_config(raw, shape), jnp.dtype("bfloat16")
-    skeleton = build_skeleton(config, dtype, Kernels("pallas", mesh, tuning.load("NVIDIA H200")))
+    kernels = Kernels("pallas", mesh, tuning.load("NVIDIA H200"))
+    skeleton = build_skeleton(config, dtype, kernels, formats_of(config, model_format))
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
     sizes = buckets.plan("gpu", BATCH, 1024, steps=4)
     layout = config.cache_layout(1, session_len=2048, step_tokens=1024)
@@ -95,6 +101,19 @@ def programs_on(mesh: Mesh, shape: str) -> Programs:
     slots = Slots(PageTables(2048, layout.groups, sizes), config.vocab_size)
     GpuSteps(programs, slots, sizes, tile_rows("pallas"))
     return programs
+
+
+def formats_of(config: DecoderConfig, model_format: str | None) -> dict[str, WeightFormat]:
+    """Those of a random checkpoint's weights."""
+    if model_format is None:
+        return {}
+    held, inner = quantised.FORMATS[model_format].held, tune.products(config)
+    names = {"attention.qkv": "qkv", "attention.o": "o", "mlp.gate_up": "gate_up", "mlp.down": "down"}
+    return {
+        f"layers.{layer}.{module}.weight": held(inner[name].inner)
+        for layer in range(LAYERS)
+        for module, name in names.items()
+    }
 
 
 def report(name: str, program: Program, cache: CacheSpec) -> dict[str, object]:
@@ -123,6 +142,10 @@ def main() -> None:
         programs = programs_on(mesh, "llama3-8b")
         for name, size in WANTED:
             print(json.dumps(report(name, programs[name, size], programs.state.cache)), flush=True)
+        for model_format in QUANTISED:
+            programs = programs_on(mesh, "llama3-8b", model_format)
+            found = report(f"{model_format} decode", programs["decode", 1], programs.state.cache)
+            print(json.dumps(found), flush=True)
         for shape, wanted in MIXTURES.items():
             programs = programs_on(mesh, shape)
             for name, size in wanted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.h200 import LAYERS, MIXTURES, WANTED
+from tests.engine.h200 import LAYERS, MIXTURES, QUANTISED, WANTED
 from tests.pallas_kernels.h200 import reports_of
 
 MOST_LAUNCHES = {"decode": 6 + 7 * LAYERS, "ragged": 8 + 9 * LAYERS}
@@ -31,6 +31,21 @@ def test_the_cache_is_written_in_place_by_few_kernels(reports, name):
     assert reports[name]["caches_aliased"]
     assert reports[name]["cache_copies"] == 0
     assert reports[name]["launches"] <= MOST_LAUNCHES[name]
+
+
+QUANTISED_LAUNCHES_OF_A_LAYER = {
+    "fp8": 9,  # four products, attention, two norms that round, and what rounds the inputs of o and down
+    "smooth_quant": 9,
+    "awq": 7,
+}
+
+
+@pytest.mark.parametrize("model_format", QUANTISED)
+def test_a_step_with_quantised_weights_is_one_cuda_graph_of_few_kernels(reports, model_format):
+    report = reports[f"{model_format} decode"]
+    assert report["outside_command_buffer"] == []
+    assert report["cache_copies"] == 0
+    assert report["launches"] <= 8 + QUANTISED_LAUNCHES_OF_A_LAYER[model_format] * LAYERS
 
 
 LAUNCHES_OF_A_LAYER = {"qwen3-30b-a3b-half": 14, "deepseek-v2-lite": 27}

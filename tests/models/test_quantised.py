@@ -167,6 +167,35 @@ def test_many_rows_stream_where_the_table_says_so_and_the_kernel_can() -> None:
         assert plan_gated(kernels, gate_up, x, jax.nn.silu) == products.XlaGatedProduct(jax.nn.silu, found)
 
 
+def test_what_no_norm_rounds_may_be_rounded_by_its_product() -> None:
+    held = WeightFormat(E4M3, 256, 1, "float32", activations=E4M3)
+    linear, x = quantised(held, (96,), (256,), "bfloat16"), jnp.ones((1, 256), jnp.bfloat16)
+    tiling = Tiling(32, 128, 2, 4, 3, min_rows=8, rounds=True)
+    table = Tuning((Measurement(held.name, "parts", 96, 256, 1, tiling, 1.0, 2.0),))
+    kernels = Kernels("pallas_interpret", tuning=table)
+    planned = plan(kernels, "parts", linear, x)
+    assert planned == products.SkinnyQuantProduct(tiling, kernels.backend)
+    assert "round_rows" not in str(jax.make_jaxpr(lambda x: planned(linear, x))(x))
+    want = plan(Kernels(), "parts", linear, x)(linear, x)
+    got = np.asarray(planned(linear, x).sum(0), np.float32)
+    np.testing.assert_allclose(got, np.asarray(want, np.float32), rtol=1e-2)
+    after = plan_norm(kernels, linear, x, normed=True)
+    assert isinstance(after, products.SeparateNorm)  # what is rounded already would be rounded again
+
+
+def test_a_gated_product_of_too_few_programs_comes_in_parts() -> None:
+    held, tiling = WeightFormat(INT4, 128, 2, "float16", zeros="uint8"), Tiling(64, 128, 2, 4, 3)
+    linear = quantised(held, (2, 64), (256,), "bfloat16")
+    table = Tuning((Measurement(held.name, "gated", 64, 256, 8, tiling, 1.0, 2.0),))
+    x = jax.random.normal(jax.random.key(0), (3, 256), jnp.bfloat16)
+    planned, plain = (
+        plan_gated(Kernels("pallas_interpret", tuning=t), linear, x, jax.nn.silu) for t in (table, Tuning())
+    )
+    assert isinstance(planned, products.PartsGatedProduct)
+    ours, theirs = (np.asarray(way(linear, x), np.float32) for way in (planned, plain))
+    assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs)
+
+
 @pytest.mark.parametrize(
     ("held", "name"),
     [

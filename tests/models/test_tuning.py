@@ -78,6 +78,16 @@ def test_the_next_larger_measurement_counts(tokens, wanted):
     assert TABLE.find("w16a16", "parts", (96, 129), tokens) is None
 
 
+def test_rows_that_cannot_be_streamed_are_done_as_fewer_are():
+    rows = [(1, SMALL), (16, StreamTiling(128, 132, 4)), (64, None)]
+    table = Tuning(tuple(measured("gated", 192, 128, tokens, tiling, 1.0, 2.0) for tokens, tiling in rows))
+    found = partial(table.find, "w16a16", "gated", (192, 128))
+    assert found(4) == found(16, streams=True) == rows[1][1]
+    assert found(4, streams=False) == SMALL
+    assert found(17, streams=False) is None
+    assert TABLE.find("w16a16", "gated", (192, 128), 8, streams=False) is None
+
+
 def test_each_format_is_measured_by_itself():
     assert TABLE.find("w8a8_int8", "parts", (96, 128), 1) == LARGE
     assert TABLE.find("w4a16_g128", "parts", (96, 128), 1) is None

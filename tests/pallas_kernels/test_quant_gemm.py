@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmdeploy_jax.pallas_kernels.act_and_mul import act_and_mul
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
 from lmdeploy_jax.pallas_kernels.quant_gemm import (
     gated_quant_gemm,
@@ -29,14 +31,14 @@ SMALL, MANY = Tiling(32, 128, 2, 4, 3), Tiling(64, 128, 1, 4, 3)
 CASES = [  # element, groups, zero points, rows, outputs, columns, tiling
     (E4M3, 1, False, 1, 96, 512, SMALL),
     (E4M3, 1, False, 20, 100, 256, MANY),
-    (E4M3, 4, False, 5, 96, 512, SMALL),
+    (E4M3, 4, False, 5, 96, 512, replace(SMALL, min_rows=8)),
     (INT8, 1, False, 3, 64, 512, SMALL),
     (INT8, 2, False, 33, 64, 256, MANY),
     ("int4", 8, True, 1, 96, 256, Tiling(32, 128, 2, 4, 3)),  # groups of 32
     ("int4", 4, True, 5, 100, 256, Tiling(64, 256, 1, 4, 3)),  # of 64
     ("int4", 4, True, 17, 64, 512, SMALL),  # of 128
     ("int4", 2, False, 2, 64, 512, SMALL),  # of 256
-    ("int4", 1, False, 3, 96, 256, MANY),
+    ("int4", 1, False, 3, 96, 256, replace(MANY, min_rows=8)),
 ]
 parametrize = pytest.mark.parametrize(
     ("element", "groups", "zeros", "rows", "outputs", "columns", "tiling"), CASES, ids=str
@@ -115,23 +117,49 @@ def test_gated(backend, element, groups, zeros, rows, outputs, columns, tiling):
     assert error(got, gate**2 * up) < 1e-5
 
 
-STREAMED = [  # element, groups, zero points, rows, outputs, columns
-    (E4M3, 4, False, 96, 256, 512),
-    (E4M3, 1, False, 8, 128, 256),
-    ("int4", 4, True, 144, 128, 512),
-    ("int4", 2, False, 128, 256, 512),
-    ("int4", 1, True, 360, 128, 256),
+@backends
+@pytest.mark.parametrize(("splits", "rows", "columns"), [(1, 3, 100), (4, 2, 700)])
+def test_an_activation_of_parts(backend, splits, rows, columns):
+    parts = jnp.asarray(np.random.default_rng().normal(size=(splits, rows, 2, columns)), jnp.float32)
+    ways = {"activation": jnp.square, "out_dtype": jnp.float32, "backend": on(backend)}
+    gate, up = np.asarray(parts, np.float64).sum(0).transpose(1, 0, 2)
+    assert error(act_and_mul(parts, **ways), gate**2 * up) < 1e-6
+
+
+@backends
+@pytest.mark.parametrize(("element", "groups"), [(E4M3, 1), (E4M3, 4), (INT8, 1)])
+def test_a_product_may_round_what_it_reads(backend, element, groups):
+    """As a kernel of its own does it, with a scale for each row and block of columns."""
+    weight, wide = weight_of(element, groups, False, 96, 512)
+    x = jnp.asarray(np.random.default_rng().normal(size=(3, 512)), jnp.bfloat16)
+    rounded = round_rows(x, element, groups=4)
+    want = (np.asarray(rounded.values, np.float64) * by_column(rounded.scales, 512)) @ wide.T
+    got = quant_gemm(x, weight, replace(SMALL, rounds=True), out_dtype=jnp.float32, backend=on(backend))
+    assert error(got.sum(0), want) < 2e-4  # a division may fall to either side of a tie
+
+
+STREAMED = [  # element, groups, zero points, rows, outputs, columns, splits
+    (E4M3, 4, False, 96, 256, 512, 1),
+    (E4M3, 4, False, 40, 128, 512, 2),
+    (E4M3, 1, False, 8, 128, 256, 1),
+    ("int4", 4, True, 144, 128, 512, 4),
+    ("int4", 2, False, 128, 256, 512, 1),
+    ("int4", 1, True, 360, 128, 256, 2),
 ]
 
 
 @pytest.mark.parametrize("backend", ["xla", pytest.param("pallas", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("element", "groups", "zeros", "rows", "outputs", "columns"), STREAMED)
-def test_products_of_many_rows(backend, element, groups, zeros, rows, outputs, columns):
+@pytest.mark.parametrize(("element", "groups", "zeros", "rows", "outputs", "columns", "splits"), STREAMED)
+def test_products_of_many_rows(backend, element, groups, zeros, rows, outputs, columns, splits):
     weight, wide = weight_of(element, groups, zeros, outputs, columns)
     x, row = rows_of(element, groups, rows, columns)
-    tiling = deepest(rows, weight, 3)
-    got = streamed_quant_gemm(x, weight, tiling, out_dtype=jnp.bfloat16, backend=on(backend))
-    assert error(got, row @ wide.T) < 3e-3  # of one rounding to 16 bits
+    tiling = deepest(rows, weight, 3, splits)
+    dtype, most = (jnp.bfloat16, 3e-3) if splits == 1 else (jnp.float32, 1e-5)
+    got = streamed_quant_gemm(x, weight, tiling, out_dtype=dtype, backend=on(backend))
+    assert got.shape == (splits, rows, outputs)
+    assert error(got.astype(jnp.float32).sum(0), row @ wide.T) < most
+    first = columns // splits
+    assert error(got[0], row[:, :first] @ wide[:, :first].T) < most
 
 
 @pytest.mark.parametrize(
@@ -140,6 +168,7 @@ def test_products_of_many_rows(backend, element, groups, zeros, rows, outputs, c
         (100, (E4M3, 1, False, 128, 256), "100 rows cannot be cut"),
         (128, (E4M3, 1, False, 96, 256), "96 outputs are no whole blocks of 128"),
         (128, (INT8, 1, False, 128, 256), "weights of int8 are XLA's"),
+        (128, ("int4", 2, False, 128, 384), "groups of 192 columns are no blocks of 128"),
         (128, ("int4", 8, True, 128, 512), "groups of 64 columns are no blocks of 128"),
     ],
 )
@@ -196,5 +225,8 @@ def test_what_does_not_fit_is_refused():
         call(x, weight, Tiling(32, 128, 4, 4, 2))
     with pytest.raises(ValueError, match=r"must be \[2, N, K\]"):
         gated_quant_gemm(x, weight, MANY, activation=jax.nn.silu, out_dtype="float32", backend="xla")
+    four, _ = weight_of("int4", 2, False, 32, 256)
+    with pytest.raises(ValueError, match="uint16 asks for 16 bits, and rounds nothing"):
+        call(jnp.ones((2, 256), jnp.bfloat16), four, replace(SMALL, rounds=True))
     four, _ = weight_of("int4", 16, False, 32, 256)
     assert "groups that fit 128 columns; there are 16 of 16" in str(why_not_quant(four))
