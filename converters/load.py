@@ -69,7 +69,7 @@ class Skeleton:
         return self._sharded(self._local, leaves, range(len(leaves)))
 
     def merge_head(self, leaves: tuple[jax.Array, ...]) -> AnyDecoder:
-        """A decoder that can do `logits` and no more, of the leaves at `head_places`."""
+        """A decoder that can do `logits` and `scores` and no more, of the leaves at `head_places`."""
         return self._sharded(self._local_head, leaves, self.head_places)
 
     def _local(self, leaves: tuple[Any, ...]) -> Decoder:
@@ -91,8 +91,8 @@ class Skeleton:
     @cached_property
     def head_places(self) -> tuple[int, ...]:
         """Which leaves the output head reads: the more arrays a call is given, the longer the host takes."""
-        head = "embedding" if self.config.tie_embeddings else "lm_head"
-        return tuple(i for i, name in enumerate(self.specs) if name.split(".")[0] == head)
+        heads = ("embedding" if self.config.tie_embeddings else "lm_head", "score")
+        return tuple(i for i, name in enumerate(self.specs) if name.split(".")[0] in heads)
 
     @property
     def widened_elements(self) -> int:

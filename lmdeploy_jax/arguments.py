@@ -195,7 +195,12 @@ def _given_prompts(
 
 
 def id_lists(input_ids: Any) -> tuple[list[list[int]], bool]:
-    """Sequences of token ids as lists, and whether a single one was meant. Raises ValueError otherwise."""
+    """Sequences of token ids as lists, and whether a single one was meant. Raises ValueError otherwise.
+
+    input_ids: as a list, an array, or what transformers' `apply_chat_template` gives, which has them by name.
+    """
+    if isinstance(input_ids, Mapping):
+        input_ids = input_ids.get("input_ids", ())
     rows = input_ids.tolist() if hasattr(input_ids, "tolist") else list(input_ids)
     if rows and _are_ids(rows):
         return [rows], True

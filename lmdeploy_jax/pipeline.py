@@ -304,21 +304,41 @@ class Pipeline:
                 f"input_ids[{short}] has {len(sequences[short])} tokens: get_ppl needs at least 2."
             )
         config = GenerationConfig(max_new_tokens=1, prompt_logprobs=0, ignore_eos=True)
-        losses = [math.nan for _ in sequences]
+        answers = self._answers(sequences, config)
+        return [cross_entropy(ids, answer) for ids, answer in zip(sequences, answers, strict=True)]
+
+    def get_reward_score(self, input_ids: Ids | Sequence[Ids]) -> list[float | list[float]]:
+        """How good a reward model finds each sequence; of a process reward model, the probability that each
+        step is right.
+
+        input_ids: one sequence of token ids, or several. Raises ValueError for a model without such a head,
+        `RequestError` for a sequence that is too long.
+        """
+        judge = self._frontend.judge
+        if judge is None or not judge.rewards:
+            raise ValueError(f"{self._architecture} is not in reward model list: its head gives no reward.")
+        sequences, _ = id_lists(input_ids)
+        answers = self._answers(sequences, judge.config)
+        pairs = zip(sequences, answers, strict=True)
+        return [judge.reward(judge.logits(ids, answer)) for ids, answer in pairs]
+
+    @property
+    def _architecture(self) -> str:
+        from lmdeploy_jax.text.settings import read_object
+
+        config = read_object(self._frontend.engine.folder / "config.json")
+        return str((config.get("architectures") or ["This"])[0])
+
+    def _answers(self, sequences: Sequence[list[int]], config: GenerationConfig) -> list[Response]:
+        """The complete answer to each, in their order."""
+        answers: dict[int, Response] = {}
         with ResponseStream(self._frontend, stream=False) as stream:
             for i, ids in enumerate(sequences):
                 stream.expect(i, config)
                 stream.submit(i, EncodedPrompt(ids), config)
             for answer in stream:
-                losses[answer.index] = cross_entropy(sequences[answer.index], answer)
-        return losses
-
-    def get_reward_score(self, input_ids: Ids | Sequence[Ids]) -> list[float]:
-        """Always raises ValueError: no reward model is supported."""
-        from lmdeploy_jax.text.settings import read_object
-
-        config = read_object(self._frontend.engine.folder / "config.json")
-        raise ValueError(f"{config.get('architectures', ['This'])[0]} is not in reward model list: []")
+                answers[answer.index] = answer
+        return [answers[i] for i in range(len(sequences))]
 
     def close(self) -> None:
         """Abort what runs and free the engine. May be called twice."""

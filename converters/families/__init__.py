@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -104,6 +104,17 @@ from lmdeploy_jax.converters.families.qwen_hybrid import (
     qwen3_next_rules,
 )
 from lmdeploy_jax.converters.families.refused import REFUSED
+from lmdeploy_jax.converters.families.scores import (
+    ONE_LAYER,
+    TWO_LAYERS,
+    VALUE,
+    read_classes,
+    read_steps,
+    read_two_layers,
+    read_value,
+    scored_config,
+    scored_rules,
+)
 from lmdeploy_jax.converters.families.seed_oss import seed_oss_config
 from lmdeploy_jax.converters.families.smollm3 import smollm3_config
 from lmdeploy_jax.converters.families.starcoder2 import starcoder2_config, starcoder2_rules
@@ -113,6 +124,7 @@ from lmdeploy_jax.converters.keytable import Rule
 from lmdeploy_jax.converters.stacked import StackedExperts
 from lmdeploy_jax.errors import CheckpointError, UnsupportedModelError
 from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.score_config import ScoreConfig
 
 
 @dataclass(frozen=True)
@@ -207,6 +219,27 @@ FAMILIES: Mapping[str, Family] = {
 }
 """The supported architectures, by the name in a config's `architectures`."""
 
+
+def _scored(name: str, read: Callable[[Fields], ScoreConfig], names: Mapping[str, str]) -> Family:
+    family = FAMILIES[name]
+    config = partial(scored_config, base=family.config, read=read)
+    return replace(family, config=config, rules=partial(scored_rules, base=family.rules, names=names))
+
+
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+SCORED: Mapping[str, Family] = {
+    **{
+        name.replace(CAUSAL, CLASSIFIER): _scored(name, read_classes, ONE_LAYER)
+        for name in FAMILIES
+        if name.endswith(CAUSAL)
+    },
+    "Gemma3TextForSequenceClassification": _scored("Gemma3ForCausalLM", read_classes, ONE_LAYER),
+    "InternLM2ForRewardModel": _scored("InternLM2ForCausalLM", read_value, VALUE),
+    "Qwen2ForRewardModel": _scored("Qwen2ForCausalLM", read_two_layers, TWO_LAYERS),
+    "Qwen2ForProcessRewardModel": _scored("Qwen2ForCausalLM", read_steps, TWO_LAYERS),
+}
+"""Those with a head that judges texts."""
+
 MODEL_TYPES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
     "llama4_text": "Llama4ForCausalLM",
@@ -287,8 +320,8 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
     """
     names = _architectures(raw, where)
     for name in names:
-        if name in FAMILIES:
-            return FAMILIES[name]
+        if name in FAMILIES or name in SCORED:
+            return FAMILIES.get(name) or SCORED[name]
     needs = next((f" (it needs {REFUSED[name]})" for name in names if name in REFUSED), "")
     raise UnsupportedModelError(
         f"{where}: architecture {', '.join(names)} is not supported{needs}; supported: {', '.join(FAMILIES)}"

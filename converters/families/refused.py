@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 STATE = "layers with a recurrent state"
 PACKED = "remote code's names of tensors; give the checkpoint in transformers' layout"
-REWARD = "a value head: it gives no text"
+ENCODER = "attention in both directions: it is an encoder and gives no text"
 VISION = "an encoder of images in remote code"
 OLD = "an older block of its own"
 
@@ -46,7 +46,15 @@ REFUSED: Mapping[str, str] = {
     "MiniCPMO": VISION,
     "DeepseekVLV2ForCausalLM": VISION,
     "CogVLMForCausalLM": VISION,
-    "InternLM2ForRewardModel": REWARD,
-    "Qwen2ForRewardModel": REWARD,
+    **dict.fromkeys(
+        (
+            "BertModel", "BertForSequenceClassification", "RobertaModel", "RobertaForSequenceClassification",
+            "XLMRobertaModel", "XLMRobertaForSequenceClassification", "ModernBertModel",
+            "ModernBertForSequenceClassification", "DebertaV2ForSequenceClassification", "NomicBertModel",
+            "NewModel", "NewForSequenceClassification", "GteModel", "JinaEmbeddingsV3Model", "MPNetModel",
+            "T5EncoderModel",
+        ),
+        ENCODER,
+    ),
 }  # fmt: skip
 """What each would need that does not exist here yet."""

@@ -69,6 +69,11 @@ class EngineStats:
 def check_request(request: Request, facts: EngineFacts) -> None:
     """Raises RequestError for a request that an engine with these facts can never serve."""
     prompt, params = request.prompt, request.params
+    if facts.model_config.judges_only and not _asks_for_scores(params):
+        raise RequestError(
+            "This model gives scores and no text: use /v1/score, /v1/rerank, /v1/classify or /pooling, in "
+            "Python get_reward_score."
+        )
     check_prompt(prompt.ids, facts.session_len, facts.vocab_size)
     for name, ids in _token_ids(params):
         check_ids(name, ids, facts.vocab_size)
@@ -78,6 +83,12 @@ def check_request(request: Request, facts: EngineFacts) -> None:
     most = min(facts.max_batch_size, spare // len(layout.groups) + 1)
     if params.n > most:
         raise RequestError(f"n={params.n} sequences cannot run at once: at most {most} can for this prompt.")
+
+
+def _asks_for_scores(params: SamplingParams) -> bool:
+    """Or for hidden states: a model without an output head has nothing else to tell."""
+    told = params.logprobs is None and params.prompt_logprobs is None
+    return params.max_new_tokens == 1 and told and bool(params.logits or params.hidden)
 
 
 def _token_ids(params: SamplingParams) -> Iterator[tuple[str, Iterable[int]]]:

@@ -14,6 +14,7 @@ from lmdeploy_jax.cache.layout import CacheLayout, plan_layout
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, PerLayerInputConfig
 from lmdeploy_jax.models.recurrent_config import RecurrentConfig
+from lmdeploy_jax.models.score_config import ScoreConfig
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import why_not_heads, why_not_latents
 
@@ -278,6 +279,15 @@ class DecoderConfig:
     logit_multiplier: float = 1.0
     reports_routes: bool = False
     """Whether each token's hidden state has behind it the numbers of its experts, `choices` a layer."""
+    score: ScoreConfig | None = None
+    """A head that judges texts. Where it has weights it stands in the output head's place, which is the
+    embedding then and only draws a token that ends a request.
+    """
+
+    @property
+    def judges_only(self) -> bool:
+        """Whether the model gives scores and no text."""
+        return self.score is not None and self.score.has_weights
 
     @property
     def choices(self) -> int:

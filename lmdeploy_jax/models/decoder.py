@@ -34,6 +34,7 @@ from lmdeploy_jax.models.norm import LayerNorm, Norm, RMSNorm
 from lmdeploy_jax.models.per_layer_input import PerLayerInput, PerLayerInputs
 from lmdeploy_jax.models.recurrent_config import DeltaConfig, Mamba2Config, ShortConvConfig
 from lmdeploy_jax.models.rope import Rotation, rotation
+from lmdeploy_jax.models.score import ScoreHead
 from lmdeploy_jax.models.short_conv import ShortConv
 from lmdeploy_jax.models.step_cache import StepCache, Where
 
@@ -186,6 +187,11 @@ def _feed_forward(
     return feed_forward(model.hidden_size, config.mlp, **how)
 
 
+def _score_head(config: DecoderConfig, dtype: jnp.dtype) -> ScoreHead | None:
+    head = config.score
+    return ScoreHead(config.hidden_size, head, dtype=dtype) if head and head.has_weights else None
+
+
 class Decoder(nnx.Module):
     """Tokens to hidden states, and hidden states to logits; see `models.sharded` for several devices.
 
@@ -211,6 +217,7 @@ class Decoder(nnx.Module):
             if config.tie_embeddings
             else Embedding(*sizes, bias=config.head_bias, dtype=dtype, kernels=kernels)
         )
+        self.score = _score_head(config, dtype)
 
     def __call__(self, cache: KVCache, batch: Batch) -> tuple[Float[Array, "T E"], KVCache]:
         """One forward pass -> hidden states after the final norm, the cache with the new tokens."""
@@ -257,6 +264,11 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R V"]:
         """V is the vocabulary's size, without what pads it."""
         return finish_logits(self.config, self.head_product(hidden))
+
+    def scores(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R labels"]:
+        """What a score head that has weights makes of hidden states."""
+        assert self.score is not None
+        return self.score(hidden)
 
     def head_product(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R rows"]:
         """The product with the rows of the head's table that are on this device."""

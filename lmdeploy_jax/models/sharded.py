@@ -55,6 +55,10 @@ class ShardedDecoder:
         product = self._map(head, (REPLICATED,), BY_VOCABULARY)(self.leaves, hidden)
         return finish_logits(self.config, product)
 
+    def scores(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R labels"]:
+        """See `Decoder.scores`. Its weights are whole on every device."""
+        return self.merge(self.leaves).scores(hidden)
+
     def _map(self, function: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
         specs = (self.specs, *inputs)
         return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=outputs, check_vma=False)

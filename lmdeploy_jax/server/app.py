@@ -21,6 +21,7 @@ from lmdeploy_jax.server.page import route as page
 from lmdeploy_jax.server.responses import route as responses
 from lmdeploy_jax.server.responses.store import ResponseStore
 from lmdeploy_jax.server.routes import admin, audio, health, metrics, models
+from lmdeploy_jax.server.scores import route as scores
 from lmdeploy_jax.server.service import Service
 from lmdeploy_jax.server.tokens import route as tokens
 
@@ -33,6 +34,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     responses.router,
     anthropic.router,
     embeddings.router,
+    scores.router,
     native.router,
     tokens.router,
     health.router,

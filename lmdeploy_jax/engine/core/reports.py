@@ -34,7 +34,8 @@ class Reports:
             for size in set(sizes)
         }
         taken = state.hidden(REPORT_ROWS)
-        logits, logprobs = (partial(f, skeleton=state.skeleton) for f in (row_logits, row_logprobs))
+        of_rows = row_scores if state.skeleton.config.judges_only else row_logits
+        logits, logprobs = (partial(f, skeleton=state.skeleton) for f in (of_rows, row_logprobs))
         self._row_logits = programs.add("row_logits", logits, size=REPORT_ROWS, rows=taken)
         self._row_logprobs = programs.add(
             "row_logprobs", logprobs, size=REPORT_ROWS, rows=taken, targets=ints
@@ -121,6 +122,11 @@ def take_rows(hidden: Array, index: Array) -> tuple[Array, Update]:
 def row_logits(head_leaves: Leaves, rows: Array, *, skeleton: Skeleton) -> tuple[Array, Update]:
     """rows [N, E] -> f32 [N, V]."""
     return skeleton.merge_head(head_leaves).logits(rows), Update()
+
+
+def row_scores(head_leaves: Leaves, rows: Array, *, skeleton: Skeleton) -> tuple[Array, Update]:
+    """rows [N, E] -> f32 [N, labels]: a score head's logits."""
+    return skeleton.merge_head(head_leaves).scores(rows), Update()
 
 
 def row_logprobs(

@@ -14,6 +14,7 @@ from lmdeploy_jax.engine.facts import within
 from lmdeploy_jax.engine.io.answer import OutputOptions
 from lmdeploy_jax.engine.io.output import Flush, OutputProcessor, Sink
 from lmdeploy_jax.engine.io.params import ModelLimits, sampling_params, stops
+from lmdeploy_jax.engine.io.scores import Judge
 from lmdeploy_jax.engine.prepare import PreparedModel, prepare
 from lmdeploy_jax.engine.request import Request
 from lmdeploy_jax.errors import ContextLengthError, EngineError
@@ -132,6 +133,12 @@ class Frontend:
         ids = self._ids(prompt, written, options, to_count, partial(self._images.expand, images=images))
         spans, given, rope = self._images.placed(ids, images)
         return EncodedPrompt(ids, spans, salt, given, rope)
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """The model's score head; None: it has none. Raises `RequestError` for one that cannot be asked."""
+        head = self.engine.model_config.score
+        return None if head is None else Judge(head, self.tokenizer)
 
     @property
     def takes_images(self) -> bool:

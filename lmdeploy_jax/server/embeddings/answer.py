@@ -27,9 +27,9 @@ def pooled(piece: Piece, body: PoolingRequest) -> np.ndarray:
 
 
 def listed(
-    body: PoolingRequest, head: dict[str, Any], kind: str, field: str, vectors: list[np.ndarray], tokens: int
+    body: PoolingRequest, head: dict[str, Any], kind: str, field: str, vectors: list[Any], tokens: int
 ) -> Response:
-    """The vectors as a list of objects of this kind, with the vector in this field, under `head`."""
+    """The vectors, or numbers, as a list of objects of this kind, with each in this field, under `head`."""
     base64_wanted = body.encoding_format == "base64"
     data = [
         {"object": kind, "index": i, field: _base64(vector) if base64_wanted else vector}
@@ -40,5 +40,5 @@ def listed(
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
-def _base64(vector: np.ndarray) -> str:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+def _base64(vector: Any) -> str:
+    return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 from fastapi import APIRouter
@@ -14,6 +15,7 @@ from lmdeploy_jax.server.embeddings.bodies import EmbeddingsRequest, PoolingRequ
 from lmdeploy_jax.server.errors import ApiError, Dialect, register_dialect
 from lmdeploy_jax.server.ids import new_id, now
 from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields
+from lmdeploy_jax.server.scoring import judge_of, judged
 from lmdeploy_jax.server.service import Service
 
 router = APIRouter(tags=["embeddings"], route_class=JsonRoute)
@@ -36,12 +38,28 @@ async def embeddings(body: EmbeddingsRequest, service: CurrentService) -> Respon
 
 @router.post("/pooling", response_model=None)
 async def pooling(body: PoolingRequest, service: CurrentService) -> Response:
-    """The same as they are, not normalised."""
+    """The same as they are, not normalised; of a model with a score head, its numbers."""
     check_fields(service, body)
     model = service.check_model(body.model)
+    if service.frontend.engine.model_config.judges_only:
+        return await _scores(service, body, model)
     vectors, tokens = await _pooled(service, body)
     head = {"id": new_id("pool"), "object": "list", "created": now(), "model": model}
     return listed(body, head, "pooling", "data", vectors, tokens)
+
+
+async def _scores(service: Service, body: PoolingRequest, model: str) -> Response:
+    """Rewards as LMDeploy has them, one number a text; logits where there are several."""
+    for name in {"pooling", "dimensions"} & body.model_fields_set:
+        raise ApiError(
+            400, f"{name}: this model gives scores and no vectors.", param=name, code="invalid_value"
+        )
+    judge = judge_of(service)
+    encode = service.frontend.encode_raw
+    found = await judged(service, judge, [partial(encode, each) for each in body.inputs()])
+    data = [judge.reward(logits) if judge.rewards else logits for logits in found.logits]
+    head = {"id": new_id("pool"), "object": "list", "created": now(), "model": model}
+    return listed(body, head, "pooling", "data", data, found.tokens)
 
 
 async def _pooled(service: Service, body: PoolingRequest) -> tuple[list[np.ndarray], int]:

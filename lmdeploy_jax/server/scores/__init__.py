@@ -1,0 +1,1 @@
+"""How well documents answer a query, and which class texts are of: Jina's, Cohere's and vLLM's routes."""
