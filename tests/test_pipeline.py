@@ -237,6 +237,7 @@ def test_perplexity_is_the_mean_loss_of_all_tokens_but_the_first(opened):
     pipe, engine = opened(echo)
     assert pipe.get_ppl([[3, 4, 8], [1, 9]]) == [6.0, 9.0]  # the script's log-probability is minus the id
     assert pipe.get_ppl([3, 4]) == [4.0]
+    assert pipe.get_ppl({"input_ids": [3, 4], "attention_mask": [1, 1]}) == [4.0]  # as transformers gives it
     assert pipe.get_ppl([]) == []
     assert {(r.params.max_new_tokens, r.params.prompt_logprobs) for r in engine.seen} == {(1, 0)}
     with pytest.raises(RequestError, match=r"input_ids\[1\] has 1 tokens"):

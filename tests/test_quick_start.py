@@ -100,6 +100,7 @@ def reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Reader]:
             return replace(config(given), eager_mode=True, compile_cache_dir=tmp_path)
 
         monkeypatch.setattr(module, "engine_config", quick)
+    monkeypatch.chdir(tmp_path)  # for files that a page writes
     reader = Reader()
     with reader.stack:
         yield reader
