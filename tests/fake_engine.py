@@ -42,7 +42,9 @@ class FakeEngine(EngineBase):
         self.facts = EngineFacts(
             folder=folder,
             config=JaxEngineConfig(),
-            model_config=SimpleNamespace(vocab_size=vocab_size, hidden_size=WIDTH),
+            model_config=SimpleNamespace(
+                vocab_size=vocab_size, hidden_size=WIDTH, score=None, judges_only=False
+            ),
             session_len=session_len,
             max_batch_size=max_batch_size,
             num_pages=10**6,

@@ -27,7 +27,7 @@ class Sent(list):
 def told(*, on_cpu: bool, running: int) -> list[Update]:
     """The messages about two answers that get a token every PAUSE seconds."""
     startup = Startup("scripted", 0, 0.0, 0.0)
-    model, layout = SimpleNamespace(vocab_size=9), CacheLayout((CacheGroup(),), (), ())
+    model, layout = SimpleNamespace(vocab_size=9, judges_only=False), CacheLayout((CacheGroup(),), (), ())
     facts = EngineFacts(Path(), JaxEngineConfig(), model, 64, 64, 7, layout, startup, on_cpu)
     engine = SimpleNamespace(
         facts=facts, stats=EngineStats(running=running), sleeping=False, failure=None, on_step=None
