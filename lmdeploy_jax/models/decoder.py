@@ -268,7 +268,7 @@ class Decoder(nnx.Module):
     def scores(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R labels"]:
         """What a score head that has weights makes of hidden states."""
         assert self.score is not None
-        return self.score(hidden)
+        return self.score(hidden[:, : self.config.hidden_size])
 
     def head_product(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R rows"]:
         """The product with the rows of the head's table that are on this device."""
