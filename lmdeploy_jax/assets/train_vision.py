@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from . import vision_tasks
 from .tasks import grade
-from .tokenizer import VISION_TEMPLATE, train_vision_tokenizer
+from .tokenizer import train_vision_tokenizer
 from .train import IGNORED, Shares, log, optimizers, rate_at, report, targets, update
 from .train_vision_model import MEAN, STD, Model, Size, load, new_model, save
 from .vision_tasks import Example, Lesson
@@ -90,9 +90,9 @@ def levels(image: Image.Image, side: int) -> np.ndarray:
 
 
 def conversation(lesson: Lesson) -> list[dict[str, Any]]:
-    """The images with the first question, the other questions behind its answer."""
+    """The images with the first question, the others behind its answer."""
     first, *others = lesson.questions
-    asked = [vision_tasks.message(lesson.images, first.text, lesson.behind)]
+    asked = [vision_tasks.message(lesson.images, first.text)]
     asked += [{"role": "user", "content": question.text} for question in others]
     pairs = zip(asked, lesson.questions, strict=True)
     return [
@@ -243,7 +243,8 @@ def evaluate(
         outputs = answers(model, tokenizer, examples, options.size)
         wrong = [pair for pair in zip(examples, outputs, strict=True) if not grade(*pair)]
         for example, output in () if blind else wrong[:3]:
-            log(f"  {task}: {vision_tasks.text_of(example)!r} -> {output!r}, not {example.answer!r}")
+            asked = example.messages[0]["content"][-1]["text"]
+            log(f"  {task}: {asked!r} -> {output!r}, not {example.answer!r}")
         shares[task] = 1 - len(wrong) / len(examples)
     model.train()
     return shares
@@ -272,7 +273,6 @@ def beginning(options: Options) -> tuple[PreTrainedTokenizerFast, Model]:
         tokenizer = train_vision_tokenizer(options.seed)
         return tokenizer, new_model(tokenizer, options.size, options.seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.init)
-    tokenizer.chat_template = VISION_TEMPLATE.read_text()
     model = new_model(tokenizer, options.size, options.seed)
     load(model, options.init)
     return tokenizer, model

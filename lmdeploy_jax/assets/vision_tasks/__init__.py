@@ -10,15 +10,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 
 from ..tasks import Example, is_held_out
-from ..tasks.dialogues import Message
 from . import arrangements, charts, pairs, signs
 from .scenes import Asker, Question, Scene
 
-BEHIND = 0.5  # the share of messages whose images stand behind the text
 GREY = (128, 128, 128)
 MOST_DRAWS = 1_000_000  # of scenes, for the held-out ones among them
 
@@ -43,10 +42,10 @@ _TASKS: dict[str, Task] = {
     "shape": Task(arrangements.distinct, arrangements.ask_shape, 0.8, _SEEN),
     "colour": Task(arrangements.distinct, arrangements.ask_colour, 0.8, _SEEN),
     "position": Task(arrangements.distinct, arrangements.ask_position, 1.0, _SEEN),
-    "count": Task(arrangements.crowd, arrangements.ask_count, 1.8, ("count",)),
+    "count": Task(arrangements.crowd, arrangements.ask_count, 1.2, ("count",)),
     "describe": Task(lambda rng: arrangements.distinct(rng, 3), arrangements.ask_describe, 1.0, _SEEN),
     "number": Task(signs.number, signs.ask_number, 1.5),
-    "word": Task(signs.word, signs.ask_word, 3.0),
+    "word": Task(signs.word, signs.ask_word, 2.0),
     "chart": Task(charts.chart, charts.ask_chart, 1.5, ("chart", "chart")),
     "compare": Task(pairs.pair, pairs.ask_compare, 2.0),
 }
@@ -55,20 +54,16 @@ TASKS: tuple[str, ...] = tuple(_TASKS)
 
 @dataclass(frozen=True)
 class Lesson:
-    """Images (one, or two that are compared) with the questions of a training conversation.
-
-    behind: whether the images stand behind the first question, and not before it.
-    """
+    """Images (one, or two that are compared) with the questions of a training conversation."""
 
     images: tuple[Image.Image, ...]
     questions: tuple[Question, ...]
-    behind: bool = False
 
 
 def training_lesson(rng: random.Random, names: tuple[str, ...] = TASKS) -> Lesson:
     """A fresh lesson of one of the named tasks."""
     scene, questions = training_scene(rng, names)
-    return Lesson(scene.draw(rng), questions, rng.random() < BEHIND)
+    return Lesson(scene.draw(rng), questions)
 
 
 def training_scene(rng: random.Random, names: tuple[str, ...] = TASKS) -> tuple[Scene, tuple[Question, ...]]:
@@ -110,34 +105,22 @@ def held_out(task: str, count: int, seed: int = 0) -> list[Example]:
     """
     rng = random.Random(f"drawn {task}/{seed}")
     return [
-        Example(task, (message(scene.draw(rng), question.text, rng.random() < BEHIND),), question.answer)
+        Example(task, (message(scene.draw(rng), question.text),), question.answer)
         for scene, question in held_out_scenes(task, count, seed)
     ]
 
 
-def message(images: tuple[Image.Image, ...], text: str, behind: bool = False) -> Message:
-    """A user's message in LMDeploy's form: the images, then the text, or the other way round."""
-    shown: list[Message] = [{"type": "image_data", "image_data": {"data": image}} for image in images]
-    said = [{"type": "text", "text": text}]
-    return {"role": "user", "content": said + shown if behind else shown + said}
+def message(images: tuple[Image.Image, ...], text: str) -> dict[str, Any]:
+    """A user's message in LMDeploy's form: the images, then the text."""
+    parts: list[dict[str, Any]] = [{"type": "image_data", "image_data": {"data": image}} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
 def images_of(example: Example) -> list[Image.Image]:
     return [part["image_data"]["data"] for part in example.messages[0]["content"] if "image_data" in part]
 
 
-def text_of(example: Example) -> str:
-    (text,) = (part["text"] for part in example.messages[0]["content"] if "text" in part)
-    return str(text)
-
-
 def blanked(example: Example) -> Example:
     """The example with even grey in its images' place, of the same sizes: what a blind guess is asked."""
-    (asked,) = example.messages
-    return replace(example, messages=(asked | {"content": [_blank(part) for part in asked["content"]]},))
-
-
-def _blank(part: Message) -> Message:
-    if "image_data" not in part:
-        return part
-    return part | {"image_data": {"data": Image.new("RGB", part["image_data"]["data"].size, GREY)}}
+    empty = tuple(Image.new("RGB", image.size, GREY) for image in images_of(example))
+    return replace(example, messages=(message(empty, example.messages[0]["content"][-1]["text"]),))
