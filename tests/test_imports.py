@@ -93,7 +93,7 @@ WITHOUT_JAX = (
 # LMDeploy's `messages` has the configs as well.
 ALLOWED = {"lmdeploy_jax.messages": ("lmdeploy_jax.config",)}
 BY_TRANSFORMERS = "lmdeploy_jax.text.transformers_backend"  # tokenizers that nothing else reads
-TRAINING = "lmdeploy_jax.assets."  # makes the embedded model; nothing at run time imports it
+TRAINING = "lmdeploy_jax.assets."  # makes the embedded models; nothing at run time imports it
 ENVIRONMENT_READERS = {
     "lmdeploy_jax.engine.core.compile",  # the user's cache folder, as the XDG standard has it
     "lmdeploy_jax.engine.core.program_cache",  # XLA's own flags, which are part of a compiled program's name

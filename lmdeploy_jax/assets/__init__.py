@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TINY_CHAT: Path = Path(__file__).parent / "tiny-chat"
+_FOLDER = Path(__file__).parent
 
-_EMBEDDED: dict[str, Path] = {"tiny-chat": TINY_CHAT}
+TINY_CHAT: Path = _FOLDER / "tiny-chat"
+TINY_VISION: Path = _FOLDER / "tiny-vision"
+EXAMPLE_IMAGE: Path = _FOLDER / "shapes.png"  # one that `vision_tasks` drew: three shapes in their places
+
+_EMBEDDED: dict[str, Path] = {"tiny-chat": TINY_CHAT, "tiny-vision": TINY_VISION}
 
 
 def names() -> tuple[str, ...]:

@@ -137,9 +137,11 @@ def test_accuracy_is_measured_through_the_pipeline(
 def test_prompts_have_the_tokens_of_training(pipe: Pipeline, tokenizer: Any, examples: list[Example]) -> None:
     options = GenerationConfig(max_new_tokens=1)
     for example in examples[-2:]:
-        text = render(tokenizer, example.messages, SMALL, True)
-        given = pipe.infer([list(example.messages)], options)[0].input_token_len
-        assert given == len(tokenizer.encode(text, add_special_tokens=False))
+        (message,) = example.messages
+        rows = tokenizer.encode(render(tokenizer, [message], SMALL, True), add_special_tokens=False)
+        for parts in (message["content"], message["content"][::-1]):
+            asked = [[message | {"content": parts}]]
+            assert pipe.infer(asked, options)[0].input_token_len == len(rows)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (40, 57), (1, 90)])
