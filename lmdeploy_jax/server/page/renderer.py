@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -15,9 +14,9 @@ from multiprocessing.connection import Connection
 
 from lmdeploy_jax.errors import EngineError, RequestError
 
-MOST_SECONDS = 20.0  # for one text, the start of the process included; a hostile one takes one or two
+MOST_SECONDS = 20.0  # of the processor's time, for one text; a hostile one takes one or two
+_PATIENCE = 120.0  # seconds, the start of the process included, on a machine that is busy
 _START = "import sys; sys.path[:] = {!r}; from lmdeploy_jax.server.page.renderer import main; main({})"
-_NICE = 10  # a lower priority than that of the processes that make answers
 
 
 def main(number: int) -> None:
@@ -26,13 +25,12 @@ def main(number: int) -> None:
         render,
     )  # takes a while, and the serving process has no use for it
 
-    os.nice(_NICE)
     with Connection(number) as connection, suppress(EOFError):
         while True:
             text = connection.recv_bytes().decode()
-            signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)  # ends this process
+            signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)  # ends this process
             rendered = asdict(render(text))
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             connection.send_bytes(json.dumps(rendered).encode())
 
 
@@ -81,7 +79,7 @@ class _Process:
     def ask(self, text: str) -> bytes:
         try:
             self._connection.send_bytes(text.encode(errors="replace"))
-            if not self._connection.poll(2 * MOST_SECONDS):
+            if not self._connection.poll(_PATIENCE):
                 self._process.kill()
             return self._connection.recv_bytes()
         except (OSError, EOFError) as error:
