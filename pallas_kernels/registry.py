@@ -8,7 +8,7 @@ BACKENDS = ("xla", "pallas", "pallas_interpret")
 """What the ops take as `backend`; `pallas_interpret` runs the Pallas kernels anywhere, slowly, for tests."""
 
 DTYPES = ("bfloat16", "float16", "float32")
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 MAX_LATENT_RANK, MAX_LATENT_ROTATED = 512, 128
 MIN_COMPUTE_CAPABILITY = 8.0

@@ -96,8 +96,6 @@ def _tuning(tiles: int, head_dim: int, dtype: jnp.dtype) -> Tuning:
     """Measured on an H200: two warps read ragged batches 7 % faster than four and even ones 1 % slower; four
     are faster by 7 % where there are so few tiles that the splits, which one of them merges, are many.
     """
-    if head_dim > 256:  # compiled for one, and not run: what spills no registers
-        return Tuning(128, 8, 1)
     small = head_dim <= 128 and dtype.itemsize <= 2
     if small and tiles > FEW_TILES:
         return Tuning(128, 2, 5)

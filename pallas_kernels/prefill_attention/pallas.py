@@ -71,8 +71,6 @@ def prefill_attention(
 
 
 def _tuning(head_dim: int, dtype: jnp.dtype) -> Tuning:
-    if head_dim > 256:  # compiled for an H200, and not run: what spills no registers
-        return Tuning(16 if dtype == jnp.float32 else 32, 8, 1)
     if dtype == jnp.float32:
         return Tuning(32 if head_dim <= 128 else 16, 8, 2)
     return Tuning(128, 8, 5) if head_dim <= 128 else Tuning(64, 8, 3)

@@ -46,16 +46,16 @@ def with_heads(*sizes: int) -> DecoderConfig:
 @pytest.mark.parametrize("wanted", ["auto", "pallas"])
 def test_each_kind_of_layer_has_its_backend(wanted, caplog):
     with caplog.at_level(logging.WARNING, "lmdeploy_jax"):
-        assert choose_backend(wanted, GPU, with_heads(128, 576, 576)) == "pallas"
+        assert choose_backend(wanted, GPU, with_heads(128, 512, 512)) == "pallas"
     assert caplog.messages == [
-        "attention with 32 heads in 8 KV heads of 576 uses xla: head_dim 576 is outside 16 to 512"
+        "attention with 32 heads in 8 KV heads of 512 uses xla: head_dim 512 is outside 16 to 256"
     ]
 
 
 def test_no_layer_with_a_backend_is_no_backend(caplog):
-    assert choose_backend("auto", GPU, with_heads(576, 8)) == "xla"
-    with pytest.raises(ConfigError, match="head_dim 576 is outside 16 to 512"):
-        choose_backend("pallas", GPU, with_heads(576, 8))
+    assert choose_backend("auto", GPU, with_heads(512, 320)) == "xla"
+    with pytest.raises(ConfigError, match="head_dim 512 is outside 16 to 256"):
+        choose_backend("pallas", GPU, with_heads(512, 320))
 
 
 def test_a_backend_that_cannot_be_had_is_refused():

@@ -36,7 +36,6 @@ INTERPRET = [
     Shape("everything-80", group=7, head_dim=80, options=ALL, sinks=True),
     Shape("bfloat16-96", group=1, head_dim=96, dtype="bfloat16", options={"scale": 0.1, "soft_cap": 5.0}),
     Shape("chunk", group=2, head_dim=16, options={"scale": 0.2, "chunk": 50}),
-    Shape("head-512", group=8, head_dim=512, dtype="bfloat16", lengths=SHORT, options={"scale": 0.05}),
     Shape("one-page", group=3, head_dim=16, lengths=SHORT, options={"scale": 0.2}, sinks=True),
 ]
 DEVICE = [

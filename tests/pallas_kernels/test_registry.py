@@ -14,7 +14,7 @@ from lmdeploy_jax.pallas_kernels.registry import why_not
     ("options", "reason"),
     [
         ({"platform": "cpu"}, "need an NVIDIA GPU; the platform is cpu"),
-        ({"platform": "gpu", "head_dim": 576}, "head_dim 576"),
+        ({"platform": "gpu", "head_dim": 512}, "head_dim 512"),
         ({"platform": "gpu", "dtype": "int8"}, "KV cache of int8"),
         ({"platform": "gpu", "group": 32}, "32 query heads a KV head"),
         ({"platform": "gpu", "compute_capability": 7.5}, "compute capability 7.5"),

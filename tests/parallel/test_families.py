@@ -16,6 +16,7 @@ MORE = (
     *("glm4", "olmo3", "cohere2", "exaone4", "ministral3", "starcoder2", "apertus", "arcee"),
     *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "qwen3_next", "qwen3_5", "qwen3_5_moe"),
     *("nemotron_h", "granite_hybrid", "falcon_h1", "falcon_h1_norm", "lfm2", "lfm2_moe"),
+    *("cohere_qk_norm", "cohere2_moe", "exaone_moe", "minicpm3"),
 )
 
 KERNELS = ("gpt_oss", "minimax_m2", "gemma4", "gemma4_moe", "llama4")
