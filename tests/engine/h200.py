@@ -21,6 +21,7 @@ from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
 from lmdeploy_jax.engine.core import buckets
 from lmdeploy_jax.engine.core.batch import Slots
+from lmdeploy_jax.engine.core.compile import compiler_options
 from lmdeploy_jax.engine.core.page_tables import PageTables
 from lmdeploy_jax.engine.core.program import Program, Programs
 from lmdeploy_jax.engine.core.state import DeviceState
@@ -92,12 +93,18 @@ def programs_on(mesh: Mesh, shape: str, model_format: str | None = None) -> Prog
     raw = (known.get(shape) or shapes.read(shape)) | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
     config, dtype = build_config(raw, shape), jnp.dtype("bfloat16")
     kernels = Kernels("pallas", mesh, tuning.load("NVIDIA H200"))
-    skeleton = build_skeleton(config, dtype, kernels, formats_of(config, model_format))
+    formats = formats_of(config, model_format)
+    skeleton = build_skeleton(config, dtype, kernels, formats)
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
     sizes = buckets.plan("gpu", BATCH, 1024, steps=4)
     layout = config.cache_layout(1, session_len=2048, step_tokens=1024)
     cache = CacheSpec(layout, PAGES, dtype, mesh)
-    programs = Programs(DeviceState(model, cache, BATCH), find=lambda program: program.lower().compile())
+    options = compiler_options("gpu", formats.values())
+    programs = Programs(
+        DeviceState(model, cache, BATCH),
+        find=lambda program: program.lower().compile(),
+        compiler_options=options,
+    )
     slots = Slots(PageTables(2048, layout.groups, sizes), config.vocab_size)
     GpuSteps(programs, slots, sizes, tile_rows("pallas"))
     return programs
@@ -119,7 +126,7 @@ def formats_of(config: DecoderConfig, model_format: str | None) -> dict[str, Wei
 def report(name: str, program: Program, cache: CacheSpec) -> dict[str, object]:
     """Compiles a program and returns its facts."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} | program.compiler_options
         compiled = program.lower().compile(compiler_options=options)
         (thunks,) = Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
         cache_bytes = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(cache.specs))
