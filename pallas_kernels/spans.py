@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.shapes import Tiles
 
+NOWHERE = -1  # a slot's number for those of whom nothing is kept
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Spans:
         """With the state of each sequence behind its tokens, or of those that are `wanted`."""
         kept = self.counts > 0 if wanted is None else wanted
         return states.at[jnp.where(kept, self.slots, len(states) - 1)].set(after.astype(states.dtype))
+
+    def rows(self, wanted: Bool[Array, "S"] | None = None) -> Int32[Array, "S"]:
+        """The slots of sequences with tokens, or of those that are `wanted`; NOWHERE of the others."""
+        return jnp.where(self.counts > 0 if wanted is None else wanted, self.slots, NOWHERE)
 
     def owners(self, tokens: int) -> Int32[Array, "T"]:
         """The sequence of each token; of tokens that only pad the step, any."""

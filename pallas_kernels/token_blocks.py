@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Shaped
 from lmdeploy_jax.pallas_kernels.spans import Spans
 
 BLOCK = 64  # tokens whose updates of a state are done at once
+Step = Callable[..., tuple[Array, Array]]
 einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -83,12 +84,12 @@ def run_packed(
     inputs: tuple[Shaped[Array, "T ..."], ...],
     states: Float32[Array, "slots N D V"],
     spans: Spans,
-    step: Callable[..., tuple[Array, Array]],
+    step: Step,
     block: Callable[[Any, Array], tuple[Array, Array]],
 ) -> tuple[Float32[Array, "T H R V"], Float32[Array, "slots N D V"]]:
     """Chunks, one behind the other: those of one token at once, the others block by block.
 
-    step: of one token a sequence, called with inputs, states, spans and which sequences' states are wanted.
+    step: of one token a sequence, called with inputs, states, spans and which sequences are wanted.
     block: of a block of one sequence's inputs and the state before it; rows of zeros must change nothing.
     """
     single, states = step(*take_rows(inputs, spans), states, spans, spans.counts == 1)

@@ -64,13 +64,15 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
         x, normed = self.kernels.add_norm(x, delta, norm)
         config, (inputs, states) = self.config, cache
+        backend = self.kernels.mixer_backend(config)
         qkvz, ba = (whole(linear(normed, None, None)[1], x.dtype) for linear in (self.qkvz, self.ba))
         mixed, gates = jnp.split(qkvz, [config.channels], axis=2)
-        mixed, inputs = short_conv(mixed, self.conv[:, :, 0], inputs, spans)
+        mixed, inputs = short_conv(mixed, self.conv[:, :, 0], inputs, spans, backend=backend)
         q, k, v = jnp.split(jax.nn.silu(mixed), [config.key_dim, 2 * config.key_dim], axis=2)
         q, k = (_unit(each) for each in (q, k))
         v, gates = (each.reshape(*each.shape[:2], -1, config.value_dim) for each in (v, gates))
-        out, states = delta_rule(q * config.key_dim**-0.5, k, v, *self._strengths(ba), states, spans)
+        args = (q * config.key_dim**-0.5, k, v, *self._strengths(ba), states, spans)
+        out, states = delta_rule(*args, backend=backend)
         out = self.norm(out.astype(x.dtype)) * jax.nn.silu(gates.astype(jnp.float32))
         return x, self.o(out.astype(x.dtype)), (inputs, states)
 

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
 from lmdeploy_jax.models.batch import AttentionMetadata
-from lmdeploy_jax.models.config import AttentionConfig, LatentConfig
+from lmdeploy_jax.models.config import AttentionConfig, LatentConfig, MixerConfig
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention
@@ -58,7 +58,7 @@ class Kernels:
         """What rounds activations to 8 bits for XLA's products: `backend` where it measured faster."""
         return self.backend if self.tuning.rounding == "pallas" else "xla"
 
-    def attention_backend(self, mixer: AttentionConfig | LatentConfig) -> str:
+    def mixer_backend(self, mixer: MixerConfig) -> str:
         """`backend`, or XLA for heads that its kernels cannot do."""
         return "xla" if mixer.why_not_kernels() else self.backend
 
@@ -98,7 +98,7 @@ class Kernels:
         dtype: DTypeLike,
     ) -> tuple[Float[Array, "T KH R-2 D"], LayerCache]:
         """qkv (R = G + 2) into the cache and through attention -> outputs of `dtype`, and the cache."""
-        options, backend = mixer.options, self.attention_backend(mixer)
+        options, backend = mixer.options, self.mixer_backend(mixer)
         how: dict[str, Any] = {"dtype": dtype, "backend": backend}
         k_pages, v_pages, split_counters = cache
         if metadata.tiles is None:
@@ -137,7 +137,7 @@ class Kernels:
             rank=rank,
             options=mixer.options,
             tile_rows=height,
-            backend=self.attention_backend(mixer),
+            backend=self.mixer_backend(mixer),
         )
         return out, (pages, *rest)
 

@@ -63,13 +63,14 @@ class Mamba2(nnx.Module):
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
         x, product = self.xbczdt(x, delta, norm)
         mixed, gates, dt = self._parts(whole(product, x.dtype, _value(self.xbczdt.bias)))
-        inputs, states = cache
-        mixed, inputs = short_conv(mixed, self.conv[:, :, 0], inputs, spans, _value(self.conv_bias))
+        (inputs, states), backend = cache, self.kernels.mixer_backend(self.config)
+        how: dict[str, Any] = {"bias": _value(self.conv_bias), "backend": backend}
+        mixed, inputs = short_conv(mixed, self.conv[:, :, 0], inputs, spans, **how)
         inner, state = self.sizes[:2]
         u, b, c = jnp.split(jax.nn.silu(mixed), [inner, inner + state], axis=2)
         u = u.reshape(*u.shape[:2], -1, self.config.head_dim)
         dt, a = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...]), -jnp.exp(self.a_log[...])
-        out, states = ssd(u, dt, a, b, c, self.d[...], states, spans)
+        out, states = ssd(u, dt, a, b, c, self.d[...], states, spans, backend=backend)
         out = self._gated(out.reshape(gates.shape), gates).astype(x.dtype)
         return x, self.o(out.reshape(u.shape)), (inputs, states)
 

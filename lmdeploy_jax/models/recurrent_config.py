@@ -40,7 +40,7 @@ class DeltaConfig:
 
     def why_not_kernels(self) -> str | None:
         """As `AttentionConfig.why_not_kernels`."""
-        return "the delta rule has no hand-written kernel yet"
+        return None
 
     def weights(self, hidden: int) -> int:
         """As `AttentionConfig.weights`."""
@@ -110,7 +110,7 @@ class Mamba2Config:
 
     def why_not_kernels(self) -> str | None:
         """As `AttentionConfig.why_not_kernels`."""
-        return "Mamba 2 has no hand-written kernel yet"
+        return None
 
     def weights(self, hidden: int) -> int:
         """As `AttentionConfig.weights`."""
@@ -148,7 +148,7 @@ class ShortConvConfig:
 
     def why_not_kernels(self) -> str | None:
         """As `AttentionConfig.why_not_kernels`."""
-        return "short convolutions have no hand-written kernel yet"
+        return None
 
     def weights(self, hidden: int) -> int:
         """As `AttentionConfig.weights`."""

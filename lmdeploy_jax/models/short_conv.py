@@ -34,6 +34,7 @@ class ShortConv(nnx.Module):
         dtype: jnp.dtype,
         kernels: Kernels,
     ) -> None:
+        self.config, self.kernels = config, kernels
         shape, hidden, axes = (config.heads, config.head_dim), model.hidden_size, ("heads", None)
         cut: dict[str, Any] = {"bias": config.bias, "dtype": dtype, "kernels": kernels}
         self.bcx = ColumnParallelLinear((shape[0], 3 * shape[1]), (hidden,), (*axes, "embed"), **cut)
@@ -54,5 +55,6 @@ class ShortConv(nnx.Module):
         bias = None if self.bcx.bias is None else self.bcx.bias[...]
         b, c, inputs = jnp.split(whole(product, x.dtype, bias), 3, axis=2)
         conv_bias = None if self.conv_bias is None else self.conv_bias[...]
-        mixed, last = short_conv(b * inputs, self.conv[:, :, 0], cache[0], spans, conv_bias)
+        how: dict[str, Any] = {"bias": conv_bias, "backend": self.kernels.mixer_backend(self.config)}
+        mixed, last = short_conv(b * inputs, self.conv[:, :, 0], cache[0], spans, **how)
         return x, self.o(c * mixed), (last,)

@@ -7,7 +7,13 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.spans import Spans
-from lmdeploy_jax.pallas_kernels.token_blocks import decay_between, einsum, run_packed, through_block
+from lmdeploy_jax.pallas_kernels.token_blocks import (
+    Step,
+    decay_between,
+    einsum,
+    run_packed,
+    through_block,
+)
 
 Inputs = tuple[Array, Array, Array, Array, Array]  # q, k, v, log_decay, beta
 
@@ -45,8 +51,9 @@ def packed(
     beta: Float32[Array, "T H R"],
     states: Float32[Array, "slots N D V"],
     spans: Spans,
+    step: Step,
 ) -> tuple[Float32[Array, "T H R V"], Float32[Array, "slots N D V"]]:
-    """Chunks, one behind the other."""
+    """Chunks, one behind the other; `step` does those of one token."""
     return run_packed((q, k, v, log_decay, beta), states, spans, step, _block)
 
 

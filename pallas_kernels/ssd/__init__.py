@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from jaxtyping import Array, Float, Float32
 
+from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.spans import Spans
 from lmdeploy_jax.pallas_kernels.ssd import xla
+from lmdeploy_jax.pallas_kernels.token_blocks import Step
 
 
 def ssd(
@@ -17,12 +21,15 @@ def ssd(
     d: Float32[Array, "G R"],
     states: Float32[Array, "slots H N P"],
     spans: Spans,
+    *,
+    backend: str = "xla",
 ) -> tuple[Float32[Array, "T G R P"], Float32[Array, "slots H N P"]]:
     """Token by token, of each of R heads a group: `h <- exp(a dt) h + dt b x'`, and the output `h'c + d x`. A
     sequence's h is 0 before its first token and in `states` after the tokens of earlier steps.
 
     Everything in f32. Returns the outputs, of tokens that only pad the step anything finite, and the states
-    behind the step, in place where the caller donates them. Raises ValueError for shapes that do not fit.
+    behind the step, in place where the caller donates them. Longer chunks are XLA's with every backend.
+    Raises ValueError for shapes that do not fit.
     """
     groups, per_group, size = x.shape[1:]
     expected = (groups * per_group, b.shape[2], size)
@@ -31,6 +38,16 @@ def ssd(
             f"states of shape {states.shape} must be [slots, {', '.join(map(str, expected))}], as inputs of "
             f"shape {x.shape} and b of shape {b.shape} are, and c {c.shape} like b"
         )
-    run = xla.step if spans.starts is None else xla.packed
+    step = _step(backend)
+    run = step if spans.starts is None else partial(xla.packed, step=step)
     out, states = run(x, dt, a * dt, b, c, states, spans)
     return out + d[..., None] * x, states
+
+
+def _step(backend: str) -> Step:
+    check_backend(backend)
+    if backend == "xla":
+        return xla.step
+    from lmdeploy_jax.pallas_kernels.ssd import pallas  # CPUs never need it
+
+    return partial(pallas.step, interpret=backend == "pallas_interpret")

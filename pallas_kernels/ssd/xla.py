@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.spans import Spans
-from lmdeploy_jax.pallas_kernels.token_blocks import einsum, run_packed, through_block
+from lmdeploy_jax.pallas_kernels.token_blocks import Step, einsum, run_packed, through_block
 
 Inputs = tuple[Array, Array, Array, Array, Array]  # x, dt, log_decay, b, c
 
@@ -42,8 +42,9 @@ def packed(
     c: Float[Array, "T G N"],
     states: Float32[Array, "slots H N P"],
     spans: Spans,
+    step: Step,
 ) -> tuple[Float32[Array, "T G R P"], Float32[Array, "slots H N P"]]:
-    """Chunks, one behind the other."""
+    """Chunks, one behind the other; `step` does those of one token."""
     return run_packed((x, dt, log_decay, b, c), states, spans, step, _block)
 
 

@@ -77,11 +77,39 @@ DEEPSEEK_V2_LITE = {
     "tie_word_embeddings": False,
     "attention_bias": False,
 }
+QWEN3_NEXT = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "full_attention_interval": 2,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "max_position_embeddings": 4096,
+}
+NEMOTRON_3_NANO = {
+    "architectures": ["NemotronHForCausalLM"],
+    "hidden_size": 2688,
+    "hybrid_override_pattern": "M*",
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "intermediate_size": 1856,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "max_position_embeddings": 4096,
+}
 MIXTURES = {
     "deepseek-v2-lite": (("decode_greedy", 1), ("decode_greedy", 64), ("ragged", 1024)),
     "qwen3-30b-a3b-half": (("decode_greedy", 1), ("decode_greedy", 64), ("ragged", 1024)),
 }
-"""Shapes whose programs are named after them, and which ones."""
+RECURRENT = {
+    "qwen3-next": (("decode_greedy", 1), ("decode_greedy", 64)),
+    "nemotron-3-nano": (("decode_greedy", 64),),
+}
+"""Shapes whose programs are named after them, and which. Prompts of recurrent layers are loops of XLA's."""
 
 
 QUANTISED = ("fp8", "awq", "smooth_quant")  # formats of the weights of llama3-8b
@@ -89,7 +117,11 @@ QUANTISED = ("fp8", "awq", "smooth_quant")  # formats of the weights of llama3-8
 
 def programs_on(mesh: Mesh, shape: str, model_format: str | None = None) -> Programs:
     """The programs of a shape, cut to two layers and a small vocabulary."""
-    known = {"deepseek-v2-lite": DEEPSEEK_V2_LITE}
+    known = {
+        "deepseek-v2-lite": DEEPSEEK_V2_LITE,
+        "qwen3-next": QWEN3_NEXT,
+        "nemotron-3-nano": NEMOTRON_3_NANO,
+    }
     raw = (known.get(shape) or shapes.read(shape)) | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
     config, dtype = build_config(raw, shape), jnp.dtype("bfloat16")
     kernels = Kernels("pallas", mesh, tuning.load("NVIDIA H200"))
@@ -98,7 +130,7 @@ def programs_on(mesh: Mesh, shape: str, model_format: str | None = None) -> Prog
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
     sizes = buckets.plan("gpu", BATCH, 1024, steps=4)
     layout = config.cache_layout(1, session_len=2048, step_tokens=1024)
-    cache = CacheSpec(layout, PAGES, dtype, mesh)
+    cache = CacheSpec(layout, PAGES, dtype, mesh, 2 * BATCH + 1)
     options = compiler_options("gpu", formats.values())
     programs = Programs(
         DeviceState(model, cache, BATCH),
@@ -133,10 +165,14 @@ def report(name: str, program: Program, cache: CacheSpec) -> dict[str, object]:
         return {
             "program": name,
             "caches_aliased": compiled.memory_analysis().alias_size_in_bytes >= cache_bytes,
-            "cache_copies": cache_copies(compiled.as_text(), cache.specs.arrays[0][0].shape),
+            "cache_copies": sum(cache_copies(compiled.as_text(), shape) for shape in _shapes(cache)),
             "outside_command_buffer": outside_command_buffer(Path(folder)),
             "launches": len(re.findall(r"^\s+\d+: k", thunks.read_text(), re.MULTILINE)),
         }
+
+
+def _shapes(cache: CacheSpec) -> set[tuple[int, ...]]:
+    return {spec.shape for spec in jax.tree.leaves(cache.specs)}
 
 
 def main() -> None:
@@ -153,7 +189,7 @@ def main() -> None:
             programs = programs_on(mesh, "llama3-8b", model_format)
             found = report(f"{model_format} decode", programs["decode", 1], programs.state.cache)
             print(json.dumps(found), flush=True)
-        for shape, wanted in MIXTURES.items():
+        for shape, wanted in (MIXTURES | RECURRENT).items():
             programs = programs_on(mesh, shape)
             for name, size in wanted:
                 full_name = f"{shape} {name} {size}"

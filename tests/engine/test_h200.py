@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.h200 import LAYERS, MIXTURES, QUANTISED, WANTED
+from tests.engine.h200 import LAYERS, MIXTURES, QUANTISED, RECURRENT, WANTED
 from tests.pallas_kernels.h200 import reports_of
 
 MOST_LAUNCHES = {"decode": 6 + 7 * LAYERS, "ragged": 8 + 9 * LAYERS}
@@ -48,17 +48,22 @@ def test_a_step_with_quantised_weights_is_one_cuda_graph_of_few_kernels(reports,
     assert report["launches"] <= 8 + QUANTISED_LAUNCHES_OF_A_LAYER[model_format] * LAYERS
 
 
-LAUNCHES_OF_A_LAYER = {"qwen3-30b-a3b-half": 14, "deepseek-v2-lite": 27}
-MIXTURE_PROGRAMS = [
+LAUNCHES_OF_A_LAYER = {
+    "qwen3-30b-a3b-half": 14,
+    "deepseek-v2-lite": 27,
+    "qwen3-next": 22,
+    "nemotron-3-nano": 8,
+}
+PROGRAMS = [
     (f"{shape} {name} {size}", 12 + LAUNCHES_OF_A_LAYER[shape] * LAYERS)
-    for shape, wanted in MIXTURES.items()
+    for shape, wanted in (MIXTURES | RECURRENT).items()
     for name, size in wanted
 ]
 
 
-@pytest.mark.parametrize(("program", "most_launches"), MIXTURE_PROGRAMS)
-def test_a_mixtures_step_is_one_cuda_graph_of_few_kernels(reports, program, most_launches):
-    """No loop over experts, no sort of XLA's: what tokens choose changes no launch."""
+@pytest.mark.parametrize(("program", "most_launches"), PROGRAMS)
+def test_a_step_of_other_layers_is_one_cuda_graph_of_few_kernels(reports, program, most_launches):
+    """No loop over experts, no sort of XLA's: what tokens choose changes no launch. States stay in place."""
     report = reports[program]
     assert report["outside_command_buffer"] == []
     assert report["caches_aliased"]

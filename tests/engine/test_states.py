@@ -2,8 +2,9 @@
 
 import pytest
 
-from lmdeploy_jax.cache.kinds import PagedCache, StateCache
+from lmdeploy_jax.cache.kinds import StateCache
 from lmdeploy_jax.cache.kv import page_bytes, plan_memory
+from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.errors import ConfigError
@@ -11,7 +12,6 @@ from tests.engine.conftest import COUNT
 from tests.engine.harness import Collector, config, generate, submit, tokens
 from tests.oracle import hf_greedy, save_checkpoint
 
-HEAD_DIM = 16
 OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in ("nemotron_h", "falcon_h1", "lfm2_moe")]
 
 
@@ -71,8 +71,9 @@ def test_small_chunks_and_several_decode_steps_equal_large_and_single_ones(start
     assert tokens(engine, prompts) == answers
 
 
-def test_preempted_sequences_equal_undisturbed_ones(start, prompts, answers):
-    size = page_bytes([PagedCache(kv_heads=2, head_dim=HEAD_DIM)], "float32")
+def test_preempted_sequences_equal_undisturbed_ones(start, folder, prompts, answers):
+    layout = read_config(folder).cache_layout(1, session_len=256, step_tokens=256)
+    size = page_bytes(layout.paged, "float32")
     engine = start(cache_max_entry_count=6 * size, session_len=256)
     assert engine.memory.num_pages == 6
     assert tokens(engine, prompts[1:] * 2) == answers[1:] * 2

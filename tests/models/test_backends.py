@@ -12,6 +12,7 @@ from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
 from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LatentConfig, RopeConfig
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, RouterConfig
+from lmdeploy_jax.models.recurrent_config import DeltaConfig, Mamba2Config, ShortConvConfig
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import MAX_GROUP
 from tests.models.paged import PagedRunner
@@ -33,8 +34,8 @@ def model(backend: str, config: DecoderConfig = MIXED) -> LoadedModel:
 
 def test_each_kind_of_layer_has_its_own_backend():
     kernels = Kernels("pallas")
-    assert [kernels.attention_backend(mixer) for mixer in MIXERS] == ["pallas", "xla"]
-    assert [Kernels("xla").attention_backend(mixer) for mixer in MIXERS] == ["xla", "xla"]
+    assert [kernels.mixer_backend(mixer) for mixer in MIXERS] == ["pallas", "xla"]
+    assert [Kernels("xla").mixer_backend(mixer) for mixer in MIXERS] == ["xla", "xla"]
 
 
 def test_layers_of_both_kinds_share_a_batch():
@@ -60,6 +61,13 @@ def test_mixtures_of_both_backends_agree():
 def test_latent_attention_of_both_backends_agrees():
     mixer = LatentConfig(3, 24, 16, 8, 16, AttentionOptions(0.2), RopeConfig(8), query_rank=12)
     _assert_backends_agree(replace(CONFIG, layers=(replace(CONFIG.layers[0], mixer=mixer),)))
+
+
+def test_recurrences_of_both_backends_agree():
+    mixers = (DeltaConfig(2, 4, 16, 12, 4), Mamba2Config(4, 2, 16, 12, 4), ShortConvConfig(4, 16, 3))
+    layer = CONFIG.layers[0]
+    recurrent = (replace(layer, mixer=mixer) for mixer in mixers)
+    _assert_backends_agree(replace(CONFIG, layers=(layer, *recurrent)))
 
 
 def _assert_backends_agree(config: DecoderConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,8 @@ def ssd_expected(x, dt, b, c) -> np.ndarray:
     return out
 
 
-def space(x, dt, b, c, states, spans):
-    return ssd(x, dt, -jnp.exp(A), b, c, jnp.asarray(D), states, spans)
+def space(x, dt, b, c, states, spans, **how):
+    return ssd(x, dt, -jnp.exp(A), b, c, jnp.asarray(D), states, spans, **how)
 
 
 WEIGHT = np.random.default_rng(0).normal(size=(HEADS, KEY, TAPS)).astype(np.float32)
@@ -84,8 +85,8 @@ def conv_expected(x: np.ndarray) -> np.ndarray:
     return BIAS + sum(padded[j : j + len(x)] * WEIGHT[:, :, j] for j in range(TAPS))
 
 
-def conv(x, states, spans):
-    return short_conv(x, jnp.asarray(WEIGHT), states, spans, jnp.asarray(BIAS))
+def conv(x, states, spans, **how):
+    return short_conv(x, jnp.asarray(WEIGHT), states, spans, jnp.asarray(BIAS), **how)
 
 
 Case = tuple[list[list[np.ndarray]], Callable, Callable, tuple[int, ...]]
@@ -96,9 +97,18 @@ CASES: dict[str, Case] = {
 }
 
 
+@pytest.fixture(params=["xla", "pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)])
+def backend(request):
+    if request.param == "pallas" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    return request.param
+
+
 @pytest.fixture(params=CASES)
-def case(request):
-    return CASES[request.param]
+def case(request, backend):
+    name = request.param
+    inputs, expected, op, shape = CASES[name]
+    return inputs, expected, partial(op, backend=backend), shape
 
 
 def garbage(shape: tuple[int, ...]) -> np.ndarray:

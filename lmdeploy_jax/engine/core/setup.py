@@ -175,7 +175,7 @@ def choose_backend(backend: str, device: jax.Device, model: DecoderConfig) -> st
     """`auto` is `pallas` where the device and at least one kind of layer allow it, else `xla`. Raises
     ConfigError for a `pallas` that no layer can have.
 
-    Layers that cannot have it attend through XLA (`Kernels.attention_backend`).
+    Layers that cannot have it attend through XLA (`Kernels.mixer_backend`).
     """
     reasons = _why_not_pallas(device, model)
     reason = None if None in reasons.values() else next(iter(reasons.values()))
