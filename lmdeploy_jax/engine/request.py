@@ -204,7 +204,7 @@ class Sequence:
     cached: int = 0  # prompt tokens that came from the prefix cache
     pages: PageTable = field(default_factory=PageTable)
     hashes: list[bytes] = field(default_factory=list)  # prefix hash of each full page registered so far
-    state: int | None = None  # the row of states that its slot begins with, until its first step
+    state: int | None = None  # the row of states that its slot begins with, until it is copied
     state_ends: tuple[int, ...] = ()  # tokens behind which a step must end, as the state there is kept
     rope_floor: int = 0  # least length that length-dependent RoPE takes the sequence for
     slot: int = -1

@@ -123,6 +123,8 @@ class Scheduler:
             return None
         step = self._commit(chunks)
         step.admitted, self._admitted = self._admitted, []
+        if self.cache.states is not None:
+            copy_states(step, self.cache)
         if self.decode_steps > 1 and self._can_repeat(step):
             self._repeat(step)
         return step
@@ -369,8 +371,6 @@ class Scheduler:
         for row, chunk in enumerate(chunks):
             sequence = chunk.sequence
             sequence.computed += chunk.count
-            if sequence.state is not None or sequence.state_ends:
-                copy_states(sequence, step, self.cache)
             if sequence.remaining == 0:
                 drawing = [sequence]
                 if sequence.siblings:
