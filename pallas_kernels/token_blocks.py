@@ -1,12 +1,17 @@
-"""Recurrences over packed chunks, block by block: what those of all kinds share."""
+"""Recurrences over packed chunks, block by block: what those of all kinds share.
+
+What of a block does not depend on the state before it is made for several blocks at once; what does is a few
+small products, one block after another.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
@@ -14,18 +19,20 @@ from jaxtyping import Array, Bool, Float32, Int32, Shaped
 from lmdeploy_jax.pallas_kernels.spans import Spans
 
 BLOCK = 64  # tokens whose updates of a state are done at once
+AT_ONCE = 8  # blocks that are prepared at once; in short steps, half of those that would fill the step
 Step = Callable[..., tuple[Array, Array]]
 einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Block:
     """Tokens `start .. start + count` of a step, all of one sequence."""
 
-    start: Int32[Array, ""]
-    count: Int32[Array, ""]
-    slot: Int32[Array, ""]
-    fresh: Bool[Array, ""]  # there is no state before it
+    start: Int32[Array, "*blocks"]
+    count: Int32[Array, "*blocks"]
+    slot: Int32[Array, "*blocks"]
+    fresh: Bool[Array, "*blocks"]  # there is no state before it
 
     @property
     def valid(self) -> Bool[Array, "B"]:
@@ -38,7 +45,107 @@ class Block:
         return lax.dynamic_update_slice_in_dim(out, jnp.where(valid, rows, old), self.start, 0)
 
 
-def take_block(padded: Any, at: Block) -> Any:
+class Prepared(NamedTuple):
+    """A block in which each token adds `k added'` to a state that decays, but for the state before it."""
+
+    q: Float32[Array, "H R B D"]  # times what is left of that state at each token
+    k: Float32[Array, "H R B D"]  # times what is left of each token's addition behind the block
+    added: Float32[Array, "H R B V"]
+    removed: Float32[Array, "H R B D"] | None  # times that state, what is not added
+    weights: Float32[Array, "H R B B"]  # of additions in outputs
+    kept: Float32[Array, "H R"]  # of that state, behind the block
+
+    def advance(
+        self, before: Float32[Array, "N D V"]
+    ) -> tuple[Float32[Array, "B H R V"], Float32[Array, "N D V"]]:
+        """The block's outputs, and the state behind it."""
+        state = before.reshape(*self.kept.shape, *before.shape[1:])
+        added = self.added
+        if self.removed is not None:
+            added = added - einsum("hrid,hrdv->hriv", self.removed, state)
+        out = einsum("hrid,hrdv->hriv", self.q, state) + einsum("hrij,hrjv->hriv", self.weights, added)
+        after = self.kept[..., None, None] * state + einsum("hrid,hriv->hrdv", self.k, added)
+        return out.transpose(2, 0, 1, 3), after.reshape(before.shape)
+
+
+def prepared(
+    q: Float32[Array, "B H D"],
+    k: Float32[Array, "B H D"],
+    added: Float32[Array, "H R B V"],
+    total: Float32[Array, "H R B"],
+    removed: Float32[Array, "H R B D"] | None = None,
+) -> Prepared:
+    """`total` is the logarithm of what is left, behind each token, of the state before the block."""
+    weights = decay_between(total) * einsum("ihd,jhd->hij", q, k)[:, None]
+    q, k = (each.transpose(1, 0, 2)[:, None] for each in (q, k))
+    left = jnp.exp(total[..., -1:] - total)[..., None]
+    return Prepared(jnp.exp(total)[..., None] * q, left * k, added, removed, weights, jnp.exp(total[..., -1]))
+
+
+def decay_between(total: Float32[Array, "H R B"]) -> Float32[Array, "H R B B"]:
+    """What is left at token i of what token j has added; 0 for later ones, whose exponents might overflow."""
+    differences = total[..., :, None] - total[..., None, :]
+    return jnp.exp(jnp.where(jnp.tri(total.shape[-1], dtype=bool), differences, -jnp.inf))
+
+
+def run_packed(
+    inputs: tuple[Shaped[Array, "T ..."], ...],
+    states: Float32[Array, "slots N D V"],
+    spans: Spans,
+    step: Step,
+    prepare: Callable[[Any], Prepared],
+) -> tuple[Float32[Array, "T H R V"], Float32[Array, "slots N D V"]]:
+    """Chunks, one behind the other: those of one token at once, the others block by block.
+
+    step: of one token a sequence, called with inputs, states, spans and which sequences are wanted.
+    prepare: of a block of one sequence's inputs; rows of zeros must change nothing.
+    """
+    single, states = step(*take_rows(inputs, spans), states, spans, spans.counts == 1)
+    tokens = len(inputs[0])
+    out = put_rows(jnp.zeros((tokens + BLOCK, *single.shape[1:]), single.dtype), single, spans)
+    padded = tuple(jnp.pad(x, ((0, BLOCK), *((0, 0),) * (x.ndim - 1))) for x in inputs)
+
+    def advance(carry: tuple[Array, Array], each: tuple[Block, Prepared]) -> tuple[tuple[Array, Array], None]:
+        (out, states), (at, block) = carry, each
+        values, after = block.advance(jnp.where(at.fresh, 0.0, states[at.slot]))
+        return (at.put(out, values), states.at[at.slot].set(after)), None
+
+    def several(blocks: Block, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        ready = jax.vmap(lambda at: prepare(_taken(padded, at)))(blocks)
+        return lax.scan(advance, carry, (blocks, ready))[0]
+
+    at_once = min(max(tokens // (2 * BLOCK), 1), AT_ONCE)
+    out, states = _for_blocks(spans, len(states) - 1, at_once, several, (out, states))
+    return out[:tokens], states
+
+
+def _for_blocks(
+    spans: Spans, nobodys: int, at_once: int, several: Callable[[Block, Any], Any], carry: Any
+) -> Any:
+    """`several` for the blocks of each sequence with more than one token, in order, as many as there are.
+    Those that fill up the last call have no tokens, and `nobodys` slot.
+    """
+    assert spans.starts is not None
+    blocks = jnp.where(spans.counts > 1, -(-spans.counts // BLOCK), 0)
+    ends, starts, counts = jnp.cumsum(blocks), spans.starts, spans.counts
+
+    def body(i: Array, carry: Any) -> Any:
+        number = i * at_once + jnp.arange(at_once)
+        exists = number < ends[-1]
+        row = jnp.minimum(jnp.searchsorted(ends, number, side="right"), len(ends) - 1)
+        done = (number - (ends[row] - blocks[row])) * BLOCK
+        at = Block(
+            start=jnp.where(exists, starts[row] + done, 0),
+            count=jnp.where(exists, jnp.minimum(counts[row] - done, BLOCK), 0),
+            slot=jnp.where(exists, spans.slots[row], nobodys),
+            fresh=spans.fresh[row] & (done == 0),
+        )
+        return several(at, carry)
+
+    return lax.fori_loop(0, -(-ends[-1] // at_once), body, carry)
+
+
+def _taken(padded: tuple[Shaped[Array, "T ..."], ...], at: Block) -> tuple[Shaped[Array, "B ..."], ...]:
     """The block's rows of each array, which ends a block behind the last token; zeros behind its count."""
 
     def taken(x: Array) -> Array:
@@ -61,72 +168,3 @@ def put_rows(
     """The rows of the sequences with one token to their places."""
     assert spans.starts is not None
     return out.at[jnp.where(spans.counts == 1, spans.starts, len(out))].set(rows, mode="drop")
-
-
-def for_blocks(spans: Spans, block: Callable[[Block, Any], Any], carry: Any) -> Any:
-    """`block` for the blocks of each sequence with more than one token, in order, as many as there are."""
-    assert spans.starts is not None
-    blocks = jnp.where(spans.counts > 1, -(-spans.counts // BLOCK), 0)
-    ends, starts, counts = jnp.cumsum(blocks), spans.starts, spans.counts
-
-    def body(i: Array, carry: Any) -> Any:
-        row = jnp.searchsorted(ends, i, side="right")
-        done = (i - (ends[row] - blocks[row])) * BLOCK
-        count = jnp.minimum(counts[row] - done, BLOCK)
-        return block(
-            Block(starts[row] + done, count, spans.slots[row], spans.fresh[row] & (done == 0)), carry
-        )
-
-    return lax.fori_loop(0, ends[-1], body, carry)
-
-
-def run_packed(
-    inputs: tuple[Shaped[Array, "T ..."], ...],
-    states: Float32[Array, "slots N D V"],
-    spans: Spans,
-    step: Step,
-    block: Callable[[Any, Array], tuple[Array, Array]],
-) -> tuple[Float32[Array, "T H R V"], Float32[Array, "slots N D V"]]:
-    """Chunks, one behind the other: those of one token at once, the others block by block.
-
-    step: of one token a sequence, called with inputs, states, spans and which sequences are wanted.
-    block: of a block of one sequence's inputs and the state before it; rows of zeros must change nothing.
-    """
-    single, states = step(*take_rows(inputs, spans), states, spans, spans.counts == 1)
-    tokens = len(inputs[0])
-    out = put_rows(jnp.zeros((tokens + BLOCK, *single.shape[1:]), single.dtype), single, spans)
-    padded = tuple(jnp.pad(x, ((0, BLOCK), *((0, 0),) * (x.ndim - 1))) for x in inputs)
-
-    def body(at: Block, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        out, states = carry
-        before = jnp.where(at.fresh, 0.0, states[at.slot])
-        values, after = block(take_block(padded, at), before)
-        return at.put(out, values), states.at[at.slot].set(after)
-
-    out, states = for_blocks(spans, body, (out, states))
-    return out[:tokens], states
-
-
-def through_block(
-    q: Float32[Array, "B H D"],
-    k: Float32[Array, "B H D"],
-    added: Float32[Array, "H R B V"],
-    total: Float32[Array, "H R B"],
-    before: Float32[Array, "H R D V"],
-) -> tuple[Float32[Array, "B H R V"], Float32[Array, "H R D V"]]:
-    """The outputs of a block, and the state behind it, where each token adds `k added'` to a state that
-    decays: `total` is the logarithm of how much, from the block's begin to behind each token.
-    """
-    grown = jnp.exp(total)[..., None]
-    out = grown * einsum("ihd,hrdv->hriv", q, before)
-    weights = decay_between(total) * einsum("ihd,jhd->hij", q, k)[:, None]
-    out += einsum("hrij,hrjv->hriv", weights, added)
-    left = jnp.exp(total[..., -1:] - total)[..., None]
-    after = grown[..., -1:, :] * before + einsum("ihd,hriv->hrdv", k, left * added)
-    return out.transpose(2, 0, 1, 3), after
-
-
-def decay_between(total: Float32[Array, "H R B"]) -> Float32[Array, "H R B B"]:
-    """What is left at token i of what token j has added; 0 for later ones, whose exponents might overflow."""
-    differences = total[..., :, None] - total[..., None, :]
-    return jnp.exp(jnp.where(jnp.tri(total.shape[-1], dtype=bool), differences, -jnp.inf))

@@ -8,11 +8,12 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.spans import Spans
 from lmdeploy_jax.pallas_kernels.token_blocks import (
+    Prepared,
     Step,
     decay_between,
     einsum,
+    prepared,
     run_packed,
-    through_block,
 )
 
 Inputs = tuple[Array, Array, Array, Array, Array]  # q, k, v, log_decay, beta
@@ -54,22 +55,19 @@ def packed(
     step: Step,
 ) -> tuple[Float32[Array, "T H R V"], Float32[Array, "slots N D V"]]:
     """Chunks, one behind the other; `step` does those of one token."""
-    return run_packed((q, k, v, log_decay, beta), states, spans, step, _block)
+    return run_packed((q, k, v, log_decay, beta), states, spans, step, _prepare)
 
 
-def _block(
-    inputs: Inputs, state: Float32[Array, "N D V"]
-) -> tuple[Float32[Array, "B H R V"], Float32[Array, "N D V"]]:
+def _prepare(inputs: Inputs) -> Prepared:
     """A block of tokens of one sequence, whose updates of the state depend on each other in one triangular
     system. Rows of zeros change nothing.
     """
     q, k, v, log_decay, beta = (x.astype(jnp.float32) for x in inputs)
-    before = state.reshape(*v.shape[1:3], *state.shape[1:])
     total = jnp.cumsum(log_decay, axis=0).transpose(1, 2, 0)  # [H, R, B]
     beta = beta.transpose(1, 2, 0)[..., None]
     system = beta * decay_between(total) * einsum("ihd,jhd->hij", k, k)[:, None]
-    grown = jnp.exp(total)[..., None]
-    given = beta * (v.transpose(1, 2, 0, 3) - grown * einsum("ihd,hrdv->hriv", k, before))
-    added = solve_triangular(jnp.tril(system, -1), given, lower=True, unit_diagonal=True)
-    out, after = through_block(q, k, added, total, before)
-    return out, after.reshape(state.shape)
+    seen = jnp.exp(total)[..., None] * k.transpose(1, 0, 2)[:, None]
+    given = beta * jnp.concatenate([v.transpose(1, 2, 0, 3), seen], axis=3)
+    solved = solve_triangular(jnp.tril(system, -1), given, lower=True, unit_diagonal=True)
+    added, removed = jnp.split(solved, [v.shape[3]], axis=3)
+    return prepared(q, k, added, total, removed)

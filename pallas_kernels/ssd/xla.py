@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.spans import Spans
-from lmdeploy_jax.pallas_kernels.token_blocks import Step, einsum, run_packed, through_block
+from lmdeploy_jax.pallas_kernels.token_blocks import Prepared, Step, einsum, prepared, run_packed
 
 Inputs = tuple[Array, Array, Array, Array, Array]  # x, dt, log_decay, b, c
 
@@ -45,16 +45,11 @@ def packed(
     step: Step,
 ) -> tuple[Float32[Array, "T G R P"], Float32[Array, "slots H N P"]]:
     """Chunks, one behind the other; `step` does those of one token."""
-    return run_packed((x, dt, log_decay, b, c), states, spans, step, _block)
+    return run_packed((x, dt, log_decay, b, c), states, spans, step, _prepare)
 
 
-def _block(
-    inputs: Inputs, state: Float32[Array, "H N P"]
-) -> tuple[Float32[Array, "B G R P"], Float32[Array, "H N P"]]:
+def _prepare(inputs: Inputs) -> Prepared:
     """A block of tokens of one sequence. Rows of zeros change nothing."""
     x, dt, log_decay, b, c = (each.astype(jnp.float32) for each in inputs)
-    before = state.reshape(*x.shape[1:3], *state.shape[1:])
     total = jnp.cumsum(log_decay, axis=0).transpose(1, 2, 0)  # [G, R, B]
-    added = (dt[..., None] * x).transpose(1, 2, 0, 3)
-    out, after = through_block(c, b, added, total, before)
-    return out, after.reshape(state.shape)
+    return prepared(c, b, (dt[..., None] * x).transpose(1, 2, 0, 3), total)
