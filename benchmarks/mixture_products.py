@@ -4,8 +4,10 @@
 
 Each kernel is first held against `xla.py`, all of them before any is timed. Then microseconds by the
 profiler, of many choices of experts, so that no weight stays in the cache; beside them the floor, the bytes
-that must be read at --bandwidth, and what was expected before measuring. `--interpret` runs the checks alone,
-on a CPU, for shapes cut small.
+that must be read at --bandwidth, and what was expected before measuring. `--tokens` and `--kernels` time some
+of it: the kernels of a fused mixture (`fused.*`) stand beside those that they would replace, and `try.*` are
+other cuts of the same kernels, for few tokens and for few sequences. `--interpret` runs the checks alone, on
+a CPU, for shapes cut small.
 """
 
 from __future__ import annotations
@@ -23,11 +25,19 @@ import numpy as np
 from lmdeploy_jax.bench.device_time import Case, device_seconds
 from lmdeploy_jax.models.mixture import EXACT_PARTS
 from lmdeploy_jax.pallas_kernels.grouped_matmul import (
+    aligned,
+    chunks,
+    fused_experts,
     gated_grouped_matmul,
     group_rows,
+    mosaic,
+    pallas,
     weighted_grouped_matmul,
+    why_not_fused,
 )
+from lmdeploy_jax.pallas_kernels.grouped_matmul import tile_rows as group_tile_rows
 from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention
+from lmdeploy_jax.pallas_kernels.latent_attention import pallas as latent_pallas
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
 from lmdeploy_jax.pallas_kernels.topk_routing import TopK, topk_routing
@@ -39,6 +49,13 @@ SHARE, LAUNCH = 0.8, 2.5e-6  # of the bandwidth, and seconds of a launch: guesse
 ARITHMETIC, ARITHMETIC_SHARE = 790e12, 0.4  # operations a second, and what Triton's tiles may get of them
 LATENT = {"32 x 1024": [1024] * 32, "128 x 1024": [1024] * 128, "1 x 8000": [8000]}
 RANK, ROTATED = 512, 64
+KERNELS = ("topk_routing", "group_rows", "gate_up", "down", "latent", "fused", "try")
+FEW_TOKENS = 32  # for which other cuts are tried
+CUTS = [pallas.Tuning(*cut) for cut in [(16, 256, 4, 3), (32, 128, 4, 3), (64, 128, 4, 3), (16, 128, 2, 4)]]
+LATENT_CUTS = [
+    latent_pallas.Tuning(16, 32, 4, 3, programs, splits)
+    for programs, splits in ((132, 128), (264, 64), (528, 128))
+]
 
 
 @dataclass(frozen=True)
@@ -90,18 +107,30 @@ class Layer:
         return group_rows(experts.reshape(-1), self.shape.experts, backend=self.backend)
 
     def gate_and_up(self, x: jax.Array, groups: Any, weight: jax.Array) -> jax.Array:
-        how: dict[str, Any] = {"gating": lambda gate, up: jax.nn.silu(gate) * up, "backend": self.backend}
-        return gated_grouped_matmul(x, weight, groups, **how)
+        return gated_grouped_matmul(x, weight, groups, gating=gated, backend=self.backend)
 
     def add_up(self, inner: jax.Array, groups: Any, scales: jax.Array, weight: jax.Array) -> jax.Array:
         dtype = jnp.float32 if self.tokens <= EXACT_PARTS else jnp.bfloat16
         return weighted_grouped_matmul(inner, weight, groups, scales, out_dtype=dtype, backend=self.backend)
+
+    def fused(self, x: jax.Array, logits: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        return fused_experts(x, gate_up, down, *self.route(logits), gating=gated).astype(jnp.float32)
+
+    def fuses(self) -> bool:
+        """Whether a fused mixture can do it."""
+        shape = self.shape
+        weight = (shape.experts, 2, shape.inner, shape.hidden)
+        return not why_not_fused(self.tokens, shape.choices, weight, "bfloat16", biased=False)
 
     def whole(self, x: jax.Array, logits: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
         experts, scales = self.route(logits)
         groups = self.group(experts)
         inner = self.gate_and_up(x, groups, gate_up)
         return self.add_up(inner, groups, scales, down).sum(0, dtype=jnp.float32)
+
+
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
 
 def error(got: jax.Array, want: jax.Array) -> float:
@@ -125,6 +154,10 @@ def check(name: str, shape: Mixture, rows: tuple[int, ...], backend: str) -> boo
             for layer in (Layer(shape, tokens, each) for each in (backend, "xla"))
         )
         right &= tell(f"{name}, mixture of {tokens} tokens", error(got, want))
+        layer = Layer(shape, tokens, backend)
+        if backend == "pallas" and layer.fuses():
+            got = jax.jit(layer.fused)(layer.x(), layer.logits(3), *weights)
+            right &= tell(f"{name}, fused mixture of {tokens} tokens", error(got, want))
     if shape.latent_heads is not None:
         lengths = [130, 3, 64, 700] if backend == "pallas" else [70, 3]
         for prefill, kind in ((False, "decode"), (True, "prefill")):
@@ -136,7 +169,10 @@ def check(name: str, shape: Mixture, rows: tuple[int, ...], backend: str) -> boo
 class Latents:
     """Sequences of such lengths in a shuffled cache, and latent attention of their last or of all tokens."""
 
-    def __init__(self, heads: int, lengths: list[int], backend: str) -> None:
+    def __init__(
+        self, heads: int, lengths: list[int], backend: str, cut: latent_pallas.Tuning | None = None
+    ) -> None:
+        self.cut = cut
         self.heads, self.lengths, self.backend = heads, np.asarray(lengths, np.int32), backend
         pages = -(-self.lengths // PAGE_SIZE)
         self.table = np.zeros((len(lengths), pages.max()), np.int32)
@@ -163,6 +199,9 @@ class Latents:
         how = {"rank": RANK, "options": AttentionOptions(0.05), "tile_rows": tile_rows(self.backend)}
 
         def attend(pages: jax.Array, q: jax.Array, latents: jax.Array) -> Any:
+            if self.cut is not None:
+                arrays = (q, latents, pages, *where, RANK, AttentionOptions(0.05))
+                return latent_pallas.decode(*arrays, tuning=self.cut, interpret=False)[::-1]
             arguments = (q, latents, pages, *where, tiles)
             return latent_attention(*arguments, **how, backend=self.backend)[::-1]
 
@@ -175,19 +214,24 @@ class Latents:
         return jax.jit(function)(self.pages, *arrays)[1]
 
 
-def times(name: str, shape: Mixture, bandwidth: float) -> Iterator[str]:
+def times(name: str, shape: Mixture, args: argparse.Namespace) -> Iterator[str]:
     """A line for each kernel and number of rows."""
     weights = shape.weights()
-    for tokens in ROWS:
+    for tokens in args.tokens:
         layer = Layer(shape, tokens, "pallas")
         logits = [layer.logits(seed) for seed in range(CHOICES)]
         routes = [layer.route(each) for each in logits]
         touched = float(np.mean([len(np.unique(experts)) for experts, _ in routes]))
         cases = cases_of(layer, logits, routes, weights)
+        if layer.fuses() and "fused" in args.kernels:
+            cases |= fused_cases(layer, routes, weights)
+        if tokens <= FEW_TOKENS and "try" in args.kernels:
+            cases |= other_cuts(layer, routes, weights)
+        cases = {kernel: case for kernel, case in cases.items() if kernel.split(".")[0] in args.kernels}
         for kernel, seconds in zip(cases, device_seconds(list(cases.values())), strict=True):
-            part = {"gate_up": 2, "down": 1}.get(kernel, 0) * shape.hidden * shape.inner
-            read = 2 * touched * part / bandwidth
-            work = 2 * tokens * shape.choices * part / ARITHMETIC
+            part = {"gate_up": 2, "down": 1}.get(kernel.split(" ")[0].split(".")[-1], 0)
+            read = 2 * touched * part * shape.hidden * shape.inner / args.bandwidth / 1e12
+            work = 2 * tokens * shape.choices * part * shape.hidden * shape.inner / ARITHMETIC
             yield line(f"{name} {kernel}, {tokens} tokens, {touched:.1f} experts", seconds, read, work)
 
 
@@ -206,21 +250,82 @@ def cases_of(
     }
 
 
+def fused_cases(layer: Layer, routes: list[Any], weights: tuple[jax.Array, jax.Array]) -> dict[str, Case]:
+    """What `fused_experts` is made of, kernel by kernel."""
+    shape, x = layer.shape, layer.x()
+
+    def place(experts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = chunks.group_rows(experts.reshape(-1), shape.experts, mosaic.TILE, interpret=False)
+        return found.aligned, found.groups.tiles
+
+    placed = [place(experts) for experts, _ in routes]
+    rows = placed[0][1].shape[0] * mosaic.TILE
+    wide, inner, out = (
+        jax.random.normal(jax.random.key(9), (rows, columns), "bfloat16")
+        for columns in (shape.hidden, shape.inner, shape.hidden)
+    )
+    scales = [scales for _, scales in routes]
+    return {
+        "fused.place_rows": Case(place, [(experts,) for experts, _ in routes]),
+        "fused.spread": Case(
+            lambda x, at: aligned.spread(x, at, rows, interpret=False), [(x, at) for at, _ in placed]
+        ),
+        "fused.gate_up": Case(
+            lambda *arrays: mosaic.grouped_matmul(*arrays, gated),
+            [(wide, weights[0], tiles) for _, tiles in placed],
+        ),
+        "fused.down": Case(
+            lambda *arrays: mosaic.grouped_matmul(*arrays, None),
+            [(inner, weights[1][:, None], tiles) for _, tiles in placed],
+        ),
+        "fused.combine": Case(
+            lambda *arrays: aligned.combine(*arrays, interpret=False),
+            [(out, at, each) for (at, _), each in zip(placed, scales, strict=True)],
+        ),
+    }
+
+
+def other_cuts(layer: Layer, routes: list[Any], weights: tuple[jax.Array, jax.Array]) -> dict[str, Case]:
+    """Both products of few tokens, cut otherwise."""
+    shape, groups = layer.shape, [layer.group(experts) for experts, _ in routes]
+    rows = layer.tokens * shape.choices
+    height = group_tile_rows(rows, shape.experts, "pallas")
+    inner = jax.random.normal(jax.random.key(8), (rows, shape.inner), "bfloat16")
+    cases = {}
+    for cut in CUTS:
+        how = f"{cut.block_out} x {cut.block_in}, {cut.num_warps} warps, {cut.num_stages} stages"
+
+        def gate_up(x: jax.Array, each: Any, weight: jax.Array, cut: Any = cut) -> jax.Array:
+            arrays = (x, weight, None, each, gated, height)
+            return pallas.gated_grouped_matmul(*arrays, tuning=cut, interpret=False)
+
+        def down(inner: jax.Array, each: Any, scales: jax.Array, weight: jax.Array, cut: Any = cut) -> Any:
+            arrays = (inner, weight, None, each, scales, height, jnp.float32)
+            return pallas.weighted_grouped_matmul(*arrays, tuning=cut, interpret=False)
+
+        pairs = list(zip(groups, (scales for _, scales in routes), strict=True))
+        cases[f"try.gate_up {how}"] = Case(gate_up, [(layer.x(), each, weights[0]) for each in groups])
+        cases[f"try.down {how}"] = Case(down, [(inner, *pair, weights[1]) for pair in pairs])
+    return cases
+
+
 def line(what: str, seconds: float | None, read: float, work: float) -> str:
     """With the floor of what is read and computed, both in seconds."""
     expected = max(read / SHARE, work / ARITHMETIC_SHARE) + LAUNCH
     measured = "does not compile" if seconds is None else f"{1e6 * seconds:9.2f} us"
-    return f"{what:70} {measured}, floor {1e6 * max(read, work):8.2f}, expected {1e6 * expected:8.2f}"
+    return f"{what:84} {measured}, floor {1e6 * max(read, work):8.2f}, expected {1e6 * expected:8.2f}"
 
 
-def latent_times(name: str, heads: int, bandwidth: float) -> Iterator[str]:
+def latent_times(name: str, heads: int, args: argparse.Namespace) -> Iterator[str]:
     for case, lengths in LATENT.items():
-        latents = Latents(heads, lengths, "pallas")
-        function, arrays = latents.function(prefill=False)
-        (seconds,) = device_seconds([Case(function, [arrays] * 4, [latents.pages])])
-        read = 2 * sum(lengths) * (RANK + ROTATED) / bandwidth
-        work = 2 * sum(lengths) * heads * (2 * RANK + ROTATED) / ARITHMETIC
-        yield line(f"{name} latent attention, decode, {case}", seconds, read, work)
+        for cut in [None, *(LATENT_CUTS if "try" in args.kernels else ())]:
+            latents = Latents(heads, lengths, "pallas", cut)
+            function, arrays = latents.function(prefill=False)
+            (seconds,) = device_seconds([Case(function, [arrays] * 4, [latents.pages])])
+            read = 2 * sum(lengths) * (RANK + ROTATED) / args.bandwidth / 1e12
+            work = 2 * sum(lengths) * heads * (2 * RANK + ROTATED) / ARITHMETIC
+            how = "" if cut is None else f", up to {cut.programs} programs, {cut.splits} of a sequence"
+            yield line(f"{name} latent attention, decode, {case}{how}", seconds, read, work)
 
 
 def main() -> None:
@@ -228,22 +333,33 @@ def main() -> None:
     parser.add_argument("shapes", help=f"some of {', '.join(SHAPES)}")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s")
     parser.add_argument("--interpret", action="store_true")
+    parser.add_argument("--tokens", type=_numbers, default=ROWS, help="that are timed, as in 1,32")
+    parser.add_argument("--checked", type=_numbers, default=(1, 33, 300, 2000), help="tokens of the checks")
+    parser.add_argument("--kernels", type=_kernels, default=KERNELS, help=f"some of {', '.join(KERNELS)}")
     args = parser.parse_args()
     shapes = {name: SHAPES[name] for name in args.shapes.split(",")}
     if args.interpret:
         shapes = {n: replace(s, experts=6, choices=2, hidden=96, inner=72) for n, s in shapes.items()}
-    backend, rows = ("pallas_interpret", (1, 20)) if args.interpret else ("pallas", (1, 33, 300, 2000))
+    backend, rows = ("pallas_interpret", (1, 20)) if args.interpret else ("pallas", args.checked)
     right = [check(name, shape, rows, backend) for name, shape in shapes.items()]
     if args.interpret or not all(right):
         raise SystemExit(not all(right))
     for name, shape in shapes.items():
-        latent = (
-            ()
-            if shape.latent_heads is None
-            else latent_times(name, shape.latent_heads, args.bandwidth * 1e12)
-        )
-        for told in itertools.chain(times(name, shape, args.bandwidth * 1e12), latent):
+        latent = shape.latent_heads if "latent" in args.kernels else None
+        attention = () if latent is None else latent_times(name, latent, args)
+        for told in itertools.chain(times(name, shape, args), attention):
             print(told, flush=True)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _kernels(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := set(names) - set(KERNELS):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(KERNELS)}")
+    return names
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ import numpy as np
 
 from lmdeploy_jax.bench.shapes import STD, Tensor, Values
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.models.formats import E4M3, INT4, INT8, WeightFormat
+from lmdeploy_jax.models.formats import E2M1, E4M3, E8M0, INT4, INT8, WeightFormat
 
 GROUP = 128  # columns that share a scale, of a row whose length it divides
 BLOCK = 128  # rows and columns of a block
 LINEAR = re.compile(r"model\.layers\.\d+\..*_proj\.weight")
+STACKED = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj")
+MX_GROUP, MX_STD, MX_BIAS = 32, 2.0, 127  # of E2M1: columns, deviation of elements, that of exponents
 DRAWN = 1 << 16  # different values, or words of four nibbles, of which tensors are made
 FLOAT8_STD, INT8_STD, INT4_STD = 100.0, 32.0, 2.5  # of elements, a row's largest being the largest there is
 
@@ -25,12 +27,13 @@ FLOAT8_STD, INT8_STD, INT4_STD = 100.0, 32.0, 2.5  # of elements, a row's larges
 class CheckpointFormat:
     """settings: `quantization_config`. tensors: those of a linear layer's weight [N, K], by role.
 
-    held: how devices hold a weight of so many columns.
+    held: how devices hold a weight of so many columns. weights: the names of those that are quantised.
     """
 
     settings: dict[str, Any]
-    tensors: Callable[[int, int], Iterable[Tensor]]
+    tensors: Callable[..., Iterable[Tensor]]
     held: Callable[[int], WeightFormat]
+    weights: re.Pattern[str] = LINEAR
 
 
 def find(model_format: str | None, *, block_scales: bool = False) -> CheckpointFormat | None:
@@ -50,12 +53,18 @@ def find(model_format: str | None, *, block_scales: bool = False) -> CheckpointF
 
 
 def quantise(tensors: Iterable[Tensor], form: CheckpointFormat) -> Iterator[Tensor]:
-    """The tensors of a plain checkpoint with those of linear layers' weights in `form`."""
+    """The tensors of a plain checkpoint with those of linear layers' weights in `form`.
+
+    Raises ConfigError where it has none that are quantised so.
+    """
+    tensors = list(tensors)
+    if not any(form.weights.fullmatch(tensor.name) for tensor in tensors):
+        method = form.settings["quant_method"]
+        raise ConfigError(f"this shape has no weights that {method} quantises; choose another model_format")
     for tensor in tensors:
-        if LINEAR.fullmatch(tensor.name):
-            module = tensor.name.removesuffix(".weight")
-            rows, columns = tensor.shape
-            yield from (replace(t, name=f"{module}.{t.name}") for t in form.tensors(rows, columns))
+        if form.weights.fullmatch(tensor.name):
+            module = tensor.name.removesuffix("weight")  # which a stack of experts does not end with
+            yield from (replace(t, name=module + t.name) for t in form.tensors(*tensor.shape))
         else:
             yield tensor
 
@@ -129,6 +138,24 @@ def _packed(rows: int, columns: int) -> Iterator[Tensor]:
     yield Tensor("weight_shape", (2,), Values("I64", lambda rng, count: np.array([rows, columns])))
 
 
+def _mx_bytes(rng: np.random.Generator) -> np.ndarray:
+    """Two elements of E2M1 each."""
+    numbers = rng.standard_normal((DRAWN, 2)).astype(np.float32) * MX_STD
+    codes = numbers.clip(-6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 15
+    return codes[:, 0] | codes[:, 1] << 4
+
+
+MX_BYTES = _from_table("U8", _mx_bytes)
+MX_EXPONENT = _constant("U8", np.uint8(MX_BIAS + round(np.log2(STD / MX_STD))))
+
+
+def _mxfp4(experts: int, columns: int, rows: int) -> Iterator[Tensor]:
+    """Of a stack whose inner axis is the first."""
+    groups = columns // MX_GROUP
+    yield Tensor("_blocks", (experts, rows, groups, MX_GROUP // 2), MX_BYTES)
+    yield Tensor("_scales", (experts, rows, groups), MX_EXPONENT)
+
+
 def _by_group(element: str, columns: int, scale: str, **more: Any) -> WeightFormat:
     return WeightFormat(element, GROUP, columns // GROUP, scale, **more)
 
@@ -168,5 +195,11 @@ FORMATS = {
         {"quant_method": "smooth_quant", "quant_dtype": "int8"},
         _smooth_quant,
         lambda columns: WeightFormat(INT8, columns, 1, "float32", activations=INT8),
+    ),
+    "mxfp4": CheckpointFormat(
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
+        _mxfp4,
+        lambda columns: WeightFormat(E2M1, MX_GROUP, columns // MX_GROUP, E8M0),
+        STACKED,
     ),
 }

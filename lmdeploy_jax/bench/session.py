@@ -17,6 +17,7 @@ from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.models.mlp_config import MixtureConfig
 
 GIB = 2**30
 ALL = 10**9  # sequences, whose tokens choose every expert
@@ -50,7 +51,7 @@ class Session:
         if step is not None and len(jobs) <= self.engine.max_batch_size:
             figures["step_ms"] = round(1e3 * step, 3)
             figures["bandwidth_share"] = round(self._limit(jobs) / step, 3)
-        return figures | self._machine(compiled)
+        return figures | self._experts(len(jobs)) | self._machine(compiled)
 
     def latency(self, jobs: list[Job]) -> dict[str, Any]:
         """One job after the other."""
@@ -63,7 +64,15 @@ class Session:
         pairs = [(limit, step) for limit, step in zip(limits, steps, strict=True) if step is not None]
         if pairs:
             figures["bandwidth_share"] = round(sum(p[0] for p in pairs) / sum(p[1] for p in pairs), 3)
-        return figures | self._machine(compiled)
+        return figures | self._experts(1) | self._machine(compiled)
+
+    def _experts(self, sequences: int) -> dict[str, float]:
+        """Those of a layer that a decode step reads if every choice is as likely, as the bandwidth limit has
+        it; nothing for models without a mixture.
+        """
+        together = min(sequences, self.engine.max_batch_size)
+        mixtures = [x.mlp for x in self.engine.model_config.layers if isinstance(x.mlp, MixtureConfig)]
+        return {"experts_if_uniform": round(mixtures[0].experts_touched(together), 1)} if mixtures else {}
 
     def _limit(self, jobs: list[Job]) -> float:
         """Seconds that the reads of a mean decode step take at full bandwidth."""

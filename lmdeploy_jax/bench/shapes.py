@@ -37,6 +37,7 @@ class Values:
         "I8": np.dtype(np.int8),
         "I32": np.dtype(np.int32),
         "I64": np.dtype(np.int64),
+        "U8": np.dtype(np.uint8),
     }
 
     @property
@@ -50,7 +51,12 @@ ONES = Values("BF16", lambda rng, count: _bfloat16(np.ones(count, np.float32)))
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:
-    return values.astype(ml_dtypes.bfloat16)
+    """float32 values rounded to the nearest, ties to even. Not by `astype`, whose loop for a dtype that is
+    not numpy's own keeps other threads from running.
+    """
+    bits = values.view(np.uint32)
+    odd = (bits >> 16) & 1
+    return ((bits + (0x7FFF + odd)) >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -80,16 +86,20 @@ def read(name: str) -> dict[str, Any]:
 
 
 def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors of a Llama, Qwen2, Qwen3 or Qwen3-MoE checkpoint, in the order of the layers."""
+    """The tensors of a checkpoint of Llama, Qwen2, Qwen3, Qwen3-MoE, DeepSeek V2 or gpt-oss, in the order of
+    the layers.
+    """
     hidden, vocab = config["hidden_size"], config["vocab_size"]
+    attention = _latent_attention if config["model_type"] == "deepseek_v2" else _attention
     yield Tensor("model.embed_tokens.weight", (vocab, hidden))
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         yield Tensor(prefix + "input_layernorm.weight", (hidden,), ONES)
         yield Tensor(prefix + "post_attention_layernorm.weight", (hidden,), ONES)
-        yield from _attention(config, prefix + "self_attn.")
-        if config["model_type"] == "qwen3_moe":
-            yield from _mixture(config, prefix + "mlp.")
+        yield from attention(config, prefix + "self_attn.")
+        mixture = MIXTURES.get(config["model_type"])
+        if mixture is not None and layer >= config.get("first_k_dense_replace", 0):
+            yield from mixture(config, prefix + "mlp.")
         else:
             yield from _mlp(prefix + "mlp.", hidden, config["intermediate_size"])
     yield Tensor("model.norm.weight", (hidden,), ONES)
@@ -98,23 +108,54 @@ def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _attention(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
-    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    hidden, head_dim, kind = config["hidden_size"], config["head_dim"], config["model_type"]
     queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         yield Tensor(f"{prefix}{name}.weight", (rows, hidden))
-        if config["model_type"] == "qwen2":
+        if kind in ("qwen2", "gpt_oss"):
             yield Tensor(f"{prefix}{name}.bias", (rows,))
     yield Tensor(prefix + "o_proj.weight", (hidden, queries))
-    if config["model_type"] in ("qwen3", "qwen3_moe"):
+    if kind == "gpt_oss":
+        yield Tensor(prefix + "o_proj.bias", (hidden,))
+        yield Tensor(prefix + "sinks", (config["num_attention_heads"],))
+    if kind in ("qwen3", "qwen3_moe"):
         yield Tensor(prefix + "q_norm.weight", (head_dim,), ONES)
         yield Tensor(prefix + "k_norm.weight", (head_dim,), ONES)
 
 
+def _latent_attention(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
+    """Queries that no latent comes before."""
+    hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    nope, rotated, value = (config[f"{n}_head_dim"] for n in ("qk_nope", "qk_rope", "v"))
+    yield Tensor(prefix + "q_proj.weight", (heads * (nope + rotated), hidden))
+    yield Tensor(prefix + "kv_a_proj_with_mqa.weight", (rank + rotated, hidden))
+    yield Tensor(prefix + "kv_a_layernorm.weight", (rank,), ONES)
+    yield Tensor(prefix + "kv_b_proj.weight", (heads * (nope + value), rank))
+    yield Tensor(prefix + "o_proj.weight", (hidden, heads * value))
+
+
 def _mixture(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
-    hidden, count = config["hidden_size"], config["num_experts"]
+    """Routers are drawn as all else is: which experts tokens choose is told by how far apart logits lie."""
+    hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
+    count = config["n_routed_experts" if config["model_type"] == "deepseek_v2" else "num_experts"]
     yield Tensor(prefix + "gate.weight", (count, hidden))
     for expert in range(count):
-        yield from _mlp(f"{prefix}experts.{expert}.", hidden, config["moe_intermediate_size"])
+        yield from _mlp(f"{prefix}experts.{expert}.", hidden, inner)
+    if shared := config.get("n_shared_experts"):
+        yield from _mlp(prefix + "shared_experts.", hidden, shared * inner)
+
+
+def _stacked_mixture(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
+    """A layer's experts in two tensors, of weights whose inner axis is the first."""
+    count, hidden, inner = (config[n] for n in ("num_local_experts", "hidden_size", "intermediate_size"))
+    yield Tensor(prefix + "router.weight", (count, hidden))
+    yield Tensor(prefix + "router.bias", (count,))
+    for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+        yield Tensor(f"{prefix}experts.{name}", (count, columns, rows))
+        yield Tensor(f"{prefix}experts.{name}_bias", (count, rows))
+
+
+MIXTURES = {"qwen3_moe": _mixture, "deepseek_v2": _mixture, "gpt_oss": _stacked_mixture}
 
 
 def _mlp(prefix: str, hidden: int, inner: int) -> Iterator[Tensor]:

@@ -79,7 +79,10 @@ def _define_bandwidth(flags: FlagSet) -> None:
 def _define_engine(flags: FlagSet) -> None:
     define(flags)
     _define_bandwidth(flags)
-    text = "where random checkpoints are kept; without it the cache folder"
+    text = (
+        "where random checkpoints are kept; without it the cache folder. One in memory, such as /dev/shm, is "
+        "written faster than a disk"
+    )
     flags.add(SECTION, absl_flags.DEFINE_string, "checkpoint_dir", None, text)
     _define_block_scales(flags)
     add_engine_flags(flags, {"enable_prefix_caching": False, "session_len": MAX_LEN})

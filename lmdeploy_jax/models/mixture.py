@@ -24,14 +24,17 @@ from lmdeploy_jax.models.routing import Router, Routes
 from lmdeploy_jax.pallas_kernels.grouped_matmul import (
     Gating,
     RowGroups,
+    fused_experts,
     gated_grouped_matmul,
     group_rows,
     grouped_matmul,
     grouped_matmul_of,
     weighted_grouped_matmul,
+    why_not_fused,
 )
 
 SWIGLU_ALPHA = 1.702
+STREAMED_ACTIVATIONS = ("silu",)  # those that were compiled for Mosaic
 EXACT_PARTS = 256  # tokens up to which an expert's output is not rounded: of more, memory's time counts
 
 
@@ -66,6 +69,7 @@ class Experts(nnx.Module):
         count, expert = config.router.experts, config.expert
         self.kernels = kernels
         self.gating = gating(expert)
+        self.streamed = expert.activation in STREAMED_ACTIVATIONS
         rest: dict[str, Any] = {"bias": expert.bias, "dtype": dtype}
         inner, products = ("experts", None, "mlp", "embed"), 2 if expert.gated else 1
         self.gate_up = ExpertLinear((count, products, expert.width), (hidden,), inner, **rest)
@@ -76,8 +80,22 @@ class Experts(nnx.Module):
         by_kernels = not isinstance(self.gate_up.weight, QuantWeight) and self.kernels.backend != "xla"
         return self._by_kernels(x, routes) if by_kernels else self._by_xla(x, routes)
 
+    def _fused(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "T E"]:
+        weights = self.gate_up.weight.dense(), self.down.weight.dense()
+        out = fused_experts(x, *weights, routes.experts, routes.weights, gating=self.gating)
+        return self.kernels.collectives.all_reduce(out, x.dtype)
+
+    def _fuses(self, x: Float[Array, "T E"], choices: int) -> bool:
+        """Whether Mosaic's kernels were faster, and can do it."""
+        if self.kernels.tuning.experts != "mosaic" or self.kernels.backend != "pallas" or not self.streamed:
+            return False
+        shape, biased = self.gate_up.weight.shape, self.gate_up.bias is not None
+        return why_not_fused(x.shape[0], choices, shape, x.dtype, biased=biased) is None
+
     def _by_kernels(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "*parts T E"]:
         """Parts, which the next norm adds: a token's choices, and the device's share of their bias."""
+        if self._fuses(x, routes.experts.shape[1]):
+            return self._fused(x, routes)
         backend, weight = self.kernels.backend, self.gate_up.weight.dense()
         groups = group_rows(routes.experts.reshape(-1), weight.shape[0], backend=backend)
         bias = None if self.gate_up.bias is None else self.gate_up.bias[...]

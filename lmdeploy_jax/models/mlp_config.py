@@ -86,10 +86,14 @@ class MixtureConfig:
     `models.mixture.MixtureBesideMLP`.
     """
 
+    def experts_touched(self, tokens: int) -> float:
+        """Experts that so many tokens choose together, where every choice is as likely."""
+        share = self.router.per_token / self.router.experts
+        return self.router.experts * (1 - (1 - share) ** tokens)
+
     def weight_rows(self, tokens: int) -> float:
         """As `MlpConfig.weight_rows`, where every choice of experts is as likely."""
-        share = self.router.per_token / self.router.experts
-        touched = self.router.experts * (1 - (1 - share) ** tokens)
+        touched = self.experts_touched(tokens)
         shared = 0.0 if self.shared is None else self.shared.weight_rows(tokens)
         return touched * self.expert.weight_rows(tokens) + shared + self.router.experts + self.shared_gate
 

@@ -50,12 +50,14 @@ class Tuning:
     """What was measured on one GPU. Products that are not here are XLA's.
 
     prefill_attention: the faster backend of that op where it can do the model; None: not measured.
+    experts: that of mixtures of many tokens, "mosaic" where fused ones are faster; None: not measured.
     rounding: that of activations that XLA's products of 8 bits read; those of kernels round in kernels.
     """
 
     products: tuple[Measurement, ...] = ()
     prefill_attention: str | None = None
     rounding: str | None = None
+    experts: str | None = None
 
     def find(
         self, format: str, kind: Kind, weight: tuple[int, int], tokens: int, *, streams: bool = True
@@ -82,6 +84,7 @@ class Tuning:
             others + newer.products,
             newer.prefill_attention or self.prefill_attention,
             newer.rounding or self.rounding,
+            newer.experts or self.experts,
         )
 
 
@@ -111,7 +114,8 @@ def read(path: Path) -> Tuning:
     try:
         table = json.loads(path.read_text())
         products = [_measurement(row) for row in table["products"]]
-        return Tuning(tuple(products), table["prefill_attention"], table.get("rounding"))
+        ops = table["prefill_attention"], table.get("rounding"), table.get("experts")
+        return Tuning(tuple(products), *ops)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the tuning table {path} cannot be read ({error!r}); delete it, or make it anew "
@@ -134,8 +138,8 @@ def write(path: Path, tuning: Tuning) -> None:
     """One product a line."""
     rows = [json.dumps(asdict(product)) for product in sorted(tuning.products, key=_order)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    ops = {"prefill_attention": tuning.prefill_attention, "rounding": tuning.rounding}
-    head = json.dumps({name: backend for name, backend in ops.items() if backend or name != "rounding"})
+    ops = {name: getattr(tuning, name) for name in ("prefill_attention", "rounding", "experts")}
+    head = json.dumps({name: op for name, op in ops.items() if op or name == "prefill_attention"})
     path.write_text(head[:-1] + ', "products": [\n' + ",\n".join(rows) + "\n]}\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
@@ -19,13 +20,19 @@ __all__ = [
     "Gating",
     "RowGroups",
     "WeightOf",
+    "fused_experts",
     "gated_grouped_matmul",
     "group_rows",
     "grouped_matmul",
     "grouped_matmul_of",
     "tile_rows",
     "weighted_grouped_matmul",
+    "why_not_fused",
 ]
+
+STREAMED_ROWS = 64  # of a group on average, from which on tiles of a Mosaic kernel are worth filling
+LINE = 64  # elements of a swizzled line of shared memory, of which a block has two
+CHUNKED_ROWS: int | None = None  # from which on chunks are sorted by programs of their own; not measured yet
 
 
 def group_rows(groups: Int32[Array, "M"], count: int, *, backend: str = "xla") -> RowGroups:
@@ -34,8 +41,10 @@ def group_rows(groups: Int32[Array, "M"], count: int, *, backend: str = "xla") -
     height = tile_rows(groups.shape[0], count, backend)
     if backend == "xla":
         return xla_groups.group_rows(groups, count, height)
-    from lmdeploy_jax.pallas_kernels.grouped_matmul import sorting  # CPUs never need it
+    from lmdeploy_jax.pallas_kernels.grouped_matmul import chunks, sorting  # CPUs never need it
 
+    if CHUNKED_ROWS is not None and groups.shape[0] >= CHUNKED_ROWS:
+        return chunks.group_rows(groups, count, height, interpret=backend == "pallas_interpret").groups
     return sorting.group_rows(groups, count, height, interpret=backend == "pallas_interpret")
 
 
@@ -98,6 +107,49 @@ def weighted_grouped_matmul(
 
     arrays = (rows, weight, bias, groups, scales, height, out_dtype)
     return pallas.weighted_grouped_matmul(*arrays, interpret=backend == "pallas_interpret")
+
+
+def why_not_fused(
+    tokens: int, choices: int, gate_up: tuple[int, ...], dtype: DTypeLike, *, biased: bool
+) -> str | None:
+    """Why `fused_experts` cannot or should not do weights of that shape [X, H, I, E], or None if it can."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies 16-bit numbers, not {jnp.dtype(dtype)}"
+    if biased:
+        return "it knows no biases"
+    if any(size % LINE or size < 2 * LINE for size in gate_up[2:]):
+        return f"sizes {gate_up[2:]} are no multiples of {LINE}, or less than two of these"
+    if tokens * choices < STREAMED_ROWS * gate_up[0]:
+        return f"{tokens * choices} rows of {gate_up[0]} experts leave tiles mostly empty"
+    return None
+
+
+def fused_experts(
+    x: Float[Array, "T E"],
+    gate_up: Float[Array, "X H I E"],
+    down: Float[Array, "X E I"],
+    experts: Int32[Array, "T k"],
+    scales: Float32[Array, "T k"],
+    *,
+    gating: Gating,
+) -> Float[Array, "T E"]:
+    """A whole mixture of many tokens on Hopper: `down(gating(gate, up))` of each token's experts, times its
+    scales, added up.
+
+    As `gated_grouped_matmul` and `weighted_grouped_matmul` would have it, but for outputs of `down` rounded
+    to x's dtype before they are scaled. Raises ValueError for what `why_not_fused` names.
+    """
+    reason = why_not_fused(x.shape[0], experts.shape[1], gate_up.shape, x.dtype, biased=False)
+    if reason:
+        raise ValueError(f"a fused mixture cannot be done: {reason}; take backend 'pallas'")
+    from lmdeploy_jax.pallas_kernels.grouped_matmul import aligned, chunks, mosaic  # CPUs never need it
+
+    count = gate_up.shape[0]
+    groups, place = chunks.group_rows(experts.reshape(-1), count, mosaic.TILE, interpret=False)
+    rows = aligned.spread(x, place, groups.tiles.shape[0] * mosaic.TILE, interpret=False)
+    inner = mosaic.grouped_matmul(rows, gate_up, groups.tiles, gating)
+    out = mosaic.grouped_matmul(inner, down[:, None], groups.tiles, None)
+    return aligned.combine(out, place, scales, interpret=False)
 
 
 def grouped_matmul(

@@ -45,11 +45,12 @@ def gated_grouped_matmul(
     gating: Gating,
     height: int,
     *,
+    tuning: Tuning | None = None,
     interpret: bool,
 ) -> Float[Array, "M N"]:
     """See `lmdeploy_jax.pallas_kernels.grouped_matmul`."""
     rows, outputs = groups.source.shape[0], weight.shape[2]
-    tuning = _tuning(height, x.shape[1], gated=True, dtype=x.dtype)
+    tuning = tuning or _tuning(height, x.shape[1], gated=True, dtype=x.dtype)
     kernel = functools.partial(
         _gated_kernel, choices=rows // x.shape[0], gating=gating, height=height, tuning=tuning
     )
@@ -67,11 +68,12 @@ def weighted_grouped_matmul(
     height: int,
     out_dtype: DTypeLike,
     *,
+    tuning: Tuning | None = None,
     interpret: bool,
 ) -> Float[Array, "k T N"]:
     """See `lmdeploy_jax.pallas_kernels.grouped_matmul`."""
     (tokens, choices), outputs = scales.shape, weight.shape[1]
-    tuning = _tuning(height, rows.shape[1], gated=False, dtype=rows.dtype)
+    tuning = tuning or _tuning(height, rows.shape[1], gated=False, dtype=rows.dtype)
     kernel = functools.partial(_weighted_kernel, height=height, tuning=tuning)
     how = _launch("weighted_grouped_matmul", outputs, groups, tuning)
     out = jax.ShapeDtypeStruct((choices, tokens, outputs), out_dtype)

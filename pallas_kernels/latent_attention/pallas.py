@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from lmdeploy_jax.pallas_kernels.blocks import attend_logits, dot, initial_state, normalised
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
-from lmdeploy_jax.pallas_kernels.paged_attention.pallas import MIN_ROWS, split_count, split_pages
+from lmdeploy_jax.pallas_kernels.paged_attention.pallas import MAX_SPLITS, MIN_ROWS, split_count, split_pages
 from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import TILE_ROWS
 from lmdeploy_jax.pallas_kernels.shapes import Pages, Slots, Softmax, Tiles
 
@@ -32,12 +32,16 @@ PROGRAMS = 132  # to aim at in decode: an H200's cores
 
 @dataclass(frozen=True)
 class Tuning:
-    """Heads, or (query, head) rows, and keys of a block; Triton's warps and pipeline stages."""
+    """Heads, or (query, head) rows, and keys of a block; Triton's warps and pipeline stages; in decode how
+    many programs to aim at, and how many a sequence has at most.
+    """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    programs: int = PROGRAMS
+    splits: int = MAX_SPLITS
 
 
 def decode(
@@ -50,13 +54,15 @@ def decode(
     rank: int,
     options: AttentionOptions,
     *,
+    tuning: Tuning | None = None,
     interpret: bool,
 ) -> tuple[Float[Array, "T H R"], Pages]:
     """One token a sequence, whose latent is written first."""
     tokens, heads, _ = q.shape
-    tuning = Tuning(16, 16, 4, 1) if pages.dtype == jnp.float32 else Tuning(16, 32, 4, 3)
+    usual = Tuning(16, 16, 4, 1) if pages.dtype == jnp.float32 else Tuning(16, 32, 4, 3)
+    tuning = tuning or usual
     blocks = pl.cdiv(heads, tuning.rows)
-    splits = split_count(tokens * blocks, page_table.shape[1], PROGRAMS)
+    splits = split_count(tokens * blocks, page_table.shape[1], tuning.programs, tuning.splits)
     how = Launch(
         "latent_attention", (blocks, splits, tokens), tuning.num_warps, tuning.num_stages, aliases={0: 0}
     )

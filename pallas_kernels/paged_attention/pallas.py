@@ -102,9 +102,9 @@ def _tuning(tiles: int, head_dim: int, dtype: jnp.dtype) -> Tuning:
     return Tuning(128, 4, 5 if small else 3)
 
 
-def split_count(tiles: int, table_width: int, programs: int) -> int:
+def split_count(tiles: int, table_width: int, programs: int, most_splits: int = MAX_SPLITS) -> int:
     """Programs that share a sequence's pages: a power of two that fills the device, at least a page each."""
-    most = min(programs // max(tiles, 1), MAX_SPLITS, table_width)
+    most = min(programs // max(tiles, 1), most_splits, table_width)
     return 1 << max(most, 1).bit_length() - 1
 
 

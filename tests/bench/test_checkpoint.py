@@ -19,6 +19,8 @@ from lmdeploy_jax.converters.load import load_model
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.quantised import QuantWeight
 
+MIXTURES = ("tiny-deepseek-v2", "tiny-gpt-oss")
+
 
 def values(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
@@ -28,7 +30,7 @@ def values(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe", *MIXTURES])
 def test_transformers_loads_every_tensor(name: str, tmp_path: Path) -> None:
     folder = checkpoint.make(name, tmp_path)
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -51,6 +53,14 @@ def test_distribution_and_shards(tmp_path: Path) -> None:
     assert torch.equal(whole["model.norm.weight"], torch.ones(256, dtype=torch.bfloat16))
 
 
+def test_values_are_rounded_as_bfloat16_is() -> None:
+    """Ties included: half of these end with the bits of one."""
+    drawn = np.random.default_rng(0).standard_normal(4096, np.float32)
+    drawn[::2] = (drawn[::2].view(np.uint32) & 0xFFFF0000 | 0x8000).view(np.float32)
+    rounded = shapes._bfloat16(drawn)
+    np.testing.assert_array_equal(rounded, drawn.astype(shapes.NORMAL.DTYPES["BF16"]))
+
+
 def test_an_existing_checkpoint_is_kept_and_an_unfinished_one_is_not(tmp_path: Path) -> None:
     folder = checkpoint.make("tiny-qwen2", tmp_path)
     before = (folder / "config.json").stat().st_mtime_ns
@@ -60,7 +70,7 @@ def test_an_existing_checkpoint_is_kept_and_an_unfinished_one_is_not(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("model_format", "block_scales"), [*((name, False) for name in FORMATS), ("fp8", True)]
+    ("model_format", "block_scales"), [*((name, False) for name in FORMATS if name != "mxfp4"), ("fp8", True)]
 )
 def test_quantised_ones_are_held_as_the_kernels_read_them(
     model_format: str, block_scales: bool, tmp_path: Path
@@ -78,10 +88,22 @@ def test_quantised_ones_are_held_as_the_kernels_read_them(
         assert 0.017 < float(weight.dense().astype("float32").std()) < 0.023
 
 
+def test_experts_in_mxfp4_stay_so(tmp_path: Path) -> None:
+    folder = checkpoint.make("tiny-gpt-oss", tmp_path, model_format="mxfp4")
+    model = load_model(folder, dtype="bfloat16", dequantise=False)
+    for layer in model.merge(model.leaves).layers:
+        experts = layer.mlp.experts
+        for weight, columns in ((experts.gate_up.weight, 256), (experts.down.weight, 128)):
+            assert isinstance(weight, QuantWeight)
+            assert weight.format == find("mxfp4").held(columns).name
+            assert 0.014 < float(weight.dense().astype("float32").std()) < 0.026
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_format": "mxfp4"}, "choose one of fp8, awq"),
+        ({"model_format": "modelopt"}, "choose one of fp8, awq"),
+        ({"model_format": "mxfp4"}, "no weights that mxfp4 quantises"),
         ({"model_format": "awq", "block_scales": True}, "fp8"),
     ],
 )

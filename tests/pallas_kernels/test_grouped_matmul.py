@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from lmdeploy_jax.pallas_kernels.grouped_matmul import (
+    aligned,
+    chunks,
+    fused_experts,
     gated_grouped_matmul,
     group_rows,
     grouped_matmul,
     tile_rows,
     weighted_grouped_matmul,
+    why_not_fused,
 )
 
 COLUMNS, OUT = 24, 40
@@ -125,6 +129,70 @@ def test_rows_are_laid_together_by_the_kernel(rows, experts):
     for chosen in (np.random.default_rng(rows).integers(0, experts, rows), np.full(rows, experts - 1)):
         groups = group_rows(jnp.asarray(chosen, jnp.int32), experts, backend="pallas_interpret")
         _check_groups(groups, chosen, experts, tile_rows(rows, experts, "pallas_interpret"))
+
+
+@pytest.mark.parametrize(("rows", "experts", "height"), [(700, 40, 128), (513, 3, 32)])
+def test_many_rows_are_laid_together_by_programs_of_their_own(rows, experts, height):
+    """As one program does it, tiles in use first; and so that a tile's rows begin where TMA reads them."""
+    for chosen in (np.random.default_rng(rows).integers(0, experts, rows), np.full(rows, experts - 1)):
+        found = chunks.group_rows(jnp.asarray(chosen, jnp.int32), experts, height, interpret=True)
+        _check_groups(found.groups, chosen, experts, height)
+        counts = np.asarray(found.groups.tiles)[:, 2]
+        assert (np.flatnonzero(counts) == np.arange(np.count_nonzero(counts))).all()
+        aligned = [tile * height + row for tile, count in enumerate(counts) for row in range(count)]
+        np.testing.assert_array_equal(np.asarray(found.aligned)[np.argsort(chosen, kind="stable")], aligned)
+
+
+def test_rows_that_tokens_were_copied_to_add_up_by_token():
+    """With columns that no program's block has, and rows that nobody wrote."""
+    rng = np.random.default_rng(0)
+    x, scales = rng.normal(size=(9, 40)).astype(np.float32), rng.random((9, 3)).astype(np.float32)
+    place = rng.permutation(64)[:27].astype(np.int32)
+    rows = aligned.spread(jnp.asarray(x), jnp.asarray(place), 64, interpret=True)
+    np.testing.assert_array_equal(np.asarray(rows)[place], x.repeat(3, axis=0))
+    factors = np.arange(64, dtype=np.float32)[:, None]
+    out = aligned.combine(rows * factors, jnp.asarray(place), jnp.asarray(scales), interpret=True)
+    want = x * (scales * place.reshape(9, 3)).sum(1, keepdims=True)
+    np.testing.assert_allclose(out, want, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("experts", "columns", "inner"), [(5, 256, 192), (8, 320, 128)])
+@pytest.mark.parametrize("spread", ["drawn", "one"])
+def test_a_fused_mixture_is_xlas(experts, columns, inner, spread):
+    """Tiles with few rows, groups without any, and sizes that are no blocks' multiples."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a Hopper GPU")
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (300, columns), (experts, 2, inner, columns), (experts, columns, inner)
+    arrays = [jax.random.normal(key, shape, "bfloat16") for key, shape in zip(keys, shapes, strict=False)]
+    scales = jax.random.uniform(keys[3], (300, 2))
+    chosen = jnp.asarray(chosen_of(300, experts, 2, spread))
+    got = fused_experts(*arrays, chosen, scales, gating=gated)
+    groups = group_rows(chosen.reshape(-1), experts)
+    between = gated_grouped_matmul(*arrays[:2], groups, gating=gated, backend="xla")
+    how = {"out_dtype": jnp.float32, "backend": "xla"}
+    want = weighted_grouped_matmul(between, arrays[2], groups, scales, **how).sum(0)
+    assert jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "biased", "reason"),
+    [
+        (256, "bfloat16", False, None),
+        (255, "bfloat16", False, "510 rows of 8 experts leave tiles mostly empty"),
+        (256, "float32", False, "16-bit numbers, not float32"),
+        (256, "bfloat16", True, "no biases"),
+    ],
+)
+def test_what_a_fused_mixture_cannot_do_is_said(tokens, dtype, biased, reason):
+    found = why_not_fused(tokens, 2, (8, 2, 128, 192), dtype, biased=biased)
+    assert found is None if reason is None else reason in found
+    if reason and not biased:
+        x, down = jnp.zeros((tokens, 192), dtype), jnp.zeros((8, 192, 128), dtype)
+        experts, scales = jnp.zeros((tokens, 2), jnp.int32), jnp.zeros((tokens, 2))
+        with pytest.raises(ValueError, match="take backend 'pallas'"):
+            fused_experts(x, jnp.zeros((8, 2, 128, 192), dtype), down, experts, scales, gating=gated)
 
 
 def test_weights_that_do_not_fit_are_named():

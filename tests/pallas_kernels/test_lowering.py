@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import pytest
 from jax import export
 
+from lmdeploy_jax.pallas_kernels.grouped_matmul import fused_experts
 from lmdeploy_jax.pallas_kernels.quant_gemm import quant_gemm
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
@@ -37,6 +39,28 @@ def test_lowers_for_a_gpu(step: Callable[[Model, int], Program], model: Model) -
     kernels = ["paged_attention"] if step is decode_step else ["rope_kv_write", "prefill_attention"]
     for kernel in kernels:
         assert f'name = "{kernel}"' in module
+
+
+MOSAIC_CALL = export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(256, 128), (320, 192)])  # with runs that no block has
+def test_a_fused_mixture_lowers_for_a_gpu(hidden: int, inner: int) -> None:
+    def step(x: jax.Array, gate_up: jax.Array, down: jax.Array, experts: jax.Array, scales: jax.Array) -> Any:
+        gating = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
+        return fused_experts(x, gate_up, down, experts, scales, gating=gating)
+
+    shape, chosen = jax.ShapeDtypeStruct, (512, 2)
+    weights = shape((8, 2, inner, hidden), "bfloat16"), shape((8, hidden, inner), "bfloat16")
+    specs = (shape((512, hidden), "bfloat16"), *weights, shape(chosen, "int32"), shape(chosen, "float32"))
+    with as_on_h200():
+        checks = [TRITON_CALL, MOSAIC_CALL]
+        module = export.export(jax.jit(step), platforms=["cuda"], disabled_checks=checks)(
+            *specs
+        ).mlir_module()
+    assert module.count("mosaic_gpu_v2") == 2
+    for name in ("count_groups", "place_rows", "spread_rows", "combine_rows"):
+        assert f'name = "{name}"' in module
 
 
 QUANTISED = {"float8_e4m3fn": 1, "int8": 2, "uint16": 4}  # values of a weight, and groups of its columns
