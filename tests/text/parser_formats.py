@@ -24,6 +24,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "properties": {"path": {"type": "string"}, "text": {"type": "string"}, "tags": {"type": "array"}}
     },
     "now": {},
+    "f": {},
+    "new": {},
 }
 
 

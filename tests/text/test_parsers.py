@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ from lmdeploy_jax.text.parsers import (
     tool_format,
     tool_format_names,
 )
-from tests.text.parser_formats import WRITERS, new_parser, parse, stream
+from tests.text.parser_formats import WRITERS, Calls, new_parser, parse, stream
 from tests.text.samples import CALL, TOOLS, USER
 
 NOW = ToolCall("now", "{}")
@@ -195,6 +196,15 @@ def test_tagged_strings_come_as_they_are_written_but_for_half_an_end_tag() -> No
         ToolCallArguments(0, '{"path": "ab'),
     ]
     assert parser.feed("k") == [ToolCallArguments(0, "\\n</park")]
+
+
+@pytest.mark.parametrize(("tools", "write"), WRITERS)
+def test_a_call_of_a_tool_that_nobody_offers_is_text(tools: str, write: Callable[[Calls], str]) -> None:
+    text = write([("transfer", {"path": "x"})])
+    answer = parse(text, tools)
+    assert answer.tool_calls == []
+    assert "transfer" in answer.content
+    assert [call.name for call in parse(write([("write", {"path": "x"})]), tools).tool_calls] == ["write"]
 
 
 def test_content_waits_only_for_half_a_tag() -> None:

@@ -107,7 +107,10 @@ class Block:
 
 
 class Call:
-    """One call being read. It is announced as soon as its name is whole and its arguments have begun."""
+    """One call being read. It is announced as soon as its name is whole and its arguments have begun.
+
+    A call of a tool that nobody offered is none: clients do not know what to do with it.
+    """
 
     def __init__(self, block: Block, name: str | None = None) -> None:
         if block.call is not None:  # that call is complete, since the grammar has read on
@@ -140,6 +143,8 @@ class Call:
     def _send(self, keep: int) -> None:
         if self.index < 0:
             assert self.name is not None
+            if self._block.schemas is not None and self.name not in self._block.schemas:
+                raise ViolationError
             self.index = next(self._block.indices)
             self._block.call, self._block.begun = self, False
             self._block.events.append(ToolCallStart(self.index, self.name))
