@@ -1,11 +1,11 @@
-"""How many cases a fuzz draws: a hundred in each run, always the same, and the whole of it with `-m full`."""
+"""How many cases a fuzz draws: sixty in each run, always the same, and the whole of it with `-m full`."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-FEW = 100
+FEW = 60
 
 
 def cases(full: int) -> pytest.MarkDecorator:

@@ -88,7 +88,7 @@ def test_every_token_is_counted_and_timed(server):
     figures = summary(jobs, wall, answers)
     assert (figures["failed"], figures["out_tok"], figures["in_tok"]) == (0, 8, 3)
     assert figures["ttft_ms"]["p50"] >= 10
-    assert figures["tpot_ms"]["mean"] >= 10
+    assert figures["tpot_ms"]["mean"] > 8  # a piece that was late to be read shortens the time to the next
     assert server.bodies[0]["ignore_eos"] is True
 
 

@@ -84,6 +84,7 @@ def test_steps_are_made_large_enough_for_an_image(
     assert text.wait()[0].tokens == alone[0]
 
 
+@pytest.mark.full
 def test_preempted_images_are_computed_again(checkpoint: Path, opened: Open) -> None:
     page = opened(checkpoint).frontend.engine.memory.page_bytes  # type: ignore[attr-defined]
     pipe = opened(checkpoint, cache_max_entry_count=18 * page)
@@ -138,7 +139,8 @@ for tp in tps:
 """
 
 
-@pytest.mark.parametrize("name", ["gemma3", pytest.param("internvl_hf", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["gemma3", "internvl_hf"])
 def test_tensor_parallel_devices_give_the_same_tokens(
     name: str, tmp_path: Path, compile_cache: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -114,10 +114,10 @@ def opened(compile_cache: Path) -> Iterator[Open]:
         pipe.close()
 
 
-FAMILIES = ["internvl_hf", "internvl", "llava", "llava_next", "mistral3", "pixtral", "qwen2_vl", "qwen2_5_vl",
-            "qwen3_vl", "gemma3", "gemma4", "qwen3_vl_moe", "qwen3_5",
-            *(pytest.param(name, marks=pytest.mark.full)
-              for name in ("gemma4_small", "qwen3_5_moe", "internvl_moe", "glm4v", "glm4v_moe"))]  # fmt: skip
+MORE = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "gemma4", "gemma4_small", "qwen3_vl_moe", "qwen3_5",
+        "qwen3_5_moe", "internvl_moe", "glm4v", "glm4v_moe")  # fmt: skip
+FAMILIES = ["internvl_hf", "internvl", "llava_next", "pixtral", "qwen3_vl", "gemma3",
+            *(pytest.param(name, marks=pytest.mark.full) for name in MORE)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -206,7 +206,7 @@ def test_an_encoder_sleeps_and_wakes_and_its_memory_is_planned(
     assert "GB of them for images" in str(memory)
 
 
-@pytest.mark.parametrize("held", [4, 8, 40])
+@pytest.mark.parametrize("held", [8, *(pytest.param(held, marks=pytest.mark.full) for held in (4, 40))])
 def test_chunks_end_within_images_that_do_not_all_fit(
     held: int, checkpoint: Path, opened: Open, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def test_chunks_end_within_images(
     assert [answer.token_ids for answer in answers] == [expected[key] for key in keys]
 
 
+@pytest.mark.full
 def test_preempted_images_are_computed_again(checkpoint: Path, opened: Open) -> None:
     """Tokens that were drawn before go on from where the images left the positions."""
     page = opened(checkpoint).frontend.engine.memory.page_bytes  # type: ignore[attr-defined]
@@ -152,7 +153,8 @@ print("tokens", json.dumps([answer.token_ids for answer in answers]))
 """
 
 
-@pytest.mark.parametrize("tp", [4, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("tp", [4, 2])
 def test_tensor_parallel_devices_give_the_same_tokens(
     tp: int, checkpoint: Path, compile_cache: Path, expected: Tokens
 ) -> None:

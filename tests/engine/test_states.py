@@ -86,6 +86,7 @@ def test_forked_sequences_equal_single_ones(start, prompts, answers):
         assert [result.tokens for result in results] == [answer] * 3
 
 
+@pytest.mark.full
 def test_a_slot_keeps_nothing_of_sequences_that_ended_early(start, prompts, answers):
     """One slot: an abort and a stop leave steps under way behind them, then others begin there."""
     engine = start(max_batch_size=1, decode_steps=4)

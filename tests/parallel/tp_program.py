@@ -56,7 +56,9 @@ class Asked(Tuning):
 
     shapes: set[tuple[str, int, int]] = field(default_factory=set, compare=False)
 
-    def find(self, format: str, kind: str, weight: tuple[int, int], tokens: int) -> None:
+    def find(
+        self, format: str, kind: str, weight: tuple[int, int], tokens: int, *, streams: bool = True
+    ) -> None:
         self.shapes.add((kind, *weight))
 
 

@@ -14,7 +14,7 @@ from tests import patience
 from tests.server.live import serving
 from tests.server.test_broken_requests import check_unharmed
 
-EXAMPLES = 16  # of each operation and mode
+EXAMPLES = 10  # of each operation and mode
 LEFT_ALONE = {"/terminate", "/sleep", "/wakeup"}  # they would end or stop the server that other tests use
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "request_output_len")
 BOUNDED = settings(
