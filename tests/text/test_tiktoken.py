@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import regex
 import tokenizers
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -100,6 +100,7 @@ def test_ids_are_those_of_tiktoken_and_of_transformers(
     @drawn(cases)
     @given(TEXT | WORDS)
     def check(text: str) -> None:
+        assume("<|" not in text and "[" not in text)  # special tokens, which Hypothesis finds in the code
         ids = ours.encode(text)
         assert ids == reference(encoding, text) == theirs.encode(text, add_special_tokens=False).ids
         assert ours.decode(ids) == text
