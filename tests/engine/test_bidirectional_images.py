@@ -69,6 +69,7 @@ def test_cached_batched_and_forked_answers(checkpoint: Path, opened: Open, expec
     assert [each.token_ids for each in (several, *several.choices)] == [expected["many"]] * 3
 
 
+@pytest.mark.full
 def test_steps_are_made_large_enough_for_an_image(
     checkpoint: Path, opened: Open, expected: Tokens, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -114,10 +114,10 @@ def opened(compile_cache: Path) -> Iterator[Open]:
         pipe.close()
 
 
-MORE = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "gemma4", "gemma4_small", "qwen3_vl_moe", "qwen3_5",
+OTHERS = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "gemma4", "gemma4_small", "qwen3_vl_moe", "qwen3_5",
         "qwen3_5_moe", "internvl_moe", "glm4v", "glm4v_moe")  # fmt: skip
 FAMILIES = ["internvl_hf", "internvl", "llava_next", "pixtral", "qwen3_vl", "gemma3",
-            *(pytest.param(name, marks=pytest.mark.full) for name in MORE)]  # fmt: skip
+            *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -80,6 +80,7 @@ def test_preempted_sequences_equal_undisturbed_ones(start, family, prompts, answ
         assert engine.scheduler.preemptions
 
 
+@pytest.mark.full
 def test_forked_sequences_equal_single_ones(start, prompts, answers):
     engine = start()
     for results, answer in zip(generate(engine, prompts, n=3), answers, strict=True):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lmdeploy_jax.converters.load import LoadedModel, build_skeleton
 from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LatentConfig, RopeConfig
@@ -63,6 +64,7 @@ def test_latent_attention_of_both_backends_agrees():
     _assert_backends_agree(replace(CONFIG, layers=(replace(CONFIG.layers[0], mixer=mixer),)))
 
 
+@pytest.mark.full
 def test_recurrences_of_both_backends_agree():
     mixers = (DeltaConfig(2, 4, 16, 12, 4), Mamba2Config(4, 2, 16, 12, 4), ShortConvConfig(4, 16, 3))
     layer = CONFIG.layers[0]
