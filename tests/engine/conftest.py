@@ -38,3 +38,24 @@ def engine(llama, compile_cache):
     engine = Engine(llama, config(compile_cache), progress=False)
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def answers(folder, prompts):
+    """What transformers answers to `prompts` with the checkpoint `folder` of a module."""
+    return [hf_greedy(folder, prompt, COUNT) for prompt in prompts]
+
+
+@pytest.fixture
+def start(folder, compile_cache):
+    """Opens engines on that checkpoint, and closes them."""
+    opened = []
+
+    def start(**changes) -> Engine:
+        opened.append(Engine(folder, config(compile_cache, **changes), progress=False))
+        return opened[-1]
+
+    yield start
+    for engine in opened:
+        engine.scheduler.check_integrity()
+        engine.close()

@@ -6,10 +6,9 @@ from lmdeploy_jax.cache.kinds import StateCache
 from lmdeploy_jax.cache.kv import page_bytes, plan_memory
 from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.families import build_config
-from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.errors import ConfigError
 from tests.engine.conftest import COUNT
-from tests.engine.harness import Collector, config, generate, submit, tokens
+from tests.engine.harness import Collector, generate, submit, tokens
 from tests.oracle import hf_greedy, save_checkpoint
 
 OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in ("nemotron_h", "falcon_h1", "lfm2_moe")]
@@ -18,26 +17,6 @@ OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in ("nemotron_h", 
 @pytest.fixture(scope="module", params=["qwen3_next", *OTHERS])
 def folder(request, tmp_path_factory):
     return save_checkpoint(request.param, tmp_path_factory.mktemp("states") / request.param)
-
-
-@pytest.fixture(scope="module")
-def answers(folder, prompts):
-    return [hf_greedy(folder, prompt, COUNT) for prompt in prompts]
-
-
-@pytest.fixture
-def start(folder, compile_cache):
-    """Opens engines on the family's checkpoint, and closes them."""
-    opened = []
-
-    def start(**changes) -> Engine:
-        opened.append(Engine(folder, config(compile_cache, **changes), progress=False))
-        return opened[-1]
-
-    yield start
-    for engine in opened:
-        engine.scheduler.check_integrity()
-        engine.close()
 
 
 def test_batched_chunked_and_repeated_prompts_are_answered_as_alone(start, folder, prompts, answers):

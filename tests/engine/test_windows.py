@@ -5,10 +5,8 @@ import pytest
 from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.engine.core import setup
-from lmdeploy_jax.engine.core.engine import Engine
-from tests.engine.conftest import COUNT
-from tests.engine.harness import Collector, config, generate, submit, tokens
-from tests.oracle import hf_greedy, save_checkpoint
+from tests.engine.harness import Collector, generate, submit, tokens
+from tests.oracle import save_checkpoint
 
 FAMILIES = {  # each with the windows of its cache groups
     "gemma3": [24, None],
@@ -29,26 +27,6 @@ def family(request):
 @pytest.fixture(scope="module")
 def folder(family, tmp_path_factory):
     return save_checkpoint(family, tmp_path_factory.mktemp("windows") / family)
-
-
-@pytest.fixture(scope="module")
-def answers(folder, prompts):
-    return [hf_greedy(folder, prompt, COUNT) for prompt in prompts]
-
-
-@pytest.fixture
-def start(folder, compile_cache):
-    """Opens engines on the family's checkpoint, and closes them."""
-    opened = []
-
-    def start(**changes) -> Engine:
-        opened.append(Engine(folder, config(compile_cache, **changes), progress=False))
-        return opened[-1]
-
-    yield start
-    for engine in opened:
-        engine.scheduler.check_integrity()
-        engine.close()
 
 
 def test_batched_and_cached_prompts_are_answered_as_alone(start, family, prompts, answers):
