@@ -50,11 +50,11 @@ ARITHMETIC, ARITHMETIC_SHARE = 790e12, 0.4  # operations a second, and what Trit
 LATENT = {"32 x 1024": [1024] * 32, "128 x 1024": [1024] * 128, "1 x 8000": [8000]}
 RANK, ROTATED = 512, 64
 KERNELS = ("topk_routing", "group_rows", "gate_up", "down", "latent", "fused", "try")
-FEW_TOKENS = 32  # for which other cuts are tried
-CUTS = [pallas.Tuning(*cut) for cut in [(16, 256, 4, 3), (32, 128, 4, 3), (64, 128, 4, 3), (16, 128, 2, 4)]]
+FEW_TOKENS = 512  # up to which other cuts are tried
+CUTS = [pallas.Tuning(*cut) for cut in [(32, 128, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 8, 3)]]
 LATENT_CUTS = [
     latent_pallas.Tuning(16, 32, 4, 3, programs, splits)
-    for programs, splits in ((132, 128), (264, 64), (528, 128))
+    for programs, splits in ((132, 32), (264, 128), (396, 64))
 ]
 
 

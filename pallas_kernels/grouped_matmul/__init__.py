@@ -32,7 +32,7 @@ __all__ = [
 
 STREAMED_ROWS = 64  # of a group on average, from which on tiles of a Mosaic kernel are worth filling
 LINE = 64  # elements of a swizzled line of shared memory, of which a block has two
-CHUNKED_ROWS: int | None = None  # from which on chunks are sorted by programs of their own; not measured yet
+CHUNKED_ROWS = 32768  # from which on chunks are sorted by programs of their own
 
 
 def group_rows(groups: Int32[Array, "M"], count: int, *, backend: str = "xla") -> RowGroups:
@@ -43,7 +43,7 @@ def group_rows(groups: Int32[Array, "M"], count: int, *, backend: str = "xla") -
         return xla_groups.group_rows(groups, count, height)
     from lmdeploy_jax.pallas_kernels.grouped_matmul import chunks, sorting  # CPUs never need it
 
-    if CHUNKED_ROWS is not None and groups.shape[0] >= CHUNKED_ROWS:
+    if groups.shape[0] >= CHUNKED_ROWS:
         return chunks.group_rows(groups, count, height, interpret=backend == "pallas_interpret").groups
     return sorting.group_rows(groups, count, height, interpret=backend == "pallas_interpret")
 
