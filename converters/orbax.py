@@ -61,7 +61,7 @@ def save(
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         partial.mkdir()
-        _copy_small_files(source, partial)
+        copy_small_files(source, partial)
         _save_weights(partial / WEIGHTS, leaves)
         (partial / MANIFEST).write_text(json.dumps(_manifest(partial, leaves, meta), indent=1))
         _replace(partial, target)
@@ -180,10 +180,11 @@ def check_target(target: pathlib.Path, *, force: bool) -> None:
 def check_apart(target: pathlib.Path, source: pathlib.Path) -> None:
     """Raises CheckpointError where replacing `target` would remove the checkpoint `source`."""
     if source.resolve().is_relative_to(target.resolve()):
-        raise CheckpointError(f"{target}: holds the checkpoint to convert; name another folder to write to")
+        raise CheckpointError(f"{target}: holds the checkpoint that is read; name another folder to write to")
 
 
-def _copy_small_files(source: pathlib.Path, target: pathlib.Path) -> None:
+def copy_small_files(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Config, tokenizer and chat template of a checkpoint folder; never its weights, and never code."""
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.is_file() and not any(file.match(skipped) for skipped in NOT_COPIED):

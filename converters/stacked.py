@@ -115,6 +115,10 @@ class StackedReader:
         """Every tensor's name, in file order, the single ones' in place of stacked ones'."""
         return tuple(self._names)
 
+    def holder(self, name: str) -> str:
+        """The tensor that holds a single one: a stacked one, or itself."""
+        return self._views[name].stacked if name in self._views else name
+
     def info(self, name: str) -> TensorInfo:
         """As `TensorReader.info`."""
         view = self._views.get(name)

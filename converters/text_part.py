@@ -93,14 +93,18 @@ class TextPartReader:
         """Every tensor's name, in file order."""
         return tuple(self._names)
 
+    def whole_name(self, name: str) -> str:
+        """What a tensor is called in the checkpoint."""
+        return self._names.get(name, name)
+
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor. CheckpointError if there is none of that name."""
-        return self._reader.info(self._names.get(name, name))
+        return self._reader.info(self.whole_name(name))
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """The slice `index` (step 1) of a tensor."""
-        return self._reader.read(self._names.get(name, name), index)
+        return self._reader.read(self.whole_name(name), index)
 
     def read_into(self, name: str, index: Index, out: np.ndarray) -> None:
         """Reads the slice `index` into `out` (the slice's shape), converted to the dtype of `out`."""
-        self._reader.read_into(self._names.get(name, name), index, out)
+        self._reader.read_into(self.whole_name(name), index, out)

@@ -38,6 +38,7 @@ LAYERS = {
     "lmdeploy_jax.vision": 3,
     "lmdeploy_jax.vision.families": 4,
     "lmdeploy_jax.converters": 4,
+    "lmdeploy_jax.lite": 5,
     "lmdeploy_jax.engine": 5,
     "lmdeploy_jax.engine.io": 6,
     "lmdeploy_jax.engine.core": 6,

@@ -15,12 +15,12 @@ from lmdeploy_jax.errors import ConfigError, LmdeployError
 COMMANDS = {
     "chat": "talk to a model in the terminal",
     "serve": "answer over HTTP, in OpenAI's protocol and others",
+    "lite": "quantise a checkpoint",
     "convert": "write a checkpoint in the form that loads fastest",
     "bench": "measure throughput or latency on fixed work",
     "check_env": "report what is installed, which devices are seen and what works on them",
 }
 LMDEPLOYS = {
-    "lite": "Checkpoints cannot be quantised yet.",
     "list": "The README lists the supported models.",
 }
 INTERRUPTED = 130  # exit code: 128 and the number of SIGINT, as shells have it
