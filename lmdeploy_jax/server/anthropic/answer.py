@@ -26,6 +26,7 @@ from lmdeploy_jax.text.parsers import (
     ToolCallStart,
 )
 
+NO_THREADS = "thread_unsupported_request"  # by this code clients know that they can go on without
 SIGNATURE = "lmdeploy_jax"  # clients want one; the text is not signed
 _REASONS = {
     "length": "max_tokens",
@@ -48,6 +49,8 @@ def error_body(error: ApiError) -> dict[str, Any]:
     usual = "api_error" if error.status >= 500 else "invalid_request_error"
     told = {"type": _ERRORS.get(error.status, usual), "message": error.message}
     coded = told | ({"code": error.code} if error.code else {})
+    if error.code == NO_THREADS:
+        coded["details"] = {"error_code": error.code, "unsupported": [error.param]}
     return {"type": "error", "error": coded, "request_id": REQUEST_ID.get() or None}
 
 
