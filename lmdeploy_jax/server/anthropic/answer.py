@@ -47,11 +47,12 @@ _ERRORS = {
 def error_body(error: ApiError) -> dict[str, Any]:
     """Anthropic's error object."""
     usual = "api_error" if error.status >= 500 else "invalid_request_error"
-    told = {"type": _ERRORS.get(error.status, usual), "message": error.message}
-    coded = told | ({"code": error.code} if error.code else {})
+    told: dict[str, Any] = {"type": _ERRORS.get(error.status, usual), "message": error.message}
+    if error.code:
+        told["code"] = error.code
     if error.code == NO_THREADS:
-        coded["details"] = {"error_code": error.code, "unsupported": [error.param]}
-    return {"type": "error", "error": coded, "request_id": REQUEST_ID.get() or None}
+        told["details"] = {"error_code": error.code, "unsupported": [error.param]}
+    return {"type": "error", "error": told, "request_id": REQUEST_ID.get() or None}
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from starlette.types import Message
+from typing import Any
+
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from lmdeploy_jax.server.http.header_limit import HeaderLimit
@@ -25,7 +26,7 @@ class Unchunked:
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle, self._send, self._unknown = cycle, cycle.send, False
 
-    async def __call__(self, message: Message) -> None:
+    async def __call__(self, message: Any) -> None:
         if message["type"] == "http.response.start":
             self._unknown = all(name.lower() != b"content-length" for name, _ in message["headers"])
             self._cycle.chunked_encoding = False if self._unknown else None
