@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +75,11 @@ class Tuning:
             return chosen
         lower = [p.tiling for p in known if p.tokens < tokens <= MAX_TOKENS and isinstance(p.tiling, Tiling)]
         return lower[-1] if lower else None
+
+    def without(self, format: str, kind: Kind) -> Tuning:
+        """As if no such product had been measured."""
+        kept = tuple(p for p in self.products if (p.format, p.kind) != (format, kind))
+        return replace(self, products=kept)
 
     def merged(self, newer: Tuning) -> Tuning:
         """With `newer` products in place of those of the same shape."""

@@ -164,7 +164,8 @@ def _kernel(
             plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_smem.at[stage], full.at[stage])
             for (vector, smem), where in zip(pairs, (outputs, second), strict=False):
                 run = lax.div(block, all_blocks // vector.shape[0])
-                to = smem.at[stage, pl.ds(0, where.size)]
+                width = BLOCK_OUT if where is outputs else work.tile
+                to = smem.at[stage, pl.ds(0, width)]
                 plgpu.copy_gmem_to_smem(vector.at[run, where], to, full.at[stage])
 
         lax.fori_loop(0, work.mine() * blocks, step, None)

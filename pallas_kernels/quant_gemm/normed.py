@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +52,11 @@ def norm_quant_gemm(
     """See `lmdeploy_jax.pallas_kernels.quant_gemm`; weight [halves, N, K]."""
     outputs = weight.values.shape[1]
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((1, outputs), out_dtype)]
-    how = {"tiling": tiling, "activation": activation, "eps": eps, "offset": offset, "interpret": interpret}
+    how: dict[str, Any] = {"tiling": tiling, "activation": activation, "eps": eps, "offset": offset}
     arrays = (x, parts, norm, weight.values, weight.scales, weight.zeros)
     cut = launch_of("norm_quant_gemm", outputs, tiling)
-    added, product = launch(functools.partial(_kernel, **how), cut, out, *arrays, interpret=interpret)
+    kernel = functools.partial(_kernel, **how, interpret=interpret)
+    added, product = launch(kernel, cut, out, *arrays, interpret=interpret)
     return added, product
 
 
@@ -130,7 +132,7 @@ class FourBitsOfOneRow(FourBits):
     def _product(self, number: Index, half: int, x: Shaped[Array, "columns rows"]) -> Array:
         """The sum of each quarter of tile `number`, in a column of its own."""
         words, width, token = self._words(number, half), min(self.refs.width, TILE), self.tile.token[None, :]
-        total = None
+        total = self.tile.zeros()
         for first in range(0, TILE, width):
             group = lax.div(number * TILE + first, self.refs.width)
             zero, quarters = self._zero(group, half), range(first // QUARTER, (first + width) // QUARTER)
@@ -140,7 +142,7 @@ class FourBitsOfOneRow(FourBits):
                 picked = jnp.where(token == quarter, its, picked)
             if not self.whole:
                 picked *= of_outputs(self.tile, self.refs.scales, group, half)[:, None]
-            total = picked if total is None else total + picked
+            total = picked if width == TILE else total + picked
         return total
 
     def scaled(self, totals: Totals) -> Totals:

@@ -39,7 +39,7 @@ def why_not_streamed(tokens: int, weight: Quantised, splits: int = 1) -> str | N
 
 
 def vector_space(width: int) -> int:
-    """Elements from a vector of scales to the next stage's: TMA writes to multiples of 128 bytes, 32 of f32."""
+    """Elements from a vector of scales to the next one: TMA writes to multiples of 128 bytes, 32 of f32."""
     return -(-width // 32) * 32
 
 

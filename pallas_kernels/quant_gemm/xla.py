@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Shaped
 
-from lmdeploy_jax.pallas_kernels.norm.xla import add_rms_norm
+from lmdeploy_jax.pallas_kernels.norm.xla import add_rms_norm, rms_norm
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import TILE, unpack_words
 from lmdeploy_jax.pallas_kernels.round_rows.xla import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
@@ -39,7 +39,8 @@ def norm_quant_gemm(
 
     rounding: the dtype to which what is normed is rounded, and in how many groups of columns.
     """
-    added, normed = add_rms_norm(x, parts, norm, eps=eps, offset=offset)
+    added, _ = add_rms_norm(x, parts, norm, eps=eps, offset=offset)
+    normed = rms_norm(added.astype(jnp.float32), norm.astype(jnp.float32), eps=eps, offset=offset)
     rows = normed if rounding is None else round_rows(normed, *rounding)
     return added, quant_gemm(rows, weight, 1)[0]
 
