@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped, UInt16
+from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped, UInt8, UInt16
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, TILE
@@ -265,3 +265,43 @@ def unpacked(
         text, args=[words, zero], constraints="=r,r,r", pack=2, result_shape_dtypes=[shape]
     )
     return out
+
+
+def unpacked_e2m1(
+    words: UInt16[Array, "out columns"], quarter: int, interpret: bool
+) -> BFloat16[Array, "out columns"]:
+    """What nibble number `quarter` of each word stands for as E2M1.
+
+    Its exponent and mantissa become the lowest of a bfloat16's exponent and the highest of its mantissa:
+    2^-126 of the number, the subnormal 0.5 too. Interpreted kernels make the same numbers another way, since
+    CPUs may take subnormal ones for zeros.
+    """
+    if interpret:
+        code = ((words >> jnp.uint16(4 * quarter)) & jnp.uint16(15)).astype(jnp.int32)
+        exponent, mantissa = ((code >> 1) & 3).astype(jnp.float32), (code & 1).astype(jnp.float32)
+        size = jnp.where(exponent == 0, mantissa / 2, jnp.exp2(exponent - 1) * (1 + mantissa / 2))
+        return jnp.where(code > 7, -size, size).astype(jnp.bfloat16)
+    shape = jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)
+    size, sign = (_shifted(left - 4 * quarter) for left in (6, 12))
+    text = (
+        "{ .reg .b32 t, s, m; "
+        f"{size.format('t')} and.b32 t, t, 0x01c001c0; "
+        f"{sign.format('s')} lop3.b32 t, s, 0x80008000, t, 0xea; "
+        "mov.b32 s, 0x7e807e80; mov.b32 m, 0x80008000; fma.rn.bf16x2 $0, t, s, m; }"  # 2^126, and -0
+    )
+    (out,) = plt.elementwise_inline_asm(
+        text, args=[words], constraints="=r,r", pack=2, result_shape_dtypes=[shape]
+    )
+    return out
+
+
+def _shifted(left: int) -> str:
+    """The instruction that shifts two words at once to the left, or to the right."""
+    if left == 0:
+        return "mov.b32 {}, $1;"
+    return f"shl.b32 {{}}, $1, {left};" if left > 0 else f"shr.u32 {{}}, $1, {-left};"
+
+
+def exponents(scales: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """What bytes of E8M0 stand for: a float32's exponent."""
+    return lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Shaped
 
 from lmdeploy_jax.pallas_kernels.norm.xla import add_rms_norm, rms_norm
-from lmdeploy_jax.pallas_kernels.quant_gemm.words import TILE, unpack_words
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import E2M1_VALUES, PER_WORD, tile_of, unpack_words
 from lmdeploy_jax.pallas_kernels.round_rows.xla import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
@@ -47,12 +47,16 @@ def norm_quant_gemm(
 
 def dequantise(matrix: Quantised) -> Float32[Array, "..."]:
     """[*rows, K]."""
-    values, zero = matrix.values, 0.0
+    values, scales, zero = matrix.values, matrix.scales, 0.0
     if values.dtype == jnp.uint16:
-        values, zero = unpack_words(values, TILE), 8.0
+        codes = unpack_words(values, tile_of(values.shape[-1] * PER_WORD))
+        e2m1 = scales.dtype == jnp.uint8
+        values, zero = (jnp.array(E2M1_VALUES)[codes], 0.0) if e2m1 else (codes, 8.0)
+    if scales.dtype == jnp.uint8:  # the byte is the exponent of a float32
+        scales = lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
     columns = values.shape[-1]
     zeros = zero if matrix.zeros is None else _by_column(matrix.zeros, columns)
-    return (values.astype(jnp.float32) - zeros) * _by_column(matrix.scales, columns)
+    return (values.astype(jnp.float32) - zeros) * _by_column(scales, columns)
 
 
 def _by_column(grouped: Shaped[Array, "..."], columns: int) -> jax.Array:
