@@ -10,6 +10,7 @@ import functools
 import operator
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,44 +39,68 @@ class WeightRefs:
     zeros: jax.Ref | None
 
 
+class _Factors(NamedTuple):
+    """Of a group of columns: as they are read."""
+
+    scales: Shaped[Array, "out"]
+    zeros: Shaped[Array, "out"] | None
+
+    @property
+    def scale(self) -> Float32[Array, "out"]:
+        scales = self.scales
+        return exponents(scales) if scales.dtype == jnp.uint8 else scales.astype(jnp.float32)
+
+
+Totals = tuple[Total, ...]  # of each half
+Fetched = tuple[tuple[_Factors, ...], ...]  # of each group of a step, and half
+
+
 def tuning(height: int, values: DTypeLike) -> Tuning:
     """Not measured yet."""
     words = jnp.dtype(values) == jnp.uint16
     if height <= FEW_ROWS:
-        return Tuning(32, 256 if words else 128, 4, 3)
-    if height <= 64:
-        return Tuning(64, 128, 4, 3)
-    return Tuning(64, 128, 8, 3)
+        return Tuning(32, 256, 2, 3) if words else Tuning(32, 128, 4, 4)
+    return Tuning(64, 128, 4, 3) if height <= 64 else Tuning(128, 128, 8, 3)
 
 
 def sums(
     tile: Tile, x_ref: jax.Ref, rows: Int32[Array, "rows"], weight: WeightRefs, *halves: Half, interpret: bool
 ) -> tuple[Total, ...]:
-    """As `Tile.sums`."""
-    words = weight.values.dtype == jnp.uint16
-    blocks = (_Words if words else _Bytes)(tile, x_ref, rows, weight, interpret)
+    """As `Tile.sums`.
 
-    def step(index: Index, totals: tuple[Total, ...]) -> tuple[Total, ...]:
-        return blocks.add(totals, index, halves)
+    Scales are read a step ahead: unlike blocks, Triton would not read them before they are needed.
+    """
+    words = weight.values.dtype == jnp.uint16
+    blocks = (_Words if words else _Bytes)(tile, x_ref, rows, weight, halves, interpret)
+
+    def step(index: Index, carry: tuple[Totals, Fetched]) -> tuple[Totals, Fetched]:
+        totals, fetched = carry
+        ahead = fetched if blocks.whole else blocks.fetch(jnp.minimum(index + 1, blocks.steps - 1))
+        return blocks.add(totals, index, fetched), ahead
 
     totals = (jnp.zeros(tile.mask.shape, jnp.float32),) * len(halves)
-    totals = lax.fori_loop(0, blocks.steps, step, totals)
+    totals, fetched = lax.fori_loop(0, blocks.steps, step, (totals, blocks.fetch(jnp.int32(0))))
     if not blocks.whole:
         return totals
-    return tuple(total * blocks.scale(0, half)[:, None] for total, half in zip(totals, halves, strict=True))
+    return tuple(total * each.scale[:, None] for total, each in zip(totals, fetched[0], strict=True))
 
 
 class _Blocks:
     """Blocks of columns, one a step."""
 
     def __init__(
-        self, tile: Tile, x_ref: jax.Ref, rows: Int32[Array, "rows"], weight: WeightRefs, interpret: bool
+        self,
+        tile: Tile,
+        x_ref: jax.Ref,
+        rows: Int32[Array, "rows"],
+        weight: WeightRefs,
+        halves: tuple[Half, ...],
+        interpret: bool,
     ) -> None:
         self.tile, self.x_ref, self.rows, self.weight = tile, x_ref, rows, weight
-        self.interpret = interpret
+        self.halves, self.interpret = halves, interpret
         self.columns, groups = x_ref.shape[1], weight.scales.shape[0]
         self.width, self.whole = self.columns // groups, groups == 1
-        self.out_mask = tile.out_mask
 
     def x(self, column: Int32[Array, "columns"], inside: jax.Array | None) -> Shaped[Array, "columns rows"]:
         return block(self.x_ref, (), self.rows, column, self.tile.valid, inside).T
@@ -84,23 +109,30 @@ class _Blocks:
         self, half: Half, column: Int32[Array, "columns"], inside: jax.Array | None
     ) -> Shaped[Array, "out columns"]:
         first = (self.tile.group, *half)
-        return block(self.weight.values, first, self.tile.out, column, self.out_mask, inside)
+        return block(self.weight.values, first, self.tile.out, column, self.tile.out_mask, inside)
 
-    def scale(self, group: Index | int, half: Half) -> Float32[Array, "out"]:
-        scales = self.of_outputs(self.weight.scales, group, half)
-        return exponents(scales) if scales.dtype == jnp.uint8 else scales.astype(jnp.float32)
+    def factors(self, group: Index) -> tuple[_Factors, ...]:
+        """Those of a group of columns, of each half."""
+        zeros = self.weight.zeros
+        return tuple(
+            _Factors(
+                self._of_outputs(self.weight.scales, group, half),
+                None if zeros is None else self._of_outputs(zeros, group, half),
+            )
+            for half in self.halves
+        )
 
-    def of_outputs(self, ref: jax.Ref, group: Index | int, half: Half) -> Shaped[Array, "out"]:
+    def _of_outputs(self, ref: jax.Ref, group: Index, half: Half) -> Shaped[Array, "out"]:
         """A group's row of an array [G, X, *half, N]."""
-        at = ref.at[(group, self.tile.group, *half, self.tile.out)]
-        return plt.load(at) if self.out_mask is None else plt.load(at, mask=self.out_mask, other=0)
+        at, mask = ref.at[(group, self.tile.group, *half, self.tile.out)], self.tile.out_mask
+        return plt.load(at) if mask is None else plt.load(at, mask=mask, other=0)
 
-    def scaled(self, product: Total, group: Index, half: Half) -> Total:
-        return product if self.whole else product * self.scale(group, half)[:, None]
+    def scaled(self, product: Total, factors: _Factors) -> Total:
+        return product if self.whole else product * factors.scale[:, None]
 
 
 class _Bytes(_Blocks):
-    """Of 8 bits an element."""
+    """Of 8 bits an element; a step has columns of one group."""
 
     @property
     def block_in(self) -> int:
@@ -111,78 +143,85 @@ class _Bytes(_Blocks):
     def steps(self) -> int:
         return pl.cdiv(self.columns, self.block_in)
 
-    def add(self, totals: tuple[Total, ...], index: Index, halves: tuple[Half, ...]) -> tuple[Total, ...]:
-        first = index * self.block_in
-        column = first + jnp.arange(self.block_in, dtype=jnp.int32)
+    def fetch(self, index: Index) -> Fetched:
+        return (self.factors(lax.div(index * self.block_in, self.width)),)
+
+    def add(self, totals: Totals, index: Index, fetched: Fetched) -> Totals:
+        column = index * self.block_in + jnp.arange(self.block_in, dtype=jnp.int32)
         inside = None if self.columns % self.block_in == 0 else column < self.columns
-        x, group = self.x(column, inside), lax.div(first, self.width)
-        products = (dot(self.values(half, column, inside).astype(x.dtype), x) for half in halves)
-        parts = (self.scaled(product, group, half) for product, half in zip(products, halves, strict=True))
+        x = self.x(column, inside)
+        products = (dot(self.values(half, column, inside).astype(x.dtype), x) for half in self.halves)
+        parts = (self.scaled(product, each) for product, each in zip(products, fetched[0], strict=True))
         return tuple(total + part for total, part in zip(totals, parts, strict=True))
 
 
 class _Words(_Blocks):
-    """Of 4 bits an element, a few tiles of columns that share words a step."""
+    """Of 4 bits an element; a step has a few tiles of columns that share words."""
+
+    @property
+    def tile_columns(self) -> int:
+        return tile_of(self.columns)
 
     @property
     def tiles(self) -> int:
         """Of a step: so many that the steps are alike."""
-        size = tile_of(self.columns)
-        count = self.columns // size
-        most = max(self.tile.tuning.block_in // size, 1)
+        count = self.columns // self.tile_columns
+        most = max(self.tile.tuning.block_in // self.tile_columns, 1)
         return max(number for number in range(1, most + 1) if count % number == 0)
 
     @property
     def steps(self) -> int:
-        return self.columns // tile_of(self.columns) // self.tiles
+        return self.columns // self.tile_columns // self.tiles
 
-    def add(self, totals: tuple[Total, ...], index: Index, halves: tuple[Half, ...]) -> tuple[Total, ...]:
-        size = tile_of(self.columns)
-        quarter = jnp.arange(size // PER_WORD, dtype=jnp.int32)
+    @property
+    def starts(self) -> range:
+        """Where in a tile groups begin, or the part of a group that it is."""
+        return range(0, self.tile_columns, min(self.width, self.tile_columns))
+
+    def fetch(self, index: Index) -> Fetched:
+        firsts = [(index * self.tiles + tile) * self.tile_columns for tile in range(self.tiles)]
+        groups = (lax.div(first + start, self.width) for first in firsts for start in self.starts)
+        return (self.factors(jnp.int32(0)),) if self.whole else tuple(map(self.factors, groups))
+
+    def add(self, totals: Totals, index: Index, fetched: Fetched) -> Totals:
+        quarter = jnp.arange(self.tile_columns // PER_WORD, dtype=jnp.int32)
         for number in range(self.tiles):
             tile = index * self.tiles + number
-            x = [self.x(tile * size + part * quarter.size + quarter, None) for part in range(PER_WORD)]
-            words = (self.values(half, tile * quarter.size + quarter, None) for half in halves)
-            both = zip(totals, words, halves, strict=True)
-            totals = tuple(self._with_tile(total, each, x, tile * size, half) for total, each, half in both)
+            first = tile * self.tile_columns
+            x = [self.x(first + part * quarter.size + quarter, None) for part in range(PER_WORD)]
+            words = [self.values(half, tile * quarter.size + quarter, None) for half in self.halves]
+            groups = fetched if self.whole else fetched[number * len(self.starts) :]
+            for start, factors in zip(self.starts, groups, strict=False):
+                columns = range(start // quarter.size, (start + self.starts.step) // quarter.size)
+                parts = zip(words, factors, strict=True)
+                products = (self._product(half, each, x, columns) for half, each in parts)
+                totals = tuple(total + part for total, part in zip(totals, products, strict=True))
         return totals
 
-    def _with_tile(
+    def _product(
         self,
-        total: Total,
         words: UInt16[Array, "out quarter"],
+        factors: _Factors,
         x: list[Shaped[Array, "quarter rows"]],
-        first: Index,
-        half: Half,
+        parts: range,
     ) -> Total:
-        """The sum with the products of one tile of columns."""
-        quarter = words.shape[1]
-        width = min(self.width, PER_WORD * quarter)
-        for start in range(0, PER_WORD * quarter, width):
-            group = lax.div(first + start, self.width)
-            zero = self._zero(group, half, words.shape)
-            parts = range(start // quarter, (start + width) // quarter)
-            products = (
-                dot(self._elements(words, part, zero).astype(x[part].dtype), x[part]) for part in parts
-            )
-            total += self.scaled(functools.reduce(operator.add, products), group, half)
-        return total
-
-    def _zero(
-        self, group: Index, half: Half, shape: tuple[int, ...]
-    ) -> BFloat16[Array, "out quarter"] | None:
-        """What is taken from a nibble at the end of OFFSET; None: elements are E2M1's."""
-        if self.weight.scales.dtype == jnp.uint8:
-            return None
-        if self.weight.zeros is None:
-            return jnp.full(shape, OFFSET + 8, jnp.bfloat16)
-        zeros = self.of_outputs(self.weight.zeros, group, half).astype(jnp.float32)
-        return jnp.broadcast_to((zeros + OFFSET).astype(jnp.bfloat16)[:, None], shape)
+        """Of the columns that such nibbles of each word hold, which are of one group."""
+        zero = None if self.weight.scales.dtype == jnp.uint8 else _broadcast(factors.zeros, words.shape)
+        elements = {part: self._elements(words, part, zero) for part in parts}
+        products = (dot(block.astype(x[part].dtype), x[part]) for part, block in elements.items())
+        return self.scaled(functools.reduce(operator.add, products), factors)
 
     def _elements(
         self, words: UInt16[Array, "out quarter"], part: int, zero: BFloat16[Array, "out quarter"] | None
     ) -> BFloat16[Array, "out quarter"]:
-        """Those that nibble number `part` of each word holds."""
+        """Those that nibble number `part` of each word holds; without a zero they are E2M1's."""
         if zero is None:
             return unpacked_e2m1(words, part, self.interpret)
         return unpacked(words, part, zero, self.interpret)
+
+
+def _broadcast(zeros: Shaped[Array, "out"] | None, shape: tuple[int, ...]) -> BFloat16[Array, "out quarter"]:
+    """What is taken from a nibble at the end of OFFSET."""
+    if zeros is None:
+        return jnp.full(shape, OFFSET + 8, jnp.bfloat16)
+    return jnp.broadcast_to((zeros.astype(jnp.float32) + OFFSET).astype(jnp.bfloat16)[:, None], shape)

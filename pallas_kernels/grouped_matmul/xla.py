@@ -83,11 +83,12 @@ def weighted_grouped_matmul(
 def _multiplied(
     rows: Float[Array, "M K"], weight: Float[Array, "X *out K"] | Quantised, groups: RowGroups, height: int
 ) -> Float32[Array, "M *out"]:
+    """Weights of few bits are not rounded to those of the rows: this is what the kernels are held against."""
     out = outputs(weight)[1:]
+    rows = rows.astype(jnp.float32) if isinstance(weight, Quantised) else rows
 
     def weight_of(group: Int32[Array, ""]) -> Float[Array, "N K"]:
-        """One of many bits, rounded to those of the rows."""
-        return _group(weight, group).astype(rows.dtype).reshape(prod(out), -1)
+        return _group(weight, group).reshape(prod(out), -1)
 
     how = {"out": prod(out), "height": height, "out_dtype": jnp.float32}
     return grouped_matmul(rows, weight_of, groups.tiles, **how).reshape(-1, *out)
