@@ -9,6 +9,7 @@ blocks than an H200 has cores (one token of Qwen3-30B-A3B: 8 x 24 and 8 x 64).
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,8 @@ def gated_grouped_matmul(
     weights = _arrays(weight)
     rows, (_, halves, outputs, _) = groups.source.shape[0], weights[0].shape
     tuning = tuning or _tuning(height, x, weights[0], gated=True)
-    how = {"gating": gating, "height": height, "tuning": tuning, "interpret": interpret}
-    kernel = functools.partial(_gated_kernel, choices=rows // x.shape[0], halves=halves, **how)
+    how: dict[str, Any] = {"height": height, "tuning": tuning, "interpret": interpret}
+    kernel = functools.partial(_gated_kernel, choices=rows // x.shape[0], halves=halves, gating=gating, **how)
     inputs = (x, *weights, bias, groups.source, groups.tiles)
     out = jax.ShapeDtypeStruct((rows, outputs), x.dtype)
     grid = _launch("gated_grouped_matmul", outputs, groups, tuning)
@@ -75,7 +76,7 @@ def weighted_grouped_matmul(
 
 def _arrays(weight: jax.Array | Quantised) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """The weight, or its values with their scales and zeros."""
-    return tuple(weight) if isinstance(weight, Quantised) else (weight, None, None)
+    return weight if isinstance(weight, Quantised) else (weight, None, None)
 
 
 def _tuning(height: int, x: jax.Array, values: jax.Array, *, gated: bool) -> Tuning:
@@ -98,12 +99,21 @@ def _launch(name: str, outputs: int, groups: RowGroups, tuning: Tuning) -> Launc
 
 
 def _sums(
-    tile: Tile, x_ref: jax.Ref, rows: jax.Array, weight: WeightRefs, *halves: tuple[int, ...], interpret: bool
+    tile: Tile,
+    x_ref: jax.Ref,
+    rows: jax.Array,
+    weight: tuple[jax.Ref, jax.Ref | None, jax.Ref | None],
+    *halves: tuple[int, ...],
+    interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """The products of such rows of x with parts of their group's weight, f32 [outputs, rows] each."""
-    if weight.scales is None:
-        return tile.sums(x_ref, rows, weight.values, *halves)
-    return widened.sums(tile, x_ref, rows, weight, *halves, interpret=interpret)
+    """The products of such rows of x with parts of their group's weight, f32 [outputs, rows] each.
+
+    weight: values, and scales and zeros of those of few bits.
+    """
+    values, scales, zeros = weight
+    if scales is None:
+        return tile.sums(x_ref, rows, values, *halves)
+    return widened.sums(tile, x_ref, rows, WeightRefs(values, scales, zeros), *halves, interpret=interpret)
 
 
 def _gated_kernel(
@@ -124,7 +134,7 @@ def _gated_kernel(
     interpret: bool,
 ) -> None:
     tile = Tile(tiles_ref, height, out_ref.shape[1], tuning)
-    weight = WeightRefs(values_ref, weight_scales_ref, zeros_ref)
+    weight = values_ref, weight_scales_ref, zeros_ref
 
     @pl.when(tile.count > 0)
     def _multiply() -> None:
@@ -152,7 +162,7 @@ def _weighted_kernel(
 ) -> None:
     choices, tokens, outputs = out_ref.shape
     tile = Tile(tiles_ref, height, outputs, tuning)
-    weight = WeightRefs(values_ref, weight_scales_ref, zeros_ref)
+    weight = values_ref, weight_scales_ref, zeros_ref
 
     @pl.when(tile.count > 0)
     def _multiply() -> None:

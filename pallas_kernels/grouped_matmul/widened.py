@@ -32,10 +32,10 @@ Total = Float32[Array, "out rows"]
 
 @dataclass(frozen=True)
 class WeightRefs:
-    """values [X, *half, N, K], or K / 4 words; scales, of weights of few bits, and zeros [G, X, *half, N]."""
+    """values [X, *half, N, K], or K / 4 words; scales and zeros [G, X, *half, N]."""
 
     values: jax.Ref
-    scales: jax.Ref | None
+    scales: jax.Ref
     zeros: jax.Ref | None
 
 

@@ -282,11 +282,10 @@ def unpacked_e2m1(
         size = jnp.where(exponent == 0, mantissa / 2, jnp.exp2(exponent - 1) * (1 + mantissa / 2))
         return jnp.where(code > 7, -size, size).astype(jnp.bfloat16)
     shape = jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)
-    size, sign = (_shifted(left - 4 * quarter) for left in (6, 12))
     text = (
         "{ .reg .b32 t, s, m; "
-        f"{size.format('t')} and.b32 t, t, 0x01c001c0; "
-        f"{sign.format('s')} lop3.b32 t, s, 0x80008000, t, 0xea; "
+        f"{_shifted('t', 6 - 4 * quarter)} and.b32 t, t, 0x01c001c0; "
+        f"{_shifted('s', 12 - 4 * quarter)} lop3.b32 t, s, 0x80008000, t, 0xea; "
         "mov.b32 s, 0x7e807e80; mov.b32 m, 0x80008000; fma.rn.bf16x2 $0, t, s, m; }"  # 2^126, and -0
     )
     (out,) = plt.elementwise_inline_asm(
@@ -295,11 +294,11 @@ def unpacked_e2m1(
     return out
 
 
-def _shifted(left: int) -> str:
+def _shifted(register: str, left: int) -> str:
     """The instruction that shifts two words at once to the left, or to the right."""
     if left == 0:
-        return "mov.b32 {}, $1;"
-    return f"shl.b32 {{}}, $1, {left};" if left > 0 else f"shr.u32 {{}}, $1, {-left};"
+        return f"mov.b32 {register}, $1;"
+    return f"shl.b32 {register}, $1, {left};" if left > 0 else f"shr.u32 {register}, $1, {-left};"
 
 
 def exponents(scales: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
