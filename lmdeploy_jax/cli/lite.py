@@ -17,12 +17,16 @@ from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError
 from lmdeploy_jax.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lmdeploy_jax.lite.calibration import Calibration
     from lmdeploy_jax.lite.methods import Method
-    from lmdeploy_jax.lite.quantise import Calibration
     from lmdeploy_jax.lite.report import Error
 
-USAGE = "lite fp8 MODEL --work-dir OUT [FLAGS]"
-ABOUT = f"""fp8  weights of 8 bits, rounded to the nearest, and activations of 8 bits: loses least
+USAGE = "lite auto_awq|auto_gptq|smooth_quant|fp8|calibrate MODEL --work-dir OUT [FLAGS]"
+ABOUT = f"""auto_awq      weights of 4 bits, channels scaled by what calibration finds (AWQ)
+auto_gptq     weights of 4 bits, each column making good the errors of those before it (GPTQ)
+smooth_quant  weights and activations of 8 bits, INT8 or FP8, outliers moved into the weights (SmoothQuant)
+fp8           weights and activations of 8 bits, FP8, without calibration
+calibrate     only what calibration finds of the inputs of linear layers
 
 MODEL is a checkpoint folder or a hub id, in 16 or 32 bits. OUT becomes a checkpoint that every command takes
 as MODEL, and so do vLLM and transformers. A run that was interrupted goes on where it was when it
@@ -37,11 +41,10 @@ class Subcommand:
 
     name: str
     about: str
-    methods: Callable[[FlagSet], Method]
-    """What the flags choose."""
-    own: Callable[[FlagSet], None] = lambda flags: None
-    """Defines flags that others do not have."""
-    calibrates: bool = True
+    work: Callable[[str, FlagSet], None]
+    """What is done to a model."""
+    sections: tuple[Callable[[FlagSet], None], ...] = ()
+    """Define flags that not all others have."""
 
     @property
     def USAGE(self) -> str:
@@ -54,15 +57,16 @@ class Subcommand:
     def define(self, flags: FlagSet) -> None:
         """The flags of the command."""
         _define(flags)
-        if self.calibrates:
-            _define_calibration(flags)
-        self.own(flags)
+        for section in self.sections:
+            section(flags)
 
     def run(self, flags: FlagSet, args: list[str]) -> int:
-        """Quantise, and print how far each kind of weights is from the original."""
+        """Do it, with lines on the standard error that tell how far it is."""
         if len(args) != 1:
             raise UsageError(f"usage: {PROGRAM} {self.USAGE}; it was given {args}")
-        return _quantise(args[0], flags, self.methods(flags), calibrates=self.calibrates)
+        _choose_device(flags["device"])
+        self.work(args[0], flags)
+        return 0
 
 
 def define(flags: FlagSet) -> None:
@@ -103,22 +107,33 @@ def _define_calibration(flags: FlagSet) -> None:
     flag(number, "batch_size", 1, "samples at a time", lower_bound=1)
 
 
-def _quantise(model: str, flags: FlagSet, method: Method, *, calibrates: bool) -> int:
-    _choose_device(flags["device"])
-
+def _quantise(choose: Callable[[FlagSet], Method], model: str, flags: FlagSet) -> None:
+    """Prints how far each kind of weights is from the original."""
     from lmdeploy_jax.hub import resolve_model
     from lmdeploy_jax.lite.quantise import Job
     from lmdeploy_jax.lite.report import table
 
+    method = choose(flags)
     folder = resolve_model(model, revision=flags["revision"], download_dir=flags["download_dir"])
-    calibration = _calibration(folder, flags) if calibrates else None
+    calibration = _calibration(folder, flags) if method.calibrates else None
     dtype = None if flags["dtype"] == "auto" else _dtype(flags["dtype"])
     out = Path(flags["work_dir"])
     start = time.perf_counter()
     errors = Job(model, folder, out, method, calibration, dtype).run(force=flags["force"], on_layer=_tell)
     print(table(errors))
     print(f"wrote {out} in {time.perf_counter() - start:.1f} s")
-    return 0
+
+
+def _calibrate(model: str, flags: FlagSet) -> None:
+    """Statistics of the inputs of linear layers, in a file."""
+    from lmdeploy_jax.hub import resolve_model
+    from lmdeploy_jax.lite.calibrate import calibrate
+
+    folder = resolve_model(model, revision=flags["revision"], download_dir=flags["download_dir"])
+    calibration = _calibration(folder, flags)
+    if calibration is None:
+        raise UsageError("--calib-samples 0 leaves nothing to calibrate on; give at least 1")
+    print(f"wrote {calibrate(model, folder, Path(flags['work_dir']), calibration, _tell)}")
 
 
 def _choose_device(device: str) -> None:
@@ -142,7 +157,7 @@ def _calibration(folder: Path, flags: FlagSet) -> Calibration | None:
     if not samples:
         return None
 
-    from lmdeploy_jax.lite.quantise import Calibration
+    from lmdeploy_jax.lite.calibration import Calibration
     from lmdeploy_jax.lite.texts import Texts
 
     texts = Texts(folder, trust_remote_code=flags["trust_remote_code"])
@@ -164,13 +179,70 @@ def _file(flags: FlagSet) -> Path | None:
     return None if named is None and dataset is None else Path(named or dataset)
 
 
-def _tell(done: int, layers: int, errors: Sequence[Error]) -> None:
+def _tell(done: int, layers: int, errors: Sequence[Error] = ()) -> None:
     """One line a layer, on standard error."""
     outputs = [error.output for error in errors if error.output is not None]
     weights = [error.weight for error in errors]
     found = f", error of the outputs {100 * sum(outputs) / len(outputs):.3g} %" if outputs else ""
     found = found or (f", error of the weights {100 * sum(weights) / len(weights):.3g} %" if weights else "")
     print(f"layer {done} of {layers}{found}", file=sys.stderr, flush=True)
+
+
+def _define_group(flags: FlagSet) -> None:
+    number, flag = absl_flags.DEFINE_integer, partial(flags.add, SECTION)
+    flag(number, "w_bits", 4, "bits of a weight: 4")
+    flag(number, "w_group_size", 128, "columns that share a scale", lower_bound=8)
+
+
+def _define_awq(flags: FlagSet) -> None:
+    _define_group(flags)
+    boolean, flag = absl_flags.DEFINE_boolean, partial(flags.add, SECTION)
+    flag(boolean, "w_sym", False, "a grid that is as large below 0 as above, all zero points being 8")
+    flag(boolean, "search_scale", True, "search the scales of channels, instead of by AWQ's ratio of a half")
+    flag(boolean, "clip", True, "search how far each group's largest weights are clipped")
+
+
+def _define_gptq(flags: FlagSet) -> None:
+    _define_group(flags)
+    about = "round the columns of the largest inputs first; the format stays the same"
+    flags.add(SECTION, absl_flags.DEFINE_boolean, "act_order", False, about)
+
+
+def _define_smooth_quant(flags: FlagSet) -> None:
+    enum, flag = absl_flags.DEFINE_enum, partial(flags.add, SECTION)
+    dtypes = ["int8", "fp8", "float8_e4m3fn", "float8_e5m2"]
+    flag(enum, "quant_dtype", "int8", "type of weights and activations", enum_values=dtypes)
+    about = "compressed-tensors, which vLLM and transformers read, or LMDeploy's own smooth_quant"
+    layouts = ["compressed-tensors", "smooth_quant"]
+    flag(enum, "layout", "compressed-tensors", about, enum_values=layouts)
+
+
+def _awq(flags: FlagSet) -> Method:
+    from lmdeploy_jax.lite.awq import Awq
+
+    _check_bits(flags)
+    return Awq(flags["w_group_size"], flags["w_sym"], flags["search_scale"], flags["clip"])
+
+
+def _gptq(flags: FlagSet) -> Method:
+    from lmdeploy_jax.lite.gptq import Gptq
+
+    _check_bits(flags)
+    return Gptq(flags["w_group_size"], act_order=flags["act_order"])
+
+
+def _check_bits(flags: FlagSet) -> None:
+    if flags["w_bits"] != 4:
+        raise UsageError(f"--w-bits {flags['w_bits']} is not supported; take 4, or `lite fp8` for 8 bits")
+
+
+def _smooth_quant(flags: FlagSet) -> Method:
+    from lmdeploy_jax.lite.smooth_quant import COMPRESSED, DTYPES, SmoothQuant
+
+    dtype, own = DTYPES[flags["quant_dtype"]], flags["layout"] == "smooth_quant"
+    if not own and dtype not in COMPRESSED:
+        raise UsageError(f"--quant-dtype {dtype} is no type of compressed-tensors; add --layout smooth_quant")
+    return SmoothQuant(dtype, own)
 
 
 def _fp8(flags: FlagSet) -> Method:
@@ -180,10 +252,33 @@ def _fp8(flags: FlagSet) -> Method:
 
 
 SUBCOMMANDS = {
+    "auto_awq": Subcommand(
+        "auto_awq",
+        "Linear layers in 4 bits by AWQ, in AutoAWQ's `gemm` version.",
+        partial(_quantise, _awq),
+        (_define_awq, _define_calibration),
+    ),
+    "auto_gptq": Subcommand(
+        "auto_gptq",
+        "Linear layers in 4 bits by GPTQ, symmetric, in AutoGPTQ's format.",
+        partial(_quantise, _gptq),
+        (_define_gptq, _define_calibration),
+    ),
+    "smooth_quant": Subcommand(
+        "smooth_quant",
+        "Linear layers and their inputs in 8 bits by SmoothQuant, a scale a row and a token.",
+        partial(_quantise, _smooth_quant),
+        (_define_smooth_quant, _define_calibration),
+    ),
     "fp8": Subcommand(
         "fp8",
         "Linear layers in FP8 (E4M3), a scale a row, and activations by token, as compressed-tensors.",
-        _fp8,
-        calibrates=False,
+        partial(_quantise, _fp8),
+    ),
+    "calibrate": Subcommand(
+        "calibrate",
+        "What linear layers are given, by channel, in inputs_stats.safetensors; nothing is quantised.",
+        _calibrate,
+        (_define_calibration,),
     ),
 }

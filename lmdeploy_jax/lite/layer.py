@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -135,6 +135,12 @@ class LayerModel:
         counts, starts = np.full(windows.count, windows.length), rows * windows.length
         width = max_tiles(windows.tokens, windows.count, height)
         return jnp.asarray(build_tiles(rows, starts, counts, 0 * rows, height, width))
+
+
+@cache
+def layer_model(model: DecoderConfig, layer: LayerConfig, dtype: Any, kernels: Kernels) -> LayerModel:
+    """The one `LayerModel` of these, so that layers alike are compiled once."""
+    return LayerModel(model, layer, dtype, kernels)
 
 
 class _Observed:

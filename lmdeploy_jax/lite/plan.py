@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from lmdeploy_jax.converters.formats.scheme import is_float
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.lite.layer import LayerModel
+from lmdeploy_jax.lite.layer import LayerModel, layer_model
 from lmdeploy_jax.lite.methods import Method
 from lmdeploy_jax.lite.source import EMBEDDING, Source
 from lmdeploy_jax.lite.weights import WEIGHT, is_quantisable, tensor_rows
-from lmdeploy_jax.models.config import LayerConfig, MixtureConfig
+from lmdeploy_jax.models.config import MixtureConfig
 from lmdeploy_jax.models.kernels import Kernels
 
 LEAST_OUTPUTS = 8  # of a linear layer that is quantised: smaller ones gain nothing
@@ -39,16 +39,12 @@ class Plan:
 
     @cached_property
     def models(self) -> list[LayerModel]:
-        """Of each layer; those alike share one."""
+        """Of each layer."""
         config = self.source.config
         mixtures = any(isinstance(layer.mlp, MixtureConfig) for layer in config.layers)
         # Kernels of experts do not show what each one is given.
         kernels = Kernels("pallas" if jax.default_backend() == "gpu" and not mixtures else "xla")
-        made: dict[LayerConfig, LayerModel] = {}
-        for layer in config.layers:
-            if layer not in made:
-                made[layer] = LayerModel(config, layer, self.dtype, kernels)
-        return [made[layer] for layer in config.layers]
+        return [layer_model(config, layer, self.dtype, kernels) for layer in config.layers]
 
     @cached_property
     def targets(self) -> list[list[str]]:
@@ -101,6 +97,11 @@ class Plan:
                         f"--w-group-size {group} does not divide the {width} inputs of {module} in layer {i}"
                         f"; take {fits}"
                     )
+
+    def check_runs(self, name: str) -> None:
+        """Raises UnsupportedModelError, of the model `name`, where a layer does not run alone."""
+        for model in self.models:
+            model.check_runs(name)
 
     def _columns(self, index: int, module: str) -> int:
         sources = self.source.layers[index][module + WEIGHT].assembly.sources

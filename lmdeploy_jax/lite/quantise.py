@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lmdeploy_jax.converters.formats import recognise
+from lmdeploy_jax.converters.formats.reader import QuantReader
 from lmdeploy_jax.converters.formats.scheme import is_float
+from lmdeploy_jax.converters.safetensors import CheckpointReader
+from lmdeploy_jax.converters.text_part import TextPartReader
+from lmdeploy_jax.lite.calibration import Calibration
 from lmdeploy_jax.lite.layouts import Tensors
 from lmdeploy_jax.lite.methods import Method, options
 from lmdeploy_jax.lite.plan import Plan
@@ -25,19 +31,6 @@ from lmdeploy_jax.lite.writer import Writer
 
 log = logging.getLogger("lmdeploy_jax")
 OnLayer = Callable[[int, int, Sequence[Error]], None]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Token ids [samples, length] that a model is run on, how many samples at a time, and their origin."""
-
-    windows: np.ndarray
-    batch_size: int
-    source: str
-
-    def __str__(self) -> str:
-        samples, length = self.windows.shape
-        return f"{samples} samples of {length} tokens, {self.source}"
 
 
 @dataclass(frozen=True)
@@ -60,8 +53,9 @@ class Job:
         source = open_source(self.folder)
         plan = Plan(source, self.method)
         plan.check()
+        if self.calibration is not None:
+            plan.check_runs(self.name)
         work = _Work(self, plan)
-        work.check()
         writer = Writer(
             self.out, self.folder, self._identity(source), len(source.config.layers) + 1, force=force
         )
@@ -100,12 +94,6 @@ class _Work:
     def __init__(self, job: Job, plan: Plan) -> None:
         self.job, self.plan, self.source, self.method = job, plan, plan.source, job.method
 
-    def check(self) -> None:
-        """Raises UnsupportedModelError where a layer does not run alone and has to."""
-        if self.job.calibration is not None:
-            for model in self.plan.models:
-                model.check_runs(self.job.name)
-
     def write(self, writer: Writer, on_layer: OnLayer) -> None:
         """All shards that are not there yet."""
         if not writer.has(0):
@@ -113,20 +101,43 @@ class _Work:
         calibration, stream = self.job.calibration, None
         if calibration is not None and self.method.calibrates:
             stream = Stream(self.source, calibration.windows, calibration.batch_size, self.plan.dtype)
-        for i, model in enumerate(self.plan.models):
-            errors: list[Error] = []
-            if stream is not None or not writer.has(i + 1):
-                weights = LayerWeights(model, self.source.layers[i])
-                if stream is not None:
-                    weights.found = stream.advance(model, weights.arrays)
-                if not writer.has(i + 1):
-                    tensors, errors = self._layer(i, weights)
-                    writer.write(i + 1, tensors, [asdict(error) for error in errors])
+        for i in range(len(self.plan.models)):
+            errors = self._step(i, writer, stream) if stream is not None or not writer.has(i + 1) else []
             on_layer(i + 1, len(self.plan.models), errors)
+
+    def _step(self, index: int, writer: Writer, stream: Stream | None) -> list[Error]:
+        """Writes a layer, unless it is there, and leads calibration's tokens through it."""
+        model, written = self.plan.models[index], writer.has(index + 1)
+        weights = LayerWeights(model, self.source.layers[index], self.job.dtype)
+        if stream is not None and not self.method.feeds_back:
+            weights.found = stream.advance(model, weights.arrays)
+        elif stream is not None and not written:
+            weights.found = stream.observe(model, weights.arrays)
+        errors: list[Error] = []
+        if not written:
+            tensors, errors = self._layer(index, weights)
+            writer.write(index + 1, tensors, [asdict(error) for error in errors])
+        if stream is not None and self.method.feeds_back:
+            stream.advance(model, self._read_back(index, writer.out))
+        return errors
+
+    def _read_back(self, index: int, out: Path) -> dict[str, jax.Array]:
+        """The layer's weights as the shards have them: what was interrupted goes on with the same."""
+        model, settings = self.plan.models[index], self.method.layout.settings(())
+        quantisation = recognise({"quantization_config": settings}, str(out))
+        assert quantisation is not None
+        with CheckpointReader(out) as files:
+            text = files if self.source.text is None else TextPartReader(files)
+            reader = QuantReader(text, quantisation)
+            return {
+                name: jnp.asarray(replace(leaf, reader=reader).read((), np.dtype(model.dtypes[name])))
+                for name, leaf in self.source.layers[index].items()
+            }
 
     def _layer(self, index: int, weights: LayerWeights) -> tuple[Tensors, list[Error]]:
         """The tensors of a layer's shard."""
         self.method.prepare(weights)
+        self._tell_unseen(index, weights)
         tensors: Tensors = {}
         errors = []
         for module in self.plan.targets[index]:
@@ -141,6 +152,15 @@ class _Work:
         for name in sorted(kept):
             tensors |= self._kept(name, weights)
         return tensors, errors
+
+    def _tell_unseen(self, index: int, weights: LayerWeights) -> None:
+        for module, found in weights.found.items():
+            unseen = int((np.asarray(found.count) == 0).sum())
+            if unseen:
+                log.warning(
+                    "layer %d, %s: no token came by %d of %d experts, which are rounded to the nearest",
+                    index, module, unseen, found.count.size,
+                )  # fmt: skip
 
     def _rounded(self, matrix: Matrix, rounded: Rounded, plain: np.dtype) -> Tensors:
         found = {}

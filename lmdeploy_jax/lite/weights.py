@@ -40,15 +40,20 @@ class Matrix:
 
 
 class LayerWeights:
-    """The weights of one layer as read, what calibration has found, and the scales folded in so far."""
+    """The weights of one layer as read, what calibration has found, and the scales folded in so far.
 
-    def __init__(self, model: LayerModel, leaves: Mapping[str, Leaf]) -> None:
+    plain: the dtype of tensors that are not quantised; None: as the checkpoint has them.
+    """
+
+    def __init__(self, model: LayerModel, leaves: Mapping[str, Leaf], plain: np.dtype | None = None) -> None:
         self.model, self.leaves = model, leaves
         self.arrays: dict[str, Array] = {
             name: jnp.asarray(leaf.read((), np.dtype(model.dtypes[name]))) for name, leaf in leaves.items()
         }
         """By name within the layer, as they are read: what is folded is not in them."""
         self.found: Found = {}
+        self._plain = plain
+        self._put: dict[str, Array] = {}
         self._columns: dict[str, Array] = {}
         self._rows: dict[str, Array] = {}
 
@@ -60,22 +65,32 @@ class LayerWeights:
         """What the leaf `name`, a weight or a vector, gives is multiplied by `scales`."""
         self._rows[name] = self._rows.get(name, 1.0) * scales
 
+    def put(self, name: str, array: Float32[Array, "..."]) -> None:
+        """The leaf `name` is another from now on."""
+        self._put[name] = array
+
+    def stored(self, name: str, array: Float32[Array, "..."]) -> Float32[Array, "..."]:
+        """Rounded as the checkpoint's tensor of the leaf `name` will hold it."""
+        leaf = self.leaves[name]
+        dtype = leaf.reader.info(next(iter(leaf.names.values()))).dtype
+        return array.astype(self._plain or dtype).astype(jnp.float32)
+
     def wide(self, name: str) -> Float32[Array, ...]:
         """A leaf in float32, with all that is folded in, in its own shape."""
-        array = self.arrays[name].astype(jnp.float32)
+        array = self._put[name] if name in self._put else self.arrays[name].astype(jnp.float32)
         if name in self._rows:
             rows = self._rows[name]
             array = array * rows.reshape(*rows.shape, *(1,) * (array.ndim - rows.ndim))
         if name in self._columns:
             columns = self._columns[name]
-            outer = array.ndim - (columns.ndim if columns.ndim > 1 else self._inner(name))
+            outer = array.ndim - self._inner(name)
             shape = (*columns.shape[:-1], *(1,) * (outer - columns.ndim + 1), *array.shape[outer:])
             array = array * columns.reshape(shape)
         return array
 
     def changed(self) -> set[str]:
         """The leaves into which something is folded."""
-        return self._columns.keys() | self._rows.keys()
+        return self._columns.keys() | self._rows.keys() | self._put.keys()
 
     def matrices(self, module: str, *, folded: bool = True) -> Iterator[Matrix]:
         """The matrices of a linear layer, one, or as many as there are experts, with what is folded in or

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from lmdeploy_jax.messages import Response
 from lmdeploy_jax.server.chat.deltas import Answer, Delta
 from lmdeploy_jax.server.chat.reader import AnswerReader, ReaderFactory
@@ -63,13 +61,11 @@ class Answers:
     def close(self) -> None:
         self.generation.close()
 
-    async def complete(self, watch: Callable[[Delta], object] | None = None) -> list[Answer]:
-        """All answers as wholes, in order. watch: is shown each delta."""
+    async def complete(self) -> list[Answer]:
+        """All answers as wholes, in order."""
         parts: dict[int, list[Delta]] = {}
         async for deltas in self:
             for delta in deltas:
-                if watch is not None:
-                    watch(delta)
                 parts.setdefault(delta.choice, []).append(delta)
         return [_whole(parts[choice]) for choice in sorted(parts)]
 

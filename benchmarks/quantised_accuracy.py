@@ -1,0 +1,107 @@
+"""What `lite` costs tiny-chat: python -m benchmarks.quantised_accuracy [--only awq,fp8] [--count 50]
+
+Writes tiny-chat in every format, and a copy of it with three outlier channels (there, two norms of each layer
+give what is 50 times as large, and the weights that read it are 50 times as small), into a folder, and prints
+a row of a Markdown table for each: perplexity of the answers to held-out prompts, how far the chances of each
+token diverge from the original's, share of the prompts that are answered exactly, seconds of quantising.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from benchmarks.tiny_chat_judge import Judge
+from lmdeploy_jax import JaxEngineConfig, Pipeline
+from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.bench.accuracy import accuracy
+from lmdeploy_jax.lite.awq import Awq
+from lmdeploy_jax.lite.calibration import Calibration
+from lmdeploy_jax.lite.gptq import Gptq
+from lmdeploy_jax.lite.methods import Fp8, Method
+from lmdeploy_jax.lite.quantise import Job
+from lmdeploy_jax.lite.smooth_quant import SmoothQuant
+from lmdeploy_jax.lite.texts import Texts
+
+CHANNELS, FACTOR = 3, 50.0
+READERS: Mapping[str, tuple[str, ...]] = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+SAMPLES, LENGTH = 128, 512
+HEAD = """| | perplexity | divergence, 1e-3 nats | exact answers | seconds |
+|---|---|---|---|---|"""
+
+
+def with_outliers(folder: Path) -> Path:
+    """A copy of tiny-chat in `folder` that computes the same, through channels with very large inputs."""
+    shutil.copytree(TINY_CHAT, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("layernorm.weight")]:
+        layer, _, norm = name.removesuffix(".weight").rpartition(".")
+        wide = tensors[name].astype(np.float32)
+        largest = np.argsort(-np.abs(wide))[:CHANNELS]
+        wide[largest] *= FACTOR
+        tensors[name] = wide.astype(np.float32)
+        for reader in READERS[norm]:
+            weight = tensors[f"{layer}.{reader}.weight"].astype(np.float32)
+            weight[:, largest] /= FACTOR
+            tensors[f"{layer}.{reader}.weight"] = weight
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def methods() -> Iterator[tuple[str, Method, bool]]:
+    """Name, method, whether it is calibrated."""
+    for group in (128, 32):
+        yield f"nearest {group}", Awq(group), False
+        yield f"awq {group}", Awq(group), True
+        yield f"nearest symmetric {group}", Gptq(group), False
+        yield f"gptq {group}", Gptq(group), True
+    yield "smooth_quant int8", SmoothQuant(), True
+    yield "smooth_quant fp8", SmoothQuant("float8_e4m3fn"), True
+    yield "fp8", Fp8(), False
+
+
+def judged(name: str, folder: Path, seconds: float, judge: Judge, count: int) -> str:
+    """A row of the table."""
+    perplexity, apart = judge.judge(folder)
+    with Pipeline(str(folder), JaxEngineConfig(dtype="float32", session_len=1024)) as pipe:
+        shares = accuracy(pipe, count)
+    exact = 100 * sum(shares.values()) / len(shares)
+    return f"| {name} | {perplexity:.4f} | {1000 * apart:.2f} | {exact:.2f} % | {seconds:.1f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", help="words, of which a row's name has one")
+    parser.add_argument("--count", type=int, default=50, help="prompts a task")
+    options = parser.parse_args()
+    judge = Judge(options.count)
+    words = options.only.split(",") if options.only else [""]
+    with tempfile.TemporaryDirectory() as root:
+        outliers = with_outliers(Path(root, "outliers"))
+        print(HEAD, flush=True)
+        windows = Texts(TINY_CHAT).built_in(SAMPLES, LENGTH)
+        for model, folder in (("", TINY_CHAT), ("outliers: ", outliers)):
+            if any(word in f"{model}original" for word in words):
+                print(judged(f"{model}original", folder, 0, judge, options.count), flush=True)
+            for name, method, calibrated in methods():
+                if not any(word in model + name for word in words):
+                    continue
+                start, out = time.perf_counter(), Path(root, f"{model}{name}".replace(" ", "-"))
+                calibration = Calibration(windows, 8, "its own tasks") if calibrated else None
+                Job("tiny-chat", folder, out, method, calibration).run()
+                taken = time.perf_counter() - start
+                print(judged(model + name, out, taken, judge, options.count), flush=True)
+
+
+if __name__ == "__main__":
+    main()

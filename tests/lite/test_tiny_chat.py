@@ -1,0 +1,58 @@
+"""tiny-chat in the formats of `lite`: what it loses, and how much of that calibration wins back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quantised_accuracy import with_outliers
+from benchmarks.tiny_chat_judge import Judge
+from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.lite.awq import Awq
+from lmdeploy_jax.lite.calibration import Calibration
+from lmdeploy_jax.lite.gptq import Gptq
+from lmdeploy_jax.lite.methods import Method
+from lmdeploy_jax.lite.quantise import Job
+from lmdeploy_jax.lite.smooth_quant import SmoothQuant
+from lmdeploy_jax.lite.texts import Texts
+
+GROUP = 32
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return Calibration(Texts(TINY_CHAT).built_in(16, 192), 8, "its own tasks")
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge(1)
+
+
+def _made(folder: Path, method: Method, calibration: Calibration | None, source: Path = TINY_CHAT) -> Path:
+    Job("tiny-chat", source, folder, method, calibration).run()
+    return folder
+
+
+@pytest.mark.parametrize("method", [Awq(GROUP), Gptq(GROUP)], ids=lambda method: method.name)
+def test_calibration_is_better_than_rounding_to_the_nearest(
+    method: Method, calibration: Calibration, judge: Judge, tmp_path: Path
+) -> None:
+    found = judge.judge(_made(tmp_path / "found", method, calibration))[1]
+    assert 0 < found < 0.9 * judge.judge(_made(tmp_path / "nearest", method, None))[1]
+
+
+def test_awq_saves_channels_with_large_inputs(calibration: Calibration, judge: Judge, tmp_path: Path) -> None:
+    outliers = with_outliers(tmp_path / "outliers")
+    assert judge.judge(outliers)[1] < 1e-4
+    nearest = judge.judge(_made(tmp_path / "nearest", Awq(128), None, outliers))[1]
+    found = judge.judge(_made(tmp_path / "found", Awq(128), calibration, outliers))[1]
+    assert found < nearest / 2
+
+
+@pytest.mark.parametrize("own_layout", [False, True])
+def test_smooth_quant_loses_next_to_nothing(
+    own_layout: bool, calibration: Calibration, judge: Judge, tmp_path: Path
+) -> None:
+    assert judge.judge(_made(tmp_path / "smooth", SmoothQuant("int8", own_layout), calibration))[1] < 1e-3
