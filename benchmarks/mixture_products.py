@@ -6,8 +6,9 @@ Each kernel is first held against `xla.py`, all of them before any is timed. The
 profiler, of many choices of experts, so that no weight stays in the cache; beside them the floor, the bytes
 that must be read at --bandwidth, and what was expected before measuring. `--tokens` and `--kernels` time some
 of it: the kernels of a fused mixture (`fused.*`) stand beside those that they would replace, and `try.*` are
-other cuts of the same kernels, for few tokens and for few sequences. `--interpret` runs the checks alone, on
-a CPU, for shapes cut small.
+other cuts of the same kernels, for few tokens and for few sequences, and of quantised weights for many
+tokens. `--formats` takes weights in these formats, where their groups divide a shape's columns. `--interpret`
+runs the checks alone, on a CPU, for shapes cut small.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.expert_formats import FORMATS, bytes_of, cuts, draw
 from lmdeploy_jax.bench.device_time import Case, device_seconds
 from lmdeploy_jax.models.mixture import EXACT_PARTS
 from lmdeploy_jax.pallas_kernels.grouped_matmul import (
@@ -40,7 +42,10 @@ from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention
 from lmdeploy_jax.pallas_kernels.latent_attention import pallas as latent_pallas
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 from lmdeploy_jax.pallas_kernels.topk_routing import TopK, topk_routing
+
+Weight = jax.Array | Quantised
 
 ROWS = (1, 8, 32, 64, 128, 256, 1024, 8192)
 CHOICES = 6  # draws of experts that a time is the mean of
@@ -67,14 +72,17 @@ class Mixture:
     hidden: int
     inner: int
     latent_heads: int | None = None
+    format: str = "bf16"
 
-    def weights(self) -> tuple[jax.Array, jax.Array]:
+    def weights(self) -> tuple[Weight, Weight]:
         keys = jax.random.split(jax.random.key(0), 2)
         both, down = (self.experts, 2, self.inner, self.hidden), (self.experts, self.hidden, self.inner)
-        return tuple(
-            jax.random.normal(key, shape, "bfloat16") * 0.02
-            for key, shape in zip(keys, (both, down), strict=True)
-        )
+        form = FORMATS[self.format]
+        return draw(form, keys[0], *both), draw(form, keys[1], *down)
+
+    def has_format(self) -> bool:
+        form = FORMATS[self.format]
+        return form is None or form.group is None or not (self.hidden % form.group or self.inner % form.group)
 
 
 SHAPES = {
@@ -106,10 +114,10 @@ class Layer:
     def group(self, experts: jax.Array) -> Any:
         return group_rows(experts.reshape(-1), self.shape.experts, backend=self.backend)
 
-    def gate_and_up(self, x: jax.Array, groups: Any, weight: jax.Array) -> jax.Array:
+    def gate_and_up(self, x: jax.Array, groups: Any, weight: Weight) -> jax.Array:
         return gated_grouped_matmul(x, weight, groups, gating=gated, backend=self.backend)
 
-    def add_up(self, inner: jax.Array, groups: Any, scales: jax.Array, weight: jax.Array) -> jax.Array:
+    def add_up(self, inner: jax.Array, groups: Any, scales: jax.Array, weight: Weight) -> jax.Array:
         dtype = jnp.float32 if self.tokens <= EXACT_PARTS else jnp.bfloat16
         return weighted_grouped_matmul(inner, weight, groups, scales, out_dtype=dtype, backend=self.backend)
 
@@ -119,10 +127,12 @@ class Layer:
     def fuses(self) -> bool:
         """Whether a fused mixture can do it."""
         shape = self.shape
+        if shape.format != "bf16":
+            return False
         weight = (shape.experts, 2, shape.inner, shape.hidden)
         return not why_not_fused(self.tokens, shape.choices, weight, "bfloat16", biased=False)
 
-    def whole(self, x: jax.Array, logits: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    def whole(self, x: jax.Array, logits: jax.Array, gate_up: Weight, down: Weight) -> jax.Array:
         experts, scales = self.route(logits)
         groups = self.group(experts)
         inner = self.gate_and_up(x, groups, gate_up)
@@ -225,18 +235,19 @@ def times(name: str, shape: Mixture, args: argparse.Namespace) -> Iterator[str]:
         cases = cases_of(layer, logits, routes, weights)
         if layer.fuses() and "fused" in args.kernels:
             cases |= fused_cases(layer, routes, weights)
-        if tokens <= FEW_TOKENS and "try" in args.kernels:
+        if "try" in args.kernels:
             cases |= other_cuts(layer, routes, weights)
         cases = {kernel: case for kernel, case in cases.items() if kernel.split(".")[0] in args.kernels}
         for kernel, seconds in zip(cases, device_seconds(list(cases.values())), strict=True):
             part = {"gate_up": 2, "down": 1}.get(kernel.split(" ")[0].split(".")[-1], 0)
-            read = 2 * touched * part * shape.hidden * shape.inner / args.bandwidth / 1e12
+            read = touched * (bytes_of(weights[2 - part]) if part else 0) / shape.experts
+            read /= args.bandwidth * 1e12
             work = 2 * tokens * shape.choices * part * shape.hidden * shape.inner / ARITHMETIC
             yield line(f"{name} {kernel}, {tokens} tokens, {touched:.1f} experts", seconds, read, work)
 
 
 def cases_of(
-    layer: Layer, logits: list[jax.Array], routes: list[Any], weights: tuple[jax.Array, jax.Array]
+    layer: Layer, logits: list[jax.Array], routes: list[Any], weights: tuple[Weight, Weight]
 ) -> dict[str, Case]:
     groups, shape = [layer.group(experts) for experts, _ in routes], layer.shape
     rows = layer.tokens * shape.choices
@@ -285,22 +296,24 @@ def fused_cases(layer: Layer, routes: list[Any], weights: tuple[jax.Array, jax.A
     }
 
 
-def other_cuts(layer: Layer, routes: list[Any], weights: tuple[jax.Array, jax.Array]) -> dict[str, Case]:
-    """Both products of few tokens, cut otherwise."""
+def other_cuts(layer: Layer, routes: list[Any], weights: tuple[Weight, Weight]) -> dict[str, Case]:
+    """Both products cut otherwise; plain ones of few tokens alone."""
     shape, groups = layer.shape, [layer.group(experts) for experts, _ in routes]
     rows = layer.tokens * shape.choices
     height = group_tile_rows(rows, shape.experts, "pallas")
     inner = jax.random.normal(jax.random.key(8), (rows, shape.inner), "bfloat16")
     cases = {}
-    for cut in CUTS:
+    few, plain = layer.tokens <= FEW_TOKENS, shape.format == "bf16"
+    for cut in (CUTS if few else []) if plain else cuts(weights[0], few=few):
         how = f"{cut.block_out} x {cut.block_in}, {cut.num_warps} warps, {cut.num_stages} stages"
 
-        def gate_up(x: jax.Array, each: Any, weight: jax.Array, cut: Any = cut) -> jax.Array:
+        def gate_up(x: jax.Array, each: Any, weight: Weight, cut: Any = cut) -> jax.Array:
             arrays = (x, weight, None, each, gated, height)
             return pallas.gated_grouped_matmul(*arrays, tuning=cut, interpret=False)
 
-        def down(inner: jax.Array, each: Any, scales: jax.Array, weight: jax.Array, cut: Any = cut) -> Any:
-            arrays = (inner, weight, None, each, scales, height, jnp.float32)
+        def down(inner: jax.Array, each: Any, scales: jax.Array, weight: Weight, cut: Any = cut) -> Any:
+            dtype = jnp.float32 if layer.tokens <= EXACT_PARTS else jnp.bfloat16
+            arrays = (inner, weight, None, each, scales, height, dtype)
             return pallas.weighted_grouped_matmul(*arrays, tuning=cut, interpret=False)
 
         pairs = list(zip(groups, (scales for _, scales in routes), strict=True))
@@ -336,10 +349,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=_numbers, default=ROWS, help="that are timed, as in 1,32")
     parser.add_argument("--checked", type=_numbers, default=(1, 33, 300, 2000), help="tokens of the checks")
     parser.add_argument("--kernels", type=_kernels, default=KERNELS, help=f"some of {', '.join(KERNELS)}")
+    parser.add_argument("--formats", type=_formats, default=("bf16",), help=f"some of {', '.join(FORMATS)}")
     args = parser.parse_args()
-    shapes = {name: SHAPES[name] for name in args.shapes.split(",")}
-    if args.interpret:
-        shapes = {n: replace(s, experts=6, choices=2, hidden=96, inner=72) for n, s in shapes.items()}
+    shapes = dict(shapes_of(args.shapes.split(","), args.formats, small=args.interpret))
     backend, rows = ("pallas_interpret", (1, 20)) if args.interpret else ("pallas", args.checked)
     right = [check(name, shape, rows, backend) for name, shape in shapes.items()]
     if args.interpret or not all(right):
@@ -351,14 +363,33 @@ def main() -> None:
             print(told, flush=True)
 
 
+def shapes_of(names: list[str], formats: tuple[str, ...], *, small: bool) -> Iterator[tuple[str, Mixture]]:
+    """Each in each format that it has."""
+    for name, form in itertools.product(names, formats):
+        cut = {"experts": 6, "choices": 2, "hidden": 384, "inner": 256} if small else {}
+        shape = replace(SHAPES[name], format=form, **cut)
+        if form != "bf16":
+            yield from [(f"{name} {form}", replace(shape, latent_heads=None))] if shape.has_format() else ()
+        else:
+            yield name, replace(shape, hidden=96, inner=72) if small else shape
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    return _known(text, tuple(FORMATS))
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
 def _kernels(text: str) -> tuple[str, ...]:
+    return _known(text, KERNELS)
+
+
+def _known(text: str, choices: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if unknown := set(names) - set(KERNELS):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(KERNELS)}")
+    if unknown := set(names) - set(choices):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(choices)}")
     return names
 
 

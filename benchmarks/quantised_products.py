@@ -39,20 +39,39 @@ from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 FORMATS = {**quantised.FORMATS, "fp8_blocks": quantised.FP8_BLOCKS}
 SIXTEEN_BITS = 2**-7  # the share by which a number's neighbours in bfloat16 differ at most
 PARTS_ERROR, ROUNDED_ERROR = 1e-4, 6e-3  # of sums in f32 in another order, and of 16 bits
+NORMED_ERROR = 1e-2  # of 16 bits, where `xla.py` norms in f32
 EXPECTED = {  # microseconds on an H200 for Llama-3-8B's shapes at `ROWS`, guessed before measuring
-    "fp8": {"qkv": (9.5, 9.8, 11.5), "o": (7.5, 8, 9.5), "gate_up": (31, 31.5, 36), "down": (17.5, 18, 22)},
-    "smooth_quant": {"qkv": (9, 9.3, 11), "o": (7, 7.5, 9), "gate_up": (31, 31, 34), "down": (17, 17.5, 21)},
+    "fp8": {
+        "qkv": (9.5, 9.8, 11.5),
+        "o": (7.5, 8, 9.5),
+        "gate_up": (31, 31.5, 36),
+        "down": (17.5, 18, 22),
+        "norm_qkv": (11,),
+        "norm_gate_up": (32,),
+    },
+    "smooth_quant": {
+        "qkv": (9, 9.3, 11),
+        "o": (7, 7.5, 9),
+        "gate_up": (31, 31, 34),
+        "down": (17, 17.5, 21),
+        "norm_qkv": (10.5,),
+        "norm_gate_up": (31,),
+    },
     "fp8_blocks": {
         "qkv": (10, 10.5, 14, 16, 16, 45, 180),
         "o": (8, 8.5, 12, 16, 16, 30, 120),
         "gate_up": (32, 33, 45, 34, 62, 210, 830),
         "down": (18, 19, 28, 52, 52, 105, 415),
+        "norm_qkv": (12,),
+        "norm_gate_up": (37,),
     },
     "awq": {
         "qkv": (9.5, 10, 14, 24, 24, 68, 270),
         "o": (8, 8.5, 11, 24, 24, 46, 180),
         "gate_up": (27, 30, 45, 50, 95, 310, 1230),
         "down": (16, 17, 24, 80, 80, 160, 630),
+        "norm_qkv": (11,),
+        "norm_gate_up": (30,),
     },
 }
 ROWS = quant_tune.TOKENS + quant_tune.MANY_TOKENS
@@ -61,11 +80,16 @@ SMALL = {1: 2.2, 64: 2.5}  # the same of a rounding, alone or with the norm, by 
 
 def check(product: Quantised, measured: Measurement) -> float:
     """The error of the fastest cut, as a share of the product of `xla.py`."""
-    leaves, x = product.weight(jax.random.key(3)), product.rows(measured.tokens, measured.tiling)
-    plain = Quantised(product.shape, product.held, "xla")
-    got, want = (
-        np.asarray(jax.jit(way.function(measured.tiling))(x, leaves), np.float64) for way in (product, plain)
-    )
+    leaves, tiling = product.weight(jax.random.key(3)), measured.tiling
+    ways, results = (product, Quantised(product.shape, product.held, "xla")), []
+    for way in ways:
+        if product.shape.normed:
+            assert isinstance(tiling, Tiling)
+            _, found = jax.jit(way.normed(tiling, tuning.UNTUNED))(*product.normed_arguments(), leaves)
+        else:
+            found = jax.jit(way.function(tiling))(product.rows(measured.tokens, tiling), leaves)
+        results.append(np.asarray(found, np.float64))
+    got, want = results
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
@@ -161,14 +185,17 @@ def first_checks(names: list[str], products: dict[str, Shape], backend: str) -> 
 
 def one_cut(product: Quantised) -> list[Measurement]:
     """A cut that any shape has, untimed, with rows that fill no tile."""
-    shape = product.shape
-    tiling = Tiling(64, 128, 2 if shape.kind == "parts" else 1, 4, 3)
-    return [Measurement(product.held.name, shape.kind, shape.out, shape.inner, 3, tiling, 1.0, 1.0)]
+    shape, widens = product.shape, product.shape.normed and product.held.activations is not None
+    tiling = Tiling(64, 128, 2 if shape.kind == "parts" else 1, 4, 3, widens=widens)
+    tokens = 1 if shape.normed else 3
+    return [Measurement(product.held.name, shape.kind, shape.out, shape.inner, tokens, tiling, 1.0, 1.0)]
 
 
-def measure(name: str, shape_name: str, product: Quantised) -> Iterator[Measurement]:
+def measure(
+    name: str, shape_name: str, product: Quantised, wanted: list[int], known: Tuning
+) -> Iterator[Measurement]:
     """Times, checks and prints a product; gives the fastest right cut for each number of rows."""
-    for tokens, timed in times(product):
+    for tokens, timed in times(product, wanted, known):
         while timed:
             (best,) = tune.fastest(product.held.name, product.shape, {tokens: timed})
             error = 0.0 if best.tiling is None else check(product, best)
@@ -189,21 +216,32 @@ def line(name: str, shape_name: str, product: Quantised, best: Measurement, erro
     )
 
 
-def times(product: Quantised) -> Iterator[tuple[int, dict[Candidate, float | None]]]:
+def times(
+    product: Quantised, wanted: list[int], known: Tuning
+) -> Iterator[tuple[int, dict[Candidate, float | None]]]:
     """Seconds of every cut, few rows and many by themselves: what fails with one leaves the other."""
     if product.backend != "pallas":
         (cut,) = one_cut(product)
         yield cut.tokens, {None: 1.0, cut.tiling: 1e-6}
         return
-    for tokens in (TOKENS, quant_tune.tokens_of(product.held)[len(TOKENS) :]):
+    if product.shape.normed:
+        yield from quant_tune.measure_normed(product.shape, product.held, known).items()
+        return
+    few, many = TOKENS, quant_tune.tokens_of(product.held)[len(TOKENS) :]
+    for tokens in ([count for count in counts if count in wanted] for counts in (few, many)):
         try:
-            yield from quant_tune.measure(product.shape, product.held, tokens).items()
-        except Exception:  # the others are still worth the machine's time
-            traceback.print_exc()
+            if tokens:
+                yield from quant_tune.measure(product.shape, product.held, tokens).items()
+        except jax.errors.JaxRuntimeError as error:
+            if "CUDA_ERROR" in str(error):  # nothing more will run in this process
+                raise SystemExit(f"a kernel broke the device: {str(error)[:500]}") from error
+            traceback.print_exc()  # the others are still worth the machine's time
 
 
 def most(product: Quantised, best: Measurement) -> float:
     """The error that a product may have, as a share of all of it."""
+    if product.shape.normed:
+        return NORMED_ERROR
     rounds = product.held.activations is not None and not product.shape.after_norm
     whole = best.kind != "parts" or (isinstance(best.tiling, StreamTiling) and best.tiling.splits == 1)
     return ROUNDED_ERROR if rounds or whole else PARTS_ERROR
@@ -226,6 +264,7 @@ def main() -> None:
     parser.add_argument("model", help=f"a shape: {', '.join(shapes.names())}")
     parser.add_argument("--formats", default="fp8,smooth_quant,awq,fp8_blocks", help=", ".join(FORMATS))
     parser.add_argument("--products", default=",".join(quant_tune.QUANTISED))
+    parser.add_argument("--tokens", default=",".join(map(str, ROWS)), help="numbers of rows")
     parser.add_argument("--only_times", action="store_true")
     parser.add_argument("--tuning_dir", type=Path, default=None)
     parser.add_argument("--interpret", action="store_true")
@@ -239,10 +278,12 @@ def main() -> None:
         first_checks(args.formats.split(","), products, backend)
     path = (args.tuning_dir or tuning_dir()) / tuning.file_name(jax.devices()[0].device_kind)
     table = tuning.read(path) if path.exists() else tuning.UNTUNED
+    shipped, tokens = tuning.load(jax.devices()[0].device_kind), [int(t) for t in args.tokens.split(",")]
     if not args.interpret and not args.only_times:
         table = replace(table, rounding=print_small(config.hidden_size, products))
     for name, (shape_name, shape) in itertools.product(args.formats.split(","), products.items()):
-        found = measure(name, shape_name, Quantised(shape, FORMATS[name].held(shape.inner), backend))
+        product, known = Quantised(shape, FORMATS[name].held(shape.inner), backend), shipped.merged(table)
+        found = measure(name, shape_name, product, tokens, known)
         table = table.merged(Tuning(tuple(found)))
         if not args.interpret:
             tuning.write(path, table)

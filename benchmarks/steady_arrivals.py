@@ -12,6 +12,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from lmdeploy_jax import JaxEngineConfig
@@ -41,22 +42,36 @@ class Runner:
         return [b - a for a, b in itertools.pairwise(times)]
 
 
-def measure(engine: Engine, running: int, prompt: int, every: float, seconds: float) -> dict[str, float]:
+class Arrival:
+    """A prompt of which one token is wanted; `first`: seconds until it came."""
+
+    def __init__(self, engine: Engine, prompt: EncodedPrompt) -> None:
+        self.first: float | None = None
+        self._begun = time.perf_counter()
+        engine.submit(Request(prompt, SamplingParams(max_new_tokens=1), self._note))
+
+    def _note(self, out: StepOutput) -> None:
+        if self.first is None:
+            self.first = time.perf_counter() - self._begun
+
+
+def drawn(rng: random.Random, length: int) -> Prompt:
+    return [rng.randrange(300, 500) for _ in range(length)]
+
+
+def measure(
+    engine: Engine, running: int, arriving: Sequence[EncodedPrompt], every: float, quiet_seconds: float
+) -> dict[str, float]:
+    """The prompts come one after the other, in intervals of `every` seconds."""
     rng = random.Random(0)
-
-    def draw(length: int) -> Prompt:
-        return [rng.randrange(300, 2000) for _ in range(length)]
-
-    runners = [Runner(engine, draw(64)) for _ in range(running)]
+    runners = [Runner(engine, drawn(rng, 64)) for _ in range(running)]
     while min(len(runner.times) for runner in runners) < SETTLING:
         time.sleep(0.001)
     quiet_from = time.perf_counter()
-    time.sleep(seconds)
-    busy_from = time.perf_counter()
-    for i in range(int(seconds / every)):
-        engine.submit(
-            Request(EncodedPrompt(draw(prompt)), SamplingParams(max_new_tokens=1), lambda out: None)
-        )
+    time.sleep(quiet_seconds)
+    busy_from, arrivals = time.perf_counter(), []
+    for i, prompt in enumerate(arriving):
+        arrivals.append(Arrival(engine, prompt))
         time.sleep(max(busy_from + (i + 1) * every - time.perf_counter(), 0))
     end = time.perf_counter()
     for runner in runners:
@@ -70,6 +85,7 @@ def measure(engine: Engine, running: int, prompt: int, every: float, seconds: fl
         "mean_ratio": statistics.fmean(busy) / median,
         "p99_ratio": busy[int(0.99 * len(busy))] / median,
         "max_ratio": busy[-1] / median,
+        "first_ms": 1e3 * statistics.median(each.first or every for each in arrivals),
     }
 
 
@@ -89,8 +105,10 @@ def main() -> None:
     engine = Engine(folder, config, progress=False)
     try:
         for running in map(int, args.running.split(",")):
-            measure(engine, running, args.prompt, args.every, 0.5)
-            found = measure(engine, running, args.prompt, args.every, args.seconds)
+            for seconds in (0.5, args.seconds):
+                count = int(seconds / args.every)
+                prompts = [EncodedPrompt(drawn(random.Random(i + 1), args.prompt)) for i in range(count)]
+                found = measure(engine, running, prompts, args.every, seconds)
             figures = {name: round(value, 2) for name, value in found.items()}
             print(json.dumps({"model": args.model, "prompt": args.prompt, "every_s": args.every} | figures))
     finally:

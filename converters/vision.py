@@ -41,18 +41,19 @@ def load_vision(
     *,
     dtype: str = "auto",
     mesh: Mesh | None = None,
+    backend: str = "xla",
     hf_overrides: Mapping[str, Any] | None = None,
 ) -> LoadedVisionModel:
     """Reads tower and projector onto the mesh's devices (default: JAX's first), each of which holds them
     whole.
 
-    `dtype` and `hf_overrides` as in `load_model`. Raises CheckpointError and ConfigError.
+    `dtype`, `backend` and `hf_overrides` as in `load_model`. Raises CheckpointError and ConfigError.
     """
     family, config = read_vision(folder, hf_overrides)
     sharding = _whole(mesh)
     platform = (jax.devices() if mesh is None else list(mesh.devices.flat))[0].platform
     wanted = pick_dtype(dtype, stored_dtype(folder), platform)
-    abstract = nnx.eval_shape(lambda: VisionModel(config, dtype=wanted))
+    abstract = nnx.eval_shape(lambda: VisionModel(config, dtype=wanted, backend=backend))
     graphdef, state = nnx.split(abstract)
     specs = _specs(state, sharding)
     with CheckpointReader(folder) as reader:

@@ -32,6 +32,7 @@ from lmdeploy_jax.session import Session, Turn
 from lmdeploy_jax.stream import ResponseStream, start, turn_pieces, with_progress_bar
 
 if TYPE_CHECKING:
+    from lmdeploy_jax.engine.base import EngineBase
     from lmdeploy_jax.engine.io.frontend import Frontend
     from lmdeploy_jax.engine.prepare import PreparedModel
     from lmdeploy_jax.text import ChatTemplateConfig, Tokenizer
@@ -352,11 +353,20 @@ class Pipeline:
 
 
 def open_frontend(model: PreparedModel, max_log_len: int | None = None, *, progress: bool = True) -> Frontend:
-    """A prepared model, loaded into an engine of this process."""
-    from lmdeploy_jax.engine.core.engine import Engine  # brings JAX
+    """A prepared model, loaded into an engine of this process, or with `dp` into several of their own."""
     from lmdeploy_jax.engine.io.frontend import Frontend
 
-    return Frontend.from_engine(Engine(model.folder, model.config, progress=progress), model, max_log_len)
+    return Frontend.from_engine(_open_engine(model, progress), model, max_log_len)
+
+
+def _open_engine(model: PreparedModel, progress: bool) -> EngineBase:
+    if model.config.dp > 1:
+        from lmdeploy_jax.engine.process.replicas import Replicas
+
+        return Replicas(model.folder, model.config, progress=progress)
+    from lmdeploy_jax.engine.core.engine import Engine  # brings JAX
+
+    return Engine(model.folder, model.config, progress=progress)
 
 
 def _with_choices(answers: list[Response]) -> Response:

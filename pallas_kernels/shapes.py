@@ -33,10 +33,11 @@ Softmax = tuple[Row, Row, Float32[Array, "N D"]]
 class Quantised(NamedTuple):
     """A matrix of few bits an element: `(values - zeros) * scales`, G runs of columns with a scale each.
 
-    values: E4M3 or int8, or uint16 words of four 4-bit integers (`models.formats.WeightFormat` has their
-    order). Without zeros, those of 4 bits are 8 and the others 0.
+    values: E4M3 or int8, or uint16 words of four elements of 4 bits (`models.formats.WeightFormat` has their
+    order): integers or, where scales are bytes of E8M0, E2M1. Without zeros, those of 4-bit integers are 8
+    and the others 0.
     """
 
     values: Shaped[Array, "*rows columns"]
-    scales: Float[Array, "G *rows"]
+    scales: Shaped[Array, "G *rows"]
     zeros: Shaped[Array, "G *rows"] | None = None

@@ -70,7 +70,6 @@ def test_a_field_without_a_meaning_warns_by_name(kind, name, value, caplog):
     [
         (TurbomindEngineConfig, "model_format", "gguf"),
         (TurbomindEngineConfig, "quant_policy", 8),
-        (TurbomindEngineConfig, "dp", 2),
         (TurbomindEngineConfig, "cp", 2),
         (TurbomindEngineConfig, "devices", [1]),
         (TurbomindEngineConfig, "rope_scaling_factor", 2.0),

@@ -23,6 +23,7 @@ from lmdeploy_jax.bench.shapes import Tensor
 SHARD_BYTES = 1 << 30
 CHUNK = 4 << 20  # values drawn at once, which bounds the memory of a thread
 SPECIAL = {"<|bos|>": 256, "<|endoftext|>": 257, "<|pad|>": 258}
+OF_IMAGES = {"<img>": 259, "</img>": 260, "<IMG_CONTEXT>": 261}
 
 
 def make(
@@ -61,7 +62,8 @@ def make(
 
 
 def _write_small_files(folder: Path, config: dict[str, Any]) -> None:
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = shapes.text_config(config)
+    ids = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {**ids, "do_sample": False})
     tokenizer = {
@@ -74,20 +76,21 @@ def _write_small_files(folder: Path, config: dict[str, Any]) -> None:
         "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
     }
     _write_json(folder / "tokenizer_config.json", tokenizer)
-    _write_tokenizer(folder / "tokenizer.json", config["vocab_size"])
+    special = SPECIAL if text is config else {**SPECIAL, **OF_IMAGES}
+    _write_tokenizer(folder / "tokenizer.json", text["vocab_size"], special)
 
 
-def _write_tokenizer(path: Path, vocab_size: int) -> None:
+def _write_tokenizer(path: Path, vocab_size: int, special: dict[str, int]) -> None:
     """Bytes as tokens; the ids beyond them are never encoded, but can be decoded."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab.update(SPECIAL)
+    vocab.update(special)
     vocab.update((f"w{i}_", i) for i in range(len(vocab), vocab_size))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens(list(special))
     tokenizer.save(str(path), pretty=False)
 
 

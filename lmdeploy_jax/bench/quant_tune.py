@@ -15,6 +15,7 @@ from flax import nnx
 from lmdeploy_jax.bench.device_time import Case, device_seconds, require_gpu
 from lmdeploy_jax.bench.tune import (
     BEYOND_CACHE,
+    DELTA_PARTS,
     EPS,
     LAUNCH,
     PROGRAMS,
@@ -26,9 +27,12 @@ from lmdeploy_jax.bench.tune import (
 )
 from lmdeploy_jax.engine.core.compile import compiler_options
 from lmdeploy_jax.models.formats import INT4, WeightFormat
+from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
-from lmdeploy_jax.models.products import Product, XlaGatedProduct, XlaProduct
+from lmdeploy_jax.models.norm import RMSNorm
+from lmdeploy_jax.models.products import Product, XlaGatedProduct, XlaProduct, plan_norm
 from lmdeploy_jax.models.quant_products import (
+    FusedQuantNorm,
     PartsGatedProduct,
     RoundedProduct,
     Rows,
@@ -38,7 +42,7 @@ from lmdeploy_jax.models.quant_products import (
     StreamedQuantProduct,
 )
 from lmdeploy_jax.models.quantised import hold_quantised
-from lmdeploy_jax.models.tuning import Measurement
+from lmdeploy_jax.models.tuning import Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
 from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import BLOCK_OUT, deepest, tile_of, why_not_streamed
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
@@ -61,7 +65,22 @@ SPLITS = (4, 8, 16)
 GATED_SPLITS = (1, 2, 4)  # of 4 bits, whose programs are few; 8 bits have one split
 STREAM_SPLITS = (1, 2, 4, 8)
 FEW_ROWS = 8  # of the smallest tile that tensor cores take
-QUANTISED = ("qkv", "o", "gate_up", "down")  # of `tune.products`; a head is of 16 bits
+QUANTISED = ("qkv", "o", "gate_up", "down", "norm_qkv", "norm_gate_up")  # of `tune.products`, products with
+# a norm after those without; a head is of 16 bits
+NORM_EIGHT_BITS = (  # also for products of one row with a norm, which are not split
+    (64, 128, 4, 4),
+    (64, 128, 4, 6),
+    (64, 256, 4, 4),
+    (32, 256, 2, 5),
+    (128, 256, 8, 3),
+)
+NORM_FOUR_BITS = (
+    (64, 128, 2, 4),
+    (64, 128, 4, 4),
+    (32, 128, 2, 6),
+    (128, 128, 4, 3),
+    (16, 128, 1, 6),
+)
 SCALE = 1e-2
 ROUNDED_ROWS, ROUNDED_SETS = (1, 64, 4096), 4
 
@@ -106,14 +125,40 @@ class Quantised:
         """Whether activations are rounded before the kernel that multiplies them."""
         if candidate is None:
             return self.held.rounds_activations
-        rounds = isinstance(candidate, Tiling) and candidate.rounds
-        return self.held.activations is not None and not rounds
+        wide = isinstance(candidate, Tiling) and candidate.reads_wide
+        return self.held.activations is not None and not wide
 
     def function(self, candidate: Candidate) -> Callable[[Rows, list[jax.Array]], jax.Array]:
         """Of activations and a weight's leaves."""
         graph, state = self._split
         tree, product = jax.tree.structure(state), self._product(candidate)
         return lambda x, leaves: product(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), x)
+
+    def normed(self, candidate: Tiling | None, known: Tuning) -> Callable[..., Any]:
+        """Of x, a delta, a norm's weight and the leaves; None: of several kernels, by the times `known`."""
+        graph, state = self._split
+        tree, activation = jax.tree.structure(state), jax.nn.silu if self.shape.product == "gated" else None
+        kernels = Kernels(self.backend, tuning=known)
+
+        def function(x: jax.Array, delta: jax.Array, weight: jax.Array, leaves: list[jax.Array]) -> Any:
+            linear = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+            norm = RMSNorm(x.shape[1], EPS, 0.0, dtype=x.dtype)
+            norm.weight[...] = weight
+            product = (
+                plan_norm(kernels, linear, x, normed=True, activation=activation)
+                if candidate is None
+                else FusedQuantNorm(candidate, self.backend, activation)
+            )
+            return product(linear, x, delta, norm)
+
+        return function
+
+    def normed_arguments(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [1, K], a delta in parts, a norm's weight."""
+        keys, inner = jax.random.split(jax.random.key(1), 3), self.shape.inner
+        x = jax.random.normal(keys[0], (1, inner), jnp.bfloat16)
+        delta = jax.random.normal(keys[1], (DELTA_PARTS, 1, inner), jnp.float32)
+        return x, delta, jax.random.uniform(keys[2], (inner,), jnp.bfloat16, 0.5, 1.5)
 
     def _product(self, candidate: Candidate) -> Callable[..., jax.Array]:
         gated = self.shape.product == "gated"
@@ -145,12 +190,15 @@ def _random(leaf: Any, key: jax.Array) -> jax.Array:
     return (SCALE * jax.random.uniform(key, leaf.shape, jnp.float32, 0.5, 1.5)).astype(leaf.dtype)
 
 
-def tune(shape: Shape, held: WeightFormat, tokens: Sequence[int] | None = None) -> list[Measurement]:
-    """The fastest candidate for each number of tokens (default: all that `tokens_of` has).
+def tune(shape: Shape, held: WeightFormat, known: Tuning) -> list[Measurement]:
+    """The fastest candidate for each number of tokens that `tokens_of` has.
 
-    Raises ConfigError where there is no GPU.
+    `known` says how a product that follows its norm would be done by itself. Raises ConfigError where there
+    is no GPU.
     """
-    return fastest(held.name, shape, measure(shape, held, tokens_of(held) if tokens is None else tokens))
+    if shape.normed:
+        return fastest(held.name, shape, measure_normed(shape, held, known))
+    return fastest(held.name, shape, measure(shape, held, tokens_of(held)))
 
 
 def tokens_of(held: WeightFormat) -> tuple[int, ...]:
@@ -186,14 +234,52 @@ def measure(
     return measured
 
 
+def measure_normed(
+    shape: Shape, held: WeightFormat, known: Tuning
+) -> dict[int, dict[Candidate, float | None]]:
+    """The same of a product of one row with the norm before it; None: of several kernels."""
+    require_gpu()
+    product = Quantised(shape, held)
+    keys = jax.random.split(jax.random.key(0), max(2, -(-BEYOND_CACHE // product.weight_bytes)))
+    weights = [product.weight(key) for key in keys]
+    x, *rest = product.normed_arguments()
+    alone = replace(shape, kind=shape.product)
+    apart = known.without(held.name, shape.kind)
+    options = compiler_options("gpu", [held])
+    unfused = Case(product.normed(None, apart), [(*rest, weight) for weight in weights], [x.copy()], options)
+    cases, tilings = [unfused], list(norm_tilings(product))
+    for tiling in tilings:
+        arguments = [(x, *rest, weight) for weight in weights]
+        cases.append(Case(product.normed(tiling, apart), arguments, compiler_options=options))
+    first, *seconds = device_seconds(cases)
+    by_itself = known.find(held.name, alone.kind, (shape.out, shape.inner), 1)
+    first = None if first is None else first + LAUNCH + extra_seconds(alone, by_itself, 1)
+    return {1: {None: first, **dict(zip(tilings, seconds, strict=True))}}
+
+
+def norm_tilings(product: Quantised) -> Iterator[Tiling]:
+    """Of one row after a norm; weights of 8 bits are widened, or the row is rounded."""
+    words, held = product.held.element == INT4, product.held
+    for block_out, block_in, num_warps, num_stages in NORM_FOUR_BITS if words else NORM_EIGHT_BITS:
+        if product.shape.inner % block_in or (not words and held.groups > 1 and held.group % block_in):
+            continue
+        tiling = Tiling(block_out, block_in, 1, num_warps, num_stages, FEW_ROWS)
+        if words:
+            yield tiling
+        elif held.activations is not None:
+            yield from (replace(tiling, rounds=True), replace(tiling, widens=True))
+
+
 def candidates(product: Quantised, tokens: int) -> Iterator[Tiling | StreamTiling]:
     """Those worth measuring."""
-    if tokens <= max(TOKENS):
+    alone = not product.shape.after_norm
+    if tokens <= max(TOKENS) and not (alone and tokens <= FEW_ROWS):
         yield from tilings(product)
     if tokens <= FEW_ROWS:
-        yield from (replace(tiling, min_rows=FEW_ROWS) for tiling in tilings(product))
-        if product.held.activations is not None and not product.shape.after_norm:
-            yield from (replace(tiling, min_rows=FEW_ROWS, rounds=True) for tiling in tilings(product))
+        few = [replace(tiling, min_rows=FEW_ROWS) for tiling in tilings(product)]
+        yield from few
+        if product.held.activations is not None and alone:
+            yield from (replace(tiling, **{how: True}) for tiling in few for how in ("rounds", "widens"))
     if streamed_here(product.held):
         yield from streams(product, tokens)
 

@@ -17,6 +17,7 @@ from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.mlp_config import MixtureConfig
 
 GIB = 2**30
@@ -24,9 +25,16 @@ ALL = 10**9  # sequences, whose tokens choose every expert
 
 
 class Session:
-    """An engine with what its start cost. `bytes_per_second` is the bandwidth that steps are held against."""
+    """An engine with what its start cost. `bytes_per_second` is the bandwidth that steps are held against.
+
+    Raises ConfigError for several copies of the model.
+    """
 
     def __init__(self, model: str | Path, config: JaxEngineConfig, bytes_per_second: float) -> None:
+        if config.dp > 1:
+            raise ConfigError(
+                f"dp={config.dp}: one engine is measured; measure copies behind `serve`, with bench serve."
+            )
         counter = CompileCounter()
         start = time.perf_counter()
         self.engine = Engine(model, config)

@@ -85,10 +85,19 @@ def read(name: str) -> dict[str, Any]:
     return config
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a config."""
+    part: dict[str, Any] = config.get("llm_config", config)
+    return part
+
+
 def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors of a checkpoint of Llama, Qwen2, Qwen3, Qwen3-MoE, DeepSeek V2 or gpt-oss, in the order of
-    the layers.
+    """The tensors of a checkpoint of Llama, Qwen2, Qwen3, Qwen3-MoE, DeepSeek V2, gpt-oss or InternVL2, in
+    the order of the layers.
     """
+    if config["model_type"] == "internvl_chat":
+        yield from _internvl(config)
+        return
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     attention = _latent_attention if config["model_type"] == "deepseek_v2" else _attention
     yield Tensor("model.embed_tokens.weight", (vocab, hidden))
@@ -162,3 +171,52 @@ def _mlp(prefix: str, hidden: int, inner: int) -> Iterator[Tensor]:
     yield Tensor(prefix + "gate_proj.weight", (inner, hidden))
     yield Tensor(prefix + "up_proj.weight", (inner, hidden))
     yield Tensor(prefix + "down_proj.weight", (hidden, inner))
+
+
+def _internvl(config: dict[str, Any]) -> Iterator[Tensor]:
+    """As published: InternViT, the projector, and InternLM2."""
+    vision, text = config["vision_config"], config["llm_config"]
+    width, side = vision["hidden_size"], vision["image_size"] // vision["patch_size"]
+    yield Tensor("vision_model.embeddings.class_embedding", (1, 1, width))
+    yield Tensor("vision_model.embeddings.position_embedding", (1, side**2 + 1, width))
+    patch = (width, vision["num_channels"], vision["patch_size"], vision["patch_size"])
+    yield from _biased("vision_model.embeddings.patch_embedding", patch)
+    for layer in range(vision["num_hidden_layers"]):
+        yield from _internvit_layer(f"vision_model.encoder.layers.{layer}.", width, vision)
+    merged = width * round(1 / config["downsample_ratio"]) ** 2
+    yield from _biased("mlp1.0", (merged,), ONES)
+    yield from _biased("mlp1.1", (text["hidden_size"], merged))
+    yield from _biased("mlp1.3", (text["hidden_size"], text["hidden_size"]))
+    yield from _internlm2(text, "language_model.")
+
+
+def _internvit_layer(prefix: str, width: int, vision: dict[str, Any]) -> Iterator[Tensor]:
+    inner = vision["intermediate_size"]
+    for name in ("norm1", "norm2"):
+        yield from _biased(prefix + name, (width,), ONES)
+    for name in ("ls1", "ls2"):
+        yield Tensor(prefix + name, (width,))
+    shapes = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (inner, width)}
+    for name, shape in {**shapes, "mlp.fc2": (width, inner)}.items():
+        yield from _biased(prefix + name, shape)
+
+
+def _biased(name: str, shape: tuple[int, ...], values: Values = NORMAL) -> Iterator[Tensor]:
+    yield Tensor(name + ".weight", shape, values)
+    yield Tensor(name + ".bias", shape[:1])
+
+
+def _internlm2(config: dict[str, Any], prefix: str) -> Iterator[Tensor]:
+    hidden, inner, vocab = (config[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))
+    heads = config["num_attention_heads"]
+    qkv = hidden // heads * (heads + 2 * config["num_key_value_heads"])
+    yield Tensor(prefix + "model.tok_embeddings.weight", (vocab, hidden))
+    shapes = {"attention.wqkv": (qkv, hidden), "attention.wo": (hidden, hidden)}
+    shapes |= {f"feed_forward.w{i}": (inner, hidden) for i in (1, 3)} | {"feed_forward.w2": (hidden, inner)}
+    for layer in range(config["num_hidden_layers"]):
+        for name in ("attention_norm", "ffn_norm"):
+            yield Tensor(f"{prefix}model.layers.{layer}.{name}.weight", (hidden,), ONES)
+        for name, shape in shapes.items():
+            yield Tensor(f"{prefix}model.layers.{layer}.{name}.weight", shape)
+    yield Tensor(prefix + "model.norm.weight", (hidden,), ONES)
+    yield Tensor(prefix + "output.weight", (vocab, hidden))

@@ -15,6 +15,8 @@ import numpy as np
 
 from lmdeploy_jax.prompt import EncodedPrompt, SpanImage
 
+ROWS_A_TOKEN = 4  # rows of a view that are encoded while one token of a prompt is computed, or more
+
 
 class ViewKey(NamedTuple):
     """A view, by the content of its image and its number there."""
@@ -148,6 +150,23 @@ class EncoderCacheManager:
         for part in parts(prompt, start, len(prompt)):
             self.queries += 1
             self.hits += self._held.keys() >= part.views().keys()
+
+    def plan(self, prompt: EncodedPrompt, start: int, count: int, budget: int, spare: int) -> tuple[int, int]:
+        """How many of `count` tokens from `start` on the step can compute, and what of its budget runs take
+        that give them their rows. spare: tokens beyond the budget, for what must not be cut.
+        """
+        before = self._cost()
+        reached = self.reach(prompt, start, start + count, start + budget + spare) - start
+        cost = self._cost() - before
+        return min(reached, max(budget - cost, 0)) if cost else reached, cost
+
+    def _cost(self) -> int:
+        """What the runs take of the budget of a step that somebody waits for. Views that no step cuts take
+        nothing: they would find no room beside their own rows.
+        """
+        if not self._joining or self._bidirectional:
+            return 0
+        return sum(len(view.rows) for run in self._runs for view in run.views) // ROWS_A_TOKEN
 
     def reach(self, prompt: EncodedPrompt, start: int, stop: int, most: int) -> int:
         """Up to where the step can compute tokens `start .. stop`: the first that has a row of a view which

@@ -183,7 +183,7 @@ def _tune(flags: FlagSet, args: list[str]) -> int:
     for name, shape in products(config, flags["tp"]).items():
         if form is not None and name not in quant_tune.QUANTISED:
             continue
-        found = tune(shape, table) if form is None else quant_tune.tune(shape, form.held(shape.inner))
+        found = tune(shape, table) if form is None else quant_tune.tune(shape, form.held(shape.inner), table)
         table = table.merged(tuning.Tuning(tuple(found)))
         for product in found:
             _write({**common, "product": name, **asdict(product)}, flags["out"])

@@ -95,11 +95,11 @@ def _after_served(words: list[str]) -> list[str]:
 
 
 def _frontend(model: PreparedModel, flags: FlagSet) -> Frontend:
-    """Over an engine in a process of its own, so that HTTP and the engine's thread share no interpreter."""
+    """Over engines in processes of their own, so that HTTP and the engine's thread share no interpreter."""
     from lmdeploy_jax.engine.io.frontend import Frontend
-    from lmdeploy_jax.engine.process.remote import RemoteEngine
+    from lmdeploy_jax.engine.process.replicas import open_remote
 
-    engine = RemoteEngine(model.folder, model.config)
+    engine = open_remote(model.folder, model.config)
     return Frontend.from_engine(engine, model, flags["max_log_len"])
 
 

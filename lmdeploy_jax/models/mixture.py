@@ -32,6 +32,7 @@ from lmdeploy_jax.pallas_kernels.grouped_matmul import (
     weighted_grouped_matmul,
     why_not_fused,
 )
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
 SWIGLU_ALPHA = 1.702
 STREAMED_ACTIVATIONS = ("silu",)  # those that were compiled for Mosaic
@@ -55,6 +56,11 @@ class ExpertLinear(Linear):
             product = grouped_matmul(rows, weight, groups, out_dtype=out_dtype)
         return product.reshape(rows.shape[0], *rest)
 
+    def operand(self) -> Float[Array, "X *out K"] | Quantised | None:
+        """What the kernels read; None: they cannot."""
+        weight = self.weight
+        return weight.experts() if isinstance(weight, QuantWeight) else weight.dense()
+
     def _dense_expert(self, out: int, expert: Array) -> Float[Array, "N K"]:
         assert isinstance(self.weight, QuantWeight)
         return self.weight.dense_at(expert).reshape(out, -1)
@@ -77,8 +83,11 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "*parts T E"]:
         """The weighted sum of each token's experts, whole or a part for each."""
-        by_kernels = not isinstance(self.gate_up.weight, QuantWeight) and self.kernels.backend != "xla"
-        return self._by_kernels(x, routes) if by_kernels else self._by_xla(x, routes)
+        if self.kernels.backend != "xla":
+            gate_up, down = self.gate_up.operand(), self.down.operand()
+            if gate_up is not None and down is not None:
+                return self._by_kernels(x, routes, gate_up, down)
+        return self._by_xla(x, routes)
 
     def _fused(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "T E"]:
         weights = self.gate_up.weight.dense(), self.down.weight.dense()
@@ -89,23 +98,27 @@ class Experts(nnx.Module):
         """Whether Mosaic's kernels were faster, and can do it."""
         if self.kernels.tuning.experts != "mosaic" or self.kernels.backend != "pallas" or not self.streamed:
             return False
+        if isinstance(self.gate_up.weight, QuantWeight) or isinstance(self.down.weight, QuantWeight):
+            return False
         shape, biased = self.gate_up.weight.shape, self.gate_up.bias is not None
         return why_not_fused(x.shape[0], choices, shape, x.dtype, biased=biased) is None
 
-    def _by_kernels(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "*parts T E"]:
+    def _by_kernels(
+        self, x: Float[Array, "T E"], routes: Routes, gate_up: Array | Quantised, down: Array | Quantised
+    ) -> Float[Array, "*parts T E"]:
         """Parts, which the next norm adds: a token's choices, and the device's share of their bias."""
         if self._fuses(x, routes.experts.shape[1]):
             return self._fused(x, routes)
-        backend, weight = self.kernels.backend, self.gate_up.weight.dense()
-        groups = group_rows(routes.experts.reshape(-1), weight.shape[0], backend=backend)
+        backend = self.kernels.backend
+        groups = group_rows(routes.experts.reshape(-1), self.gate_up.weight.shape[0], backend=backend)
         bias = None if self.gate_up.bias is None else self.gate_up.bias[...]
-        inner = gated_grouped_matmul(x, weight, groups, gating=self.gating, bias=bias, backend=backend)
+        inner = gated_grouped_matmul(x, gate_up, groups, gating=self.gating, bias=bias, backend=backend)
         bias = None if self.down.bias is None else self.down.bias[...]
         bias = bias if bias is None or self.kernels.tp == 1 else bias.astype(jnp.float32) / self.kernels.tp
         wide = x.shape[0] > EXACT_PARTS
         out = weighted_grouped_matmul(
             inner,
-            self.down.weight.dense(),
+            down,
             groups,
             routes.weights,
             bias=bias,

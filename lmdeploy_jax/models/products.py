@@ -22,6 +22,7 @@ from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.quant_products import (
+    FusedQuantNorm,
     PartsGatedProduct,
     RoundedProduct,
     RoundingNorm,
@@ -260,7 +261,8 @@ def plan_norm(
     fusible = fusible and x.dtype == jnp.bfloat16  # float16 might not hold what is not normed
     tiling = _tiling(kernels, kind, linear, x) if fusible else None
     if isinstance(tiling, Tiling):
-        return FusedNorm(tiling, kernels.backend, activation)
+        fused = FusedQuantNorm if isinstance(linear.weight, QuantWeight) else FusedNorm
+        return fused(tiling, kernels.backend, activation)
     product = (
         plan(kernels, "parts", linear, x)
         if activation is None
@@ -303,7 +305,7 @@ def _takes_rounded(linear: Linear, product: object) -> bool:
     if isinstance(product, RoundedProduct):
         return product.backend != "xla"
     if isinstance(product, SkinnyQuantProduct | SkinnyQuantGatedProduct):
-        return _has_rounded(linear) and not product.tiling.rounds
+        return _has_rounded(linear) and not product.tiling.reads_wide
     return isinstance(product, StreamedQuantProduct) and _has_rounded(linear)
 
 

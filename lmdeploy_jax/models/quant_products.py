@@ -21,6 +21,7 @@ from lmdeploy_jax.models.quantised import QuantWeight
 from lmdeploy_jax.pallas_kernels.act_and_mul import act_and_mul
 from lmdeploy_jax.pallas_kernels.quant_gemm import (
     gated_quant_gemm,
+    norm_quant_gemm,
     quant_gemm,
     streamed_quant_gemm,
     why_not_streamed,
@@ -73,7 +74,7 @@ class SkinnyQuantProduct:
         weight = quantised(linear)
         operand = weight.operand(-1)
         assert operand is not None  # as planned
-        rows = _taken(weight, x, self.backend, rounds=self.tiling.rounds)
+        rows = _taken(weight, x, self.backend, wide=self.tiling.reads_wide)
         parts = quant_gemm(rows, operand, self.tiling, out_dtype=jnp.float32, backend=self.backend)
         parts = parts.reshape(*parts.shape[:2], *weight.out_shape)
         return parts if self.in_parts else parts[0]
@@ -92,7 +93,7 @@ class SkinnyQuantGatedProduct:
         operand = weight.operand(2, weight.out_shape[1])
         assert operand is not None  # as planned
         how = {"activation": self.activation, "out_dtype": weight.dtype, "backend": self.backend}
-        rows = _taken(weight, x, self.backend, rounds=self.tiling.rounds)
+        rows = _taken(weight, x, self.backend, wide=self.tiling.reads_wide)
         return gated_quant_gemm(rows, operand, self.tiling, **how)
 
 
@@ -124,6 +125,41 @@ class PartsGatedProduct:
     def __call__(self, linear: Linear, x: Rows) -> Float[Array, "..."]:
         how = {"out_dtype": quantised(linear).dtype, "backend": self.product.backend}
         return act_and_mul(self.product(linear, x), activation=self.activation, **how)
+
+
+@dataclass(frozen=True)
+class FusedQuantNorm:
+    """One kernel does all of it, for one row; the product is one part, or gated by `activation`."""
+
+    tiling: Tiling
+    backend: str
+    activation: Callable[[Array], Array] | None = None
+
+    def __call__(
+        self,
+        linear: Linear,
+        x: Float[Array, "T E"],
+        delta: Float[Array, "*S T E"] | None,
+        norm: Norm | None,
+    ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
+        assert delta is not None  # as planned
+        assert isinstance(norm, RMSNorm)
+        weight, gated = quantised(linear), self.activation is not None
+        operand = weight.operand(2, weight.out_shape[1]) if gated else weight.operand(-1)
+        assert operand is not None
+        x, flat = norm_quant_gemm(
+            x,
+            delta,
+            norm.weight[...],
+            operand,
+            self.tiling,
+            activation=self.activation,
+            eps=norm.eps,
+            offset=norm.offset,
+            out_dtype=x.dtype if gated else jnp.float32,
+            backend=self.backend,
+        )
+        return x, flat if gated else flat.reshape(1, 1, *weight.out_shape)
 
 
 @dataclass(frozen=True)
@@ -162,10 +198,10 @@ def can_stream(linear: Linear, tokens: int) -> bool:
 
 
 def _taken(
-    weight: QuantWeight, x: Rows, backend: str, *, rounds: bool = False
+    weight: QuantWeight, x: Rows, backend: str, *, wide: bool = False
 ) -> Float[Array, "T K"] | Quantised:
-    """x as the product takes it, which perhaps `rounds` it itself."""
+    """x as the product takes it: rounded, or as it is where the product reads it `wide`."""
     if isinstance(x, Quantised):
         return x
     rows, kind = x.reshape(x.shape[0], -1), weight.held.activations
-    return rows if kind is None or rounds else round_rows(rows, kind, groups=weight.groups, backend=backend)
+    return rows if kind is None or wide else round_rows(rows, kind, groups=weight.groups, backend=backend)

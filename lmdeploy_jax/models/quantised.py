@@ -13,11 +13,10 @@ from jaxtyping import Float, Float32, Int32, Shaped
 
 from lmdeploy_jax.models.formats import E2M1, E8M0, FOUR_BITS, INT4, WeightFormat
 from lmdeploy_jax.models.linear import Axes, DenseWeight, Linear, param
+from lmdeploy_jax.pallas_kernels.grouped_matmul import why_not_widened
 from lmdeploy_jax.pallas_kernels.quant_gemm import why_not_quant
-from lmdeploy_jax.pallas_kernels.quant_gemm.words import TILE, unpack_words
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import E2M1_VALUES, TILE, unpack_words
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
-
-E2M1_VALUES = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)  # by code
 
 
 class QuantArrays(NamedTuple):
@@ -88,6 +87,15 @@ class QuantWeight(nnx.Module):
         assert scales is not None
         found = Quantised(arrays.values.reshape(*out, arrays.values.shape[-1]), scales, zeros)
         return found if why_not_quant(found) is None else None
+
+    def experts(self) -> Quantised | None:
+        """The weights [X, *out, K] as the kernels of grouped products take them; None: they cannot."""
+        held = self.held
+        exponents = held.element == E2M1, held.scale == E8M0  # one with the other, as in MXFP4
+        if exponents[0] != exponents[1] or held.row_scales or held.columns:
+            return None
+        found = Quantised(*self.arrays()[:3])
+        return found if why_not_widened(found) is None else None
 
     def dense(self) -> Float[Array, "..."]:
         """What is multiplied with where no kernel reads the format itself."""

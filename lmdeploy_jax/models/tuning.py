@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,11 @@ class Tuning:
         lower = [p.tiling for p in known if p.tokens < tokens <= MAX_TOKENS and isinstance(p.tiling, Tiling)]
         return lower[-1] if lower else None
 
+    def without(self, format: str, kind: Kind) -> Tuning:
+        """As if no such product had been measured."""
+        kept = tuple(p for p in self.products if (p.format, p.kind) != (format, kind))
+        return replace(self, products=kept)
+
     def merged(self, newer: Tuning) -> Tuning:
         """With `newer` products in place of those of the same shape."""
         replaced = {p.shape for p in newer.products}
@@ -135,12 +140,21 @@ def _tiling(fields: dict[str, Any] | None) -> Tiling | StreamTiling | None:
 
 
 def write(path: Path, tuning: Tuning) -> None:
-    """One product a line."""
-    rows = [json.dumps(asdict(product)) for product in sorted(tuning.products, key=_order)]
+    """One product a line, of whose tiling what is as usual is left out."""
+    rows = [json.dumps(_row(product)) for product in sorted(tuning.products, key=_order)]
     path.parent.mkdir(parents=True, exist_ok=True)
     ops = {name: getattr(tuning, name) for name in ("prefill_attention", "rounding", "experts")}
     head = json.dumps({name: op for name, op in ops.items() if op or name == "prefill_attention"})
     path.write_text(head[:-1] + ', "products": [\n' + ",\n".join(rows) + "\n]}\n")
+
+
+def _row(product: Measurement) -> dict[str, Any]:
+    tiling = product.tiling
+    if tiling is None:
+        return asdict(product)
+    usual = {field.name: field.default for field in fields(tiling)}
+    kept = {name: value for name, value in asdict(tiling).items() if value != usual[name]}
+    return asdict(product) | {"tiling": kept}
 
 
 def _order(product: Measurement) -> tuple[str, str, int, int, int]:

@@ -104,7 +104,7 @@ def as_api_error(error: BaseException, dialect: Dialect = OPENAI) -> ApiError:
         case ContextLengthError():
             return ApiError(400, dialect.too_long(error), param=dialect.prompt, code=error.code)
         case RequestError():
-            return ApiError(400, str(error), param=error.param, code=error.code)
+            return ApiError(400, str(error), param=error.param or _part_named(str(error)), code=error.code)
         case EngineError():
             return ApiError(503, str(error), code=error.code)
         case LogitsError():
@@ -113,6 +113,12 @@ def as_api_error(error: BaseException, dialect: Dialect = OPENAI) -> ApiError:
             return ApiError(400, "The request is nested too deeply.", code="invalid_value")
     logger.error("request %s failed", REQUEST_ID.get(), exc_info=error)
     return ApiError(500, "An internal server error occurred.", code="internal_error")
+
+
+def _part_named(message: str) -> str | None:
+    """The part of a request that an error's text begins with: `tools[0].function.name`, `stop=`."""
+    found = re.match(r"([a-z_]+)((?:\[\d+\]|\.\w+)*)(?=([:=]?))", message)
+    return found[1] + found[2] if found and (found[2] or found[3]) else None
 
 
 def _named_by_the_request(error: ConfigError, dialect: Dialect) -> ApiError:

@@ -15,7 +15,7 @@ from lmdeploy_jax.engine.prepare import PreparedModel
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.server.app import create_app
 from lmdeploy_jax.server.chat.formats import select_parsers
-from lmdeploy_jax.server.http.header_limit import HeaderLimit
+from lmdeploy_jax.server.http.http10 import Http10
 from lmdeploy_jax.server.http.sockets import check_certificate, release
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.service import Service
@@ -57,7 +57,7 @@ class Server(uvicorn.Server):
                 create_app(service),
                 host=options.server_name,
                 port=options.server_port,
-                http=HeaderLimit,
+                http=Http10,
                 log_level="warning",
                 access_log=False,
                 ssl_keyfile=options.ssl_keyfile,

@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 
 from lmdeploy_jax.models.linear import param
-from lmdeploy_jax.vision.attention import precision
+from lmdeploy_jax.models.products import dense_product
 from lmdeploy_jax.vision.config import (
     ActivationConfig,
     GatedConfig,
@@ -76,7 +76,7 @@ class Product(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """x [T, inner] -> [T, out]."""
         if self.config.transposed:
-            return jnp.dot(x, self.weight[...], precision=precision(x))
+            return dense_product(x, self.weight[...].T)
         return self.linear(x.reshape(len(x), *self.config.inner))
 
 
@@ -136,10 +136,10 @@ class Projector(nnx.Module):
 
 
 class VisionModel(nnx.Module):
-    """Build it under `nnx.eval_shape` and fill the leaves from a checkpoint."""
+    """Build it under `nnx.eval_shape` and fill the leaves from a checkpoint. `backend`: of attention."""
 
-    def __init__(self, config: VisionModelConfig, *, dtype: jnp.dtype) -> None:
-        self.tower = Tower(config.tower, config.processor, dtype=dtype)
+    def __init__(self, config: VisionModelConfig, *, dtype: jnp.dtype, backend: str = "xla") -> None:
+        self.tower = Tower(config.tower, config.processor, dtype=dtype, backend=backend)
         self.projector = Projector(config.projector, dtype=dtype)
         self.deepstack = nnx.List(Projector(config.deepstack, dtype=dtype) for _ in config.tower.deepstack)
 

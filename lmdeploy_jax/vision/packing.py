@@ -52,7 +52,7 @@ def output_of(config: VisionModelConfig, size: int) -> int:
 def pack(config: VisionModelConfig, views: Sequence[View], size: int, output: int) -> VisionInputs:
     """The inputs of one run, which gives the tokens of the views one after the other, then the learned rows.
 
-    size: of the run, in what `size_of` counts. Long runs of patches are multiples of `attention.DENSE`.
+    size: of the run, in what `size_of` counts. Long runs of patches are whole blocks of XLA's attention.
     output: tokens of the run's result; those beyond the views' are copies of the first.
     Raises ValueError where the views do not fit.
     """

@@ -12,7 +12,8 @@ from flax import nnx
 from jax import Array
 
 from lmdeploy_jax.models.linear import param
-from lmdeploy_jax.vision.attention import attend, rotate, rotation
+from lmdeploy_jax.pallas_kernels.encoder_attention import encoder_attention
+from lmdeploy_jax.vision.attention import rotate, rotation
 from lmdeploy_jax.vision.config import NormConfig, TowerConfig
 from lmdeploy_jax.vision.inputs import VisionInputs
 from lmdeploy_jax.vision.layers import MLP, Dense, GatedMLP, PlainRMSNorm, make_norm, product
@@ -25,8 +26,9 @@ Rotation = tuple[Array, Array]
 class TowerAttention(nnx.Module):
     """Multi-head attention, q, k and v in one product."""
 
-    def __init__(self, config: TowerConfig, *, dtype: jnp.dtype) -> None:
+    def __init__(self, config: TowerConfig, *, dtype: jnp.dtype, backend: str) -> None:
         heads, size, width = config.heads, config.head_dim, config.width
+        self.backend = backend
         kind = product(config.clipped)
         self.qkv = kind((3, heads, size), (width,), bias=config.qkv_bias, dtype=dtype)
         self.out = kind((width,), (heads, size), bias=config.out_bias, dtype=dtype)
@@ -41,12 +43,18 @@ class TowerAttention(nnx.Module):
         """x [B, N, E] -> the same."""
         batch, count, width = x.shape
         qkv = self.qkv(x.reshape(batch * count, width))
-        q, k, v = (qkv[:, part].reshape(batch, count, *qkv.shape[2:]) for part in range(3))
-        q, k, v = self._normed(q, k, v)
+        qkv = qkv.reshape(batch, count, *qkv.shape[1:])
+        if self.q_norm is not None or turn is not None:
+            qkv = self._prepared(qkv, turn)
+        attended = encoder_attention(qkv, segments, backend=self.backend)
+        return self.out(attended.reshape(batch * count, *attended.shape[2:])).reshape(x.shape)
+
+    def _prepared(self, qkv: Array, turn: Rotation | None) -> Array:
+        """Normalised and turned."""
+        q, k, v = self._normed(*(qkv[:, :, part] for part in range(3)))
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
-        attended = attend(q, k, v, segments)
-        return self.out(attended.reshape(batch * count, *attended.shape[2:])).reshape(x.shape)
+        return jnp.stack([q, k, v], axis=2)
 
     def _normed(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         if not self.head_norms:
@@ -63,9 +71,9 @@ def _over_heads(norm: nnx.Module | None, x: Array) -> Array:
 class TowerLayer(nnx.Module):
     """Attention and MLP, each after a norm and added to what comes in."""
 
-    def __init__(self, config: TowerConfig, *, dtype: jnp.dtype) -> None:
+    def __init__(self, config: TowerConfig, *, dtype: jnp.dtype, backend: str) -> None:
         self.attention_norm = make_norm(config.norm_config(), dtype=dtype)
-        self.attention = TowerAttention(config, dtype=dtype)
+        self.attention = TowerAttention(config, dtype=dtype, backend=backend)
         self.mlp_norm = make_norm(config.norm_config(), dtype=dtype)
         self.mlp = _mlp(config, dtype)
         scaled = config.layer_scale
@@ -98,7 +106,9 @@ def _scaled(scale: nnx.Param | None, x: Array) -> Array:
 class Tower(nnx.Module):
     """Patches to features."""
 
-    def __init__(self, config: TowerConfig, processor: ImageProcessor, *, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, config: TowerConfig, processor: ImageProcessor, *, dtype: jnp.dtype, backend: str
+    ) -> None:
         self.config = config
         self.processor = processor
         shape = config.patch_shape
@@ -109,7 +119,8 @@ class Tower(nnx.Module):
         norm = config.norm_config()
         self.patch_norm = make_norm(norm, dtype=dtype) if config.patch_norm else None
         self.pre_norm = make_norm(norm, dtype=dtype) if config.pre_norm else None
-        self.layers = nnx.List(TowerLayer(config, dtype=dtype) for _ in range(config.layers))
+        layer = partial(TowerLayer, config, dtype=dtype, backend=backend)
+        self.layers = nnx.List(layer() for _ in range(config.layers))
         self.post_norm = make_norm(norm, dtype=dtype) if config.post_norm else None
 
     def __call__(self, inputs: VisionInputs) -> tuple[Array, list[Array]]:

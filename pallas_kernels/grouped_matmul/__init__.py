@@ -14,7 +14,9 @@ from lmdeploy_jax.pallas_kernels.grouped_matmul import groups as xla_groups
 from lmdeploy_jax.pallas_kernels.grouped_matmul import xla
 from lmdeploy_jax.pallas_kernels.grouped_matmul.groups import RowGroups, tile_rows
 from lmdeploy_jax.pallas_kernels.grouped_matmul.xla import Gating, WeightOf
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, tile_of
 from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
 __all__ = [
     "Gating",
@@ -28,10 +30,12 @@ __all__ = [
     "tile_rows",
     "weighted_grouped_matmul",
     "why_not_fused",
+    "why_not_widened",
 ]
 
 STREAMED_ROWS = 64  # of a group on average, from which on tiles of a Mosaic kernel are worth filling
 LINE = 64  # elements of a swizzled line of shared memory, of which a block has two
+LEAST_COLUMNS = 16  # of a tensor-core product
 CHUNKED_ROWS = 32768  # from which on chunks are sorted by programs of their own
 
 
@@ -50,7 +54,7 @@ def group_rows(groups: Int32[Array, "M"], count: int, *, backend: str = "xla") -
 
 def gated_grouped_matmul(
     x: Float[Array, "T K"],
-    weight: Float[Array, "X H N K"],
+    weight: Float[Array, "X H N K"] | Quantised,
     groups: RowGroups,
     *,
     gating: Gating,
@@ -60,18 +64,21 @@ def gated_grouped_matmul(
     """`gating(gate, up)` of each sorted row: its products with the halves of its group's weight. With H = 1
     there is one product, and `gating` takes that.
 
+    A weight of few bits is multiplied with x as x is; see `why_not_widened`.
+
     M is a multiple of T, and row m of those that were grouped is x's row `m // (M // T)`: a token's choices
     lie together. Rounded to x's dtype before and behind `gating`. Raises ValueError for shapes that do not
     fit.
     """
     check_backend(backend)
-    rows = groups.source.shape[0]
-    fits = weight.ndim == 4 and weight.shape[1] in (1, 2) and weight.shape[3] == x.shape[1]
+    rows, shape = groups.source.shape[0], _shape(weight)
+    fits = len(shape) == 4 and shape[1] in (1, 2) and shape[3] == x.shape[1]
     if not fits or rows % x.shape[0]:
         raise ValueError(
-            f"x {x.shape}, weights {weight.shape} and {rows} grouped rows do not fit: they must be [T, K], "
+            f"x {x.shape}, weights {shape} and {rows} grouped rows do not fit: they must be [T, K], "
             "[X, 1 or 2, N, K], and a multiple of T"
         )
+    _check_format(weight)
     if backend == "xla":
         return xla.gated_grouped_matmul(x, weight, bias, groups, gating, _height(groups, weight, backend))
     from lmdeploy_jax.pallas_kernels.grouped_matmul import pallas  # CPUs never need it
@@ -82,7 +89,7 @@ def gated_grouped_matmul(
 
 def weighted_grouped_matmul(
     rows: Float[Array, "M K"],
-    weight: Float[Array, "X N K"],
+    weight: Float[Array, "X N K"] | Quantised,
     groups: RowGroups,
     scales: Float32[Array, "T k"],
     *,
@@ -97,7 +104,8 @@ def weighted_grouped_matmul(
     `m // k`, M = T k. Raises ValueError for shapes that do not fit.
     """
     check_backend(backend)
-    _check(rows, weight, groups)
+    _check(rows, _shape(weight), groups)
+    _check_format(weight)
     if scales.size != rows.shape[0]:
         raise ValueError(f"{rows.shape[0]} rows need a scale each; scales are {scales.shape}")
     height = _height(groups, weight, backend)
@@ -160,7 +168,7 @@ def grouped_matmul(
     rows are in the order of `groups.source`. Only weights of groups that have rows are read. Raises
     ValueError for shapes that do not fit.
     """
-    _check(rows, weight, groups)
+    _check(rows, weight.shape, groups)
     weight_of = partial(lax.dynamic_index_in_dim, weight, keepdims=False)
     shape = (weight.shape[0], weight.shape[1])
     return grouped_matmul_of(rows, weight_of, groups, shape=shape, out_dtype=out_dtype)
@@ -179,13 +187,45 @@ def grouped_matmul_of(
     return xla.grouped_matmul(rows, weight_of, groups.tiles, out=shape[1], height=height, out_dtype=out_dtype)
 
 
-def _height(groups: RowGroups, weight: jax.Array, backend: str) -> int:
-    return tile_rows(groups.source.shape[0], weight.shape[0], backend)
+def why_not_widened(weight: Quantised) -> str | None:
+    """Why the kernels cannot multiply with weights [X, *out, K] of few bits, or None if they can."""
+    columns, groups, words = _shape(weight)[-1], weight.scales.shape[0], weight.values.dtype == jnp.uint16
+    if columns % groups:
+        return f"{columns} columns are not {groups} groups of one size"
+    width, tile = columns // groups, tile_of(columns)
+    if not words and weight.zeros is not None:
+        return "weights of 8 bits have no zero points here"
+    if not words and groups > 1 and width % LEAST_COLUMNS:
+        return f"groups of {width} columns are no multiples of {LEAST_COLUMNS}"
+    quarter = tile // PER_WORD
+    if words and (
+        quarter % LEAST_COLUMNS or width % quarter or (groups > 1 and width % tile and tile % width)
+    ):
+        return f"words of {tile} columns, in groups of {width}, are not cut into products of {LEAST_COLUMNS}"
+    return None
 
 
-def _check(rows: jax.Array, weight: jax.Array, groups: RowGroups) -> None:
-    if rows.shape[1] != weight.shape[2] or rows.shape[0] != groups.source.shape[0]:
+def _shape(weight: jax.Array | Quantised) -> tuple[int, ...]:
+    """[X, *out, K]."""
+    if not isinstance(weight, Quantised):
+        return weight.shape
+    *out, columns = weight.values.shape
+    return (*out, columns * (PER_WORD if weight.values.dtype == jnp.uint16 else 1))
+
+
+def _height(groups: RowGroups, weight: jax.Array | Quantised, backend: str) -> int:
+    return tile_rows(groups.source.shape[0], _shape(weight)[0], backend)
+
+
+def _check(rows: jax.Array, weight: tuple[int, ...], groups: RowGroups) -> None:
+    if rows.shape[1] != weight[2] or rows.shape[0] != groups.source.shape[0]:
         raise ValueError(
-            f"rows {rows.shape} fit neither the weights {weight.shape}, [X, N, K], nor the "
+            f"rows {rows.shape} fit neither the weights {weight}, [X, N, K], nor the "
             f"{groups.source.shape[0]} rows that were grouped"
         )
+
+
+def _check_format(weight: jax.Array | Quantised) -> None:
+    reason = why_not_widened(weight) if isinstance(weight, Quantised) else None
+    if reason:
+        raise ValueError(f"{reason}; give such weights to `grouped_matmul_of`")

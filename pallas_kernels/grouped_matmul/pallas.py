@@ -9,7 +9,7 @@ blocks than an H200 has cores (one token of Qwen3-30B-A3B: 8 x 24 and 8 x 64).
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +19,18 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from lmdeploy_jax.pallas_kernels.blocks import dot
+from lmdeploy_jax.pallas_kernels.grouped_matmul import widened
 from lmdeploy_jax.pallas_kernels.grouped_matmul.groups import RowGroups
+from lmdeploy_jax.pallas_kernels.grouped_matmul.tile import FEW_ROWS, Tile, Tuning
+from lmdeploy_jax.pallas_kernels.grouped_matmul.widened import WeightRefs
 from lmdeploy_jax.pallas_kernels.grouped_matmul.xla import Gating
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
-
-FEW_ROWS = 16  # of the smallest tensor-core product, and of a decode step's tiles
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Outputs and inner elements of a block; Triton's warps and pipeline stages."""
-
-    block_out: int
-    block_in: int
-    num_warps: int
-    num_stages: int
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
 
 def gated_grouped_matmul(
     x: Float[Array, "T K"],
-    weight: Float[Array, "X H N K"],
+    weight: Float[Array, "X H N K"] | Quantised,
     bias: Float[Array, "X H N"] | None,
     groups: RowGroups,
     gating: Gating,
@@ -49,19 +40,20 @@ def gated_grouped_matmul(
     interpret: bool,
 ) -> Float[Array, "M N"]:
     """See `lmdeploy_jax.pallas_kernels.grouped_matmul`."""
-    rows, outputs = groups.source.shape[0], weight.shape[2]
-    tuning = tuning or _tuning(height, gated=True, dtype=x.dtype)
-    kernel = functools.partial(
-        _gated_kernel, choices=rows // x.shape[0], gating=gating, height=height, tuning=tuning
-    )
-    how = _launch("gated_grouped_matmul", outputs, groups, tuning)
+    weights = _arrays(weight)
+    rows, (_, halves, outputs, _) = groups.source.shape[0], weights[0].shape
+    tuning = tuning or _tuning(height, x, weights[0], gated=True)
+    how: dict[str, Any] = {"height": height, "tuning": tuning, "interpret": interpret}
+    kernel = functools.partial(_gated_kernel, choices=rows // x.shape[0], halves=halves, gating=gating, **how)
+    inputs = (x, *weights, bias, groups.source, groups.tiles)
     out = jax.ShapeDtypeStruct((rows, outputs), x.dtype)
-    return launch(kernel, how, out, x, weight, bias, groups.source, groups.tiles, interpret=interpret)
+    grid = _launch("gated_grouped_matmul", outputs, groups, tuning)
+    return launch(kernel, grid, out, *inputs, interpret=interpret)
 
 
 def weighted_grouped_matmul(
     rows: Float[Array, "M K"],
-    weight: Float[Array, "X N K"],
+    weight: Float[Array, "X N K"] | Quantised,
     bias: Float[Array, "X N"] | None,
     groups: RowGroups,
     scales: Float32[Array, "T k"],
@@ -72,19 +64,27 @@ def weighted_grouped_matmul(
     interpret: bool,
 ) -> Float[Array, "k T N"]:
     """See `lmdeploy_jax.pallas_kernels.grouped_matmul`."""
-    (tokens, choices), outputs = scales.shape, weight.shape[1]
-    tuning = tuning or _tuning(height, gated=False, dtype=rows.dtype)
-    kernel = functools.partial(_weighted_kernel, height=height, tuning=tuning)
+    weights = _arrays(weight)
+    (tokens, choices), outputs = scales.shape, weights[0].shape[1]
+    tuning = tuning or _tuning(height, rows, weights[0], gated=False)
+    kernel = functools.partial(_weighted_kernel, height=height, tuning=tuning, interpret=interpret)
     how = _launch("weighted_grouped_matmul", outputs, groups, tuning)
     out = jax.ShapeDtypeStruct((choices, tokens, outputs), out_dtype)
-    arrays = (rows, weight, bias, groups.source, groups.tiles, scales.reshape(-1))
-    return launch(kernel, how, out, *arrays, interpret=interpret)
+    inputs = (rows, *weights, bias, groups.source, groups.tiles, scales.reshape(-1))
+    return launch(kernel, how, out, *inputs, interpret=interpret)
 
 
-def _tuning(height: int, *, gated: bool, dtype: jnp.dtype) -> Tuning:
+def _arrays(weight: jax.Array | Quantised) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The weight, or its values with their scales and zeros."""
+    return weight if isinstance(weight, Quantised) else (weight, None, None)
+
+
+def _tuning(height: int, x: jax.Array, values: jax.Array, *, gated: bool) -> Tuning:
     """As measured on an H200 for few rows; of many, blocks whose sums fit the registers."""
-    if dtype.itemsize > 2:
+    if x.dtype.itemsize > 2:
         return Tuning(32, 32, 4, 2)
+    if values.dtype != x.dtype:
+        return widened.tuning(height, values.dtype)
     if height <= FEW_ROWS:
         return Tuning(64, 128, 4, 3)
     if height <= 64:
@@ -98,33 +98,58 @@ def _launch(name: str, outputs: int, groups: RowGroups, tuning: Tuning) -> Launc
     return Launch(name, grid, tuning.num_warps, tuning.num_stages)
 
 
+def _sums(
+    tile: Tile,
+    x_ref: jax.Ref,
+    rows: jax.Array,
+    weight: tuple[jax.Ref, jax.Ref | None, jax.Ref | None],
+    *halves: tuple[int, ...],
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """The products of such rows of x with parts of their group's weight, f32 [outputs, rows] each.
+
+    weight: values, and scales and zeros of those of few bits.
+    """
+    values, scales, zeros = weight
+    if scales is None:
+        return tile.sums(x_ref, rows, values, *halves)
+    return widened.sums(tile, x_ref, rows, WeightRefs(values, scales, zeros), *halves, interpret=interpret)
+
+
 def _gated_kernel(
     x_ref: jax.Ref,
-    weight_ref: jax.Ref,
+    values_ref: jax.Ref,
+    weight_scales_ref: jax.Ref | None,
+    zeros_ref: jax.Ref | None,
     bias_ref: jax.Ref | None,
     source_ref: jax.Ref,
     tiles_ref: jax.Ref,
     out_ref: jax.Ref,
     *,
     choices: int,
+    halves: int,
     gating: Gating,
     height: int,
     tuning: Tuning,
+    interpret: bool,
 ) -> None:
-    tile = _Tile(tiles_ref, height, out_ref.shape[1], tuning)
+    tile = Tile(tiles_ref, height, out_ref.shape[1], tuning)
+    weight = values_ref, weight_scales_ref, zeros_ref
 
     @pl.when(tile.count > 0)
     def _multiply() -> None:
         token = lax.div(tile.read(source_ref), choices)
-        totals = tile.sums(x_ref, token, weight_ref, *((half,) for half in range(weight_ref.shape[1])))
-        halves = (tile.biased(total, bias_ref, half) for half, total in enumerate(totals))
-        rounded = (half.astype(out_ref.dtype).astype(jnp.float32) for half in halves)
+        totals = _sums(tile, x_ref, token, weight, *((half,) for half in range(halves)), interpret=interpret)
+        biased = (tile.biased(total, bias_ref, half) for half, total in enumerate(totals))
+        rounded = (half.astype(out_ref.dtype).astype(jnp.float32) for half in biased)
         plt.store(out_ref.at[tile.place], gating(*rounded).astype(out_ref.dtype), mask=tile.mask)
 
 
 def _weighted_kernel(
     rows_ref: jax.Ref,
-    weight_ref: jax.Ref,
+    values_ref: jax.Ref,
+    weight_scales_ref: jax.Ref | None,
+    zeros_ref: jax.Ref | None,
     bias_ref: jax.Ref | None,
     source_ref: jax.Ref,
     tiles_ref: jax.Ref,
@@ -133,13 +158,15 @@ def _weighted_kernel(
     *,
     height: int,
     tuning: Tuning,
+    interpret: bool,
 ) -> None:
     choices, tokens, outputs = out_ref.shape
-    tile = _Tile(tiles_ref, height, outputs, tuning)
+    tile = Tile(tiles_ref, height, outputs, tuning)
+    weight = values_ref, weight_scales_ref, zeros_ref
 
     @pl.when(tile.count > 0)
     def _multiply() -> None:
-        (total,) = tile.sums(rows_ref, tile.row, weight_ref, ())
+        (total,) = _sums(tile, rows_ref, tile.row, weight, (), interpret=interpret)
         source = tile.read(source_ref)
         scale = plt.load(scales_ref.at[source], mask=tile.valid, other=0.0)
         total = tile.biased(total, bias_ref) * scale[None, :]
@@ -147,69 +174,3 @@ def _weighted_kernel(
         token, choice = jnp.where(tile.valid, lax.div(source, choices), tokens), lax.rem(source, choices)
         at = out_ref.at[choice[None, :], token[None, :], tile.out[:, None]]
         plt.store(at, total.astype(out_ref.dtype), mask=tile.mask)
-
-
-class _Tile:
-    """The rows and outputs of this program; blocks are [outputs, rows]."""
-
-    def __init__(self, tiles_ref: jax.Ref, height: int, outputs: int, tuning: Tuning) -> None:
-        block, slot = pl.program_id(0), pl.program_id(1)
-        self.tuning, self.outputs = tuning, outputs
-        self.group, first, self.count = (tiles_ref[slot, column] for column in range(3))
-        number = jnp.arange(height, dtype=jnp.int32)
-        self.row, self.valid = first + number, number < self.count
-        self.out = block * tuning.block_out + jnp.arange(tuning.block_out, dtype=jnp.int32)
-        self.mask = (self.out < outputs)[:, None] & self.valid[None, :]
-
-    @property
-    def place(self) -> tuple[jax.Array, jax.Array]:
-        """In [M, N]."""
-        return self.row[None, :], self.out[:, None]
-
-    def read(self, ref: jax.Ref) -> jax.Array:
-        """A number of each row."""
-        return plt.load(ref.at[self.row], mask=self.valid, other=0)
-
-    def biased(self, total: jax.Array, ref: jax.Ref | None, *half: int) -> jax.Array:
-        """The sums with their group's bias."""
-        if ref is None:
-            return total
-        bias = plt.load(ref.at[(self.group, *half, self.out)], mask=self.out < self.outputs, other=0)
-        return total + bias.astype(jnp.float32)[:, None]
-
-    def sums(
-        self, x_ref: jax.Ref, rows: jax.Array, weight_ref: jax.Ref, *halves: tuple[int, ...]
-    ) -> tuple[jax.Array, ...]:
-        """The products of such rows of x with parts of their group's weight, f32 [outputs, rows] each."""
-        inner, block_in = x_ref.shape[1], self.tuning.block_in
-        whole = self.outputs % self.tuning.block_out == 0
-        out = None if whole else self.out < self.outputs
-
-        def step(index: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            column = index * block_in + jnp.arange(block_in, dtype=jnp.int32)
-            inside = None if inner % block_in == 0 else column < inner
-            x = _block(x_ref, (), rows, column, self.valid, inside).T
-            read = functools.partial(_block, rows=self.out, columns=column, row_mask=out, column_mask=inside)
-            parts = (dot(read(weight_ref, (self.group, *half)), x) for half in halves)
-            return tuple(total + part for total, part in zip(totals, parts, strict=True))
-
-        zeros = jnp.zeros(self.mask.shape, jnp.float32)
-        return lax.fori_loop(0, pl.cdiv(inner, block_in), step, (zeros,) * len(halves))
-
-
-def _block(
-    ref: jax.Ref,
-    first: tuple[jax.Array | int, ...],
-    rows: jax.Array,
-    columns: jax.Array,
-    row_mask: jax.Array | None,
-    column_mask: jax.Array | None,
-) -> jax.Array:
-    """A block of the matrix at `first`; zeros where a mask is false. None: all are inside."""
-    at = ref.at[(*first, rows[:, None], columns[None, :])]
-    if row_mask is None and column_mask is None:
-        return plt.load(at)
-    shape = (rows.size, columns.size)
-    mask = jnp.ones(shape, jnp.bool_) if row_mask is None else jnp.broadcast_to(row_mask[:, None], shape)
-    mask = mask if column_mask is None else mask & column_mask[None, :]
-    return plt.load(at, mask=mask, other=0)

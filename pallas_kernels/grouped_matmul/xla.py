@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from lmdeploy_jax.pallas_kernels.grouped_matmul.groups import RowGroups
+from lmdeploy_jax.pallas_kernels.quant_gemm.xla import dequantise
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
 Gating = Callable[..., jax.Array]  # of a block's one product, or of its gate and up
 WeightOf = Callable[[Int32[Array, ""]], Float[Array, "N K"]]
@@ -49,7 +51,7 @@ def grouped_matmul(
 
 def gated_grouped_matmul(
     x: Float[Array, "T K"],
-    weight: Float[Array, "X H N K"],
+    weight: Float[Array, "X H N K"] | Quantised,
     bias: Float[Array, "X H N"] | None,
     groups: RowGroups,
     gating: Gating,
@@ -57,15 +59,14 @@ def gated_grouped_matmul(
 ) -> Float[Array, "M N"]:
     """See `lmdeploy_jax.pallas_kernels.grouped_matmul`."""
     rows = x[groups.source // (groups.source.shape[0] // x.shape[0])]
-    halves = _multiplied(rows, weight.reshape(weight.shape[0], -1, x.shape[1]), groups, height)
-    halves = halves.reshape(rows.shape[0], weight.shape[1], -1)
+    halves = _multiplied(rows, weight, groups, height)
     halves = (halves if bias is None else halves + bias[groups.group].astype(jnp.float32)).astype(x.dtype)
     return gating(*jnp.unstack(halves.astype(jnp.float32), axis=1)).astype(x.dtype)
 
 
 def weighted_grouped_matmul(
     rows: Float[Array, "M K"],
-    weight: Float[Array, "X N K"],
+    weight: Float[Array, "X N K"] | Quantised,
     bias: Float[Array, "X N"] | None,
     groups: RowGroups,
     scales: Float32[Array, "T k"],
@@ -80,8 +81,27 @@ def weighted_grouped_matmul(
 
 
 def _multiplied(
-    rows: Float[Array, "M K"], weight: Float[Array, "X N K"], groups: RowGroups, height: int
-) -> Float32[Array, "M N"]:
-    weight_of = partial(lax.dynamic_index_in_dim, weight, keepdims=False)
-    how = {"out": weight.shape[1], "height": height, "out_dtype": jnp.float32}
-    return grouped_matmul(rows, weight_of, groups.tiles, **how)
+    rows: Float[Array, "M K"], weight: Float[Array, "X *out K"] | Quantised, groups: RowGroups, height: int
+) -> Float32[Array, "M *out"]:
+    """Weights of few bits are not rounded to those of the rows: this is what the kernels are held against."""
+    out = outputs(weight)[1:]
+    rows = rows.astype(jnp.float32) if isinstance(weight, Quantised) else rows
+
+    def weight_of(group: Int32[Array, ""]) -> Float[Array, "N K"]:
+        return _group(weight, group).reshape(prod(out), -1)
+
+    how = {"out": prod(out), "height": height, "out_dtype": jnp.float32}
+    return grouped_matmul(rows, weight_of, groups.tiles, **how).reshape(-1, *out)
+
+
+def outputs(weight: Float[Array, "..."] | Quantised) -> tuple[int, ...]:
+    """[X, *out] of weights [X, *out, K]."""
+    return (weight.values if isinstance(weight, Quantised) else weight).shape[:-1]
+
+
+def _group(weight: Float[Array, "..."] | Quantised, group: Int32[Array, ""]) -> Float[Array, "..."]:
+    if not isinstance(weight, Quantised):
+        return lax.dynamic_index_in_dim(weight, group, keepdims=False)
+    scales, zeros = (None if each is None else each[:, group] for each in weight[1:])
+    assert scales is not None
+    return dequantise(Quantised(weight.values[group], scales, zeros))

@@ -10,16 +10,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped, UInt16
+from jaxtyping import Array, BFloat16, Float, Float32, Int32, Shaped, UInt8, UInt16
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, TILE
 from lmdeploy_jax.pallas_kernels.round_rows.pallas import rounded
 from lmdeploy_jax.pallas_kernels.round_rows.xla import LEAST, limit
 from lmdeploy_jax.pallas_kernels.skinny_gemm.pallas import WeightTile
+from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import Tiling
 
 QUARTER = TILE // PER_WORD  # columns of a tile that have the same nibble of their words
 OFFSET = 128  # bfloat16's last bit is 1 from here on: the nibble becomes the end of such a number
+FLOATS = {"float8_e4m3fn": (4, 120), "float8_e5m2": (3, 112)}
+"""Bits that a float's exponent lacks; and, read as bfloat16's, the power of two by which they mean less."""
+LIFTED = 100  # power of two that activations are multiplied by meanwhile, so that no product is subnormal
 Index = Int32[Array, ""]
 Totals = list[Shaped[Array, "out rows"]]  # f32, or int32 of int8 times int8
 
@@ -64,40 +68,68 @@ class Blocks(Protocol):
 
 
 class EightBits:
-    """Weights and activations of 8 bits. With one group, its scales are those of the sums.
+    """Weights of 8 bits. With one group, its scales are those of the sums.
 
-    Activations without scales are rounded on the way, a block of columns with a scale for each row.
+    Activations have 8 bits too, or come in 16: then they are rounded on the way, a block of columns with a
+    scale for each row, or the weight is widened on the way.
     """
 
-    def __init__(self, tile: WeightTile, refs: Refs) -> None:
-        self.tile, self.refs = tile, refs
-        self.whole, self.rounds = refs.groups == 1, refs.x_scales is None
+    def __init__(self, tile: WeightTile, refs: Refs, tiling: Tiling, interpret: bool) -> None:
+        self.tile, self.refs, self.interpret = tile, refs, interpret
+        self.rounds, self.widens = tiling.rounds, tiling.widens
+        self.whole, self.given = refs.groups == 1, refs.x_scales is not None
+        name = refs.values.dtype.name
+        self.power = FLOATS[name][1] - LIFTED if tiling.widens and name in FLOATS else None
 
     def zeros(self) -> Totals:
-        exact = self.whole and not self.rounds and self.refs.values.dtype == jnp.int8
+        exact = self.whole and self.given and self.refs.values.dtype == jnp.int8
         zeros = jnp.zeros(self.tile.mask.shape, jnp.int32 if exact else jnp.float32)
         return [zeros for _ in self.refs.halves]
 
     def add(self, totals: Totals, block: Index) -> Totals:
         inner = block * self.tile.block_in
-        x, rows = self._x(inner)
-        products = [dot(self.tile.read(self.refs.values, inner, half), x.T) for half in self.refs.halves]
-        if not self.whole:
-            group = lax.div(inner, self.refs.width)
-            products = self._scaled(products, self._rows(group) if rows is None else rows, group)
-        elif rows is not None:
-            products = [product.astype(jnp.float32) * rows[None, :] for product in products]
-        return [total + product for total, product in zip(totals, products, strict=True)]
+        x = self.tile.x(self.refs.x, inner)
+        if not self.given:
+            return self.add_row(totals, block, x)
+        rows = None if self.whole else self._rows(lax.div(inner, self.refs.width))
+        return self._add(totals, inner, x, rows)
+
+    def add_row(self, totals: Totals, block: Index, x: Float[Array, "#rows columns"]) -> Totals:
+        """The same, with a block of activations of 16 bits, or of one row in f32 for all."""
+        rows = None
+        if self.rounds:
+            x, rows = rounded_block(x, self.refs.values.dtype)
+        else:
+            x = (x if self.power is None else x * 2.0**LIFTED).astype(self.refs.x.dtype)
+        if x.shape[0] < self.tile.token.size:
+            x = jnp.broadcast_to(x, (self.tile.token.size, self.tile.block_in))
+        return self._add(totals, block * self.tile.block_in, x, rows)
 
     def scaled(self, totals: Totals) -> Totals:
         if not self.whole:
             return totals
-        return self._scaled(totals, None if self.rounds else self._rows(0), 0)
+        return self._scaled(totals, self._rows(0) if self.given else None, 0)
 
-    def _x(self, inner: Index) -> tuple[Shaped[Array, "rows columns"], Float32[Array, "rows"] | None]:
-        """Of 8 bits, and the scales that it was just rounded with."""
-        x = self.tile.x(self.refs.x, inner)
-        return rounded_block(x, self.refs.values.dtype) if self.rounds else (x, None)
+    def _add(
+        self,
+        totals: Totals,
+        inner: Index,
+        x: Shaped[Array, "rows columns"],
+        rows: Float32[Array, "#rows"] | None,
+    ) -> Totals:
+        """rows: scales of x; None: none, or those of the sums."""
+        products = [dot(self._weight(inner, half), x.T) for half in self.refs.halves]
+        if not self.whole:
+            products = self._scaled(products, rows, lax.div(inner, self.refs.width))
+        elif rows is not None:
+            products = [product.astype(jnp.float32) * rows[None, :] for product in products]
+        return [total + product for total, product in zip(totals, products, strict=True)]
+
+    def _weight(self, inner: Index, half: int) -> Shaped[Array, "out columns"]:
+        weight = self.tile.read(self.refs.values, inner, half)
+        if self.power is not None:
+            return widened(weight, self.interpret)
+        return weight.astype(self.refs.x.dtype) if self.widens else weight
 
     def _rows(self, group: Index | int) -> Float32[Array, "rows"]:
         """Scales that came with the activations."""
@@ -106,9 +138,11 @@ class EightBits:
         return plt.load(self.refs.x_scales.at[group, token], mask=token < self.tile.tokens, other=0)
 
     def _scaled(
-        self, sums: list[jax.Array], rows: Float32[Array, "rows"] | None, group: Index | int
+        self, sums: list[jax.Array], rows: Float32[Array, "#rows"] | None, group: Index | int
     ) -> Totals:
         scales = [of_outputs(self.tile, self.refs.scales, group, half)[:, None] for half in self.refs.halves]
+        if self.power is not None:
+            scales = [scale * 2.0**self.power for scale in scales]
         factors = scales if rows is None else [scale * rows[None, :] for scale in scales]
         return [total.astype(jnp.float32) * factor for total, factor in zip(sums, factors, strict=True)]
 
@@ -191,6 +225,27 @@ def rounded_block(
     return rounded(wide / scales[:, None], dtype), scales
 
 
+def widened(weight: Shaped[Array, "out columns"], interpret: bool) -> BFloat16[Array, "out columns"]:
+    """Floats of 8 bits times the power of two in `FLOATS`; Triton would go over f32, an element at a time."""
+    bits, _ = FLOATS[weight.dtype.name]
+    mask = 0x7F00 >> bits
+    if interpret:
+        byte = lax.bitcast_convert_type(weight, jnp.uint8).astype(jnp.uint16)
+        wide = (byte & 0x80) << 8 | (byte << (8 - bits)) & jnp.uint16(mask)
+        return lax.bitcast_convert_type(wide, jnp.bfloat16)
+    shape = jax.ShapeDtypeStruct(weight.shape, jnp.bfloat16)
+    lines = [
+        f"prmt.b32 t, $2, 0, {order}; shr.u32 m, t, {bits}; and.b32 m, m, {mask << 16 | mask}; "
+        f"lop3.b32 ${out}, t, 0x80008000, m, 0xea;"  # the sign, and m
+        for out, order in enumerate(("0x1404", "0x3424"))
+    ]
+    text = "{ .reg .b32 t, m; " + " ".join(lines) + " }"
+    (found,) = plt.elementwise_inline_asm(
+        text, args=[weight], constraints="=r,=r,r", pack=4, result_shape_dtypes=[shape]
+    )
+    return found
+
+
 def unpacked(
     words: UInt16[Array, "out columns"], quarter: int, zero: BFloat16[Array, "out columns"], interpret: bool
 ) -> BFloat16[Array, "out columns"]:
@@ -210,3 +265,42 @@ def unpacked(
         text, args=[words, zero], constraints="=r,r,r", pack=2, result_shape_dtypes=[shape]
     )
     return out
+
+
+def unpacked_e2m1(
+    words: UInt16[Array, "out columns"], quarter: int, interpret: bool
+) -> BFloat16[Array, "out columns"]:
+    """What nibble number `quarter` of each word stands for as E2M1.
+
+    Its exponent and mantissa become the lowest of a bfloat16's exponent and the highest of its mantissa:
+    2^-126 of the number, the subnormal 0.5 too. Interpreted kernels make the same numbers another way, since
+    CPUs may take subnormal ones for zeros.
+    """
+    if interpret:
+        code = ((words >> jnp.uint16(4 * quarter)) & jnp.uint16(15)).astype(jnp.int32)
+        exponent, mantissa = ((code >> 1) & 3).astype(jnp.float32), (code & 1).astype(jnp.float32)
+        size = jnp.where(exponent == 0, mantissa / 2, jnp.exp2(exponent - 1) * (1 + mantissa / 2))
+        return jnp.where(code > 7, -size, size).astype(jnp.bfloat16)
+    shape = jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)
+    text = (
+        "{ .reg .b32 t, s, m; "
+        f"{_shifted('t', 6 - 4 * quarter)} and.b32 t, t, 0x01c001c0; "
+        f"{_shifted('s', 12 - 4 * quarter)} lop3.b32 t, s, 0x80008000, t, 0xea; "
+        "mov.b32 s, 0x7e807e80; mov.b32 m, 0x80008000; fma.rn.bf16x2 $0, t, s, m; }"  # 2^126, and -0
+    )
+    (out,) = plt.elementwise_inline_asm(
+        text, args=[words], constraints="=r,r", pack=2, result_shape_dtypes=[shape]
+    )
+    return out
+
+
+def _shifted(register: str, left: int) -> str:
+    """The instruction that shifts two words at once to the left, or to the right."""
+    if left == 0:
+        return f"mov.b32 {register}, $1;"
+    return f"shl.b32 {register}, $1, {left};" if left > 0 else f"shr.u32 {register}, $1, {-left};"
+
+
+def exponents(scales: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """What bytes of E8M0 stand for: a float32's exponent."""
+    return lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)

@@ -26,7 +26,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float
 
-from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import BLOCK_IN, BLOCK_OUT, tile_of
+from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import BLOCK_IN, BLOCK_OUT, tile_of, vector_space
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
 from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import StreamTiling
@@ -67,7 +67,7 @@ def quant_gemm(
         scratch_types=[
             _ring(stages, tile, BLOCK_IN, rows.dtype),
             _ring(stages, BLOCK_OUT, columns, weight.values.dtype),
-            [plgpu.SMEM((stages, width), v.dtype) for width, v in zip(widths, vectors, strict=False)],
+            [plgpu.SMEM((stages, vector_space(w)), v.dtype) for w, v in zip(widths, vectors, strict=False)],
             _staged(tile, out_dtype),
             plgpu.Barrier(num_arrivals=2 + len(vectors), num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
@@ -164,7 +164,9 @@ def _kernel(
             plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_smem.at[stage], full.at[stage])
             for (vector, smem), where in zip(pairs, (outputs, second), strict=False):
                 run = lax.div(block, all_blocks // vector.shape[0])
-                plgpu.copy_gmem_to_smem(vector.at[run, where], smem.at[stage], full.at[stage])
+                width = BLOCK_OUT if where is outputs else work.tile
+                to = smem.at[stage, pl.ds(0, width)]
+                plgpu.copy_gmem_to_smem(vector.at[run, where], to, full.at[stage])
 
         lax.fori_loop(0, work.mine() * blocks, step, None)
 
@@ -188,7 +190,7 @@ def _kernel(
             scale = _load(vectors[0].at[mine], BY_OUTPUT).astype(jnp.float32)
             part = part * lax.broadcast_in_dim(scale, part.shape, [0])
             if weight_smem.dtype != jnp.uint16:
-                scale = _load(vectors[1], BY_TOKEN)
+                scale = _load(vectors[1].at[pl.ds(0, work.tile)], BY_TOKEN)
                 part = part * lax.broadcast_in_dim(scale, part.shape, [1])
             plgpu.barrier_arrive(empty.at[stage])
             return total + part

@@ -56,7 +56,7 @@ def _kernel(
     split, tile = pl.program_id(1), WeightTile(x_ref.shape[0], out_ref.shape[2], tiling)
     refs = Refs(x_ref, x_scales_ref, values_ref, scales_ref, zeros_ref)
     words = values_ref.dtype == jnp.uint16
-    blocks = FourBits(tile, refs, interpret) if words else EightBits(tile, refs)
+    blocks = FourBits(tile, refs, interpret) if words else EightBits(tile, refs, tiling, interpret)
     steps = x_ref.shape[1] // tiling.splits // tiling.block_in
 
     def step(index: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:

@@ -38,6 +38,11 @@ def why_not_streamed(tokens: int, weight: Quantised, splits: int = 1) -> str | N
     return None
 
 
+def vector_space(width: int) -> int:
+    """Elements from a vector of scales to the next one: TMA writes to multiples of 128 bytes, 32 of f32."""
+    return -(-width // 32) * 32
+
+
 def deepest(tokens: int, weight: Quantised, programs: int, splits: int = 1) -> StreamTiling:
     """With as many stages as shared memory holds, up to MAX_STAGES."""
     tile, words = tile_of(tokens), weight.values.dtype == jnp.uint16

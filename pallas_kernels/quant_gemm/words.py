@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 PER_WORD = 4
 TILE = 128  # columns that share words, where their number allows it
+E2M1_VALUES = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)  # by code
+
+
+def tile_of(columns: int) -> int:
+    """The columns that share words in a weight, or in a device's part of it, of so many."""
+    return gcd(TILE, columns)
 
 
 def pack_words(codes: Shaped[Array, "*out K"], tile: int) -> Shaped[Array, "*out words"]:

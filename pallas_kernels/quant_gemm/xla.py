@@ -5,9 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Shaped
 
-from lmdeploy_jax.pallas_kernels.quant_gemm.words import TILE, unpack_words
+from lmdeploy_jax.pallas_kernels.norm.xla import add_rms_norm, rms_norm
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import E2M1_VALUES, PER_WORD, tile_of, unpack_words
+from lmdeploy_jax.pallas_kernels.round_rows.xla import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
 
@@ -15,20 +18,45 @@ def quant_gemm(
     x: Float[Array, "T K"] | Quantised, weight: Quantised, splits: int
 ) -> Float32[Array, "{splits} halves T N"]:
     """See `lmdeploy_jax.pallas_kernels.quant_gemm`; weight [halves, N, K]."""
-    rows = dequantise(x) if isinstance(x, Quantised) else x.astype(jnp.float32)
+    # On GPUs, XLA would leave out a rounding that the same program undoes.
+    rows = dequantise(lax.optimization_barrier(x)) if isinstance(x, Quantised) else x.astype(jnp.float32)
     wide = dequantise(weight)
     left, right = (array.reshape(*array.shape[:-1], splits, -1) for array in (rows, wide))
     return jnp.einsum("tsk,hnsk->shtn", left, right, precision=lax.Precision.HIGHEST)
 
 
+def norm_quant_gemm(
+    x: Float[Array, "1 K"],
+    parts: Float[Array, "S 1 K"],
+    norm: Float[Array, "K"],
+    weight: Quantised,
+    rounding: tuple[DTypeLike, int] | None,
+    *,
+    eps: float,
+    offset: float,
+) -> tuple[Float[Array, "1 K"], Float32[Array, "halves 1 N"]]:
+    """See `lmdeploy_jax.pallas_kernels.quant_gemm`; weight [halves, N, K].
+
+    rounding: the dtype to which what is normed is rounded, and in how many groups of columns.
+    """
+    added, _ = add_rms_norm(x, parts, norm, eps=eps, offset=offset)
+    normed = rms_norm(added.astype(jnp.float32), norm.astype(jnp.float32), eps=eps, offset=offset)
+    rows = normed if rounding is None else round_rows(normed, *rounding)
+    return added, quant_gemm(rows, weight, 1)[0]
+
+
 def dequantise(matrix: Quantised) -> Float32[Array, "..."]:
     """[*rows, K]."""
-    values, zero = matrix.values, 0.0
+    values, scales, zero = matrix.values, matrix.scales, 0.0
     if values.dtype == jnp.uint16:
-        values, zero = unpack_words(values, TILE), 8.0
+        codes = unpack_words(values, tile_of(values.shape[-1] * PER_WORD))
+        e2m1 = scales.dtype == jnp.uint8
+        values, zero = (jnp.array(E2M1_VALUES)[codes], 0.0) if e2m1 else (codes, 8.0)
+    if scales.dtype == jnp.uint8:  # the byte is the exponent of a float32
+        scales = lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
     columns = values.shape[-1]
     zeros = zero if matrix.zeros is None else _by_column(matrix.zeros, columns)
-    return (values.astype(jnp.float32) - zeros) * _by_column(matrix.scales, columns)
+    return (values.astype(jnp.float32) - zeros) * _by_column(scales, columns)
 
 
 def _by_column(grouped: Shaped[Array, "..."], columns: int) -> jax.Array:

@@ -13,7 +13,15 @@ from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.skinny_gemm import xla
 from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import MAX_TOKENS, StreamTiling, Tiling
 
-__all__ = ["MAX_TOKENS", "StreamTiling", "Tiling", "gated_skinny_gemm", "norm_skinny_gemm", "skinny_gemm"]
+__all__ = [
+    "MAX_TOKENS",
+    "StreamTiling",
+    "Tiling",
+    "check_normed",
+    "gated_skinny_gemm",
+    "norm_skinny_gemm",
+    "skinny_gemm",
+]
 
 
 def skinny_gemm(
@@ -89,11 +97,7 @@ def norm_skinny_gemm(
     check_backend(backend)
     halves = weight[None] if activation is None else weight
     parts = delta if delta.ndim == 3 else delta[None]
-    if x.shape[0] != 1 or parts.shape[1:] != x.shape or norm.shape != x.shape[1:]:
-        raise ValueError(
-            f"x {x.shape}, delta {delta.shape} and norm {norm.shape} do not fit: they must be [1, K], [1, K] "
-            "or [S, 1, K], and [K]"
-        )
+    check_normed(x, delta, norm)
     if halves.ndim != 3 or halves.shape[0] != (1 if activation is None else 2) or tiling.splits != 1:
         raise ValueError(
             f"weight {weight.shape} must be [N, K], or [2, N, K] with an activation, and splits, "
@@ -107,6 +111,15 @@ def norm_skinny_gemm(
 
     interpret = backend == "pallas_interpret"
     return normed.norm_skinny_gemm(x, parts, norm, halves, tiling, activation, **rest, interpret=interpret)
+
+
+def check_normed(x: jax.Array, delta: jax.Array, norm: jax.Array) -> None:
+    """Raises ValueError for what `norm_skinny_gemm` cannot add and norm."""
+    if x.shape[0] != 1 or delta.shape[-2:] != x.shape or delta.ndim > 3 or norm.shape != x.shape[1:]:
+        raise ValueError(
+            f"x {x.shape}, delta {delta.shape} and norm {norm.shape} do not fit: they must be [1, K], [1, K] "
+            "or [S, 1, K], and [K]"
+        )
 
 
 def _check(x: jax.Array, weight: tuple[int, ...], tiling: Tiling | StreamTiling) -> None:

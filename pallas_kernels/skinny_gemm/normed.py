@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.launch import launch
@@ -63,35 +64,64 @@ def _kernel(
     offset: float,
 ) -> None:
     tile = WeightTile(1, out_ref.shape[1], tiling)
+    row = ResidualRow(x_ref, parts_ref, norm_ref, added_ref, offset)
     size, halves = x_ref.shape[1], weight_ref.shape[0]
     steps = size // tiling.block_in
-    first = jnp.broadcast_to(pl.program_id(0) == 0, (1, tiling.block_in))
 
-    def columns(index: jax.Array) -> jax.Array:
-        return index * tiling.block_in + jnp.arange(tiling.block_in, dtype=jnp.int32)[None, :]
-
-    def read(index: jax.Array) -> Row:
-        column = columns(index)
-        parts = [plt.load(parts_ref.at[part, 0, column]) for part in range(parts_ref.shape[0])]
-        return plt.load(x_ref.at[0, column]), plt.load(norm_ref.at[column]), *parts
+    def columns(index: jax.Array) -> Columns:
+        return Columns(index * tiling.block_in + jnp.arange(tiling.block_in, dtype=jnp.int32)[None, :])
 
     def step(index: jax.Array, state: tuple[list[jax.Array], jax.Array, Row]) -> tuple:
-        totals, squares, (x, norm, *parts) = state
-        ahead = read(jnp.minimum(index + 1, steps - 1))
-        added = sum((part.astype(jnp.float32) for part in parts), x.astype(jnp.float32)).astype(x.dtype)
-        plt.store(added_ref.at[0, columns(index)], added, mask=first)
-        wide = added.astype(jnp.float32)
-        weighed = (wide * (norm.astype(jnp.float32) + offset)).astype(x.dtype)
-        column = jnp.broadcast_to(weighed, (tile.token.size, tiling.block_in)).T
+        totals, squares, read = state
+        ahead = row.read(columns(jnp.minimum(index + 1, steps - 1)))
+        wide, weighed = row.add(read, columns(index))
+        column = jnp.broadcast_to(weighed.astype(x_ref.dtype), (tile.token.size, tiling.block_in)).T
         inner = index * tiling.block_in
         products = [dot(tile.read(weight_ref, inner, half), column) for half in range(halves)]
         totals = [total + product for total, product in zip(totals, products, strict=True)]
         return totals, squares + wide * wide, ahead
 
     zeros = jnp.zeros((1, tiling.block_in), jnp.float32)
-    state = ([tile.zeros()] * halves, zeros, read(jnp.int32(0)))
+    state = ([tile.zeros()] * halves, zeros, row.read(columns(jnp.int32(0))))
     totals, squares, _ = lax.fori_loop(0, steps, step, state)
     scale = lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) * (1.0 / size) + eps)
     totals = [total * scale for total in totals]
     out = totals[0] if activation is None else gated(totals[0], totals[1], activation, out_ref.dtype)
     plt.store(out_ref.at[tile.place], out.astype(out_ref.dtype), mask=tile.mask)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Those of a block, in a row or in several, and which of them count; None: all."""
+
+    index: Int32[Array, "rows columns"]
+    mask: Bool[Array, "rows columns"] | None = None
+
+
+class ResidualRow:
+    """A row of the residual stream x [1, K], parts [S, 1, K] of what is added, and the norm's weight [K]."""
+
+    def __init__(self, x: jax.Ref, parts: jax.Ref, norm: jax.Ref, added: jax.Ref, offset: float) -> None:
+        self.x, self.parts, self.norm, self.added, self.offset = x, parts, norm, added, offset
+        self.first = pl.program_id(0) == 0
+
+    def read(self, columns: Columns) -> Row:
+        """What `add` adds up."""
+        index = columns.index
+        refs = [self.parts.at[part, 0, index] for part in range(self.parts.shape[0])]
+        refs = [self.x.at[0, index], self.norm.at[index], *refs]
+        if columns.mask is None:
+            return tuple(plt.load(ref) for ref in refs)
+        return tuple(plt.load(ref, mask=columns.mask, other=0) for ref in refs)
+
+    def add(
+        self, row: Row, columns: Columns
+    ) -> tuple[Float32[Array, "rows columns"], Float32[Array, "rows columns"]]:
+        """The row with its parts, which the first program stores, and the same times the norm's weight."""
+        x, norm, *parts = row
+        added = sum((part.astype(jnp.float32) for part in parts), x.astype(jnp.float32)).astype(x.dtype)
+        first = jnp.broadcast_to(self.first, columns.index.shape)
+        mask = first if columns.mask is None else first & columns.mask
+        plt.store(self.added.at[0, columns.index], added, mask=mask)
+        wide = added.astype(jnp.float32)
+        return wide, wide * (norm.astype(jnp.float32) + self.offset)

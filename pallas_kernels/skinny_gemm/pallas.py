@@ -130,7 +130,7 @@ class WeightTile:
         if self.tokens == self.token.size:
             return plt.load(at)
         inside = jnp.broadcast_to((self.token < self.tokens)[:, None], (self.token.size, self.block_in))
-        return plt.load(at, mask=inside, other=_zero(ref))
+        return plt.load(at, mask=inside, other=zero_of(ref))
 
     def read(self, ref: jax.Ref, inner: Int32[Array, ""], *half: int) -> Shaped[Array, "out {self.block_in}"]:
         """The weight's elements from `inner` on."""
@@ -139,9 +139,9 @@ class WeightTile:
         if self.in_bounds:
             return plt.load(at)
         inside = jnp.broadcast_to((self.out < self.outputs)[:, None], (self.out.size, self.block_in))
-        return plt.load(at, mask=inside, other=_zero(ref))
+        return plt.load(at, mask=inside, other=zero_of(ref))
 
 
-def _zero(ref: jax.Ref) -> int | float:
+def zero_of(ref: jax.Ref) -> int | float:
     """Triton makes no float of 8 bits from an integer."""
     return 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) and ref.dtype.itemsize == 1 else 0

@@ -13,8 +13,9 @@ class Tiling:
     """A program multiplies `block_out` rows of the weight with all of x, `block_in` elements at a time.
 
     `splits` programs share the inner axis of the same outputs. x is padded to `min_rows`, 16 or 8, at least.
-    rounds: x of 16 bits, where the weight asks for 8, is rounded by every program that reads it, a block with
-    a scale for each row, and not by a kernel of its own.
+    What a weight of 8 bits is multiplied with is rounded by a kernel of its own, or is read in 16 bits:
+    rounds: every program rounds it, a block with a scale for each row.
+    widens: every program widens the weight instead.
     """
 
     block_out: int
@@ -24,6 +25,12 @@ class Tiling:
     num_stages: int
     min_rows: int = 16
     rounds: bool = False
+    widens: bool = False
+
+    @property
+    def reads_wide(self) -> bool:
+        """Whether x comes in 16 bits where the weight has 8."""
+        return self.rounds or self.widens
 
     def check(self, tokens: int, inner: int, outputs: int) -> None:
         """Raises ValueError where a product cannot be cut so."""

@@ -8,9 +8,11 @@ import pytest
 
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.cache.pages import PAGE_SIZE
+from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.process.remote import RemoteEngine
+from lmdeploy_jax.engine.process.replicas import Replicas
 from lmdeploy_jax.errors import ContextLengthError, EngineError, RequestError
 from lmdeploy_jax.prompt import EncodedPrompt, Span
 from tests.engine.harness import Collector, config, generate, submit
@@ -18,7 +20,7 @@ from tests.fake_engine import FakeEngine
 from tests.patience import wait_until
 
 PROMPT = [5, 77, 130, 9]
-ENGINES = ("here", "elsewhere", "scripted", "scripted elsewhere")
+ENGINES = ("here", "elsewhere", "scripted", "scripted elsewhere", "scripted twice")
 
 
 def counting(request, index):
@@ -29,11 +31,17 @@ def scripted(model, config, progress):
     return FakeEngine(TINY_CHAT, counting)
 
 
+def scripted_copy(rank, model, config, progress):
+    return scripted(model, config, progress)
+
+
 def opened(kind: str, compile_cache) -> EngineBase:
     if kind == "scripted":
         return FakeEngine(TINY_CHAT, counting)
     if kind == "scripted elsewhere":
         return RemoteEngine(TINY_CHAT, progress=False, build=scripted)
+    if kind == "scripted twice":
+        return Replicas(TINY_CHAT, JaxEngineConfig(dp=2), progress=False, build=scripted_copy)
     return {"here": Engine, "elsewhere": RemoteEngine}[kind](TINY_CHAT, config(compile_cache), progress=False)
 
 

@@ -11,8 +11,8 @@ import pytest
 from lmdeploy_jax.cache.encoder_cache import EncoderCacheManager
 from lmdeploy_jax.converters.vision_config import read_vision
 from lmdeploy_jax.engine.core.buckets import LONG_RUNS, plan
+from lmdeploy_jax.pallas_kernels.encoder_attention.xla import DENSE, QUERIES
 from lmdeploy_jax.prompt import EncodedPrompt, Span, SpanImage
-from lmdeploy_jax.vision.attention import DENSE, QUERIES
 from lmdeploy_jax.vision.config import VisionModelConfig
 from lmdeploy_jax.vision.packing import most_places, size_of
 from tests.vision.oracle import save_checkpoint

@@ -157,13 +157,26 @@ def test_what_is_not_encoded_yet_holds_no_other_prompt():
 def test_a_chunk_waits_only_for_the_views_that_it_reads():
     scheduler = decoding(1, tokens=40)
     scheduler.add(request(prompt(10, (b"a", image(6)), 3)))
-    steps = [scheduler.schedule() for _ in range(3)]
-    assert [step.chunks[-1].count for step in steps] == [39, 39, 31]
+    steps = [scheduler.schedule() for _ in range(4)]
+    assert [step.chunks[-1].count for step in steps] == [31, 31, 31, 16]
     assert [[view.number for each in step.encoder_runs for view in each.views] for step in steps] == [
         [0, 1],
-        [2, 3, 4],
-        [5],
+        [2, 3],
+        [4, 5],
+        [],
     ]
+
+
+def test_what_is_encoded_takes_of_the_budget_where_somebody_reads_along():
+    """A view that takes all of it is encoded beside the next tokens, and read in the step after."""
+    scheduler = decoding(1, tokens=40)
+    scheduler.add(request(prompt((b"a", image(1, size=160)), 3)))
+    steps = [scheduler.schedule() for _ in range(2)]
+    assert [(step.decode_only, len(step.encoder_runs)) for step in steps] == [(True, 1), (False, 0)]
+    scheduler = decoding(1, tokens=40)
+    scheduler.running[0].request.streams = False
+    scheduler.add(request(prompt((b"a", image(1, size=160)), 3)))
+    assert [chunk.count for chunk in scheduler.schedule().chunks] == [1, 39]
 
 
 def test_images_that_nobody_reads_along_are_encoded_in_full_runs():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
@@ -30,6 +31,7 @@ from lmdeploy_jax.prompt import EncodedPrompt, RopePositions, Span, SpanImage
 from lmdeploy_jax.text.prompts import normalise_prompts
 from lmdeploy_jax.vision.families import vision_family
 from tests.engine.harness import Collector, config, submit, tokens
+from tests.patience import PATIENCE, wait_until
 from tests.vision.oracle import hf_model, hf_processor, save_checkpoint
 from tests.vision.pictures import picture
 from tests.vision.pillow import processed
@@ -298,3 +300,36 @@ def test_images_cross_to_the_engines_process() -> None:
     assert got.rope is not None
     assert got.rope.offset == -1
     assert np.array_equal(got.rope.positions, rope.positions)
+
+
+def test_what_is_aborted_while_its_images_are_encoded_gives_everything_back(
+    checkpoint: Path, opened: Open, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once, one of them with three answers; the images that were encoded stay held, and are right."""
+    pipe = opened(checkpoint, max_prefill_token_num=32)
+    engine: Any = pipe.frontend.engine
+    encoder, entered, let_go = engine._runner._steps._encoder, threading.Event(), threading.Event()
+    prepare = encoder.prepare
+
+    def held(step: Any) -> None:
+        prepare(step)
+        if step.encoder_runs:
+            entered.set()
+            assert let_go.wait(PATIENCE)
+
+    monkeypatch.setattr(encoder, "prepare", held)
+    prompt = pipe.frontend.encode(normalise_prompts((ASK, MANY), images=True)[0][0], PromptOptions())
+    collectors = [Collector(n=1), Collector(n=3)]
+    requests = [submit(engine, prompt, each, n=len(each.results)) for each in collectors]
+    assert entered.wait(PATIENCE)
+    for request in requests:
+        engine.abort(request.request_id)
+    let_go.set()
+    assert [one.reason for each in collectors for one in each.wait()] == ["abort"] * 4
+    wait_until(lambda: not engine.scheduler.has_work and not engine._flight)
+    engine.scheduler.check_integrity()
+    images = engine.scheduler.encoder_cache
+    rows = sorted([*images._free, *(row for rows in images._held.values() for row in rows.tolist())])
+    assert rows == list(range(images.capacity - images._learned))
+    assert engine.scheduler.cache.pool.used == 0
+    assert pipe((ASK, MANY), GREEDY).token_ids == expected["many"]

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lmdeploy_jax.bench import checkpoint
 from lmdeploy_jax.converters.load import load_model
 from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, RouterConfig
 from lmdeploy_jax.models.routing import choose
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 from tests.converters.formats.packers import mx
 from tests.models.paged import PagedRunner, named_leaves
 from tests.oracle import save_checkpoint
@@ -91,6 +93,25 @@ def test_experts_in_mxfp4_are_what_they_stand_for(gpt_oss):
     assert (values.shape, str(values.dtype)) == ((4, 2, 96, 16), "uint16")
     expected = logits(load_model(plain))
     np.testing.assert_allclose(logits(held), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "model_format"),
+    [("tiny-gpt-oss", "mxfp4"), ("tiny-qwen3-moe", "awq"), ("tiny-qwen3-moe", "fp8")],
+)
+def test_quantised_experts_of_both_backends_agree(shape, model_format, tmp_path):
+    """In float32, so that one rounding more would be seen; with gpt-oss's biases and clamps."""
+    folder = checkpoint.make(shape, tmp_path, model_format=model_format)
+    how = {"dtype": "float32", "dequantise": False}
+    kernels, plain = (load_model(folder, **how, backend=name) for name in ("pallas_interpret", "xla"))
+    experts = kernels.merge(kernels.leaves).layers[0].mlp.experts
+    assert isinstance(experts.gate_up.operand(), Quantised)
+    assert isinstance(experts.down.operand(), Quantised)
+    ours, theirs = (
+        np.stack(list(PagedRunner(model).decode({0: (7, 0), 1: (8, 0)}).values()))
+        for model in (kernels, plain)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_experts_that_are_quantised_as_they_are_read_stay_so_one_by_one(tmp_path):

@@ -21,6 +21,7 @@ from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.products import plan, plan_gated, plan_norm
+from lmdeploy_jax.models.quant_products import FusedQuantNorm
 from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.tuning import Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
@@ -153,6 +154,30 @@ def test_few_rows_are_the_kernels_where_the_table_says_so(held: WeightFormat, mo
         assert first(linear, x, None, norm)[1].shape == ways[0](linear, x, delta, norm)[1].shape
 
 
+@pytest.mark.parametrize("held", [held for held, _ in FEW_ROWS if held.element != INT8], ids=lambda h: h.name)
+def test_one_row_s_norm_is_within_its_product_where_the_table_says_so(held: WeightFormat) -> None:
+    cut = Tiling(32, 128, 1, 4, 2, widens=held.activations is not None)
+    kinds = (("norm_parts", 96), ("norm_gated", 64))
+    table = Tuning(tuple(Measurement(held.name, kind, out, 256, 1, cut, 1.0, 2.0) for kind, out in kinds))
+    kernels = Kernels("pallas_interpret", tuning=table)
+    x, delta = jax.random.normal(jax.random.key(0), (2, 1, 256), jnp.bfloat16)
+    norm = RMSNorm(256, 1e-5, 1.0, dtype=jnp.bfloat16)
+    for out, activation in (((3, 32), None), ((2, 64), jax.nn.silu)):
+        linear = quantised(held, out, (256,), "bfloat16")
+        planned = plan_norm(kernels, linear, x, normed=True, activation=activation)
+        assert planned == FusedQuantNorm(cut, kernels.backend, activation)
+        added, got = planned(linear, x, delta, norm)
+        dense = products.dense_product(norm(added), linear.weight.dense())
+        want = activation(dense[:, 0]) * dense[:, 1] if activation else dense[None]
+        assert got.shape == want.shape
+        np.testing.assert_array_equal(np.asarray(added, np.float32), np.asarray(x + delta, np.float32))
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        assert np.linalg.norm(got - want) < 1e-2 * np.linalg.norm(want)  # activations are not rounded
+        for rows, normed in ((2, True), (1, False)):
+            apart = plan_norm(kernels, linear, x.repeat(rows, 0), normed=normed, activation=activation)
+            assert not isinstance(apart, FusedQuantNorm)
+
+
 def test_many_rows_stream_where_the_table_says_so_and_the_kernel_can() -> None:
     held = WeightFormat(INT4, 128, 2, "float16", zeros="uint8")
     stream = StreamTiling(128, 132, 4)
@@ -225,7 +250,7 @@ def test_a_model_answers_alike_with_kernels_and_without(
     folder = checkpoint.make("tiny-llama", tmp_path, model_format=model_format)
     config, four, found = read_config(folder), model_format == "awq", []
     for name, shape in tune.products(config).items():
-        if name in QUANTISED:
+        if name in QUANTISED and not shape.normed:
             in_parts, rounds = shape.kind == "parts" or four, not shape.after_norm and not four
             tiling = Tiling(64, 128, 2 if in_parts else 1, 4, 3, min_rows=8, rounds=rounds)
             held = FORMATS[model_format].held(shape.inner).name

@@ -57,7 +57,7 @@ def test_what_is_shipped_can_be_done():
         assert product.us <= product.xla_us
         if product.tiling is not None:
             product.tiling.check(tokens=product.tokens, inner=product.inner, outputs=product.out)
-    for name in ("w4a16_g128", "w8a8_float8_e4m3fn"):
+    for name in ("w4a16_g128", "w8a8_float8_e4m3fn", "w8a8_int8"):
         shapes = {(p.out, p.inner) for p in shipped if p.format == name}
         assert {(6144, 4096), (4096, 4096), (14336, 4096), (4096, 14336)} <= shapes
     assert all(FORMATS[name].held(4096).name in {p.format for p in shipped} for name in ("awq", "fp8"))

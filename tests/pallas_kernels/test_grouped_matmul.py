@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from math import gcd
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmdeploy_jax.models.formats import E2M1, E4M3, E8M0, FOUR_BITS, INT4, INT8
 from lmdeploy_jax.pallas_kernels.grouped_matmul import (
     aligned,
     chunks,
@@ -17,7 +21,10 @@ from lmdeploy_jax.pallas_kernels.grouped_matmul import (
     tile_rows,
     weighted_grouped_matmul,
     why_not_fused,
+    why_not_widened,
 )
+from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
 COLUMNS, OUT = 24, 40
 
@@ -106,6 +113,66 @@ def test_the_kernels_do_what_xla_does(
     )
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < TOLERANCE[dtype]
     _check_groups(groups, chosen.reshape(-1), experts, tile_rows(chosen.size, experts, backend))
+
+
+FORMATS = {  # element, columns that share a scale, dtype of scales, whether there are zero points
+    "mxfp4": (E2M1, 32, E8M0, False),
+    "awq": (INT4, 64, "float16", True),
+    "gptq": (INT4, 128, "float16", False),
+    "rows of int4": (INT4, 0, "bfloat16", True),
+    "blocks of fp8": (E4M3, 64, "float32", False),
+    "rows of fp8": (E4M3, 0, "float32", False),
+    "rows of int8": (INT8, 0, "bfloat16", False),
+}
+QUANTISED = [  # as SHAPES; columns of tiles of 128 and of 64, and outputs that fill no block
+    (1, 8, 2, 256, 192, "bfloat16", "drawn", 2),
+    pytest.param(40, 4, 2, 192, 256, "float32", "one", 1, marks=pytest.mark.full),
+]
+
+
+def drawn(kind: str, *out: int, columns: int, rng: np.random.Generator) -> Quantised:
+    """A weight of such a format."""
+    element, width, scale, zeros = FORMATS[kind]
+    groups = columns // gcd(width or columns, columns)
+    if element in FOUR_BITS:
+        values = jnp.asarray(rng.integers(0, 1 << 16, (*out, columns // PER_WORD)), jnp.uint16)
+    else:
+        values = jnp.asarray(rng.normal(size=(*out, columns)) * 40).astype(element)
+    shape = (groups, *out)
+    scales = rng.integers(120, 130, shape) if scale == E8M0 else rng.uniform(0.01, 0.1, shape)
+    points = jnp.asarray(rng.integers(0, 16, shape), jnp.uint8) if zeros else None
+    return Quantised(values, jnp.asarray(scales).astype("uint8" if scale == E8M0 else scale), points)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "choices", "columns", "outputs", "dtype", "spread", "products"), QUANTISED
+)
+def test_weights_of_few_bits_are_multiplied_as_what_they_stand_for(
+    tokens, experts, choices, columns, outputs, dtype, spread, products, kind, backend
+):
+    """One token, experts that nobody chose, biases."""
+    if backend == "pallas" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    rng = np.random.default_rng(0)
+    gate_up = drawn(kind, experts, products, outputs, columns=columns, rng=rng)
+    down = drawn(kind, experts, columns, columns=outputs, rng=rng)
+    assert why_not_widened(gate_up) is None
+    chosen = chosen_of(tokens, experts, choices, spread)
+    x, scales = rng.normal(size=(tokens, columns)), rng.random(size=(tokens, choices)).astype(np.float32)
+    biases = jnp.asarray(rng.normal(size=(experts, products, outputs)), dtype)
+
+    def run(backend, gate_up, down, chosen, x, scales, biases):
+        groups = group_rows(chosen.reshape(-1), experts, backend=backend)
+        how = {"gating": gated, "bias": biases, "backend": backend}
+        inner = gated_grouped_matmul(x.astype(dtype), gate_up, groups, **how)
+        how = {"bias": biases.reshape(experts, -1)[:, :1] * jnp.ones((1, columns), dtype), "backend": backend}
+        return weighted_grouped_matmul(inner, down, groups, scales, out_dtype=jnp.float32, **how)
+
+    arrays = gate_up, down, chosen, x, scales, biases
+    got, want = (jax.jit(partial(run, each))(*arrays) for each in (backend, "xla"))
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < TOLERANCE[dtype]
 
 
 def _check_groups(groups, chosen: np.ndarray, experts: int, height: int) -> None:

@@ -135,13 +135,18 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-def accessibility_checker() -> str:
-    """The script of axe-core, which npm has installed here or globally; the test is skipped without."""
+def node_modules() -> list[Path]:
+    """Where npm has installed packages: here, and globally."""
     npm = shutil.which("npm")
     places = [Path(__file__).parents[2] / "node_modules"]
     if npm is not None:
         places.append(Path(subprocess.check_output([npm, "root", "-g"], text=True).strip()))
-    found = [path for place in places if (path := place / "axe-core" / "axe.min.js").exists()]
+    return places
+
+
+def accessibility_checker() -> str:
+    """The script of axe-core; the test is skipped without."""
+    found = [path for place in node_modules() if (path := place / "axe-core" / "axe.min.js").exists()]
     if not found:
         pytest.skip("needs axe-core: npm install --no-save axe-core")
     return found[0].read_text()

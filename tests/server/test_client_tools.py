@@ -268,6 +268,18 @@ def test_a_conversation_with_a_malformed_call_goes_on(server, protocol):
     assert "{bad" in prompt(server)
 
 
+def test_calls_in_the_form_before_tools_are_read(server):
+    http, _ = server
+    said = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {"role": "function", "name": "f", "content": "forty-two"},
+    ]
+    assert http.post("/v1/chat/completions", json={"messages": said}).status_code == 200
+    assert '{"name": "f", "arguments": {"a": 1}}' in prompt(server)
+    assert "<tool_response>\nforty-two\n</tool_response>" in prompt(server)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_tools_may_be_told_of_as_those_that_are_allowed(server, whole):
     http, _ = server

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import socket
 import zlib
 
 import httpx
@@ -122,6 +123,24 @@ def test_a_body_of_another_type_is_415(server, given, words):
     answer = http.post(CHAT, content=content, headers={"content-type": given} if given else {})
     assert answer.status_code == 415
     assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_of_http_1_0_gets_no_chunks(server, stream):
+    http, _ = server
+    body = json.dumps(HI | {"stream": stream}).encode()
+    head = f"POST {CHAT} HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection((http.base_url.host, http.base_url.port), PATIENCE) as connection:
+        connection.sendall(head.encode() + body)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    headers, _, content = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in headers
+    assert (b"content-length" in headers) is not stream
+    if stream:
+        lines = content.split(b"\n\n")
+        assert (lines[-2:], {line[:6] for line in lines[:-1]}) == ([b"data: [DONE]", b""], {b"data: "})
+    else:
+        assert json.loads(content)["choices"][0]["message"]["content"] == "hello there"
 
 
 @pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/audio/transcriptions", "/audio/translations"])

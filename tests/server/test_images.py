@@ -8,6 +8,7 @@ import gc
 import json
 import random
 import sys
+import threading
 from base64 import b64encode
 
 import anthropic
@@ -250,6 +251,52 @@ def test_a_slow_media_server_delays_nobody_else(sees, site, expected):
 
     for answer in asyncio.run(main()):
         assert answer.json()["choices"][0]["message"]["content"] == expected.text
+
+
+def test_clients_that_leave_while_the_engine_encodes(sees, seeing, monkeypatch):
+    """Two at once, one with several answers: nothing of theirs runs on, and slots and pages are back."""
+    engine = seeing.frontend.engine
+    encoder, entered, let_go = engine._runner._steps._encoder, threading.Event(), threading.Event()
+    prepare, submit, abort = encoder.prepare, engine.submit, engine.abort
+    come, left = [], []
+
+    def held(step):
+        prepare(step)
+        if step.encoder_runs:
+            entered.set()
+            assert let_go.wait(PATIENCE)
+
+    def submitted(request):
+        submit(request)
+        come.append(request.request_id)
+
+    def aborted(request_id, index=None):
+        left.append(request_id)
+        abort(request_id, index)
+
+    monkeypatch.setattr(encoder, "prepare", held)
+    monkeypatch.setattr(engine, "submit", submitted)
+    monkeypatch.setattr(engine, "abort", aborted)
+    unseen = Image.effect_noise((60, 40), 90).convert("RGB")
+    body = {"messages": asked("data:image/png;base64," + b64encode(encoded("PNG", unseen)).decode())}
+
+    async def main() -> None:
+        async with httpx.AsyncClient(base_url=sees.url, timeout=PATIENCE) as client:
+            fields = ({"stream": True}, {"n": 3, "cache_salt": "other"})
+            sent = [asyncio.create_task(client.post(CHAT, json=body | each)) for each in fields]
+            while not entered.is_set() or len(come) < 2:
+                await asyncio.sleep(0.002)
+            for each in sent:
+                each.cancel()
+            while not set(come) <= set(left):
+                await asyncio.sleep(0.002)
+            let_go.set()
+
+    asyncio.run(main())
+    patience.wait_until(lambda: not engine.scheduler.has_work and not engine._flight)
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.cache.pool.used == 0
+    check_unharmed(sees, seeing)
 
 
 HOSTS = [

@@ -50,6 +50,8 @@ MODELS = {
     "/v1/messages/count_tokens": CountTokensRequest,
     "/v1/responses/input_tokens": InputTokensRequest,
 }
+INT = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "int"}}}}}
+INT_AT = "tools[0].function.parameters.properties.a.type"
 THOUGHT = "<think>\nwell\n</think>\n\nhello"
 
 
@@ -154,6 +156,9 @@ def test_what_cannot_be_honoured_is_refused_by_the_name_it_came_under(server, fi
         ("/v1/embeddings", {"input": ["a", ""]}, "input.1", "at least 1 character"),
         (CHAT, {"tool_choice": "sometimes"}, "tool_choice", "'auto'"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, None, "audio is not"),
+        (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "messages[0]", "unknown role 'robot'"),
+        (RESPONSES, {"input": [{"role": "robot", "content": "x"}]}, "input[0].role", "unknown role 'robot'"),
+        (CHAT, {"tools": [INT], "tool_choice": "required"}, INT_AT, "integer"),
     ],
 )
 def test_errors_speak_of_fields_and_not_of_how_they_are_checked(server, path, body, param, words):

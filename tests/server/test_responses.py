@@ -137,7 +137,7 @@ def test_instructions_lead(client):
             {"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]},
             r"content\[0\].text=5",
         ),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"top_logprobs": 21}, "top_logprobs"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
 )
@@ -200,3 +200,32 @@ def test_a_strict_tool_is_held_to_its_schema_though_the_model_chose_it(client):
     response = respond(client, "What is the weather in Paris?", tools=[weather])
     (call,) = response.output
     assert set(json.loads(call.arguments)) == {"city", "unit"}
+
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("effort", ["none", "high"])
+def test_the_texts_tokens_have_log_probabilities(client, stream, effort):
+    """Those of the text and no others: not the thoughts', the tags' and the end's."""
+    fields = {"reasoning": {"effort": effort}, "include": [LOGPROBS], "top_logprobs": 2, "stream": stream}
+    answer = respond(client, "What is 12 + 30?", **fields)
+    events = list(answer) if stream else []
+    response = events[-1].response if stream else answer
+    assert [item.type for item in response.output] == ["reasoning", "message"][effort == "none" :]
+    (part,) = response.output[-1].content
+    assert part.text == "".join(entry.token for entry in part.logprobs) == "42"
+    assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 2 for entry in part.logprobs)
+    if stream:
+        told = [e for event in events if event.type == "response.output_text.delta" for e in event.logprobs]
+        assert [entry.token for entry in told] == [entry.token for entry in part.logprobs]
+        (done,) = (event for event in events if event.type == "response.output_text.done")
+        assert len(done.logprobs) == len(told)
+
+
+def test_who_asks_for_no_log_probabilities_gets_none(client):
+    for fields in ({}, {"top_logprobs": 0}):
+        assert respond(client, **fields).output[0].content[0].logprobs == []
+    (entry, *_) = respond(client, include=[LOGPROBS]).output[0].content[0].logprobs
+    assert entry.top_logprobs == []

@@ -1,4 +1,4 @@
-"""Files that are images, and a server that has some, or stalls, or leads elsewhere."""
+"""Files that are images or videos, and a server that has some, or stalls, or leads elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
 import numpy as np
+import pytest
 from PIL import Image
 
 LEVELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
@@ -35,6 +36,20 @@ def bomb(width: int, height: int) -> bytes:
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def movie(format: str = "mp4", codec: str = "mpeg4") -> bytes:
+    """Twelve grey frames, each lighter than the one before it, five in a second."""
+    av = pytest.importorskip("av")
+    held = BytesIO()
+    with av.open(held, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(12):
+            frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), (20 * number,) * 3))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return held.getvalue()
 
 
 class MediaSite(ThreadingHTTPServer):

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from lmdeploy_jax import vl
 from lmdeploy_jax.converters.vision_config import read_vision
@@ -23,6 +22,7 @@ from lmdeploy_jax.vision.load_video import load_video
 from lmdeploy_jax.vision.resize import SmartResize
 from lmdeploy_jax.vision.video import Video, VideoRule, prepare_video
 from tests.fuzz import cases
+from tests.vision.media import movie
 from tests.vision.oracle import save_checkpoint
 from tests.vision.pictures import picture
 
@@ -122,20 +122,6 @@ def test_lists_of_frames() -> None:
     for wrong in ([], 5, ["/no/such.png"]):
         with pytest.raises(RequestError):
             load_video(wrong)  # type: ignore[arg-type]
-
-
-def movie(format: str = "mp4", codec: str = "mpeg4") -> bytes:
-    """Twelve grey frames, each lighter than the one before it, five in a second."""
-    av = pytest.importorskip("av")
-    held = BytesIO()
-    with av.open(held, "w", format=format) as container:
-        stream = container.add_stream(codec, rate=5)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(12):
-            frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), (20 * number,) * 3))
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return held.getvalue()
 
 
 def test_files(tmp_path: Path) -> None:

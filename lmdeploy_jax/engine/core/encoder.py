@@ -20,7 +20,7 @@ from lmdeploy_jax.engine.core.buckets import Buckets
 from lmdeploy_jax.engine.core.program import Ladder, Program, Programs
 from lmdeploy_jax.engine.core.state import Leaves, Update
 from lmdeploy_jax.engine.core.step import Step
-from lmdeploy_jax.vision.attention import DENSE, QUERIES
+from lmdeploy_jax.pallas_kernels.encoder_attention.xla import DENSE, QUERIES
 from lmdeploy_jax.vision.config import VisionModelConfig
 from lmdeploy_jax.vision.inputs import VisionInputs
 from lmdeploy_jax.vision.packing import output_of, pack, result_index

@@ -255,8 +255,8 @@ class Scheduler:
         return chunks
 
     def _plan_prompt(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
-        """As much of its prompt as the budget and its images allow, which may be nothing: the number of
-        tokens. What it holds for that is more than it needs later.
+        """As much of its prompt as the budget and its images allow, which may be nothing: what of the budget
+        that takes. What it holds for that is more than it needs later.
 
         Pages that it fills can be shared at once, by prompts of the same step too: in every layer all keys
         and values of a step are written before any is read.
@@ -264,13 +264,13 @@ class Scheduler:
         sequence.pages.room = 0
         start, count = sequence.computed, min(sequence.remaining, budget)
         count = cut_at_end(sequence, count) if sequence.state_ends else count
-        if self.encoder_cache is not None and sequence.request.prompt.images:
-            most = start + budget + self._spare
-            count = self.encoder_cache.reach(sequence.request.prompt, start, start + count, most) - start
+        encoding, prompt = 0, sequence.request.prompt
+        if self.encoder_cache is not None and prompt.images:
+            count, encoding = self.encoder_cache.plan(prompt, start, count, budget, self._spare)
         if count:
             chunks.append(self._plan(sequence, count))
             self._register(sequence, start + count)
-        return count
+        return count + encoding
 
     def _plan(self, sequence: Sequence, count: int) -> Chunk:
         """The next `count` tokens."""
@@ -340,7 +340,7 @@ class Scheduler:
 
     def _can_repeat(self, step: Step) -> bool:
         """Whether nothing waits for the next token but the token after it, and there are pages enough."""
-        if self.waiting or not step.decode_only or self.rope_switch is not None:
+        if self.waiting or not step.decode_only or step.encoder_runs or self.rope_switch is not None:
             return False
         if any(not sequence.params.repeats for sequence, _ in step.sampled):
             return False
@@ -381,8 +381,9 @@ class Scheduler:
                     drawn.unread += 1
                     drawn.pending = True
                     step.sampled.append((drawn, row))
-        if self.encoder_cache is not None and not step.decode_only:
+        if self.encoder_cache is not None:
             step.encoder_runs = self.encoder_cache.take_runs()
+        if self.encoder_cache is not None and not step.decode_only:
             parts = [(c.sequence.request.prompt, c.start, c.start + c.count) for c in chunks]
             step.embedding_index = self.encoder_cache.index(parts)
             step.lookahead = self.encoder_cache.lookahead(parts)

@@ -95,7 +95,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     begun = time.perf_counter()
     reload = partial(_reload, folder, config, mesh, backend)
     loaded = _load(folder, config, mesh, backend, progress)
-    vision = _load_vision(folder, config, mesh)
+    vision = _load_vision(folder, config, mesh, backend)
     loading = time.perf_counter() - begun
     steps = _decode_steps(config, loaded, mesh)
     buckets, encoder_cache = _buckets(config, platform, steps, vision), None
@@ -229,17 +229,19 @@ def _with_routes(folder: Path, config: JaxEngineConfig) -> DecoderConfig:
 
 
 def _reload(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str) -> tuple[Leaves, Leaves]:
-    vision = _load_vision(folder, config, mesh)
+    vision = _load_vision(folder, config, mesh, backend)
     loaded = _load(folder, config, mesh, backend, False)
     return loaded.leaves, () if vision is None else vision.leaves
 
 
-def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh) -> LoadedVisionModel | None:
+def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str) -> LoadedVisionModel | None:
     if config.language_model_only or servable_vision(folder, config.hf_overrides) is None:
         return None
     from lmdeploy_jax.converters.vision import load_vision
 
-    loaded = load_vision(folder, dtype=config.dtype, mesh=mesh, hf_overrides=config.hf_overrides)
+    loaded = load_vision(
+        folder, dtype=config.dtype, mesh=mesh, backend=backend, hf_overrides=config.hf_overrides
+    )
     jax.block_until_ready(loaded.leaves)
     return loaded
 

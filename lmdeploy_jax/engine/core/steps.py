@@ -118,6 +118,8 @@ class Steps(ABC):
 
     def forward(self, step: Step) -> Forward:
         """Start a step's forward pass on the device."""
+        if self._encoder is not None:
+            self._encoder.prepare(step)
         return self._decode(step) if step.decode_only else self._mixed(step)
 
     def draw(self, draws: Draws, passed: Forward) -> Drawn:
@@ -155,8 +157,7 @@ class Steps(ABC):
         return Forward(out.rows, hidden=out.hidden if reported else None)
 
     def _ragged_pass(self, step: Step) -> Ragged:
-        if self._encoder is not None and (index := step.embedding_index) is not None:
-            self._encoder.prepare(step)
+        if (index := step.embedding_index) is not None:
             program = self._with_images.fit(step.num_tokens)
             return program(packed=program.pack(step.chunks, index, step.lookahead))
         program = self._ragged.fit(step.num_tokens)

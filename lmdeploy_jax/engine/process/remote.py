@@ -137,6 +137,11 @@ class RemoteEngine(EngineBase):
         """As the engine's process last told: with its latest outputs, or a moment after they changed."""
         return self._state.stats
 
+    @property
+    def unfinished(self) -> int:
+        """Requests that were submitted and have not ended."""
+        return len(self._live)
+
     def close(self) -> None:
         if not self.owner.is_current:
             return

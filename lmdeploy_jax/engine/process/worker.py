@@ -61,6 +61,15 @@ def open_engine(model: str | Path, config: JaxEngineConfig, progress: bool) -> E
     return Engine(model, config, progress=progress)
 
 
+def open_replica(rank: int, model: str | Path, config: JaxEngineConfig, progress: bool) -> EngineBase:
+    """Copy `rank` of the engine, on its own GPUs where there are any. Raises what `Engine` raises."""
+    import jax
+
+    mine = range(rank * config.tp, (rank + 1) * config.tp)
+    jax.config.update("jax_cuda_visible_devices", ",".join(map(str, mine)))
+    return open_engine(model, config, progress)
+
+
 def run(connection: Connection, build: Build, level: int) -> None:
     """The process's main function: starts the engine and serves until the parent closes it, or is gone."""
     for number in IGNORED_SIGNALS:

@@ -26,6 +26,7 @@ from lmdeploy_jax.text.parsers import (
     ToolCallStart,
 )
 
+NO_THREADS = "thread_unsupported_request"  # by this code clients know that they can go on without
 SIGNATURE = "lmdeploy_jax"  # clients want one; the text is not signed
 _REASONS = {
     "length": "max_tokens",
@@ -46,9 +47,12 @@ _ERRORS = {
 def error_body(error: ApiError) -> dict[str, Any]:
     """Anthropic's error object."""
     usual = "api_error" if error.status >= 500 else "invalid_request_error"
-    told = {"type": _ERRORS.get(error.status, usual), "message": error.message}
-    coded = told | ({"code": error.code} if error.code else {})
-    return {"type": "error", "error": coded, "request_id": REQUEST_ID.get() or None}
+    told: dict[str, Any] = {"type": _ERRORS.get(error.status, usual), "message": error.message}
+    if error.code:
+        told["code"] = error.code
+    if error.code == NO_THREADS:
+        told["details"] = {"error_code": error.code, "unsupported": [error.param]}
+    return {"type": "error", "error": told, "request_id": REQUEST_ID.get() or None}
 
 
 @dataclass

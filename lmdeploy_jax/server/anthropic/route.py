@@ -9,10 +9,10 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from lmdeploy_jax.messages import GenerationConfig
-from lmdeploy_jax.server.anthropic.answer import EventWriter, Tokens, error_body, message
+from lmdeploy_jax.server.anthropic.answer import NO_THREADS, EventWriter, Tokens, error_body, message
 from lmdeploy_jax.server.anthropic.bodies import CountTokensRequest, MessagesRequest
 from lmdeploy_jax.server.anthropic.prompt import chat_call, sampling
-from lmdeploy_jax.server.errors import Dialect, register_dialect
+from lmdeploy_jax.server.errors import ApiError, Dialect, register_dialect
 from lmdeploy_jax.server.generation import in_thread
 from lmdeploy_jax.server.http.sse import EventStream
 from lmdeploy_jax.server.ids import ToolCallIds, new_id
@@ -43,6 +43,7 @@ register_dialect(
 @router.post("/v1/messages", response_model=None)
 async def messages(body: MessagesRequest, service: CurrentService) -> Response | dict[str, Any]:
     """Answer a conversation, whole or as a stream of events."""
+    _check_thread(body)
     check_fields(service, body, REFUSED)
     model = service.check_model(body.model)
     config = service.defaults.config(sampling(body))
@@ -54,6 +55,15 @@ async def messages(body: MessagesRequest, service: CurrentService) -> Response |
         return EventStream(EventWriter(id, model, CALL_IDS, tokens).events(answers), answers.close)
     (answer,) = await answers.complete()
     return message(id, model, answer, answers.usage, CALL_IDS, tokens)
+
+
+def _check_thread(body: MessagesRequest) -> None:
+    """Tool runners of Anthropic's clients ask for a thread by themselves, and send the whole conversation
+    once they are told that there is none.
+    """
+    if (body.model_extra or {}).get("thread"):
+        message = f"thread is not supported: {REFUSED['thread']}"
+        raise ApiError(400, message, param="thread", code=NO_THREADS)
 
 
 @router.post("/v1/messages/count_tokens")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lmdeploy_jax.messages import Response
 from lmdeploy_jax.server.chat.deltas import Answer, Delta
 from lmdeploy_jax.server.chat.reader import AnswerReader, ReaderFactory
@@ -61,11 +63,13 @@ class Answers:
     def close(self) -> None:
         self.generation.close()
 
-    async def complete(self) -> list[Answer]:
-        """All answers as wholes, in order."""
+    async def complete(self, watch: Callable[[Delta], object] | None = None) -> list[Answer]:
+        """All answers as wholes, in order. watch: is shown each delta."""
         parts: dict[int, list[Delta]] = {}
         async for deltas in self:
             for delta in deltas:
+                if watch is not None:
+                    watch(delta)
                 parts.setdefault(delta.choice, []).append(delta)
         return [_whole(parts[choice]) for choice in sorted(parts)]
 

@@ -108,13 +108,22 @@ def _tool_choice(choice: Choice | None) -> ToolChoice:
 
 
 def _with_functions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Calls of custom tools in the conversation, as a model sees them."""
-    return [
-        m | {"tool_calls": list(map(_as_call, calls))}
-        if isinstance(calls := m.get("tool_calls"), list)
-        else m
-        for m in messages
-    ]
+    """The conversation with all calls as those of functions, as a model sees them."""
+    told, last = [], ""
+    for i, message in enumerate(messages):
+        match message:
+            case {"role": "assistant", "function_call": {"name": str(name)} as call, **rest}:
+                last = f"call{i:05}"  # nine letters and digits, which Mistral's templates insist on
+                function = {"name": name, "arguments": call.get("arguments")}
+                calls = [{"id": last, "type": "function", "function": function}]
+                told.append(rest | {"role": "assistant", "tool_calls": calls})
+            case {"role": "function", **rest}:
+                told.append({"tool_call_id": last} | rest | {"role": "tool"})
+            case {"tool_calls": list(calls)}:
+                told.append(message | {"tool_calls": list(map(_as_call, calls))})
+            case _:
+                told.append(message)
+    return told
 
 
 def _as_call(call: Any) -> Any:

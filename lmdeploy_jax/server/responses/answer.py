@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from lmdeploy_jax.server.http.sse import event
 from lmdeploy_jax.server.ids import ToolCallIds
 from lmdeploy_jax.server.responses.bodies import ResponsesRequest
 from lmdeploy_jax.server.responses.prompt import Conversation
+from lmdeploy_jax.server.responses.text_logprobs import Entry, TextLogprobs
 from lmdeploy_jax.server.responses.tools import Toolbox
 from lmdeploy_jax.server.usage import Usage
 from lmdeploy_jax.text.parsers import (
@@ -73,6 +74,7 @@ class ResponseShape:
             "text": asked.get("text") or {"format": {"type": "text"}},
             "tool_choice": asked.get("tool_choice", "auto"),
             "tools": asked.get("tools", []),
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": body.top_p,
             "truncation": "disabled",
             "usage": usage and usage_body(usage),
@@ -107,12 +109,12 @@ def _item_status(finish: Finish) -> str:
     return "completed" if finish.reason in ("stop", "tool_calls", "parse_error") else "incomplete"
 
 
-def output_items(answer: Answer, toolbox: Toolbox) -> list[Item]:
-    """A complete answer as items. toolbox: the tools of its request."""
+def output_items(answer: Answer, toolbox: Toolbox, logprobs: list[Entry]) -> list[Item]:
+    """A complete answer as items. toolbox: the tools of its request; logprobs: its text's."""
     parsed, done = answer.parsed, _item_status(answer.finish)
     items = [_filled(_new_item("reasoning"), parsed.reasoning, done)] if parsed.reasoning else []
     if parsed.content or not (items or parsed.tool_calls):
-        items.append(_filled(_new_item("message"), parsed.content, done))
+        items.append(_filled(_new_item("message"), parsed.content, done, logprobs))
     for call in parsed.tool_calls:
         items.append(_filled(_new_call(call.name, toolbox), call.arguments, done))
     return items
@@ -139,18 +141,18 @@ def _new_call(called: str, toolbox: Toolbox) -> Item:
     return item | ({"input": ""} if custom else {"arguments": ""})
 
 
-def _part(kind: str, text: str) -> dict[str, Any]:
+def _part(kind: str, text: str, logprobs: Sequence[Entry] = ()) -> dict[str, Any]:
     if kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
-def _filled(item: Item, text: str, status: str) -> Item:
+def _filled(item: Item, text: str, status: str, logprobs: Sequence[Entry] = ()) -> Item:
     if item["type"] == "function_call":
         return item | {"arguments": text, "status": status}
     if item["type"] == "custom_tool_call":
         return item | {"input": input_of(text), "status": status}
-    return item | {"content": [_part(item["type"], text)], "status": status}
+    return item | {"content": [_part(item["type"], text, logprobs)], "status": status}
 
 
 @dataclass
@@ -159,10 +161,12 @@ class ResponseWriter:
 
     shape: ResponseShape
     conversation: Conversation
+    logprobs: TextLogprobs
     items: list[Item] = field(default_factory=list)
     _number: int = 0
     _item: Item | None = None  # the one that is being written
     _text: str = ""
+    _told: list[Entry] = field(default_factory=list)  # of its tokens
 
     async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         """The stream's body. An error becomes its last event."""
@@ -187,7 +191,7 @@ class ResponseWriter:
         )
 
     def _write(self, delta: Delta) -> bytes:
-        parts = [self._said(said) for said in delta.events]
+        parts = list(map(self._said, delta.events, self.logprobs.read(delta)))
         if delta.finish is not None:
             if not self.items and self._item is None:
                 parts.append(self._open("message"))  # an answer has an item, if only an empty one
@@ -205,12 +209,12 @@ class ResponseWriter:
             "response.failed", response=self.shape.render("failed", self.items, error=error)
         )
 
-    def _said(self, said: Event) -> bytes:
+    def _said(self, said: Event, logprobs: list[Entry]) -> bytes:
         match said:
             case ReasoningDelta(text):
                 return self._open("reasoning") + self._delta("response.reasoning_text.delta", text)
             case ContentDelta(text):
-                return self._open("message") + self._delta("response.output_text.delta", text)
+                return self._open("message") + self._text_delta(text, logprobs)
             case ToolCallStart(_, name):
                 return self._close("completed") + self._start(_new_call(name, self.shape.toolbox))
             case ToolCallArguments(_, arguments):
@@ -225,7 +229,7 @@ class ResponseWriter:
         return self._close("completed") + self._start(_new_item(kind))
 
     def _start(self, item: Item) -> bytes:
-        self._item, self._text = item, ""
+        self._item, self._text, self._told = item, "", []
         started = self._event("response.output_item.added", output_index=len(self.items), item=item)
         if item["type"] not in _PARTS:
             return started
@@ -238,14 +242,18 @@ class ResponseWriter:
             return b""  # its input is known once the arguments are whole
         if self._item["type"] == "function_call":
             return self._of_item(name, delta=text)
-        extra: dict[str, Any] = {"logprobs": []} if self._item["type"] == "message" else {}
-        return self._of_part(name, delta=text, **extra)
+        return self._of_part(name, delta=text)
+
+    def _text_delta(self, text: str, logprobs: list[Entry]) -> bytes:
+        self._text += text
+        self._told += logprobs
+        return self._of_part("response.output_text.delta", delta=text, logprobs=logprobs)
 
     def _close(self, status: str) -> bytes:
         """End the item that is being written, if there is one."""
         if self._item is None:
             return b""
-        item = _filled(self._item, self._text, status)
+        item = _filled(self._item, self._text, status, self._told)
         parts = self._done(item)
         parts += self._event("response.output_item.done", output_index=len(self.items), item=item)
         self.items.append(item)
@@ -262,7 +270,7 @@ class ResponseWriter:
         if item["type"] == "reasoning":
             text = self._of_part("response.reasoning_text.done", text=self._text)
         else:
-            text = self._of_part("response.output_text.done", text=self._text, logprobs=[])
+            text = self._of_part("response.output_text.done", text=self._text, logprobs=self._told)
         return text + self._of_part("response.content_part.done", part=item["content"][0])
 
     def _of_item(self, event_name: str, /, **values: Any) -> bytes:

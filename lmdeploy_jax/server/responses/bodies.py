@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag
 from lmdeploy_jax.server.bodies import CacheSalt, Length, ProtocolModel, TopK, TopP
 from lmdeploy_jax.server.forms import Form, FormFields, JsonSchema, schema_form
 
+LOGPROBS = "message.output_text.logprobs"  # in `include`
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -126,6 +127,13 @@ class ResponsesRequest(InputTokensRequest, FormFields):
     prompt_cache_options: Any = None
     stream_options: dict[str, Any] | None = None  # obfuscation, which hides lengths from who listens in
     include: list[str] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def logprobs(self) -> int | None:
+        """How many alternatives the text's tokens are told with; None for no log-probabilities."""
+        asked = self.top_logprobs or LOGPROBS in (self.include or ())
+        return self.top_logprobs or 0 if asked else None
 
     def _forms(self) -> Iterator[tuple[str, Form]]:
         own = self.text.format if self.text else None

@@ -13,6 +13,7 @@ from lmdeploy_jax.text.conversation import ImagePart, without_nulls
 
 Item = Mapping[str, Any]
 Message = dict[str, Any]
+ROLES = ("user", "assistant", "system", "developer")
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 # What tools that others ran have done earlier, and which parts of it can be read.
 _EARLIER = {
@@ -57,7 +58,7 @@ def _join(last: Message, message: Message) -> None:
 def _item(item: Item, toolbox: Toolbox, where: str) -> Message:
     match item.get("type", "message"):
         case "message":
-            return _message(item, f"{where}.content")
+            return _message(item, where)
         case "function_call":
             return _called(item, toolbox, _field(item, "arguments"))
         case "custom_tool_call":
@@ -88,6 +89,10 @@ def _called(item: Item, toolbox: Toolbox, arguments: str | dict[str, str]) -> Me
 
 def _message(item: Item, where: str) -> Message:
     role = item.get("role")
+    if role not in ROLES:
+        known = ", ".join(ROLES)
+        raise RequestError(f"{where}.role: unknown role {role!r}. Use one of {known}.", param=f"{where}.role")
+    where = f"{where}.content"
     if role == "user":
         return {"role": role, "content": _content(item.get("content"), where)}
     return {"role": "system" if role == "developer" else role, "content": _text(item.get("content"), where)}

@@ -99,6 +99,7 @@ def sampling(body: ResponsesRequest) -> dict[str, Any]:
         "random_seed": None if body.seed is None else body.seed & 0xFFFFFFFF,
         "stop_words": [body.stop] if isinstance(body.stop, str) else body.stop,
         "response_format": body.form(),
+        "logprobs": body.logprobs,
     }
 
 

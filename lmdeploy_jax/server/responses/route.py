@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -17,6 +18,7 @@ from lmdeploy_jax.server.responses.answer import ResponseShape, ResponseWriter, 
 from lmdeploy_jax.server.responses.bodies import InputTokensRequest, ResponsesRequest
 from lmdeploy_jax.server.responses.prompt import chat_call, continued, sampling
 from lmdeploy_jax.server.responses.store import ResponseStore
+from lmdeploy_jax.server.responses.text_logprobs import Entry, TextLogprobs
 from lmdeploy_jax.server.routing import CurrentService, JsonRoute, check_fields
 
 router = APIRouter(tags=["responses"], route_class=JsonRoute)
@@ -34,13 +36,11 @@ REFUSED = {
     "context_management": "shorten the conversation in your own client.",
     "prompt": "send the text itself.",
     "max_tool_calls": "use parallel_tool_calls: false.",
-    "top_logprobs": "use /v1/chat/completions.",
     "moderation": "this server judges nobody; ask a model for it.",
     "image": "this server answers with text.",
     "access_programs": "this server has none.",
     "personality": "say it in instructions.",
 }
-_LOGPROBS = "message.output_text.logprobs"
 
 
 def store_of(request: Request) -> ResponseStore:
@@ -57,26 +57,21 @@ async def responses(
 ) -> Response | dict[str, Any]:
     """Answer a conversation, whole or as a stream of events."""
     check_fields(service, body, REFUSED)
-    _check_include(body)
     conversation = continued(body, store, kept=body.store)
     model = service.check_model(body.model)
     shape = ResponseShape(new_id("resp").replace("-", "_"), now(), model, body, conversation.toolbox)
     config = service.defaults.config(sampling(body))
     call = chat_call(body, conversation, config, images=service.frontend.takes_images)
     answers = await service.answer(call, stream=body.stream, name=shape.id)
+    logprobs = TextLogprobs(service.frontend.tokenizer, body.logprobs)
     if body.stream:
-        return EventStream(ResponseWriter(shape, conversation).events(answers), answers.close)
-    (answer,) = await answers.complete()
-    response = shape.ended(answer.finish, output_items(answer, conversation.toolbox), answers.usage)
+        return EventStream(ResponseWriter(shape, conversation, logprobs).events(answers), answers.close)
+    told: list[Entry] = []
+    (answer,) = await answers.complete(lambda delta: told.extend(chain(*logprobs.read(delta))))
+    response = shape.ended(answer.finish, output_items(answer, conversation.toolbox, told), answers.usage)
     if answer.finish.error is None:
         conversation.keep(response)
     return response
-
-
-def _check_include(body: ResponsesRequest) -> None:
-    if _LOGPROBS in (body.include or ()):
-        message = f"include: {_LOGPROBS} is not supported: use logprobs of /v1/chat/completions."
-        raise ApiError(400, message, param="include", code="unsupported_field")
 
 
 @router.post("/v1/responses/input_tokens")
