@@ -45,4 +45,10 @@ HOSTILE = [
     "\\<script>alert(1)</script>",
     "<style>@import 'https://evil.example/x.css';</style>",
     "<a href='https://x.y' style='position:fixed'>",
+    r"$\href{javascript:alert(1)}{x}$",
+    r"$\style{position:fixed}{x}\class{a}{y}\id{b}{z}$",
+    r"$\color{red\" onload=\"alert(1)}{y}$",
+    r"$\text{<script>alert(1)</script>}\mbox{&lt;img src=x onerror=y&gt;}$",
+    r"$\hspace{1em\" onclick=\"x}\rule{99999em}{99999em}\includegraphics{https://evil.example/x.png}$",
+    r"$\newcommand{\a}{\a}\a$ $\def\b{\b\b}\b$",
 ]

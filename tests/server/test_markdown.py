@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.server.page import mathml
 from lmdeploy_jax.server.page import renderer as renderer_module
 from lmdeploy_jax.server.page.highlight import Highlighter
 from lmdeploy_jax.server.page.markdown import render
@@ -34,9 +35,24 @@ def rendered(text: str) -> str:
     [
         ("**a** ~~b~~", "<p><strong>a</strong> <s>b</s></p>\n"),
         ("[a](https://b.c 'd')", 'href="https://b.c" title="d" target="_blank" rel="noopener'),
+        ("[a]()", '<a target="_blank" rel="noopener noreferrer nofollow">a</a>'),
         ("<mailto:a@b.c>", 'href="mailto:a@b.c"'),
         ("|a|\n|-:|\n|1|", '<td class="align-right">1</td>'),
-        (r"\(x_1*y*z_1\) and $a_1$", r'<span class="math">\(x_1*y*z_1\)</span> and <span class="math">$a_1$'),
+        (r"\(x_1*y\) and $a_1$", "<mo>*</mo><mi>y</mi></mrow></math> and <math"),
+        (r"a $\foo_1$ and \[x", r'<p>a <span class="math">$\foo_1$</span> and [x</p>'),
+        ("a:\n$$\nx\n- y\n= z\n$$\nb", "<mi>x</mi><mo>\u2212</mo><mi>y</mi><mo>=</mo><mi>z</mi>"),
+        (
+            "$$x$$",
+            '<div class="formula" tabindex="0"><math display="block"><mrow><mi>x</mi></mrow></math></div>',
+        ),
+        ("- a\n  $$\n  x\n  $$\n- b", "</math></div>\n</li>\n<li>b</li>"),
+        ("$$\nx\n\ny\n$$", "<p>$$\nx</p>"),
+        (r"$\boxed{42}$", '<mrow class="box"><mrow><mn>42</mn></mrow></mrow>'),
+        (r"$\lim_{x}$", '<munder><mo movablelimits="true">lim</mo><mrow><mi>x</mi></mrow></munder>'),
+        (r"\begin{aligned}", "<p>\\begin{aligned}</p>"),
+        (r"\[\begin{aligned}a&=b\nonumber\end{aligned}\]", '<mtd columnalign="right"><mi>a</mi></mtd>'),
+        (r"$\begin{array}{c|c}1&2\\ \hline 3&4\end{array}$", 'class="below right"><mn>1</mn>'),
+        (r"$\frac{1}$", r'<span class="math">$\frac{1}$</span>'),
         ("it costs $5 or $6", "<p>it costs $5 or $6</p>\n"),
         ("```python\nx = 1\n```", '<span>python</span><button type="button" class="copy">Copy</button>'),
         ("```\na < b\n```", "<code>a &lt; b\n</code>"),
@@ -54,14 +70,19 @@ ELEMENTS = frozenset(
     )
 )
 ATTRIBUTES = {"href", "title", "target", "rel", "class", "tabindex", "role", "aria-label", "type", "start"}
+OF_MATHML = re.compile(r"[a-zA-Z0-9.+#-]*")  # what a formula's attributes may say
 
 
 class Elements(HTMLParser):
     """Refuses what no answer may bring."""
 
     def handle_starttag(self, tag, attrs):
-        assert tag in ELEMENTS, tag
+        assert tag in ELEMENTS | mathml.ELEMENTS, tag
         for name, value in attrs:
+            if tag in mathml.ELEMENTS and name != "class":
+                assert name in mathml.ATTRIBUTES, name
+                assert OF_MATHML.fullmatch(value), value
+                continue
             assert name in ATTRIBUTES, name
             assert name != "href" or re.match("(https?|mailto):", value), value
 
@@ -81,7 +102,8 @@ BITS = (
     "*", "_", "**", "`", "```", "~~", "#", "> ", "- ", "1. ", "\n", "\n\n", "    ", "\t", "|", "|-|\n",
     "[", "](", ")", "!", "<", ">", "</", "&", "&#", ";", "\\", "$", "$$", r"\(", r"\)", r"\[", "a", "1", " ",
     "javascript:", "https://x.y", "data:", '"', "'", "onload=", "<script>", "<img ", "```python\n", "<<",
-    "```html\n", "${", "{{", "\x00", "\u2028", "ä", "😀",
+    r"\frac", r"\href{", r"\text{", r"\begin{aligned}", r"\end{aligned}", "{", "}", "_{", "^", "&",
+    r"\class{", "```html\n", "${", "{{", "\x00", "\u2028", "ä", "😀",
 )  # fmt: skip
 
 
@@ -131,6 +153,10 @@ GROWING = {
     "backticks": lambda n: "".join("`" * (i % 300) + " " for i in range(n // 100)),
     "formulas": lambda n: "$a " * n,
     "dollars": lambda n: "$" * n,
+    "display formulas": lambda n: "$$\na\n" * (n // 4),
+    "long formula": lambda n: "$$" + "x+" * n + "$$",
+    "nested formula": lambda n: "$$" + r"\sqrt{" * n + "}" * n + "$$",
+    "many formulas": lambda n: "".join(f"${i}_x$ " for i in range(n // 8)),
     "open formulas": lambda n: r"\(\[$$" * n,
     "table": lambda n: "|a" * 20 + "\n" + "|-" * 20 + "\n" + "|a\n" * (n // 4),
     "definitions": lambda n: "".join(f"[{i}]: x\n" for i in range(n // 2)),

@@ -17,7 +17,7 @@ from markdown_it.renderer import RendererHTML
 from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 
-from lmdeploy_jax.server.page.formulas import keep_formulas
+from lmdeploy_jax.server.page.formulas import add_formulas
 from lmdeploy_jax.server.page.highlight import Highlighter
 
 LINKED = frozenset({"http", "https", "mailto"})
@@ -57,7 +57,7 @@ def _markdown() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": False}, renderer_cls=_Renderer)
     markdown.enable(["table", "strikethrough"])
     markdown.validateLink = _is_linked  # type: ignore[method-assign]
-    keep_formulas(markdown)
+    add_formulas(markdown)
     markdown.core.ruler.push("alignment", _align_by_class)
     return markdown
 
@@ -81,7 +81,10 @@ class _Renderer(RendererHTML):
     """What the page shows otherwise than CommonMark says. Methods are called by their tokens' types."""
 
     def link_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        tokens[idx].attrs |= {"target": "_blank", "rel": "noopener noreferrer nofollow"}
+        attributes = tokens[idx].attrs
+        attributes |= {"target": "_blank", "rel": "noopener noreferrer nofollow"}
+        if not attributes["href"]:  # nowhere: it would lead to this page
+            del attributes["href"]
         return self.renderToken(tokens, idx, options, env)
 
     def image(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
