@@ -89,6 +89,8 @@ print("hi")
 |a|
 |-|
 |b|
+
+$$\\frac{x_1}{2}$$
 """
 CALL = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
 TOOLS = '[{"type": "function", "function": {"name": "clock"}}]'

@@ -58,6 +58,14 @@ def test_answers_are_rendered_and_code_is_copied(page):
     assert page.evaluate("navigator.clipboard.readText()") == MARKDOWN
 
 
+def test_formulas_are_laid_out(page):
+    send(page, "show md")
+    fraction = finished(page).locator("math > mrow > mfrac")
+    assert fraction.evaluate("element => element.namespaceURI").endswith("/MathML")
+    above, below = (part.bounding_box() for part in fraction.locator("> mrow").all())
+    assert above["y"] + above["height"] <= below["y"], "one stands above the other"
+
+
 def test_nothing_hostile_runs(page, monkeypatch):
     """Without the page's policy, which would stop it too."""
     monkeypatch.setitem(LINES, "hostile", "\n\n".join(HOSTILE))
