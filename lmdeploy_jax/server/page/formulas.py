@@ -8,6 +8,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
 from markdown_it.renderer import RendererProtocol
+from markdown_it.ruler import RuleOptionsType
 from markdown_it.rules_block import StateBlock
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
@@ -21,7 +22,7 @@ def add_formulas(markdown: MarkdownIt) -> None:
     """Rules for what stands in TeX's delimiters: MathML, or where that cannot be an element of class "math"
     with the text as it is.
     """
-    interrupted = {"alt": ["paragraph", "reference", "blockquote", "list"]}
+    interrupted: RuleOptionsType = {"alt": ["paragraph", "reference", "blockquote", "list"]}
     markdown.block.ruler.before("fence", "formula", _block, interrupted)
     markdown.inline.ruler.before("escape", "formula", _formula)
     markdown.add_render_rule("formula", _rendered)
