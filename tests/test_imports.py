@@ -46,6 +46,7 @@ LAYERS = {
     "lmdeploy_jax": 8,  # the package's own face, and every other module that lies directly in it
     "lmdeploy_jax.server": 9,
     "lmdeploy_jax.bench": 9,
+    "lmdeploy_jax.proxy": 9.5,
     "lmdeploy_jax.cli": 10,
     "lmdeploy_jax.__main__": 11,
 }

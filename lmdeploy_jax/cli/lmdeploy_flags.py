@@ -53,7 +53,6 @@ SPECULATION = {
     "speculative_draft_model": _DRAFT,
     "speculative_num_draft_tokens": Option(1),
 }
-PROXY = Option(None, (None,), "there is no proxy to register at; tell a load balancer of the server.")
 
 
 def add_lmdeploy_flags(flags: FlagSet, *, server: bool = False) -> None:
@@ -98,7 +97,7 @@ def ssl_files(flags: FlagSet) -> dict[str, str]:
 
 
 def _options(server: bool) -> dict[str, Option]:
-    return dict(_engine_options()) | SPECULATION | ({"proxy_url": PROXY} if server else {})
+    return dict(_engine_options()) | SPECULATION
 
 
 def _engine_options() -> Iterator[tuple[str, Option]]:

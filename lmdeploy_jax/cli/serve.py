@@ -7,13 +7,15 @@ import signal
 from contextlib import closing
 from dataclasses import fields
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import flags as absl_flags
 
+from lmdeploy_jax.cli import proxy
 from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
-from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError, define_list
+from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError
 from lmdeploy_jax.cli.lmdeploy_flags import add_lmdeploy_flags, check_lmdeploy_flags, ssl_files
+from lmdeploy_jax.cli.option_flags import add_option_flags
 from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.server.options import ServerOptions
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "tiny-chat"
 SECTION = "Server"
 SERVED = "api_server"
-USAGE = f"serve [{SERVED}] [MODEL] [FLAGS]"
+SUBCOMMANDS = {"proxy": proxy}
+USAGE = f"serve [{SERVED}] [MODEL] [FLAGS], or serve proxy [FLAGS]"
 ABOUT = f"""MODEL is a checkpoint folder, a hub id, or the output of `lmdeploy_jax convert`; without it the
 embedded demonstration model {DEFAULT_MODEL}. Speaks OpenAI's protocol; /docs lists the routes."""
 
@@ -33,25 +36,13 @@ def define(flags: FlagSet) -> None:
     """The flags of the command."""
     flags.complete = lambda words: bool(_after_served(words))
     flags.add_config_file(SECTION)
-    hints = get_type_hints(ServerOptions)
-    for field in fields(ServerOptions):
-        default = list(field.default) if isinstance(field.default, tuple) else field.default
-        flags.add(SECTION, _definition(hints[field.name]), field.name, default, field.metadata["help"])
+    add_option_flags(flags, SECTION, ServerOptions)
     text, section = absl_flags.DEFINE_string, "Model"
     flags.add(section, text, "chat_template", None, "a built-in template's name, or a .json or .jinja file")
     flags.add(section, text, "log_level", "WARNING", "CRITICAL, ERROR, WARNING, INFO, REQUEST or DEBUG")
     flags.add(section, absl_flags.DEFINE_integer, "max_log_len", None, "characters of a logged prompt")
     add_engine_flags(flags)
     add_lmdeploy_flags(flags, server=True)
-
-
-def _definition(hint: Any) -> Any:
-    """absl's DEFINE function for an option's type."""
-    kinds = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer, float: absl_flags.DEFINE_float}
-    for kind, define_flag in kinds.items():
-        if hint in (kind, kind | None):
-            return define_flag
-    return absl_flags.DEFINE_string if hint in (str, str | None) else define_list
 
 
 def run(flags: FlagSet, args: list[str]) -> int:
@@ -83,8 +74,8 @@ def run(flags: FlagSet, args: list[str]) -> int:
 def _model(args: list[str]) -> str:
     """The model that is named. LMDeploy's word for what is served may come before it."""
     words = _after_served(args)
-    if words and (words[0] in ("proxy", "gradio") or difflib.get_close_matches(words[0], [SERVED])):
-        raise UsageError(f"serve does {SERVED} alone, not {words[0]}; usage: {PROGRAM} {USAGE}")
+    if words and (words[0] == "gradio" or difflib.get_close_matches(words[0], [SERVED])):
+        raise UsageError(f"serve does {SERVED} and proxy, not {words[0]}; usage: {PROGRAM} {USAGE}")
     if len(words) > 1:
         raise UsageError(f"usage: {PROGRAM} {USAGE}; serve takes one model, but was given {words}.")
     return words[0] if words else DEFAULT_MODEL

@@ -30,6 +30,14 @@ def make_mesh(tp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices[:tp]).reshape(1, tp, 1), AXES)
 
 
+def see_gpus_of_copy(rank: int, size: int) -> None:
+    """Let this process see those GPUs alone that a copy of the model of that number has, `size` each. To be
+    called before JAX looks for devices; says nothing where there are no GPUs.
+    """
+    mine = range(rank * size, (rank + 1) * size)
+    jax.config.update("jax_cuda_visible_devices", ",".join(map(str, mine)))
+
+
 def axis_size(mesh: Mesh | None, axis: str) -> int:
     """Devices along a mesh axis; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape.get(axis, 1)

@@ -68,6 +68,7 @@ class ServerOptions(Checked):
     image_fetch_timeout: Annotated[float, POSITIVE] = _option(
         10.0, "seconds in which the images of a request must have come from their hosts"
     )
+    proxy_url: str | None = _option(None, "a proxy (serve proxy) to be a node of, as long as the server runs")
     disable_fastapi_docs: bool = _option(False, "leave out /docs and /openapi.json")
     disable_metrics: bool = _option(False, "leave out /metrics")
     allow_terminate_by_client: bool = _option(False, "let clients end the server by GET /terminate")

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -18,6 +19,7 @@ from lmdeploy_jax.server.chat.formats import select_parsers
 from lmdeploy_jax.server.http.http10 import Http10
 from lmdeploy_jax.server.http.sockets import check_certificate, release
 from lmdeploy_jax.server.options import ServerOptions
+from lmdeploy_jax.server.registration import Registration
 from lmdeploy_jax.server.service import Service
 
 _GRACE = 5.0  # seconds after the deadline in which answers that were cut still reach their clients
@@ -30,6 +32,7 @@ def check(options: ServerOptions, model: PreparedModel) -> None:
     cannot be used.
     """
     _check_media_path(options)
+    _check_proxy(options)
     check_certificate(options)
     select_parsers(options, model.template)
     SamplingDefaults.read(options.generation_config, model.folder)
@@ -42,6 +45,15 @@ def _check_media_path(options: ServerOptions) -> None:
         raise ConfigError(f"allowed_local_media_path={path!r} is no folder: name one, or leave it out.")
 
 
+def _check_proxy(options: ServerOptions) -> None:
+    """Raises ConfigError for what is no URL."""
+    parts = None if options.proxy_url is None else urlsplit(options.proxy_url)
+    if parts is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ConfigError(
+            f"proxy_url={options.proxy_url!r} is no URL of a proxy: give one like http://10.0.0.1:8000."
+        )
+
+
 class Server(uvicorn.Server):
     """Serves until SIGTERM or SIGINT; then takes in nothing more, and cuts what runs beyond the deadline.
 
@@ -52,6 +64,7 @@ class Server(uvicorn.Server):
         options = service.options
         self.service = service
         self._tell = tell
+        self._registration: Registration | None = None
         super().__init__(
             uvicorn.Config(
                 create_app(service),
@@ -73,6 +86,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._tell(self._url)
+            if self.service.options.proxy_url is not None:
+                self._registration = Registration(self.service.options, self._url, self.service.models)
 
     @property
     def _url(self) -> str:
@@ -84,6 +99,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Part of uvicorn's interface: called when the server is to end."""
+        if self._registration is not None:
+            await asyncio.to_thread(self._registration.close)
         self.service.drain()
         abort = partial(self.service.abort, everything=True)
         deadline = asyncio.get_running_loop().call_later(self.service.options.drain_seconds, abort)

@@ -8,7 +8,7 @@ import pytest
 
 from lmdeploy_jax.cli import chat, serve
 from lmdeploy_jax.cli.flags import FlagSet, UsageError
-from lmdeploy_jax.cli.lmdeploy_flags import ENGINE, PROXY, SPECULATION, check_lmdeploy_flags, ssl_files
+from lmdeploy_jax.cli.lmdeploy_flags import ENGINE, SPECULATION, check_lmdeploy_flags, ssl_files
 
 # Every flag of `lmdeploy serve api_server` 0.16, as a line that asks for nothing out of the ordinary.
 LINE = """
@@ -30,7 +30,7 @@ REFUSED = {
     "adapters": "a=b", "cache_block_seq_len": "32", "cp": "2", "device": "ascend", "dllm_block_length": "4",
     "dllm_denoising_steps": "4", "ep": "2", "logprobs_mode": "raw_logits", "nnodes": "2",
     "node_rank": "1", "quant_policy": "int8", "role": "Prefill", "rope_scaling_factor": "2",
-    "speculative_algorithm": "eagle3", "speculative_draft_model": "m", "proxy_url": "http://a:8000",
+    "speculative_algorithm": "eagle3", "speculative_draft_model": "m",
 }  # fmt: skip
 SWITCHES = ("enable_eplb",)
 TUNING = ("enable_microbatch", "dist_init_addr")
@@ -55,7 +55,7 @@ def test_a_whole_line_of_lmdeploys_is_taken(caplog: pytest.LogCaptureFixture) ->
 
 def test_every_flag_is_tried() -> None:
     tried = {word[2:].replace("-", "_") for word in LINE.split() if word.startswith("--")}
-    assert {*ENGINE, *SPECULATION, "proxy_url"} <= tried | REFUSED.keys() | {*SWITCHES, *TUNING}
+    assert {*ENGINE, *SPECULATION} <= tried | REFUSED.keys() | {*SWITCHES, *TUNING}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -88,4 +88,4 @@ def test_the_help_says_what_each_is_good_for() -> None:
     text = " ".join(flags.help().split())
     assert "--ep TEXT 1 alone: only tensor parallelism (tp) is implemented." in text
     assert "--communicator TEXT has no meaning here" in text
-    assert PROXY.help not in text
+    assert "--proxy-url" not in text

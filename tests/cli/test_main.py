@@ -74,7 +74,7 @@ def test_each_benchmark_has_its_own_flags(
         (["chat", "--session-len", "-1"], 2, "session_len"),
         (["chat", "--log-level", "LOUD"], 2, "log_level"),
         (["serve", "apiserver"], 2, "usage: lmdeploy_jax serve [api_server] [MODEL]"),
-        (["serve", "proxy"], 2, "api_server alone"),
+        (["serve", "gradio"], 2, "api_server and proxy"),
         (["serve", "api_server", "a", "b"], 2, "one model"),
         (["serve", "api-server", "/no/such/folder"], 1, "/no/such/folder"),
         (["serve", "/no/such/folder"], 1, "/no/such/folder"),

@@ -63,10 +63,9 @@ def open_engine(model: str | Path, config: JaxEngineConfig, progress: bool) -> E
 
 def open_replica(rank: int, model: str | Path, config: JaxEngineConfig, progress: bool) -> EngineBase:
     """Copy `rank` of the engine, on its own GPUs where there are any. Raises what `Engine` raises."""
-    import jax
+    from lmdeploy_jax.parallel.mesh import see_gpus_of_copy  # brings JAX
 
-    mine = range(rank * config.tp, (rank + 1) * config.tp)
-    jax.config.update("jax_cuda_visible_devices", ",".join(map(str, mine)))
+    see_gpus_of_copy(rank, config.tp)
     return open_engine(model, config, progress)
 
 

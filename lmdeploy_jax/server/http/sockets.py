@@ -8,12 +8,19 @@ import socket
 import ssl
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from lmdeploy_jax.server.options import ServerOptions
+from typing import Any, Protocol
 
 
-def bind(options: ServerOptions) -> list[socket.socket]:
+class Address(Protocol):
+    """Options that say where to listen, and with which certificate."""
+
+    server_name: str
+    server_port: int
+    ssl_keyfile: str | None
+    ssl_certfile: str | None
+
+
+def bind(options: Address) -> list[socket.socket]:
     """Sockets that hold the address, one for each of the host's; connections are refused until something
     listens at them.
 
@@ -85,7 +92,7 @@ def release(sockets: Iterable[socket.socket]) -> None:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
-def check_certificate(options: ServerOptions) -> None:
+def check_certificate(options: Address) -> None:
     """Raises OSError, naming the file, where certificate and key cannot be used."""
     if options.ssl_certfile is None or options.ssl_keyfile is None:
         return
