@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64encode
+from io import BytesIO
 
+import pytest
 from PIL import Image
 
-from lmdeploy_jax import GenerationConfig
+from lmdeploy_jax import pipeline
+from lmdeploy_jax.assets import EXAMPLE_IMAGE, vision_tasks
 from tests import patience
+from tests.engine.harness import config
 from tests.server.browser import finished, opened, send, setting
 from tests.server.live import serving
 from tests.vision.media import PNG
@@ -84,40 +88,58 @@ GIVEN = """([kind, bytes]) => {
 }"""
 
 
-def test_images_are_attached_pasted_and_dropped(browser, seeing, tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(PNG)
-    url = "data:image/png;base64," + b64encode(PNG).decode()
-    shown = {"type": "image_url", "image_url": {"url": url}}
-    with serving(seeing.frontend) as live, opened(browser, live.url) as page:
-        setting(page, "temperature", "0")
-        setting(page, "max_tokens", "4")
+@pytest.fixture(scope="module")
+def tiny_vision(tmp_path_factory):
+    with pipeline("tiny-vision", config(tmp_path_factory.mktemp("xla")), progress=False) as pipe:
+        yield pipe
+
+
+def as_png(image):
+    held = BytesIO()
+    image.save(held, "PNG")
+    return held.getvalue()
+
+
+def test_an_attached_image_is_seen(browser, tiny_vision):
+    """And is part of the conversation from then on."""
+    with serving(tiny_vision.frontend) as live, opened(browser, live.url) as page:
         page.locator("#attach").wait_for()
-        page.set_input_files("#files", path)
-        for kind in ("paste", "drop"):
-            page.evaluate(GIVEN, [kind, list(PNG)])
-        page.wait_for_function("document.querySelectorAll('#attached img').length === 3")
+        page.set_input_files("#files", EXAMPLE_IMAGE)
+        page.locator("#attached img").wait_for()
+        with page.expect_request("**/v1/chat/completions") as sent:
+            send(page, "Where is the star?")
+        assert finished(page).locator(".text").inner_text() == "right"
+        assert page.locator(".user img").evaluate("i => i.naturalWidth") == Image.open(EXAMPLE_IMAGE).width
+        with page.expect_request("**/v1/chat/completions") as again:
+            send(page, "What colour is the star?")
+        assert finished(page, 2).locator(".text").inner_text() == "blue"
+        first, _, second = again.value.post_data_json["messages"]
+        assert [first] == sent.value.post_data_json["messages"]
+        assert second == {"role": "user", "content": "What colour is the star?"}
+
+
+def test_pasted_and_dropped_images_are_compared(browser, tiny_vision):
+    """One of three is taken away again; what was no image is not there."""
+    (example,) = vision_tasks.held_out("compare", 1, seed=4)
+    images = [as_png(image) for image in vision_tasks.images_of(example)]
+    question = example.messages[0]["content"][-1]["text"]
+    with serving(tiny_vision.frontend) as live, opened(browser, live.url) as page:
+        page.locator("#attach").wait_for()
+        for count, (kind, image) in enumerate(
+            zip(("paste", "paste", "drop"), [PNG, *images], strict=True), 1
+        ):
+            page.evaluate(GIVEN, [kind, list(image)])
+            page.wait_for_function(f"document.querySelectorAll('#attached img').length === {count}")
         page.locator("#attached img").first.click()
         with page.expect_request("**/v1/chat/completions") as sent:
-            send(page, "w5 w6")
-        asked = {"role": "user", "content": [shown, shown, {"type": "text", "text": "w5 w6"}]}
+            send(page, question)
+        urls = ["data:image/png;base64," + b64encode(image).decode() for image in images]
+        shown = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        asked = {"role": "user", "content": [*shown, {"type": "text", "text": question}]}
         assert sent.value.post_data_json["messages"] == [asked]
-        image = Image.open(path)
-        assert finished(page).locator(".text").inner_text() == said(seeing, ([image, image], "w5 w6")).strip()
-        page.wait_for_function(
-            "[...document.querySelectorAll('.user img')].every((i) => i.naturalWidth === 7)"
-        )
+        assert finished(page).locator(".text").inner_text() == example.answer
         assert page.locator(".user img").count() == 2
         assert page.locator("#attached img").count() == 0
-        with page.expect_request("**/v1/chat/completions") as again:
-            send(page, "w7")
-        assert again.value.post_data_json["messages"][0] == asked
-        assert again.value.post_data_json["messages"][2] == {"role": "user", "content": "w7"}
-        finished(page, 2)
-
-
-def said(pipe, prompt):
-    return pipe(prompt, GenerationConfig(max_new_tokens=4)).text
 
 
 def test_a_text_model_offers_no_images(page):
