@@ -15,7 +15,9 @@ import numpy as np
 
 from lmdeploy_jax.prompt import EncodedPrompt, SpanImage
 
-ROWS_A_TOKEN = 4  # rows of a view that are encoded while one token of a prompt is computed, or more
+ROWS_A_TOKEN = (
+    2  # rows of a view that a token of a step's budget stands for: a tile of 256, half of a small step
+)
 
 
 class ViewKey(NamedTuple):

@@ -18,7 +18,14 @@ def _quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {**DECODER_ACTIVATIONS, "quick_gelu": _quick_gelu}
+def _gelu(x: Array) -> Array:
+    """Exact. `jax.nn.gelu` takes erfc, 2.6 times the instructions, for a tail that 16 bits don't have."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + lax.erf(wide * SQRT_HALF))).astype(x.dtype)
+
+
+SQRT_HALF = 0.5**0.5
+ACTIVATIONS = {**DECODER_ACTIVATIONS, "gelu": _gelu, "quick_gelu": _quick_gelu}
 
 
 class LayerNorm(nnx.Module):

@@ -18,12 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int32
 
-from lmdeploy_jax.pallas_kernels.blocks import attend_page, initial_state, normalised
+from lmdeploy_jax.pallas_kernels.blocks import LOG2E, dot, initial_state, normalised
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
-from lmdeploy_jax.pallas_kernels.options import AttentionOptions
+from lmdeploy_jax.pallas_kernels.options import MASKED
 from lmdeploy_jax.pallas_kernels.shapes import Softmax
 
 SMALL = 16  # the least rows of a product
+SHORT = 2048  # patches up to which small blocks of queries measured faster
 NOBODYS = -2  # the segment of what stands behind a sequence's end
 BEYOND = 2**30  # above every segment
 
@@ -51,7 +52,7 @@ def encoder_attention(
     ranges = None if segments is None else _key_ranges(segments, tuning)
     grid = (pl.cdiv(count, tuning.queries), heads, batch)
     how = Launch("encoder_attention", grid, tuning.num_warps, tuning.num_stages)
-    kernel = functools.partial(_kernel, tuning=tuning, options=AttentionOptions(head_dim**-0.5))
+    kernel = functools.partial(_kernel, tuning=tuning, scale=head_dim**-0.5 * LOG2E)
     out = jax.ShapeDtypeStruct((batch, count, heads, head_dim), qkv.dtype)
     return launch(kernel, how, out, qkv, segments, ranges, interpret=interpret)
 
@@ -62,7 +63,9 @@ def _tuning(count: int, head_dim: int, dtype: jnp.dtype) -> Tuning:
         return Tuning(min(32, most), min(32, most), 4, 2)
     if head_dim > 128:
         return Tuning(min(64, most), min(64, most), 8, 2)
-    return Tuning(min(128, most), min(64, most), 4 if head_dim <= 64 else 8, 3)
+    if head_dim > 64:
+        return Tuning(min(128, most), min(64, most), 8, 3)
+    return Tuning(min(64 if count <= SHORT else 128, most), min(64, most), 4, 3)
 
 
 def _key_ranges(segments: Int32[Array, "B N"], tuning: Tuning) -> Int32[Array, "B blocks 2"]:
@@ -88,7 +91,7 @@ def _kernel(
     o_ref: jax.Ref,
     *,
     tuning: Tuning,
-    options: AttentionOptions,
+    scale: float,
 ) -> None:
     index, head, batch = (pl.program_id(axis) for axis in range(3))
     whole, rest = divmod(qkv_ref.shape[1], tuning.queries)
@@ -98,7 +101,7 @@ def _kernel(
         begin = end = None
         if ranges_ref is not None:
             begin, end = ranges_ref[batch, index, 0], ranges_ref[batch, index, 1]
-        _attend_block(part, o_ref, index * tuning.queries, size, (begin, end), tuning.keys, options)
+        _attend_block(part, o_ref, index * tuning.queries, size, (begin, end), tuning.keys, scale)
 
     if not 0 < rest <= SMALL:
         attend(tuning.queries)
@@ -149,7 +152,7 @@ def _attend_block(
     size: int,
     key_range: tuple[jax.Array | None, jax.Array | None],
     keys: int,
-    options: AttentionOptions,
+    scale: float,
 ) -> None:
     q = part.load(first, size, 0, whole=part.count % size == 0)
     own = part.owners(first, size)
@@ -157,7 +160,7 @@ def _attend_block(
     def step(block: jax.Array | int, state: Softmax, *, length: int, whole: bool) -> Softmax:
         at = block * keys
         k, v = (part.load(at, length, number, whole=whole) for number in (1, 2))
-        return attend_page(state, q, k, v, _visible(part, own, at, length, whole), options)
+        return _attend(state, q, k, v, _visible(part, own, at, length, whole), scale)
 
     whole, rest = divmod(part.count, keys)
     begin, end = key_range
@@ -170,6 +173,28 @@ def _attend_block(
         state = step(whole, state, length=max(SMALL, pl.next_power_of_2(rest)), whole=False)
     at, mask = part.at(o_ref, first + jnp.arange(size, dtype=jnp.int32))
     plt.store(at, normalised(state).astype(o_ref.dtype), mask=mask)
+
+
+def _attend(
+    state: Softmax,
+    q: Float[Array, "N D"],
+    keys: Float[Array, "P D"],
+    values: Float[Array, "P D"],
+    visible: Bool[Array, "#N P"] | None,
+    scale: float,
+) -> Softmax:
+    """Adds keys and values to the softmax, whose maximum is of logits before they are scaled: then a scaled
+    logit less the maximum is one instruction.
+    """
+    maximum, denominator, out = state
+    logits = dot(q, keys.T)
+    if visible is not None:
+        logits = jnp.where(visible, logits, MASKED)
+    new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=1))
+    decay = jnp.exp2((maximum - new_maximum) * scale)
+    weights = jnp.exp2(logits * scale - (new_maximum * scale)[:, None])
+    new_out = out * decay[:, None] + dot(weights.astype(values.dtype), values)
+    return new_maximum, denominator * decay + jnp.sum(weights, axis=1), new_out
 
 
 def _visible(

@@ -157,12 +157,13 @@ def test_what_is_not_encoded_yet_holds_no_other_prompt():
 def test_a_chunk_waits_only_for_the_views_that_it_reads():
     scheduler = decoding(1, tokens=40)
     scheduler.add(request(prompt(10, (b"a", image(6)), 3)))
-    steps = [scheduler.schedule() for _ in range(4)]
-    assert [step.chunks[-1].count for step in steps] == [31, 31, 31, 16]
+    steps = [scheduler.schedule() for _ in range(5)]
+    assert [step.chunks[-1].count for step in steps] == [23, 23, 31, 31, 1]
     assert [[view.number for each in step.encoder_runs for view in each.views] for step in steps] == [
         [0, 1],
         [2, 3],
-        [4, 5],
+        [4],
+        [5],
         [],
     ]
 
