@@ -103,7 +103,8 @@ def open_tensor(parts: Parts, settings: Settings) -> QuantTensor:
     """A module's weight. Raises CheckpointError where its tensors do not fit each other or the config."""
     told = group_for(parts.module, settings)
     weights = _table(told, "weights", settings)
-    activations = _activations(_table(told, "input_activations", settings))
+    inputs = _table(told, "input_activations", settings)
+    activations = _activations(inputs)
     if "weight_packed" in parts:
         if parts.info("weight_packed").dtype == np.int32:
             return _open_packed(parts, weights, settings)
@@ -112,7 +113,12 @@ def open_tensor(parts: Parts, settings: Settings) -> QuantTensor:
         return open_mxfp4(parts, "weight_packed", "weight_scale")
     has_zeros = _has_zeros(parts, weights, parts.info("weight_scale").shape)
     return open_scaled(
-        parts, "weight_scale", block=_block(weights, settings), activations=activations, has_zeros=has_zeros
+        parts,
+        "weight_scale",
+        block=_block(weights, settings),
+        activations=activations,
+        has_zeros=has_zeros,
+        input_role="input_scale" if activations and _is_static(parts, inputs) else None,
     )
 
 
@@ -145,6 +151,13 @@ def _table(group: Mapping[str, Any], name: str, settings: Settings) -> Settings:
 def _activations(told: Settings) -> str | None:
     kinds = {("int", "8"): INT8, ("float", "8"): E4M3}
     return kinds.get((str(told.get("type")), str(told.get("num_bits"))))
+
+
+def _is_static(parts: Parts, inputs: Settings) -> bool:
+    """Whether activations have one scale, of the file; where they have a zero point too, rows have theirs."""
+    if inputs.get("dynamic", default=False) is not False or inputs.get("strategy") != "tensor":
+        return False
+    return "input_zero_point" not in parts or not parts.read("input_zero_point").any()
 
 
 def _block(weights: Settings, settings: Settings) -> Block | None:

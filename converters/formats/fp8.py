@@ -23,7 +23,9 @@ def open_tensor(parts: Parts, settings: Settings) -> ScaledTensor:
     """A module's weight. The scale is multiplied by, whatever it is called."""
     role = parts.first("weight_scale_inv", "weight_scale")
     block = _block(settings) if role == "weight_scale_inv" or settings.get("weight_block_size") else None
-    return open_scaled(parts, role, block=block, activations=E4M3)
+    static = settings.get("activation_scheme") == "static" and block is None
+    input_role = parts.first("input_scale", "activation_scale") if static else None
+    return open_scaled(parts, role, block=block, activations=E4M3, input_role=input_role)
 
 
 def _block(settings: Settings) -> Block:

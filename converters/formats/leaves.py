@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, prod
 
 import jax
@@ -21,8 +21,10 @@ from lmdeploy_jax.converters.slicing import Index, Ranges, as_ranges, sizes
 from lmdeploy_jax.models.formats import E8M0, FOUR_BITS, INT4, PER_WORD, WeightFormat
 
 log = logging.getLogger("lmdeploy_jax")
+EXPERTS = ".experts."
 ROUTER = ".router.weight"  # decides between experts, and is small
 VALUES, SCALES, ZEROS, ROW_SCALES, COLUMNS = "values", "scales", "zeros", "row_scales", "columns"
+INPUT_SCALE = "input_scale"
 
 
 def format_of(leaf: Leaf, reader: QuantReader, devices: int) -> WeightFormat | None:
@@ -52,6 +54,7 @@ def format_of(leaf: Leaf, reader: QuantReader, devices: int) -> WeightFormat | N
         row_scales=any(scheme.has_row_scales for scheme in schemes),
         columns=found[0].g_idx is not None,
         activations=schemes[0].activations if len({scheme.activations for scheme in schemes}) == 1 else None,
+        input_scale=all(scheme.input_scale is not None for scheme in schemes),
     )
     return held.cut(columns, devices)
 
@@ -89,6 +92,8 @@ class QuantLeaf:
         columns = prod(self.leaf.shape[self.leaf.assembly.row_axes :])
         if self.role == COLUMNS:
             return (columns,)
+        if self.role == INPUT_SCALE:
+            return (1,)
         if self.role == VALUES:
             return (*self.out, columns // self.held.per_value)
         return self.out if self.role == ROW_SCALES else (self.held.groups, *self.out)
@@ -98,6 +103,9 @@ class QuantLeaf:
         ranges = as_ranges(index, self.shape)
         if self.role == COLUMNS:
             return _order(next(iter(self.tensors.values())))[ranges[0].start : ranges[0].stop].astype(dtype)
+        if self.role == INPUT_SCALE:  # of parts, which read the same activations: the largest clips nothing
+            scales = [tensor.scheme.input_scale or 0.0 for tensor in self.tensors.values()]
+            return np.array([max(scales)], dtype)
         if self.role == VALUES:
             return self._rows(ranges[:-1], ranges[-1], dtype)
         if self.role == ROW_SCALES:
@@ -165,6 +173,7 @@ def quant_leaves(name: str, leaf: Leaf, reader: QuantReader, held: WeightFormat)
     roles += [ZEROS] if held.zeros else []
     roles += [ROW_SCALES] if held.row_scales else []
     roles += [COLUMNS] if held.columns else []
+    roles += [INPUT_SCALE] if held.input_scale else []
     return {f"{name}.{role}": QuantLeaf(leaf, tensors, held, role) for role in roles}
 
 
@@ -180,6 +189,8 @@ def held_leaves(
     for name, leaf in leaves.items():
         plain = name == EMBEDDING or name.endswith(ROUTER)
         held = None if plain else format_of(leaf, reader, _devices(leaf, specs[name]))
+        if held is not None and EXPERTS in name:  # each of which has a scale of its own
+            held = replace(held, input_scale=False)
         if held is None:
             found[name] = leaf
         else:

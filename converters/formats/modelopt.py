@@ -26,4 +26,6 @@ def open_tensor(parts: Parts, settings: Settings) -> ScaledTensor | Fp4Tensor:
         return open_nvfp4(parts, "weight", "weight_scale", "weight_scale_2", divides=False)
     weight_only = settings.get("quant_algo") == "FP8_PB_WO"
     activations = None if weight_only else E4M3
-    return open_scaled(parts, "weight_scale", block=BLOCK if weight_only else None, activations=activations)
+    block = BLOCK if weight_only else None
+    input_role = "input_scale" if "input_scale" in parts and not weight_only else None
+    return open_scaled(parts, "weight_scale", block=block, activations=activations, input_role=input_role)

@@ -65,8 +65,11 @@ def open_scaled(
     block: Block | None = None,
     activations: str | None = None,
     has_zeros: bool = False,
+    input_role: str | None = None,
 ) -> ScaledTensor:
     """A module's weight. The scales' shape says what shares one: all, a row, a `block`, or a row's group.
+
+    input_role: the tensor of the scale of all activations, which then have no scales of their own.
 
     Raises CheckpointError where that cannot be told, and where the tensors do not fit each other.
     """
@@ -77,8 +80,18 @@ def open_scaled(
     scale_rows, group = _shared(parts, scale_role, rows, columns, block)
     element = ELEMENTS[parts.info("weight").dtype]
     dtype = E8M0 if info.dtype == np.uint8 else info.dtype
-    scheme = Scheme(element, group, dtype, has_zeros, activations=activations)
+    input_scale = None if input_role is None else read_input_scale(parts, input_role)
+    scheme = Scheme(element, group, dtype, has_zeros, activations=activations, input_scale=input_scale)
     return ScaledTensor(parts, (rows, columns), scheme, scale_role, scale_rows)
+
+
+def read_input_scale(parts: Parts, role: str) -> float:
+    """The one scale of a module's activations."""
+    parts.sized(role, axes=(0, 1, 2))
+    found = parts.read(role).astype(np.float32)
+    if found.size != 1 or not np.isfinite(found).all() or found.item() <= 0:
+        raise parts.damaged(role, f"holds {found.ravel()[:4].tolist()}; it must be one positive number")
+    return float(found.item())
 
 
 def _shared(parts: Parts, role: str, rows: int, columns: int, block: Block | None) -> Block:

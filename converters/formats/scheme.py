@@ -29,6 +29,7 @@ class Scheme:
     has_zeros: whether there are zero points, one a scale; without them int4's are 8, and the others' 0.
     has_row_scales: whether a float32 a row multiplies its scales.
     activations: what the checkpoint's author meant activations to be rounded to: INT8, E4M3, or None.
+    input_scale: what they are divided by before; None: a scale of each row's own.
     """
 
     element: str
@@ -37,6 +38,7 @@ class Scheme:
     has_zeros: bool = False
     has_row_scales: bool = False
     activations: str | None = None
+    input_scale: float | None = None
 
 
 def element_values(elements: np.ndarray, element: str) -> np.ndarray:

@@ -25,6 +25,7 @@ class WeightFormat:
     columns: i32 [K]: which column of the weight each column of `values` is, where those of a group lay apart
         (act-order); then no device may have a share of them.
     activations: what the weight's author meant activations to be rounded to, INT8 or E4M3; None: nothing.
+    input_scale: f32 [1], what activations are divided by before they are rounded; without it each row's own.
     """
 
     element: str
@@ -36,6 +37,7 @@ class WeightFormat:
     row_scales: bool = False
     columns: bool = False
     activations: str | None = None
+    input_scale: bool = False
 
     @property
     def name(self) -> str:
@@ -57,6 +59,7 @@ class WeightFormat:
             and self.activations in (None, INT8, E4M3, E5M2)
             and isinstance(self.row_scales, bool)
             and isinstance(self.columns, bool)
+            and isinstance(self.input_scale, bool)
         )
 
     @property

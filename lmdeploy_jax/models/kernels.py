@@ -80,11 +80,16 @@ class Kernels:
         return add_rms_norm(x, delta, weight, **options, backend=self.backend)
 
     def add_norm_quant(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"], norm: RMSNorm, dtype: str, groups: int
+        self,
+        x: Float[Array, "T E"],
+        delta: Float[Array, "*S T E"],
+        norm: RMSNorm,
+        dtype: str,
+        **rounding: Any,
     ) -> tuple[Float[Array, "T E"], Quantised]:
-        """The same, with what is normalised rounded to 8 bits."""
+        """The same, with what is normalised rounded to 8 bits, in `groups`, perhaps by one `scale`."""
         how: dict[str, Any] = {"eps": norm.eps, "offset": norm.offset, "backend": self.backend}
-        return add_rms_norm_quant(x, delta, norm.weight[...], dtype, groups=groups, **how)
+        return add_rms_norm_quant(x, delta, norm.weight[...], dtype, **rounding, **how)
 
     def attend(
         self,

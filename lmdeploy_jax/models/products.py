@@ -7,7 +7,7 @@ a sum over devices gets its bias once; only gated products add theirs, which the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Protocol, cast
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from lmdeploy_jax.models.kernels import Kernels
-from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.linear import Linear, Weight
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.quant_products import (
     FusedQuantNorm,
@@ -291,7 +291,14 @@ def _tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tiling | 
         return None
     out = prod(linear.out_shape(x)) // (2 if kind.endswith("gated") else 1)
     streams = not isinstance(weight, QuantWeight) or can_stream(linear, tokens)
-    return kernels.tuning.find(weight.format, kind, (out, inner), tokens, streams=streams)
+    found = kernels.tuning.find(weight.format, kind, (out, inner), tokens, streams=streams)
+    if isinstance(found, Tiling) and found.rounds and _is_static(weight):
+        return replace(found, rounds=False, widens=True)  # a block's own scale is not the file's
+    return found
+
+
+def _is_static(weight: Weight) -> bool:
+    return isinstance(weight, QuantWeight) and weight.held.input_scale
 
 
 def _rounded(linear: Linear) -> bool:

@@ -181,7 +181,8 @@ class RoundingNorm:
             return x, self.product(linear, normed)
         weight = quantised(linear)
         assert weight.held.activations is not None  # as planned
-        x, rows = self.kernels.add_norm_quant(x, delta, norm, weight.held.activations, weight.groups)
+        how = {"groups": weight.groups, "scale": weight.arrays().input_scale}
+        x, rows = self.kernels.add_norm_quant(x, delta, norm, weight.held.activations, **how)
         return x, self.product(linear, rows)
 
 
@@ -204,4 +205,7 @@ def _taken(
     if isinstance(x, Quantised):
         return x
     rows, kind = x.reshape(x.shape[0], -1), weight.held.activations
-    return rows if kind is None or wide else round_rows(rows, kind, groups=weight.groups, backend=backend)
+    if kind is None or wide:
+        return rows
+    scale = weight.arrays().input_scale
+    return round_rows(rows, kind, groups=weight.groups, scale=scale, backend=backend)

@@ -27,6 +27,7 @@ class QuantArrays(NamedTuple):
     zeros: Array | None = None
     row_scales: Array | None = None
     columns: Array | None = None
+    input_scale: Array | None = None
 
 
 class QuantWeight(nnx.Module):
@@ -48,6 +49,8 @@ class QuantWeight(nnx.Module):
             param((columns * held.per_value,), jnp.dtype("int32"), (None,)) if held.columns else None
         )
 
+        self.input_scale = param((1,), jnp.dtype("float32"), (None,)) if held.input_scale else None
+
     @property
     def format(self) -> str:
         return self.held.name
@@ -60,7 +63,7 @@ class QuantWeight(nnx.Module):
 
     def arrays(self) -> QuantArrays:
         """The leaves' arrays, on this device."""
-        found = (self.values, self.scales, self.zeros, self.row_scales, self.columns)
+        found = (self.values, self.scales, self.zeros, self.row_scales, self.columns, self.input_scale)
         return QuantArrays(*(None if leaf is None else leaf[...] for leaf in found))  # type: ignore[arg-type]
 
     @property
@@ -103,7 +106,7 @@ class QuantWeight(nnx.Module):
 
     def dense_at(self, index: Int32[Array, ""]) -> Float[Array, "..."]:
         """`dense()[index]`, of a scalar index: an expert's weight, of whose arrays alone it is made."""
-        values, scales, zeros, row_scales, columns = self.arrays()
+        values, scales, zeros, row_scales, columns, _ = self.arrays()
         zeros = None if zeros is None else zeros[:, index]
         row_scales = None if row_scales is None else row_scales[index]
         arrays = QuantArrays(values[index], scales[:, index], zeros, row_scales, columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.norm import xla
 from lmdeploy_jax.pallas_kernels.norm.xla import rms_norm
@@ -48,6 +48,7 @@ def add_rms_norm_quant(
     dtype: DTypeLike,
     *,
     groups: int = 1,
+    scale: Float32[Array, "1"] | None = None,
     eps: float,
     offset: float = 0.0,
     backend: str,
@@ -58,13 +59,13 @@ def add_rms_norm_quant(
     check_groups(x.shape[1], groups)
     if backend == "xla":
         x, normed = xla.add_rms_norm(x, delta, weight, eps=eps, offset=offset)
-        return x, round_rows(normed, dtype, groups=groups)
+        return x, round_rows(normed, dtype, groups=groups, scale=scale)
     from lmdeploy_jax.pallas_kernels.norm import pallas  # CPUs never need it
 
     parts = delta if delta.ndim == 3 else delta[None]
     options = {"eps": eps, "offset": offset}
     interpret = backend == "pallas_interpret"
-    return pallas.add_rms_norm_quant(x, parts, weight, dtype, groups, **options, interpret=interpret)
+    return pallas.add_rms_norm_quant(x, parts, weight, dtype, groups, scale, **options, interpret=interpret)
 
 
 def _check(x: jax.Array, delta: jax.Array, weight: jax.Array) -> None:

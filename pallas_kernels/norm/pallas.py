@@ -39,6 +39,7 @@ def add_rms_norm_quant(
     weight: Float[Array, "E"],
     dtype: DTypeLike,
     groups: int,
+    scale: Float32[Array, "1"] | None,
     *,
     eps: float,
     offset: float,
@@ -47,7 +48,7 @@ def add_rms_norm_quant(
     """See `lmdeploy_jax.pallas_kernels.norm`."""
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes_of(x, dtype, groups)]
     kernel = functools.partial(_quant_kernel, eps=eps, offset=offset)
-    added, *normed = launch(kernel, _how(x), out, x, parts, weight, interpret=interpret)
+    added, *normed = launch(kernel, _how(x), out, x, parts, weight, scale, interpret=interpret)
     return added, Quantised(*normed)
 
 
@@ -80,6 +81,7 @@ def _quant_kernel(
     x_ref: jax.Ref,
     parts_ref: jax.Ref,
     weight_ref: jax.Ref,
+    scale_ref: jax.Ref | None,
     added_ref: jax.Ref,
     values_ref: jax.Ref,
     scales_ref: jax.Ref,
@@ -93,7 +95,7 @@ def _quant_kernel(
     weight = plt.load(weight_ref.at[column], mask=column < size, other=0)
     wide = _add(x_ref, parts_ref, added_ref).astype(jnp.float32)
     normed = weigh(wide * inverse_rms(wide, size, eps), weight, offset, x_ref.dtype)
-    store_rounded(normed.astype(jnp.float32), row, values_ref, scales_ref)
+    store_rounded(normed.astype(jnp.float32), row, values_ref, scales_ref, scale_ref)
 
 
 def _add(x_ref: jax.Ref, parts_ref: jax.Ref, added_ref: jax.Ref) -> Float[Array, "padded"]:

@@ -40,6 +40,7 @@ def norm_quant_gemm(
     rounding: the dtype to which what is normed is rounded, and in how many groups of columns.
     """
     added, _ = add_rms_norm(x, parts, norm, eps=eps, offset=offset)
+    added = lax.optimization_barrier(added)  # rounded to 16 bits, which XLA would leave out
     normed = rms_norm(added.astype(jnp.float32), norm.astype(jnp.float32), eps=eps, offset=offset)
     rows = normed if rounding is None else round_rows(normed, *rounding)
     return added, quant_gemm(rows, weight, 1)[0]

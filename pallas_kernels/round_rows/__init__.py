@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.round_rows import xla
@@ -13,16 +13,22 @@ __all__ = ["check_groups", "round_rows"]
 
 
 def round_rows(
-    x: Float[Array, "T K"], dtype: DTypeLike, *, groups: int = 1, backend: str = "xla"
+    x: Float[Array, "T K"],
+    dtype: DTypeLike,
+    *,
+    groups: int = 1,
+    scale: Float32[Array, "1"] | None = None,
+    backend: str = "xla",
 ) -> Quantised:
     """x [T, K] as values [T, K] of `dtype` (int8 or a float of 8 bits) and scales f32 [groups, T].
 
-    A group's largest element becomes the largest that there is. Raises ValueError for groups that do not fit.
+    A group's largest element becomes the largest that there is, or, with one `scale` for all, what is larger
+    than that becomes it. Raises ValueError for groups that do not fit.
     """
     check_backend(backend)
     check_groups(x.shape[1], groups)
-    if backend == "xla":
-        return xla.round_rows(x, dtype, groups)
+    if backend == "xla" or scale is not None:  # which asks for no maximum, and so is one kernel of XLA's
+        return xla.round_rows(x, dtype, groups, scale)
     from lmdeploy_jax.pallas_kernels.round_rows import pallas  # CPUs never need it
 
     return pallas.round_rows(x, dtype, groups, interpret=backend == "pallas_interpret")

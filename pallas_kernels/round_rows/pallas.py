@@ -41,14 +41,21 @@ def _kernel(x_ref: jax.Ref, values_ref: jax.Ref, scales_ref: jax.Ref) -> None:
 
 
 def store_rounded(
-    wide: Float32[Array, "padded"], row: Int32[Array, ""], values_ref: jax.Ref, scales_ref: jax.Ref
+    wide: Float32[Array, "padded"],
+    row: Int32[Array, ""],
+    values_ref: jax.Ref,
+    scales_ref: jax.Ref,
+    scale_ref: jax.Ref | None = None,
 ) -> None:
-    """Rounds a row, padded with zeros to a power of two, and stores it with its scales."""
+    """Rounds a row, padded with zeros to a power of two, and stores it with its scales, or the one of all."""
     size, groups = values_ref.shape[1], scales_ref.shape[0]
     width = wide.size if groups == 1 else size // groups
     blocks = wide.reshape(-1, width)
     largest = limit(values_ref.dtype)
-    scales = jnp.maximum(jnp.max(jnp.abs(blocks), axis=1), LEAST) / largest
+    if scale_ref is None:
+        scales = jnp.maximum(jnp.max(jnp.abs(blocks), axis=1), LEAST) / largest
+    else:
+        scales = plt.load(scale_ref.at[jnp.zeros(blocks.shape[:1], jnp.int32)])
     values = rounded(blocks / scales[:, None], values_ref.dtype).reshape(wide.shape)
     column = jnp.arange(wide.size, dtype=jnp.int32)
     plt.store(values_ref.at[row, column], values, mask=column < size)

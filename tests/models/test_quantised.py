@@ -24,6 +24,7 @@ from lmdeploy_jax.models.products import plan, plan_gated, plan_norm
 from lmdeploy_jax.models.quant_products import FusedQuantNorm
 from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.tuning import Measurement, Tuning
+from lmdeploy_jax.pallas_kernels.norm import add_rms_norm_quant
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 from tests.models.paged import PagedRunner
@@ -98,6 +99,44 @@ def test_products_of_eight_bits(kind: str, tokens: int) -> None:
     dense = np.asarray(products.dense_product(jnp.asarray(x), linear.weight.dense())).reshape(tokens, 96)
     distance = np.linalg.norm(ours.reshape(tokens, 96) - dense) / np.linalg.norm(dense)
     assert 1e-4 < distance < (0.02 if kind == INT8 else 0.05)  # from activations that are not rounded
+
+
+def test_a_scale_of_the_file_rounds_all_activations() -> None:
+    """As compressed-tensors' own `quantize` does, what is too large included; in a norm, before a product."""
+    held = WeightFormat(E4M3, 64, 1, "float32", activations=E4M3, input_scale=True)
+    linear = quantised(held, (96,), (64,))
+    scale = np.float32(0.004)
+    linear.weight.input_scale[...] = jnp.array([scale])
+    x = np.random.default_rng(1).normal(size=(5, 64)).astype(np.float32)
+    q = np.clip(x / scale, -448, 448).astype(jnp.dtype(E4M3)).astype(float)
+    assert (np.abs(q) == 448).any()
+    weight: Any = linear.weight
+    want = q @ np.asarray(weight.values[...], float).T * scale * np.asarray(weight.scales[...])
+    got = plan(KERNELS, "parts", linear, jnp.asarray(x))(linear, jnp.asarray(x))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    torch, scheme = pytest.importorskip("torch"), pytest.importorskip("compressed_tensors.quantization")
+    told = scheme.QuantizationArgs(num_bits=8, type="float", strategy="tensor")
+    theirs = forward.quantize(torch.tensor(x), torch.tensor(scale), None, told, dtype=torch.float32)
+    np.testing.assert_array_equal(theirs.numpy(), q)
+    ones = jnp.ones(64)
+    for backend in ("xla", "pallas_interpret"):
+        _, rows = add_rms_norm_quant(
+            jnp.asarray(x), jnp.asarray(x), ones, E4M3, scale=jnp.array([scale]), eps=1e-5, backend=backend
+        )
+        normed = 2 * x / np.sqrt((4 * x.astype(float) ** 2).mean(-1, keepdims=True) + 1e-5)
+        np.testing.assert_array_equal(rows.scales, np.full((1, 5), scale))
+        found = np.asarray(rows.values, float)
+        np.testing.assert_allclose(found, np.clip(normed / scale, -448, 448), rtol=2**-4, atol=2**-9)
+
+
+def test_what_a_scale_of_the_file_would_round_is_not_rounded_another_way() -> None:
+    held = WeightFormat(E4M3, 256, 1, "float32", activations=E4M3, input_scale=True)
+    cut = Tiling(32, 128, 2, 4, 3, min_rows=8, rounds=True)
+    table = Tuning((Measurement(held.name, "parts", 96, 256, 1, cut, 1.0, 2.0),))
+    linear, x = quantised(held, (96,), (256,), "bfloat16"), jnp.ones((1, 256), jnp.bfloat16)
+    planned = plan(Kernels("pallas_interpret", tuning=table), "parts", linear, x)
+    assert (planned.tiling.rounds, planned.tiling.widens) == (False, True)
 
 
 def test_gated_and_normed_products_of_eight_bits() -> None:

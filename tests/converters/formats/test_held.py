@@ -213,11 +213,37 @@ def test_groups_of_parts_that_differ_are_cut(llama: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose(dequantise(held, arrays_of(model, weight), jnp.float32), theirs, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["ct_fp8_tensor", "fp8_tensor", "modelopt_fp8"])
+def test_scales_of_activations_are_read(kind: str, tmp_path: Path) -> None:
+    weight, case = np.random.default_rng(0).normal(size=(64, 96)).astype(np.float32), CASES[kind]
+    leaf, reader = open_leaf(tmp_path, case, weight)
+    held = format_of(leaf, reader, 1)
+    assert held is not None
+    assert held.input_scale
+    (scale,) = quant_leaves("w", leaf, reader, held)["w.input_scale"].read((), np.dtype(np.float32))
+    assert scale == case.pack(weight)[0]["input_scale"]
+
+
+def test_parts_share_the_largest_scale_of_their_activations(llama: Path, tmp_path: Path) -> None:
+    quantise_folder(llama, tmp_path / "quantised", tmp_path / "dense", CASES["fp8_tensor"])
+    file, name = tmp_path / "quantised" / "model.safetensors", "model.layers.0.self_attn.{}_proj.input_scale"
+    tensors, own = load_file(file), {"q": 0.5, "k": 0.75, "v": 0.25}
+    save_file(tensors | {name.format(part): torch.tensor([scale]) for part, scale in own.items()}, file)
+    model = load_model(tmp_path / "quantised", dequantise=False)
+    assert named_leaves(model)["layers.0.attention.qkv.weight.input_scale"].tolist() == [0.75]
+    assert named_leaves(model)["layers.1.attention.qkv.weight.input_scale"].tolist() == [0.5]
+    tensors[name.format("k")] = torch.tensor([0.0])
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"k_proj.input_scale: holds \[0.0\]; it must be one positive"):
+        load_model(tmp_path / "quantised", dequantise=False)
+
+
 # --- Conversion --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "kind", ["awq", "ct_w8", "ct_int8", "fp8_block", "smooth_e5m2", "ct_nvfp4", "gptq_act_order"]
+    "kind",
+    ["awq", "ct_w8", "ct_int8", "fp8_block", "fp8_tensor", "smooth_e5m2", "ct_nvfp4", "gptq_act_order"],
 )
 def test_converted_checkpoints_hold_what_was_held(kind: str, llama: Path, tmp_path: Path) -> None:
     held, dense = both(llama, tmp_path, CASES[kind])
