@@ -41,7 +41,6 @@ from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.sharded import AnyDecoder, ShardedDecoder
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
-from lmdeploy_jax.parallel.mesh import axis_size
 from lmdeploy_jax.parallel.rules import sharding
 
 log = logging.getLogger("lmdeploy_jax")
@@ -193,7 +192,7 @@ class _Loader:
             own = own if family.stacked is None else StackedReader(own, family.stacked)
             reader = own if quantisation is None else QuantReader(own, quantisation)
             names = names_read(reader, len(config.layers))
-            rules = family.rules(config, axis_size(self.kernels.mesh, "tp"))
+            rules = family.rules(config, self.kernels.tp)
             config, rules = settle_head(config, rules, reader, names, self.dtype)
             skeleton = build_skeleton(config, self.dtype, self.kernels)
             shapes = {name: spec.shape for name, spec in skeleton.specs.items()}

@@ -31,6 +31,8 @@ class JaxEngineConfig(Checked):
     tp, dp: the model is cut over `tp` devices, and there are `dp` copies of it, each in a process of its own
         on devices of its own; a program that has several must guard its own start with
         `if __name__ == "__main__"`.
+    ep: parts that the experts of a mixture are dealt out in over the tp devices: tp, or what divides it. Then
+        tp / ep devices share each part's experts as all devices share other layers.
     cache_max_entry_count: share of the free memory given to the KV cache if < 1, else an absolute number of
         bytes.
     max_batch_size, max_prefill_token_num, session_len: None lets the engine choose by device and model.
@@ -53,6 +55,7 @@ class JaxEngineConfig(Checked):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     tp: _Positive = 1
     dp: _Positive = 1
+    ep: _Positive = 1
     session_len: _Positive | None = None
     max_batch_size: _Positive | None = None
     cache_max_entry_count: Annotated[float, _SHARE] = 0.8
@@ -159,6 +162,7 @@ _CARRIED = {
         "dtype",
         "tp",
         "dp",
+        "ep",
         "session_len",
         "max_batch_size",
         "cache_max_entry_count",
@@ -176,7 +180,6 @@ _ONE_DEVICE_GROUP = ((None, 1), "only tensor parallelism (tp) is implemented.")
 _ONE_PAGE_SIZE = ((PAGE_SIZE,), f"pages hold {PAGE_SIZE} tokens; leave the field out.")
 _REFUSED = {
     "quant_policy": ((0, None), "the KV cache cannot be quantised yet; leave the field out."),
-    "ep": _ONE_DEVICE_GROUP,
     "empty_init": ((False,), "an engine without weights has no use here."),
 }
 

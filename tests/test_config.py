@@ -84,7 +84,6 @@ def test_a_field_without_a_meaning_warns_by_name(kind, name, value, caplog):
         (PytorchEngineConfig, "num_cpu_blocks", 3),
         (PytorchEngineConfig, "enable_eplb", True),
         (PytorchEngineConfig, "adapters", {"a": "path"}),
-        (PytorchEngineConfig, "ep", 2),
         (PytorchEngineConfig, "block_size", 16),
         (PytorchEngineConfig, "num_gpu_blocks", 100),
         (PytorchEngineConfig, "device_type", "ascend"),

@@ -49,7 +49,7 @@ class PagedCache:
     chunked: bool = False
 
     axes: ClassVar[Axes] = (None, "tp")
-    """The mesh axis of each leading axis of its arrays."""
+    """Which leading axes of its arrays are cut over the `tp` devices that share a model."""
 
     def shapes(self, num_pages: int) -> tuple[Shape, ...]:
         """The shapes of its arrays, over all devices."""

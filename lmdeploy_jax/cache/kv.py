@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lmdeploy_jax.cache.kinds import CacheKind, PageKind, StateCache
 from lmdeploy_jax.cache.layout import CacheLayout
 from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.parallel.mesh import model_axes
 
 CPU_CACHE_LIMIT = 2 << 30  # bytes; on a CPU the cache shares memory with everything else of the user's
 
@@ -76,7 +77,7 @@ class CacheSpec:
         return jax.tree.map(lambda spec: spec.sharding, self.specs)
 
     def _arrays(self, kind: CacheKind) -> Iterator[jax.ShapeDtypeStruct]:
-        where = NamedSharding(self.mesh, PartitionSpec(*kind.axes))
+        where = NamedSharding(self.mesh, cache_spec(kind, self.mesh))
         by_slot = isinstance(kind, StateCache)
         dtypes = (self.dtype, jnp.dtype("float32")) if by_slot else (self.dtype,) * 2
         for shape, dtype in zip(
@@ -89,6 +90,11 @@ class CacheSpec:
         NaN.
         """
         return jax.tree.map(lambda spec: _zeros(spec.shape, spec.dtype, spec.sharding)(), self.specs)
+
+
+def cache_spec(kind: CacheKind, mesh: Mesh) -> PartitionSpec:
+    """How arrays of that kind are cut over the devices that share a model."""
+    return PartitionSpec(*(None if axis is None else model_axes(mesh) for axis in kind.axes))
 
 
 @cache

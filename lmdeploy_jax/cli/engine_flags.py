@@ -18,6 +18,7 @@ HELP = {
     "dtype": "type of weights and computation; auto takes the checkpoint's on a GPU and float32 on a CPU",
     "tp": "number of devices that share the model (tensor parallelism)",
     "dp": "copies of the model, each on tp devices and in a process of its own (data parallelism)",
+    "ep": "parts that a mixture's experts are dealt out in over the tp devices (expert parallelism)",
     "session_len": "longest context in tokens, prompt and answer together; without it the model's own",
     "max_batch_size": "most requests in one step; without it chosen by device",
     "cache_max_entry_count": "memory of the KV cache: a share of what is free if below 1, else bytes",

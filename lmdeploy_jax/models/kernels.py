@@ -25,7 +25,7 @@ from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, til
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
 from lmdeploy_jax.parallel.collectives import Collectives, collectives
-from lmdeploy_jax.parallel.mesh import axis_size
+from lmdeploy_jax.parallel.mesh import axis_size, model_devices
 
 LayerCache = tuple[
     Array, ...
@@ -35,8 +35,8 @@ MOSAIC_TOKENS = 2048  # of the smallest step that attends through Mosaic
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernel backend, the mesh over whose `tp` axis the decoder is cut (None: JAX's first device), and
-    what was measured on the device.
+    """The kernel backend, the mesh whose devices share the decoder (None: JAX's first device), and what was
+    measured on the device.
     """
 
     backend: str = "xla"
@@ -45,7 +45,13 @@ class Kernels:
 
     @property
     def tp(self) -> int:
-        return axis_size(self.mesh, "tp")
+        """Devices that share the decoder."""
+        return model_devices(self.mesh)
+
+    @property
+    def ep(self) -> int:
+        """Parts that experts are dealt out in."""
+        return axis_size(self.mesh, "ep")
 
     @property
     def platform(self) -> str:

@@ -77,17 +77,31 @@ class Experts(nnx.Module):
         self.gating = gating(expert)
         self.streamed = expert.activation in STREAMED_ACTIVATIONS
         rest: dict[str, Any] = {"bias": expert.bias, "dtype": dtype}
-        inner, products = ("experts", None, "mlp", "embed"), 2 if expert.gated else 1
+        inner, products = ("experts", None, "expert_mlp", "embed"), 2 if expert.gated else 1
         self.gate_up = ExpertLinear((count, products, expert.width), (hidden,), inner, **rest)
-        self.down = ExpertLinear((count, hidden), (expert.width,), ("experts", "embed", "mlp"), **rest)
+        self.down = ExpertLinear((count, hidden), (expert.width,), ("experts", "embed", "expert_mlp"), **rest)
 
     def __call__(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "*parts T E"]:
         """The weighted sum of each token's experts, whole or a part for each."""
+        routes = self._own(routes)
         if self.kernels.backend != "xla":
             gate_up, down = self.gate_up.operand(), self.down.operand()
             if gate_up is not None and down is not None:
                 return self._by_kernels(x, routes, gate_up, down)
         return self._by_xla(x, routes)
+
+    def _own(self, routes: Routes) -> Routes:
+        """By the numbers of this device's experts; others have none, and count for nothing here."""
+        if self.kernels.ep == 1:
+            return routes
+        held = self.gate_up.weight.shape[0]
+        experts = self.kernels.collectives.own_experts(routes.experts, held)
+        return Routes(experts, jnp.where(experts < held, routes.weights, 0))
+
+    def _of_own(self, out: Float[Array, "T k E"], routes: Routes) -> Float[Array, "T k E"]:
+        """Without what stands where experts of other devices were chosen, which may be anything."""
+        held = self.gate_up.weight.shape[0]
+        return out if self.kernels.ep == 1 else jnp.where((routes.experts < held)[:, :, None], out, 0)
 
     def _fused(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "T E"]:
         weights = self.gate_up.weight.dense(), self.down.weight.dense()
@@ -97,6 +111,8 @@ class Experts(nnx.Module):
     def _fuses(self, x: Float[Array, "T E"], choices: int) -> bool:
         """Whether Mosaic's kernels were faster, and can do it."""
         if self.kernels.tuning.experts != "mosaic" or self.kernels.backend != "pallas" or not self.streamed:
+            return False
+        if self.kernels.ep > 1:  # its work list would need a place for rows that other devices multiply
             return False
         if isinstance(self.gate_up.weight, QuantWeight) or isinstance(self.down.weight, QuantWeight):
             return False
@@ -114,7 +130,8 @@ class Experts(nnx.Module):
         bias = None if self.gate_up.bias is None else self.gate_up.bias[...]
         inner = gated_grouped_matmul(x, gate_up, groups, gating=self.gating, bias=bias, backend=backend)
         bias = None if self.down.bias is None else self.down.bias[...]
-        bias = bias if bias is None or self.kernels.tp == 1 else bias.astype(jnp.float32) / self.kernels.tp
+        sharing = self.kernels.tp // self.kernels.ep  # devices that hold parts of this one's experts
+        bias = bias if bias is None or sharing == 1 else bias.astype(jnp.float32) / sharing
         wide = x.shape[0] > EXACT_PARTS
         out = weighted_grouped_matmul(
             inner,
@@ -125,6 +142,7 @@ class Experts(nnx.Module):
             out_dtype=x.dtype if wide else jnp.float32,
             backend=backend,
         )
+        out = self._of_own(out.swapaxes(0, 1), routes).swapaxes(0, 1)
         return self.kernels.collectives.all_reduce(out, x.dtype)
 
     def _by_xla(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "T E"]:
@@ -132,16 +150,26 @@ class Experts(nnx.Module):
         groups = group_rows(routes.experts.reshape(-1), self.gate_up.weight.shape[0])
         rows = x[groups.source // choices]
         both = self.gate_up(rows, groups, out_dtype=x.dtype)
-        both = both if self.gate_up.bias is None else both + self.gate_up.bias[...][groups.group]
+        both = (
+            both
+            if self.gate_up.bias is None
+            else both + self.gate_up.bias[...].at[groups.group].get(mode="clip")
+        )
         inner = self.gating(*jnp.unstack(both, axis=1))
         out = self.down(inner, groups, out_dtype=jnp.float32)[groups.place].reshape(tokens, choices, -1)
+        out = self._of_own(out, routes)
         mixed = jnp.einsum("tke,tk->te", out, routes.weights).astype(x.dtype)
-        mixed = self.kernels.collectives.all_reduce(mixed, x.dtype)
-        return mixed if self.down.bias is None else mixed + self._bias(routes, x.dtype)
+        all_reduce = self.kernels.collectives.all_reduce
+        if self.down.bias is None:
+            return all_reduce(mixed, x.dtype)
+        bias = self._bias(routes, x.dtype)
+        if self.kernels.ep == 1:  # every device has all biases: they are added once
+            return all_reduce(mixed, x.dtype) + bias
+        return all_reduce(mixed + bias / (self.kernels.tp // self.kernels.ep), x.dtype)
 
     def _bias(self, routes: Routes, dtype: DTypeLike) -> Float[Array, "T E"]:
         assert self.down.bias is not None
-        chosen = self.down.bias[...][routes.experts]
+        chosen = self.down.bias[...].at[routes.experts].get(mode="clip")
         return jnp.einsum("tke,tk->te", chosen.astype(jnp.float32), routes.weights).astype(dtype)
 
 

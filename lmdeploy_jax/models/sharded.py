@@ -12,13 +12,13 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Float32
 
-from lmdeploy_jax.cache.kv import KVCache
+from lmdeploy_jax.cache.kv import KVCache, cache_spec
 from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.decoder import Decoder, finish_logits
+from lmdeploy_jax.parallel.mesh import model_axes
 
 REPLICATED = PartitionSpec()
-BY_VOCABULARY = PartitionSpec(None, "tp")
 Leaves = tuple[Array, ...]
 
 
@@ -37,7 +37,7 @@ class ShardedDecoder:
 
     def __call__(self, cache: KVCache, batch: Batch) -> tuple[Float[Array, "T E"], KVCache]:
         """See `Decoder.__call__`. Every device gets the whole batch, and has all of the hidden states."""
-        cuts = _cache_specs(cache)
+        cuts = _cache_specs(cache, self.mesh)
 
         def forward(leaves: Leaves, cache: KVCache, batch: Batch) -> tuple[Array, KVCache]:
             return self.merge(leaves)(cache, batch)
@@ -52,7 +52,8 @@ class ShardedDecoder:
         def head(leaves: Leaves, hidden: Array) -> Array:
             return self.merge(leaves).head_product(hidden)
 
-        product = self._map(head, (REPLICATED,), BY_VOCABULARY)(self.leaves, hidden)
+        by_vocabulary = PartitionSpec(None, model_axes(self.mesh))
+        product = self._map(head, (REPLICATED,), by_vocabulary)(self.leaves, hidden)
         return finish_logits(self.config, product)
 
     def scores(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R labels"]:
@@ -67,7 +68,7 @@ class ShardedDecoder:
 AnyDecoder = Decoder | ShardedDecoder
 
 
-def _cache_specs(cache: KVCache) -> KVCache:
+def _cache_specs(cache: KVCache, mesh: Mesh) -> KVCache:
     kinds = zip(cache.layout.arrays, cache.arrays, strict=True)
-    specs: Any = tuple((PartitionSpec(*kind.axes),) * len(arrays) for kind, arrays in kinds)
+    specs: Any = tuple((cache_spec(kind, mesh),) * len(arrays) for kind, arrays in kinds)
     return KVCache(specs, cache.layout)

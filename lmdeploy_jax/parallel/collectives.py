@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from lmdeploy_jax.parallel.mesh import axis_size
+from lmdeploy_jax.parallel.mesh import model_axes, model_devices
 
 ONE_SHOT_BYTES = 256 << 10  # up to which XLA sums over GPUs in one exchange, whose time is that of the launch
 
@@ -24,6 +24,9 @@ class Collectives(Protocol):
     def take_rows(self, table: Array, index: Array) -> Array:
         """Rows [T, E] of a table [V, E] that is cut by rows, by their numbers i32 [T] in the whole table."""
 
+    def own_experts(self, experts: Array, count: int) -> Array:
+        """Experts' numbers among the `count` of this device, which are its experts; others become `count`."""
+
 
 @dataclass(frozen=True)
 class SingleDevice:
@@ -35,12 +38,18 @@ class SingleDevice:
     def take_rows(self, table: Array, index: Array) -> Array:
         return table.at[index].get(mode="clip")
 
+    def own_experts(self, experts: Array, count: int) -> Array:
+        return experts
+
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The `Collectives` of the devices along the mesh axis `tp`."""
+    """The `Collectives` of the devices along such mesh axes; experts are dealt out over the second, if any.
 
-    axis: str = "tp"
+    Tokens go nowhere: every device has all of them, does its own experts' share, and the sum adds it up.
+    """
+
+    axis: str | tuple[str, ...] = "tp"
 
     def all_reduce(self, partial: Array, dtype: DTypeLike) -> Array:
         """Small parts travel as they are, in f32: fewer launches. Larger ones are added and rounded first, as
@@ -56,7 +65,13 @@ class TensorParallel:
         mine = (local >= 0) & (local < table.shape[0])
         return lax.psum(jnp.where(mine[:, None], table.at[local].get(mode="clip"), 0), self.axis)
 
+    def own_experts(self, experts: Array, count: int) -> Array:
+        if isinstance(self.axis, str):
+            return experts
+        local = experts - lax.axis_index(self.axis[1]) * count
+        return jnp.where((local >= 0) & (local < count), local, count)
+
 
 def collectives(mesh: Mesh | None) -> Collectives:
     """Those of a mesh; without one, of a single device."""
-    return TensorParallel() if axis_size(mesh, "tp") > 1 else SingleDevice()
+    return TensorParallel(model_axes(mesh)) if model_devices(mesh) > 1 else SingleDevice()

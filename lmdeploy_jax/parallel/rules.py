@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmdeploy_jax.errors import ConfigError
-from lmdeploy_jax.parallel.mesh import axis_size
+from lmdeploy_jax.parallel.mesh import axis_size, model_axes
 
 Axes = tuple[str | None, ...]
+MeshAxes = str | tuple[str, ...] | None
 
+ALL = "all"
 RULES: Mapping[str, str | None] = {
-    "vocab": "tp",
+    "vocab": ALL,
     "embed": None,
-    "kv_heads": "tp",
-    "heads": "tp",
-    "mlp": "tp",
-    "experts": None,
+    "kv_heads": ALL,
+    "heads": ALL,
+    "mlp": ALL,
+    "experts": "ep",
+    "expert_mlp": "tp",
 }
-"""Every logical axis that a weight may name; None: replicated."""
+"""Every logical axis that a weight may name; ALL: over all devices that share the model; None: replicated."""
 
 
 def partition_spec(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh) -> PartitionSpec:
@@ -30,16 +34,16 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh) ->
     """
     if len(axes) != len(shape):
         raise ValueError(f"{name}: {len(axes)} axis names {axes} for shape {shape}")
-    used = [_mesh_axis(name, axis) for axis in axes]
-    cut = [axis for axis in used if axis is not None]
+    used = [_mesh_axes(name, axis, mesh) for axis in axes]
+    cut = [axis for each in used for axis in _as_tuple(each)]
     if len(set(cut)) != len(cut):
         raise ValueError(f"{name}: logical axes {axes} use a mesh axis twice: {used}")
-    for size, axis, label in zip(shape, used, axes, strict=True):
-        count = axis_size(mesh, axis) if axis is not None else 1
+    for size, each, label in zip(shape, used, axes, strict=True):
+        count = prod(axis_size(mesh, axis) for axis in _as_tuple(each))
         if size % count:
             raise ConfigError(
                 f"{name}: its {label} axis of {size} cannot be cut in {count} equal parts; "
-                f"choose a {axis} that divides it"
+                f"choose a {_as_tuple(each)[0]} that divides it"
             )
     return PartitionSpec(*used)
 
@@ -49,7 +53,14 @@ def sharding(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh) -> Named
     return NamedSharding(mesh, partition_spec(name, shape, axes, mesh))
 
 
-def _mesh_axis(name: str, axis: str | None) -> str | None:
+def _mesh_axes(name: str, axis: str | None, mesh: Mesh) -> MeshAxes:
     if axis is not None and axis not in RULES:
         raise ValueError(f"{name}: logical axis {axis!r} has no rule; known: {', '.join(RULES)}")
-    return None if axis is None else RULES[axis]
+    rule = None if axis is None else RULES[axis]
+    if rule == ALL:
+        return model_axes(mesh)
+    return None if rule == "ep" and axis_size(mesh, "ep") == 1 else rule
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes

@@ -40,7 +40,10 @@ CHUNKED_ROWS = 32768  # from which on chunks are sorted by programs of their own
 
 
 def group_rows(groups: Int32[Array, "M"], count: int, *, backend: str = "xla") -> RowGroups:
-    """The rows of `groups`, numbers from 0 to `count` - 1, laid together for products of that backend."""
+    """The rows of `groups`, numbers from 0 to `count` - 1, laid together for products of that backend.
+
+    Rows of number `count` are in no group: no tile has them, and products give anything in their places.
+    """
     check_backend(backend)
     height = tile_rows(groups.shape[0], count, backend)
     if backend == "xla":

@@ -90,7 +90,7 @@ def _place(
 
         def step(index: jax.Array, _: None) -> None:
             row, group, rank = _ranks(groups_ref, chunk, index)
-            mine, valid = group[:, None] == number[None, :], row < rows
+            mine, valid = group[:, None] == number[None, :], (row < rows) & (group < counts_ref.shape[1])
             # A sum over all groups finds what a row's own has: registers cannot be indexed.
             sorted_place, aligned = (
                 rank + jnp.sum(jnp.where(mine, each[None, :], 0), axis=1)

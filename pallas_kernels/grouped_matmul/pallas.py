@@ -42,7 +42,7 @@ def gated_grouped_matmul(
     """See `lmdeploy_jax.pallas_kernels.grouped_matmul`."""
     weights = _arrays(weight)
     rows, (_, halves, outputs, _) = groups.source.shape[0], weights[0].shape
-    tuning = tuning or _tuning(height, x, weights[0], gated=True)
+    tuning = tuning or _tuning(height, groups, x, weight, gated=True)
     how: dict[str, Any] = {"height": height, "tuning": tuning, "interpret": interpret}
     kernel = functools.partial(_gated_kernel, choices=rows // x.shape[0], halves=halves, gating=gating, **how)
     inputs = (x, *weights, bias, groups.source, groups.tiles)
@@ -66,7 +66,7 @@ def weighted_grouped_matmul(
     """See `lmdeploy_jax.pallas_kernels.grouped_matmul`."""
     weights = _arrays(weight)
     (tokens, choices), outputs = scales.shape, weights[0].shape[1]
-    tuning = tuning or _tuning(height, rows, weights[0], gated=False)
+    tuning = tuning or _tuning(height, groups, rows, weight, gated=False)
     kernel = functools.partial(_weighted_kernel, height=height, tuning=tuning, interpret=interpret)
     how = _launch("weighted_grouped_matmul", outputs, groups, tuning)
     out = jax.ShapeDtypeStruct((choices, tokens, outputs), out_dtype)
@@ -79,12 +79,14 @@ def _arrays(weight: jax.Array | Quantised) -> tuple[jax.Array, jax.Array | None,
     return weight if isinstance(weight, Quantised) else (weight, None, None)
 
 
-def _tuning(height: int, x: jax.Array, values: jax.Array, *, gated: bool) -> Tuning:
+def _tuning(
+    height: int, groups: RowGroups, x: jax.Array, weight: jax.Array | Quantised, *, gated: bool
+) -> Tuning:
     """As measured on an H200 for few rows; of many, blocks whose sums fit the registers."""
     if x.dtype.itemsize > 2:
         return Tuning(32, 32, 4, 2)
-    if values.dtype != x.dtype:
-        return widened.tuning(height, values.dtype)
+    if isinstance(weight, Quantised):
+        return widened.tuning(height, groups.tiles.shape[0], weight)
     if height <= FEW_ROWS:
         return Tuning(64, 128, 4, 3)
     if height <= 64:

@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float32, Int32, Shaped, UInt16
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.grouped_matmul.tile import FEW_ROWS, Tile, Tuning, block
 from lmdeploy_jax.pallas_kernels.quant_gemm.blocks import OFFSET, exponents, unpacked, unpacked_e2m1
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, tile_of
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
+FEW_TILES = 32  # with which larger blocks leave cores without work
 Index = Int32[Array, ""]
 Half = tuple[int, ...]  # what stands between a group's number and the outputs
 Total = Float32[Array, "out rows"]
@@ -55,12 +56,17 @@ Totals = tuple[Total, ...]  # of each half
 Fetched = tuple[tuple[_Factors, ...], ...]  # of each group of a step, and half
 
 
-def tuning(height: int, values: DTypeLike) -> Tuning:
-    """Not measured yet."""
-    words = jnp.dtype(values) == jnp.uint16
-    if height <= FEW_ROWS:
-        return Tuning(32, 256, 2, 3) if words else Tuning(32, 128, 4, 4)
-    return Tuning(64, 128, 4, 3) if height <= 64 else Tuning(128, 128, 8, 3)
+def tuning(height: int, tiles: int, weight: Quantised) -> Tuning:
+    """As measured on an H200 for 4 bits and few rows, where unpacking takes longer than reading: warps that
+    share a block of outputs would do some of it twice. Those of 8 bits, and many rows, are not measured.
+    """
+    if height > FEW_ROWS:
+        return Tuning(64, 128, 4, 3) if height <= 64 else Tuning(128, 128, 8, 3)
+    if weight.values.dtype != jnp.uint16:
+        return Tuning(32, 128, 2, 4)
+    if weight.scales.dtype == jnp.uint8:
+        return Tuning(32, 192, 2, 4)
+    return Tuning(32 if tiles <= FEW_TILES else 64, 256, 2, 3)
 
 
 def sums(

@@ -28,7 +28,7 @@ LINE = """
 """
 REFUSED = {
     "adapters": "a=b", "cache_block_seq_len": "32", "cp": "2", "device": "ascend", "dllm_block_length": "4",
-    "dllm_denoising_steps": "4", "ep": "2", "logprobs_mode": "raw_logits", "nnodes": "2",
+    "dllm_denoising_steps": "4", "logprobs_mode": "raw_logits", "nnodes": "2",
     "node_rank": "1", "quant_policy": "int8", "role": "Prefill", "rope_scaling_factor": "2",
     "speculative_algorithm": "eagle3", "speculative_draft_model": "m",
 }  # fmt: skip
@@ -86,6 +86,6 @@ def test_the_help_says_what_each_is_good_for() -> None:
     flags = FlagSet()
     chat.define(flags)
     text = " ".join(flags.help().split())
-    assert "--ep TEXT 1 alone: only tensor parallelism (tp) is implemented." in text
+    assert "--cp TEXT 1 alone: only tensor parallelism (tp) is implemented." in text
     assert "--communicator TEXT has no meaning here" in text
     assert "--proxy-url" not in text

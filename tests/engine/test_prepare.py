@@ -6,6 +6,8 @@ import json
 import shutil
 import socket
 import ssl
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.cli.main import main
 from lmdeploy_jax.converters.vision_config import read_vision
 from lmdeploy_jax.engine.core import engine
-from lmdeploy_jax.engine.prepare import prepare
+from lmdeploy_jax.engine.prepare import check_ep, prepare
 from lmdeploy_jax.engine.process import remote
-from lmdeploy_jax.errors import LmdeployError
+from lmdeploy_jax.errors import ConfigError, LmdeployError
+from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, RouterConfig
+from tests.models.test_program import CONFIG
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +38,27 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(TINY_CHAT, tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "experts", "reason"),
+    [
+        (2, 2, 0, "ep=2 deals out experts, and this model has none; leave ep out"),
+        (1, 2, 4, "ep=2 does not divide tp=1"),
+        (4, 4, 6, "ep=4 does not divide the model's 6 experts"),
+        (4, 2, 6, None),
+    ],
+)
+def test_experts_that_cannot_be_dealt_out_are_told(
+    tp: int, ep: int, experts: int, reason: str | None
+) -> None:
+    mlp = MixtureConfig(RouterConfig(experts, 2), MlpConfig(8)) if experts else MlpConfig(8)
+    config, model = (
+        JaxEngineConfig(tp=tp, ep=ep),
+        replace(CONFIG, layers=(replace(CONFIG.layers[0], mlp=mlp),)),
+    )
+    with nullcontext() if reason is None else pytest.raises(ConfigError, match=reason):
+        check_ep(config, model)
 
 
 def test_a_prepared_model_is_all_but_its_weights(folder: Path) -> None:

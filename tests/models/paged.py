@@ -12,7 +12,7 @@ from lmdeploy_jax.converters.load import LoadedModel
 from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
-from lmdeploy_jax.parallel.mesh import axis_size, make_mesh
+from lmdeploy_jax.parallel.mesh import make_mesh, model_devices
 
 TOKENS = 192  # ragged shape
 PAGES_EACH = 4
@@ -28,7 +28,7 @@ class PagedRunner:
         self.table = pages.reshape(rows, PAGES_EACH).astype(np.int32)
         mesh = mesh or make_mesh(1)
         # Windows longer than any sequence make one cache group, the plain one.
-        layout = model.config.cache_layout(axis_size(mesh, "tp"), session_len=1, step_tokens=TOKENS)
+        layout = model.config.cache_layout(model_devices(mesh), session_len=1, step_tokens=TOKENS)
         self.caches = CacheSpec(layout, rows * PAGES_EACH + 1, model.dtype, mesh, rows + 1).allocate()
         # Compiled without LLVM's optimisations: the tests' time is compilation.
         fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

@@ -21,6 +21,16 @@ def test_axes_follow_their_rules():
     assert partition_spec("down", (64, 96), ("embed", "mlp"), MESH) == PartitionSpec(None, "tp")
 
 
+def test_experts_are_dealt_out_and_cut_over_the_devices_that_share_them():
+    mesh = AbstractMesh((1, 2, 4), AXES)
+    weight = ("experts", None, "expert_mlp", "embed")
+    assert partition_spec("gate_up", (8, 2, 6, 16), weight, mesh) == PartitionSpec("ep", None, "tp", None)
+    assert partition_spec("gate_up", (8, 2, 8, 16), weight, MESH) == PartitionSpec(None, None, "tp", None)
+    assert partition_spec("down", (64, 96), ("embed", "mlp"), mesh) == PartitionSpec(None, ("tp", "ep"))
+    with pytest.raises(ConfigError, match=r"experts axis of 6 cannot be cut in 4 equal parts; choose a ep"):
+        partition_spec("gate_up", (6, 2, 8, 16), weight, mesh)
+
+
 def test_an_uneven_cut_is_a_config_error_that_names_the_weight():
     with pytest.raises(ConfigError, match=r"down: its mlp axis of 98 cannot be cut in 4"):
         partition_spec("down", (64, 98), ("embed", "mlp"), MESH)

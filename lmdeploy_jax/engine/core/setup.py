@@ -44,6 +44,7 @@ from lmdeploy_jax.engine.core.steps import Steps
 from lmdeploy_jax.engine.core.steps_cpu import CpuSteps
 from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
 from lmdeploy_jax.engine.facts import Startup
+from lmdeploy_jax.engine.prepare import check_ep
 from lmdeploy_jax.engine.progress import announce, loading_bar
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.hub import resolve_model
@@ -87,9 +88,10 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     started = time.perf_counter()
     cache_folder = use_cache(config.compile_cache_dir)
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
-    mesh = make_mesh(tp=config.tp)
+    mesh = make_mesh(tp=config.tp, ep=config.ep)
     platform = mesh.devices.flat[0].platform
     model_config = read_config(folder, config.hf_overrides, config.model_format)
+    check_ep(config, model_config)
     session_len = _session_len(config, model_config)
     backend = choose_backend(config.backend, mesh.devices.flat[0], model_config)
     begun = time.perf_counter()
