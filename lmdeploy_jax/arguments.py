@@ -26,7 +26,8 @@ _TEMPLATE_WORDS = (
 )  # variables of chat templates with a name of their own
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 logger = logging.getLogger("lmdeploy_jax")
-KEYWORDS = ("input_ids", "tools", "chat_template_kwargs", "mm_processor_kwargs", *_TEMPLATE_WORDS)
+_MEDIA_WORDS = ("mm_processor_kwargs", "media_io_kwargs")
+KEYWORDS = ("input_ids", "tools", "chat_template_kwargs", *_MEDIA_WORDS, *_TEMPLATE_WORDS)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def parse(
     _check_sampling(gen_config)
     options = _prompt_options(do_preprocess, adapter_name, kwargs, images)
     given, single = _given_prompts(prompts, kwargs, images is not None)
-    given = [_with_media_options(prompt, kwargs.get("mm_processor_kwargs")) for prompt in given]
+    given = [_with_media_options(prompt, kwargs) for prompt in given]
     configs = _aligned_configs(gen_config, len(given))
     owners = _aligned_sessions(sessions, len(given))
     requests = [PromptRequest(*each) for each in zip(given, configs, owners, strict=True)]
@@ -167,14 +168,12 @@ def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
             raise TypeError(f"unexpected keyword argument {name!r}{hint}. Known are {', '.join(KEYWORDS)}.")
 
 
-def _with_media_options(
-    prompt: Prompt | RequestError, mm_processor_kwargs: Mapping[str, Any] | None
-) -> Prompt | RequestError:
+def _with_media_options(prompt: Prompt | RequestError, kwargs: Mapping[str, Any]) -> Prompt | RequestError:
     from lmdeploy_jax.text.prompts import with_media_options
 
     if isinstance(prompt, RequestError):
         return prompt
-    return with_media_options(prompt, mm_processor_kwargs)
+    return with_media_options(prompt, kwargs)
 
 
 def _given_prompts(

@@ -154,8 +154,8 @@ class Pipeline:
         do_preprocess: False passes texts on as they are, without the chat template.
         use_tqdm: show a progress bar.
         kwargs: `input_ids` in the place of prompts; `tools`, `enable_thinking`, `reasoning_effort` and
-            `chat_template_kwargs` for the chat template; `mm_processor_kwargs`, options of all images
-            and videos.
+            `chat_template_kwargs` for the chat template; `mm_processor_kwargs` and `media_io_kwargs`,
+            options of all images and videos.
 
         A prompt that cannot be served answers with finish_reason "error" and an error_message, which is
         logged too, and the others go on. Raises

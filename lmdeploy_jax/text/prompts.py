@@ -25,21 +25,27 @@ class Prompt:
         return any(isinstance(message.get("content"), list) for message in self.messages or ())
 
 
-def with_media_options(prompt: Prompt, mm_processor_kwargs: Mapping[str, Any] | None) -> Prompt:
-    """The prompt with options of all its images and videos, in LMDeploy's form {"image": {...}, "video":
-    {...}}; one's own options hold before them. Raises `RequestError` for another form.
+MEDIA_OPTIONS = ("mm_processor_kwargs", "media_io_kwargs")  # LMDeploy's names for options of all media
+
+
+def with_media_options(prompt: Prompt, given: Mapping[str, Mapping[str, Any] | None]) -> Prompt:
+    """The prompt with options of all its images and videos: under each of `MEDIA_OPTIONS`, LMDeploy's form
+    {"image": {...}, "video": {...}}; one's own options hold before them. Raises `RequestError` for another
+    form.
     """
-    given = mm_processor_kwargs or {}
-    for kind, options in given.items():
-        if kind not in ("image", "video") or not isinstance(options, Mapping):
-            raise RequestError(
-                f"mm_processor_kwargs={given!r:.200} is not supported: give {{'image': {{...}}, 'video': "
-                "{...}}, the options of images and of videos.",
-                param="mm_processor_kwargs",
-            )
-    if not given or prompt.messages is None:
+    options: dict[str, dict[str, Any]] = {"image": {}, "video": {}}
+    for name in MEDIA_OPTIONS:
+        for kind, some in (given.get(name) or {}).items():
+            if kind not in options or not isinstance(some, Mapping):
+                raise RequestError(
+                    f"{name}={given[name]!r:.200} is not supported: give {{'image': {{...}}, 'video': "
+                    "{...}}, the options of images and of videos.",
+                    param=name,
+                )
+            options[kind] |= some
+    if not any(options.values()) or prompt.messages is None:
         return prompt
-    return replace(prompt, messages=tuple(_with_options(message, given) for message in prompt.messages))
+    return replace(prompt, messages=tuple(_with_options(message, options) for message in prompt.messages))
 
 
 def _with_options(message: Message, given: Mapping[str, Mapping[str, Any]]) -> Message:

@@ -60,8 +60,6 @@ class VideoRule:
             if not (whole or (name == "fps" and isinstance(value, float))) or not 0 < value < 2**31:
                 kind = "number" if name == "fps" else "integer"
                 raise RequestError(f"video option {name} is {value!r}; it must be a positive {kind}")
-        if "fps" in options and "num_frames" in options:
-            raise RequestError("a video takes fps or num_frames, and not both")
         return replace(
             self, least=options.get("min_pixels", self.least), most=options.get("max_pixels", self.most)
         )
@@ -86,10 +84,11 @@ class VideoRule:
         return steps.astype(np.float32).astype(int).tolist()
 
     def _count(self, video: Video, options: Mapping[str, Any]) -> int:
+        """Where both are given, `fps` says how many and `num_frames` how many at most, as in LMDeploy."""
         wanted = options.get("num_frames")
-        if wanted is None:
+        if wanted is None or "fps" in options:
             count = int(video.total / video.fps * options.get("fps", FPS))
-            return min(max(count, FEWEST), MOST, video.total)
+            return min(max(count, FEWEST), MOST, video.total, wanted or MOST)
         if wanted > min(MOST, video.total):
             raise RequestError(
                 f"num_frames is {wanted}, but the video has {video.total}, and at most {MOST} are looked at; "

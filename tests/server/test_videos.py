@@ -102,6 +102,7 @@ def test_frames_in_one_url_and_options(server: LiveServer, watching: Pipeline) -
     few = {"num_frames": 2}
     data = as_data(movie())
     assert tokens(data, few) == tokens(data, {}, mm_processor_kwargs={"video": few})
+    assert tokens(data, few) == tokens(data, {}, media_io_kwargs={"video": few | {"fps": 2}})
     assert tokens(data, few) == seen(watching, num_frames=2).input_token_len < seen(watching).input_token_len
     counted = patience.post(server.url + "/tokenize", json={"messages": asked(part(data))}).json()
     assert counted["count"] == seen(watching).input_token_len

@@ -54,9 +54,12 @@ def test_frames_are_sampled_as_transformers_does(total: int, fps: float, wanted:
 def test_a_number_of_frames() -> None:
     assert QWEN2.sample(source(10, 5), {"num_frames": 4}, 2) == [0, 2, 5, 7]
     assert QWEN3.sample(source(10, 5), {"num_frames": 3}, 2) == [0, 4, 9]
+    by_time = QWEN2.sample(source(100, 5), {"fps": 0.4}, 2)
+    assert QWEN2.sample(source(100, 5), {"fps": 0.4, "num_frames": 90}, 2) == by_time
+    few = {"fps": 2, "num_frames": 8}
+    assert QWEN2.sample(source(100, 5), few, 2) == QWEN2.sample(source(100, 5), {"num_frames": 8}, 2)
     wrong = [
         ({"num_frames": 11}, "num_frames is 11, but the video has 10"),
-        ({"num_frames": 4, "fps": 2}, "fps or num_frames, and not both"),
         ({"num_frames": 2.5}, "num_frames is 2.5; it must be a positive integer"),
         ({"fps": -1}, "fps is -1; it must be a positive number"),
         ({"detail": "low"}, "video option detail is unknown"),

@@ -73,8 +73,8 @@ class ChatCompletionRequest(SamplingFields, FormFields):
     """OpenAI's request with LMDeploy's extensions.
 
     messages: a text is continued as it is, without the chat template. input_ids: a prompt in tokens, in the
-    place of messages. mm_processor_kwargs: options of all images and videos, as {"image":
-    {...}, "video": {...}}.
+    place of messages. mm_processor_kwargs, media_io_kwargs: options of all images and videos,
+    as {"image": {...}, "video": {...}}.
     """
 
     model: str = ""
@@ -93,6 +93,7 @@ class ChatCompletionRequest(SamplingFields, FormFields):
     do_preprocess: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
     input_ids: list[int] | None = None
     session_id: int | str | None = None

@@ -19,7 +19,7 @@ from lmdeploy_jax.server.openai_chat.bodies import (
     Choice,
 )
 from lmdeploy_jax.text.conversation import normalise_messages
-from lmdeploy_jax.text.prompts import Prompt, with_media_options
+from lmdeploy_jax.text.prompts import MEDIA_OPTIONS, Prompt, with_media_options
 
 
 def chat_call(body: ChatCompletionRequest, defaults: SamplingDefaults, *, images: bool) -> ChatCall:
@@ -49,7 +49,7 @@ def _prompt(body: ChatCompletionRequest, images: bool) -> tuple[Prompt, bool]:
     if isinstance(body.messages, str):
         return Prompt(text=body.messages), False
     prompt = Prompt(messages=tuple(normalise_messages(_with_functions(body.messages), images=images)))
-    return with_media_options(prompt, body.mm_processor_kwargs), True
+    return with_media_options(prompt, {name: getattr(body, name) for name in MEDIA_OPTIONS}), True
 
 
 def _config(body: ChatCompletionRequest, defaults: SamplingDefaults) -> GenerationConfig:

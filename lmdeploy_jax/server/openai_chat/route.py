@@ -19,7 +19,6 @@ REFUSED = {
     "audio": "this server answers with text.",
     "web_search_options": "this server cannot search the web.",
     "image_data": "send parts of type image_url in messages.",
-    "media_io_kwargs": "images are loaded as they are; give mm_processor_kwargs.",
     "migration_request": "prefill and decode run in one engine.",
     "with_cache": "prefill and decode run in one engine.",
     "preserve_cache": "prefill and decode run in one engine.",
