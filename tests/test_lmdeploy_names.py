@@ -27,9 +27,9 @@ NAMES = {
     "LogitsProcessor",
     "model": "MODELS BaseChatTemplate ChatTemplateConfig",
     "serve.openai.api_client": "APIClient get_model_list",
-    "vl": "load_image load_video encode_image_base64",
+    "vl": "load_image load_video encode_image_base64 encode_video_base64",
     "vl.constants": "IMAGE_TOKEN",
-    "vl.utils": "load_image encode_image_base64",
+    "vl.utils": "load_image encode_image_base64 encode_video_base64",
 }
 
 

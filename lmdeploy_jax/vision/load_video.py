@@ -41,14 +41,22 @@ def load_video(
     no video. It may wait for a server: call it off the event loop.
     """
     access = access or MediaAccess()
-    if isinstance(source, str) and source.startswith(JPEGS):
-        source = [f"data:image/jpeg;base64,{data}" for data in source[len(JPEGS) :].split(",")]
+    if isinstance(source, str) and _is_frames(source):
+        frames = source.partition(",")[2].split(",")
+        source = [f"data:image/jpeg;base64,{frame}" for frame in frames]
     if isinstance(source, np.ndarray):
         source = list(source)
     if not isinstance(source, str | Path | bytes):
         return _of_frames(source, access, fetched, fps)
     name, data = read_source(source, access, fetched or {})
     return _of_file(name, data, access)
+
+
+def _is_frames(url: str) -> bool:
+    """LMDeploy's documentation gives frames the type of the file that they are from: one in base64 has no
+    comma.
+    """
+    return url.startswith(JPEGS) or (url.startswith("data:video/") and url.count(",") > 1)
 
 
 def _of_frames(

@@ -14,7 +14,7 @@ from lmdeploy_jax.vision.load_video import VideoSource
 from lmdeploy_jax.vision.load_video import load_video as open_video
 from lmdeploy_jax.vl.constants import IMAGE_TOKEN
 
-__all__ = ["IMAGE_TOKEN", "encode_image_base64", "load_image", "load_video"]
+__all__ = ["IMAGE_TOKEN", "encode_image_base64", "encode_video_base64", "load_image", "load_video"]
 
 
 def load_video(
@@ -53,3 +53,12 @@ def encode_image_base64(image: ImageSource, format: str = "PNG") -> str:
     except (KeyError, OSError) as error:
         raise RequestError(f"format={format!r} cannot be written: {error}. Give PNG or JPEG.") from error
     return base64.b64encode(file.getvalue()).decode()
+
+
+def encode_video_base64(source: VideoSource, format: str = "JPEG", **options: Any) -> str:
+    """A video's frames as files in base64 with commas between: after "data:video/jpeg;base64," they are a URL.
+
+    source, options: see `load_video`; format: see `encode_image_base64`. Raises `RequestError` as both do.
+    """
+    frames, _ = load_video(source, **options)
+    return ",".join(encode_image_base64(frame, format) for frame in frames)

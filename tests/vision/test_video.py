@@ -149,6 +149,16 @@ def test_frames_under_lmdeploys_name() -> None:
     assert len(vl.load_video(movie(), fps=1)[0]) == 2
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "mp4"])
+def test_frames_in_base64_under_lmdeploys_name(kind: str) -> None:
+    """Its documentation gives them the type of the file."""
+    url = f"data:video/{kind};base64," + vl.encode_video_base64(movie(), num_frames=4)
+    video = load_video(url)
+    assert (video.total, video.height, video.width, video.whole) == (4, 48, 64, True)
+    levels = [np.asarray(frame).mean() / 20 for frame in video.frames(range(4))]
+    np.testing.assert_allclose(levels, [0, 3, 7, 11], atol=0.3)
+
+
 def test_broken_files(tmp_path: Path) -> None:
     data = movie()
     with pytest.raises(RequestError, match="may have 1000"):
