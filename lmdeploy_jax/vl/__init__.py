@@ -56,7 +56,7 @@ def encode_image_base64(image: ImageSource, format: str = "PNG") -> str:
 
 
 def encode_video_base64(source: VideoSource, format: str = "JPEG", **options: Any) -> str:
-    """A video's frames as files in base64 with commas between: after "data:video/jpeg;base64," they are a URL.
+    """A video's frames as files in base64 with commas between, a URL behind "data:video/jpeg;base64,".
 
     source, options: see `load_video`; format: see `encode_image_base64`. Raises `RequestError` as both do.
     """
