@@ -40,7 +40,7 @@ FORMATS = {**quantised.FORMATS, "fp8_blocks": quantised.FP8_BLOCKS}
 SIXTEEN_BITS = 2**-7  # the share by which a number's neighbours in bfloat16 differ at most
 PARTS_ERROR, ROUNDED_ERROR = 1e-4, 6e-3  # of sums in f32 in another order, and of 16 bits
 NORMED_ERROR = 1e-2  # of 16 bits, where `xla.py` norms in f32
-EXPECTED = {  # microseconds on an H200 for Llama-3-8B's shapes at `ROWS`, guessed before measuring
+EXPECTED = {  # microseconds on an H200 for Llama-3-8B's shapes at `EXPECTED_ROWS`, guessed before measuring
     "fp8": {
         "qkv": (9.5, 9.8, 11.5),
         "o": (7.5, 8, 9.5),
@@ -75,6 +75,7 @@ EXPECTED = {  # microseconds on an H200 for Llama-3-8B's shapes at `ROWS`, guess
     },
 }
 ROWS = quant_tune.TOKENS + quant_tune.MANY_TOKENS
+EXPECTED_ROWS = (1, 16, 64, 128, 256, 1024, 4096)
 SMALL = {1: 2.2, 64: 2.5}  # the same of a rounding, alone or with the norm, by rows
 
 
@@ -208,7 +209,7 @@ def measure(
 
 def line(name: str, shape_name: str, product: Quantised, best: Measurement, error: float) -> str:
     rate = product.weight_bytes / best.us / 1e3
-    expected = dict(zip(ROWS, EXPECTED.get(name, {}).get(shape_name, ()), strict=False))
+    expected = dict(zip(EXPECTED_ROWS, EXPECTED.get(name, {}).get(shape_name, ()), strict=False))
     return (
         f"{'' if error < most(product, best) else 'WRONG: '}{name:12} {shape_name:8} {best.tokens:4} rows: "
         f"{best.us:8.2f} us {rate:6.0f} GB/s, expected {expected.get(best.tokens, '-')}, "

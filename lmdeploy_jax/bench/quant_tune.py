@@ -49,7 +49,7 @@ from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised as Operand
 from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
-TOKENS = (1, 16, 64)  # of the kernels of few rows
+TOKENS = (1, 16, 32, 64)  # of the kernels of few rows
 MANY_TOKENS = (128, 256, 1024, 4096)  # of those that stream
 EIGHT_BITS = (  # outputs and inner elements of a tile, warps, stages: those that won somewhere on an H200
     (64, 128, 4, 4),
