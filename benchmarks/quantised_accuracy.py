@@ -1,9 +1,9 @@
-"""What `lite` costs tiny-chat: python -m benchmarks.quantised_accuracy [--only awq,fp8] [--count 50]
+"""What `lite` costs tiny-chat: python -m benchmarks.quantised_accuracy [--only "awq 32,fp8"] [--count 50]
 
-Writes tiny-chat in every format, and a copy of it with three outlier channels (there, two norms of each layer
-give what is 50 times as large, and the weights that read it are 50 times as small), into a folder, and prints
-a row of a Markdown table for each: perplexity of the answers to held-out prompts, how far the chances of each
-token diverge from the original's, share of the prompts that are answered exactly, seconds of quantising.
+Writes tiny-chat in every format, and a copy of it with outliers (of what reads norms and `up`, the weights
+of three channels are 50 times as large, and what they are given is 50 times as small), into a folder, and
+prints a row of a Markdown table for each: perplexity of the answers to held-out prompts, how far the chances
+of each token diverge from the original's, share of the prompts answered exactly, seconds of quantising.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -23,6 +24,7 @@ from lmdeploy_jax import JaxEngineConfig, Pipeline
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.bench.accuracy import accuracy
 from lmdeploy_jax.lite.awq import Awq
+from lmdeploy_jax.lite.calibrate import calibrate
 from lmdeploy_jax.lite.calibration import Calibration
 from lmdeploy_jax.lite.gptq import Gptq
 from lmdeploy_jax.lite.methods import Fp8, Method
@@ -34,6 +36,7 @@ CHANNELS, FACTOR = 3, 50.0
 READERS: Mapping[str, tuple[str, ...]] = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.up_proj": ("mlp.down_proj",),
 }
 SAMPLES, LENGTH = 128, 512
 HEAD = """| | perplexity | divergence, 1e-3 nats | exact answers | seconds |
@@ -41,21 +44,31 @@ HEAD = """| | perplexity | divergence, 1e-3 nats | exact answers | seconds |
 
 
 def with_outliers(folder: Path) -> Path:
-    """A copy of tiny-chat in `folder` that computes the same, through channels with very large inputs."""
-    shutil.copytree(TINY_CHAT, folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("layernorm.weight")]:
-        layer, _, norm = name.removesuffix(".weight").rpartition(".")
-        wide = tensors[name].astype(np.float32)
-        largest = np.argsort(-np.abs(wide))[:CHANNELS]
-        wide[largest] *= FACTOR
-        tensors[name] = wide.astype(np.float32)
-        for reader in READERS[norm]:
-            weight = tensors[f"{layer}.{reader}.weight"].astype(np.float32)
-            weight[:, largest] /= FACTOR
-            tensors[f"{layer}.{reader}.weight"] = weight
+    """A copy of tiny-chat in `folder` that computes the same, through columns of very large weights: those
+    that make most of what each norm and each `up` gives.
+    """
+    windows = Texts(TINY_CHAT).built_in(8, 256)
+    told = load_file(calibrate("", TINY_CHAT, folder, Calibration(windows, 8, ""), lambda *_: None))
+    tensors = load_file(TINY_CHAT / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("input_layernorm.weight")]:
+        layer = name.removesuffix("input_layernorm.weight")
+        for origin, readers in READERS.items():
+            weights = {f"{layer}{reader}.weight" for reader in readers}
+            wide = np.concatenate([tensors[weight].astype(np.float32) for weight in weights])
+            size = told[f"{layer}{readers[0]}.absmean"] * np.linalg.norm(wide, axis=0)
+            largest = np.argsort(-size)[:CHANNELS]
+            _scale(tensors, f"{layer}{origin}.weight", (largest,), 1 / FACTOR)
+            for weight in weights:
+                _scale(tensors, weight, (slice(None), largest), FACTOR)
+    shutil.copytree(TINY_CHAT, folder, dirs_exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def _scale(tensors: dict[str, np.ndarray], name: str, place: tuple[Any, ...], factor: float) -> None:
+    wide = tensors[name].astype(np.float32)
+    wide[place] *= factor
+    tensors[name] = wide
 
 
 def methods() -> Iterator[tuple[str, Method, bool]]:
@@ -81,20 +94,20 @@ def judged(name: str, folder: Path, seconds: float, judge: Judge, count: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", help="words, of which a row's name has one")
+    parser.add_argument("--only", help="names of rows, separated by commas")
     parser.add_argument("--count", type=int, default=50, help="prompts a task")
     options = parser.parse_args()
     judge = Judge(options.count)
-    words = options.only.split(",") if options.only else [""]
+    only = options.only.split(",") if options.only else []
     with tempfile.TemporaryDirectory() as root:
         outliers = with_outliers(Path(root, "outliers"))
         print(HEAD, flush=True)
         windows = Texts(TINY_CHAT).built_in(SAMPLES, LENGTH)
         for model, folder in (("", TINY_CHAT), ("outliers: ", outliers)):
-            if any(word in f"{model}original" for word in words):
+            if not only or f"{model}original" in only:
                 print(judged(f"{model}original", folder, 0, judge, options.count), flush=True)
             for name, method, calibrated in methods():
-                if not any(word in model + name for word in words):
+                if only and model + name not in only:
                     continue
                 start, out = time.perf_counter(), Path(root, f"{model}{name}".replace(" ", "-"))
                 calibration = Calibration(windows, 8, "its own tasks") if calibrated else None

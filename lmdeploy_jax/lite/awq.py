@@ -99,15 +99,20 @@ def absmean(matrices: Sequence[Matrix]) -> Float32[Array, "K"]:
 
 def search(matrices: Sequence[Matrix], channels: Float32[Array, "K"], grid: Grid) -> Float32[Array, "K"]:
     """The scales of the ratio, or none at all, by which the products' squared error is the least."""
-    means = absmean(matrices)
-    ratios = jnp.arange(RATIOS, dtype=jnp.float32) / RATIOS
-    candidates = jnp.stack([jnp.ones_like(means), *(scales_at(ratio, means, channels) for ratio in ratios)])
+    candidates = _candidates(absmean(matrices), channels)
     losses = sum(
         _losses(matrix.weight, matrix.inputs.gram, candidates, grid)
         for matrix in matrices
         if matrix.inputs is not None
     )
     return candidates[jnp.argmin(jnp.asarray(losses))]
+
+
+@jax.jit
+def _candidates(inputs: Float32[Array, "K"], channels: Float32[Array, "K"]) -> Float32[Array, "C K"]:
+    ratios = jnp.arange(RATIOS, dtype=jnp.float32) / RATIOS
+    found = jax.vmap(scales_at, (0, None, None))(ratios, inputs, channels)
+    return jnp.concatenate([jnp.ones_like(inputs)[None], found])
 
 
 @partial(jax.jit, static_argnums=3)

@@ -17,6 +17,7 @@ from lmdeploy_jax.lite.rounding import Rounded
 Tensors = dict[str, np.ndarray]
 PACKED = 8  # 4-bit integers in a word
 IN_ORDER = tuple(range(PACKED))
+ONES = np.int32(0x11111111)  # 1 in each nibble of a word; no zero point that is written is 0
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output in each nibble of a word, the lowest first
 
 
@@ -49,9 +50,9 @@ class AwqLayout:
     def tensors(self, rounded: Rounded, plain: np.dtype) -> Tensors:
         assert rounded.zeros is not None
         return {
-            "qweight": np.asarray(_pack(rounded.codes.T, AWQ_ORDER)),
-            "qzeros": np.asarray(_pack(rounded.zeros.T, AWQ_ORDER)),
-            "scales": np.asarray(rounded.scales.T.astype(jnp.float16)),
+            "qweight": np.asarray(_pack(rounded.codes, AWQ_ORDER, turned=True)),
+            "qzeros": np.asarray(_pack(rounded.zeros, AWQ_ORDER, turned=True)),
+            "scales": np.asarray(rounded.scales).T.astype(np.float16),
         }
 
     def settings(self, plain_modules: Sequence[str]) -> Mapping[str, Any]:
@@ -79,9 +80,9 @@ class GptqLayout:
         assert rounded.zeros is not None
         columns = rounded.codes.shape[1]
         return {
-            "qweight": np.asarray(_pack(rounded.codes).T),
-            "qzeros": np.asarray(_pack(rounded.zeros.T - 1)),
-            "scales": np.asarray(rounded.scales.T.astype(jnp.float16)),
+            "qweight": np.asarray(_pack(rounded.codes)).T,
+            "qzeros": np.asarray(_pack(rounded.zeros, turned=True)) - ONES,
+            "scales": np.asarray(rounded.scales).T.astype(np.float16),
             "g_idx": np.arange(columns, dtype=np.int32) // self.group,
         }
 
@@ -155,9 +156,12 @@ class SmoothQuantLayout:
         }
 
 
-@partial(jax.jit, static_argnums=1)
-def _pack(values: Array, order: tuple[int, ...] = IN_ORDER) -> Array:
-    """4-bit integers [a, n] -> int32 [a, n / 8], of each word `order` in its nibbles, the lowest first."""
+@partial(jax.jit, static_argnums=1, static_argnames="turned")
+def _pack(values: Array, order: tuple[int, ...] = IN_ORDER, *, turned: bool = False) -> Array:
+    """4-bit integers [a, n], perhaps turned to [n, a] first -> int32 [a, n / 8], of each word `order` in its
+    nibbles, the lowest first.
+    """
+    values = values.T if turned else values
     each = values.astype(jnp.int32).astype(jnp.uint32) & 15
     each = each.reshape(len(values), -1, PACKED)[..., jnp.array(order)]
     words = (each << (4 * jnp.arange(PACKED, dtype=jnp.uint32))).sum(-1, dtype=jnp.uint32)

@@ -88,6 +88,11 @@ class Job:
         return config
 
 
+@jax.jit
+def _rows(rounded: Rounded, rows: np.ndarray) -> Rounded:
+    return jax.tree.map(lambda array: array[rows], rounded)
+
+
 class _Work:
     """One run of a job."""
 
@@ -165,7 +170,7 @@ class _Work:
     def _rounded(self, matrix: Matrix, rounded: Rounded, plain: np.dtype) -> Tensors:
         found = {}
         for name, rows in matrix.tensors.items():
-            part = jax.tree.map(lambda array, rows=rows: array[rows], rounded)
+            part = _rows(rounded, rows)
             module = self.source.written(name).removesuffix(WEIGHT)
             for role, array in self.method.layout.tensors(part, plain).items():
                 found[f"{module}.{role}"] = array

@@ -31,21 +31,24 @@ class Error:
 
 def measure(layer: int, matrix: Matrix, rounded: Rounded, original: Matrix, nearest: Rounded | None) -> Error:
     """The error of `rounded`, which stands for `matrix`, and of `nearest`, which does for `original`."""
-    difference = rounded.dense() - matrix.weight
-    weight = float(jnp.linalg.norm(difference) / jnp.linalg.norm(matrix.weight))
     if matrix.inputs is None or original.inputs is None or nearest is None:
-        return Error(layer, matrix.name, weight)
-    output = _output_error(difference, matrix.weight, matrix.inputs.gram)
-    plain = _output_error(nearest.dense() - original.weight, original.weight, original.inputs.gram)
-    return Error(layer, matrix.name, weight, float(output), float(plain))
+        return Error(layer, matrix.name, float(_errors(rounded, matrix.weight)[0]))
+    weight, output = _errors(rounded, matrix.weight, matrix.inputs.gram)
+    plain = _errors(nearest, original.weight, original.inputs.gram)[1]
+    return Error(layer, matrix.name, float(weight), float(output), float(plain))
 
 
 @jax.jit
-def _output_error(
-    difference: Float32[Array, "N K"], weight: Float32[Array, "N K"], gram: Float32[Array, "K K"]
-) -> Float32[Array, ""]:
+def _errors(
+    rounded: Rounded, weight: Float32[Array, "N K"], gram: Float32[Array, "K K"] | None = None
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Of the weight, and of what it makes of inputs; 0 where these are not known."""
+    difference = rounded.dense() - weight
+    sizes = jnp.linalg.norm(difference), jnp.linalg.norm(weight)
+    if gram is None:
+        return sizes[0] / sizes[1], jnp.zeros(())
     squares = [jnp.vdot(each @ gram, each) for each in (difference, weight)]
-    return jnp.sqrt(jnp.maximum(squares[0], 0) / jnp.maximum(squares[1], 1e-30))
+    return sizes[0] / sizes[1], jnp.sqrt(jnp.maximum(squares[0], 0) / jnp.maximum(squares[1], 1e-30))
 
 
 def report(job: Mapping[str, Any], errors: Iterable[Error]) -> dict[str, Any]:

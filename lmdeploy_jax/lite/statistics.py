@@ -44,6 +44,7 @@ class InputStatistics:
         """One expert's; None: these, of a layer without experts."""
         return self if expert is None else jax.tree.map(lambda array: array[expert], self)
 
+    @jax.jit
     def scaled(self, scales: Float32[Array, K]) -> InputStatistics:
         """Of the same inputs, divided by `scales`, which are positive."""
         by = 1 / scales

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -77,16 +79,8 @@ class LayerWeights:
 
     def wide(self, name: str) -> Float32[Array, ...]:
         """A leaf in float32, with all that is folded in, in its own shape."""
-        array = self._put[name] if name in self._put else self.arrays[name].astype(jnp.float32)
-        if name in self._rows:
-            rows = self._rows[name]
-            array = array * rows.reshape(*rows.shape, *(1,) * (array.ndim - rows.ndim))
-        if name in self._columns:
-            columns = self._columns[name]
-            outer = array.ndim - self._inner(name)
-            shape = (*columns.shape[:-1], *(1,) * (outer - columns.ndim + 1), *array.shape[outer:])
-            array = array * columns.reshape(shape)
-        return array
+        array = self._put.get(name, self.arrays[name])
+        return _folded(array, self._rows.get(name), self._columns.get(name), self._inner(name))
 
     def changed(self) -> set[str]:
         """The leaves into which something is folded."""
@@ -97,9 +91,8 @@ class LayerWeights:
         without.
         """
         linear, name = self.model.linears[module], module + WEIGHT
-        weight = self.wide(name) if folded else self.arrays[name].astype(jnp.float32)
-        found = self.found.get(module)
-        experts = isinstance(linear, ExpertLinear)
+        found, experts = self.found.get(module), isinstance(linear, ExpertLinear)
+        weight = self.wide(name) if folded else _folded(self.arrays[name], None, None, self._inner(name))
         weight = weight.reshape(weight.shape[0] if experts else 1, -1, prod(weight.shape[linear.out_axes :]))
         rows = tensor_rows(self.leaves[name].assembly)
         for number in range(len(weight)):
@@ -130,6 +123,19 @@ class LayerWeights:
         for part, lines in tensor_rows(leaf.assembly).items():
             found[leaf.names[part]] = flat[lines].reshape(leaf.assembly.sources[part])
         return found
+
+
+@partial(jax.jit, static_argnums=3)
+def _folded(array: Array, rows: Array | None, columns: Array | None, inner: int) -> Float32[Array, "..."]:
+    """A leaf whose last `inner` axes are columns, its rows and columns scaled."""
+    array = array.astype(jnp.float32)
+    if rows is not None:
+        array = array * rows.reshape(*rows.shape, *(1,) * (array.ndim - rows.ndim))
+    if columns is not None:
+        outer = array.ndim - inner
+        shape = (*columns.shape[:-1], *(1,) * (outer - columns.ndim + 1), *array.shape[outer:])
+        array = array * columns.reshape(shape)
+    return array
 
 
 def tensor_rows(assembly: Assembly) -> dict[str, np.ndarray]:

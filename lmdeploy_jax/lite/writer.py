@@ -71,7 +71,7 @@ class Writer:
         self._notes[str(shard)] = notes
         self._write_job()
         partial = self.file(shard).with_suffix(".partial")
-        whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        whole = {name: np.require(array, requirements="C") for name, array in tensors.items()}
         save_file(whole, partial, {"format": "pt"})
         partial.replace(self.file(shard))
 

@@ -22,7 +22,7 @@ GROUP = 32
 
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
-    return Calibration(Texts(TINY_CHAT).built_in(16, 192), 8, "its own tasks")
+    return Calibration(Texts(TINY_CHAT).built_in(24, 192), 24, "its own tasks")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def _made(folder: Path, method: Method, calibration: Calibration | None, source:
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", [Awq(GROUP), Gptq(GROUP)], ids=lambda method: method.name)
 def test_calibration_is_better_than_rounding_to_the_nearest(
     method: Method, calibration: Calibration, judge: Judge, tmp_path: Path
@@ -43,14 +44,18 @@ def test_calibration_is_better_than_rounding_to_the_nearest(
     assert 0 < found < 0.9 * judge.judge(_made(tmp_path / "nearest", method, None))[1]
 
 
-def test_awq_saves_channels_with_large_inputs(calibration: Calibration, judge: Judge, tmp_path: Path) -> None:
+def test_awq_saves_what_a_few_large_columns_would_round_away(
+    calibration: Calibration, judge: Judge, tmp_path: Path
+) -> None:
     outliers = with_outliers(tmp_path / "outliers")
     assert judge.judge(outliers)[1] < 1e-4
     nearest = judge.judge(_made(tmp_path / "nearest", Awq(128), None, outliers))[1]
     found = judge.judge(_made(tmp_path / "found", Awq(128), calibration, outliers))[1]
-    assert found < nearest / 2
+    assert nearest > 1  # it says nothing sensible any more
+    assert found < 0.02
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("own_layout", [False, True])
 def test_smooth_quant_loses_next_to_nothing(
     own_layout: bool, calibration: Calibration, judge: Judge, tmp_path: Path
