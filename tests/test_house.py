@@ -7,7 +7,7 @@ import statistics
 
 from tests.test_imports import SOURCES
 
-MOST_LINES, MOST_IN_A_FILE = 60_000, 400
+MOST_LINES, MOST_IN_A_FILE = 66_000, 400
 
 
 def test_the_package_stays_small() -> None:
