@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -97,11 +98,7 @@ class GptqLayout:
             "desc_act": False,
             "static_groups": True,
             "lm_head": False,
-            **(
-                {"dynamic": {f"-:^{name.replace('.', chr(92) + '.')}": {} for name in within}}
-                if within
-                else {}
-            ),
+            **({"dynamic": {f"-:^{re.escape(name)}$": {} for name in within}} if within else {}),
         }
 
 

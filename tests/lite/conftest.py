@@ -1,4 +1,4 @@
-"""Compiling is most of these tests' time, and what they run is tiny."""
+"""Compiling is most of the time of tests that run next to nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)

@@ -15,6 +15,8 @@ from lmdeploy_jax.lite.statistics import observe
 from lmdeploy_jax.lite.weights import Matrix
 from tests.lite import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GROUP, ROWS, COLUMNS, TOKENS = 16, 48, 64, 512
 
 

@@ -17,6 +17,8 @@ from lmdeploy_jax.lite.methods import Fp8, Method
 from lmdeploy_jax.lite.quantise import Job
 from tests.oracle import CONFIGS, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NOT_ALONE = ("gemma4",)  # layers that read more than the residual stream
 GROUP = 4  # divides the inputs of all of them
 

@@ -20,6 +20,8 @@ from lmdeploy_jax.lite.quantise import Job
 from tests.lite import reference
 from tests.oracle import save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GROUP = 8
 DOWN = "layers.1.mlp.experts.down.weight"
 
@@ -85,7 +87,7 @@ def test_layers_that_read_others_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_statistics_are_those_of_what_is_given(mixture: Path, tmp_path: Path) -> None:
     """The first layer's, of embeddings that are normed here."""
-    calibration = _calibration(2, 16)
+    calibration = _calibration(3, 32)
     told = load_file(calibrate("it", mixture, tmp_path / "stats", calibration, lambda *_: None))
     embedded = _leaf(mixture, "embedding.weight")[calibration.windows.reshape(-1)]
     normed = embedded / np.sqrt((embedded**2).mean(-1, keepdims=True) + 1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +33,15 @@ def test_gptq() -> None:
     expected, stands_for = packers.gptq(WEIGHT, 4, GROUP, sym=True)
     _assert_same(found, expected)
     np.testing.assert_allclose(rounded.dense(), stands_for, rtol=1e-6)
+
+
+def test_configs_name_what_is_plain_and_no_neighbour_of_it() -> None:
+    (pattern,) = GptqLayout(GROUP).settings(["model.layers.0.mlp.gate", "lm_head"])["dynamic"]
+    assert pattern.startswith("-:")
+    assert re.match(pattern[2:], "model.layers.0.mlp.gate")
+    assert not re.match(pattern[2:], "model.layers.0.mlp.gate_proj")
+    assert "dynamic" not in GptqLayout(GROUP).settings(["lm_head"])
+    assert AwqLayout(GROUP).settings(["a.gate", "lm_head"])["modules_to_not_convert"] == ["a.gate"]
 
 
 def _assert_same(found: Tensors, expected: Tensors) -> None:

@@ -16,6 +16,8 @@ from lmdeploy_jax.lite.weights import LayerWeights
 from lmdeploy_jax.models.kernels import Kernels
 from tests.oracle import CONFIGS, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 USUAL = ("llama_mha", "mixtral")  # values of their own for each head, and experts
 OTHERS = sorted(CONFIGS.keys() - set(USUAL))
 FLOAT = jnp.dtype("float32")
