@@ -97,7 +97,11 @@ def test_experts_in_mxfp4_are_what_they_stand_for(gpt_oss):
 
 @pytest.mark.parametrize(
     ("shape", "model_format"),
-    [("tiny-gpt-oss", "mxfp4"), ("tiny-qwen3-moe", "awq"), ("tiny-qwen3-moe", "fp8")],
+    [
+        ("tiny-gpt-oss", "mxfp4"),
+        pytest.param("tiny-qwen3-moe", "awq", marks=pytest.mark.full),
+        pytest.param("tiny-qwen3-moe", "fp8", marks=pytest.mark.full),
+    ],
 )
 def test_quantised_experts_of_both_backends_agree(shape, model_format, tmp_path):
     """In float32, so that one rounding more would be seen; with gpt-oss's biases and clamps."""

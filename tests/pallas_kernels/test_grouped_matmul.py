@@ -124,6 +124,8 @@ FORMATS = {  # element, columns that share a scale, dtype of scales, whether the
     "rows of fp8": (E4M3, 0, "float32", False),
     "rows of int8": (INT8, 0, "bfloat16", False),
 }
+KINDS = ["mxfp4", "awq", "blocks of fp8"]
+KINDS += [pytest.param(kind, marks=pytest.mark.full) for kind in FORMATS if kind not in KINDS]
 QUANTISED = [  # as SHAPES; columns of tiles of 128 and of 64, and outputs that fill no block
     (1, 8, 2, 256, 192, "bfloat16", "drawn", 2),
     pytest.param(40, 4, 2, 192, 256, "float32", "one", 1, marks=pytest.mark.full),
@@ -145,7 +147,7 @@ def drawn(kind: str, *out: int, columns: int, rng: np.random.Generator) -> Quant
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("tokens", "experts", "choices", "columns", "outputs", "dtype", "spread", "products"), QUANTISED
 )

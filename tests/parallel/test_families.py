@@ -22,7 +22,7 @@ MORE = (
 KERNELS = ("gpt_oss", "minimax_m2", "gemma4", "gemma4_moe", "llama4")
 
 
-NAMES = ("minimax_m2", "granite_hybrid", "deepseek_v2")
+NAMES = ("minimax_m2", "granite_hybrid")
 
 
 def errors(devices: str, *names: str) -> dict[str, dict[str, float]]:
@@ -35,7 +35,7 @@ def errors(devices: str, *names: str) -> dict[str, dict[str, float]]:
 
 
 def test_two_devices_and_the_kernels_equal_transformers():
-    _assert_close(errors("2", *NAMES, "--interpreted", "gpt_oss"), 4)
+    _assert_close(errors("2", *NAMES, "--interpreted", "gpt_oss"), 3)
 
 
 @pytest.mark.full
