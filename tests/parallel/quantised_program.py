@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from lmdeploy_jax.bench import checkpoint
 from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.parallel.mesh import make_mesh
@@ -56,7 +57,21 @@ def compare(kind: str, scratch: Path) -> None:
         print(json.dumps(found), flush=True)
 
 
+def deal_out(backend: str, scratch: Path) -> None:
+    """Experts in MXFP4 with biases, in two parts of which two devices share each, or one has all."""
+    folder = checkpoint.make("tiny-gpt-oss", scratch, model_format="mxfp4")
+    how = {"dtype": "float32", "dequantise": False, "backend": backend}
+    want = logits(load_model(folder, **how), make_mesh(1))
+    for tp in (2, 4):
+        mesh = make_mesh(tp, ep=2)
+        got = logits(load_model(folder, mesh=mesh, **how), mesh)
+        print(
+            json.dumps({"tp": tp, "error": float(np.abs(got - want).max() / np.abs(want).max())}), flush=True
+        )
+
+
 if __name__ == "__main__":
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     with tempfile.TemporaryDirectory() as folder:
-        compare(sys.argv[1], Path(folder))
+        do = compare if sys.argv[1] in RUNS else deal_out
+        do(sys.argv[1], Path(folder))
