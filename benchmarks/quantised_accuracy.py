@@ -47,8 +47,8 @@ def with_outliers(folder: Path) -> Path:
     """A copy of tiny-chat in `folder` that computes the same, through columns of very large weights: those
     that make most of what each norm and each `up` gives.
     """
-    windows = Texts(TINY_CHAT).built_in(24, 192)
-    told = load_file(calibrate("", TINY_CHAT, folder, Calibration(windows, 24, ""), lambda *_: None))
+    windows = Texts(TINY_CHAT).built_in(12, 128)
+    told = load_file(calibrate("", TINY_CHAT, folder, Calibration(windows, 12, ""), lambda *_: None))
     tensors = load_file(TINY_CHAT / "model.safetensors")
     for name in [name for name in tensors if name.endswith("input_layernorm.weight")]:
         layer = name.removesuffix("input_layernorm.weight")

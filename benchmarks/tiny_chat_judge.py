@@ -16,21 +16,20 @@ from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.text.chat_template import select
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
-LENGTH = 192
-AT_ONCE = 24  # questions
+AT_ONCE = 12  # questions
 
 
 class Judge:
-    """Asks `per_task` questions of each task."""
+    """Asks `per_task` questions of each task that are at most `length` tokens long with their answer."""
 
-    def __init__(self, per_task: int) -> None:
-        self._per_task = per_task
+    def __init__(self, per_task: int, length: int = 192) -> None:
+        self._per_task, self._length = per_task, length
         config = load_model(TINY_CHAT).config
         self._layer = layer_model(config, config.layers[0], jnp.dtype("float32"), Kernels())
 
     @cached_property
     def _questions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [questions, LENGTH], and which of them are an answer's: it is trained on nothing else."""
+        """Token ids [questions, length], and which of them are an answer's: it is trained on nothing else."""
         tokenizer = Tokenizer(TINY_CHAT)
         template, rows, answers = select(tokenizer, TINY_CHAT), [], []
         for example in (found for task in tasks.TASKS for found in tasks.held_out(task, self._per_task, 1)):
@@ -38,9 +37,9 @@ class Judge:
             prompt = template.render(list(example.messages), tools=tools, **example.template)
             ids = tokenizer.encode(prompt, add_bos=False)
             whole = [*ids, *tokenizer.encode(example.answer, add_bos=False)]
-            if len(whole) <= LENGTH:
-                place = np.arange(LENGTH)
-                rows.append(np.pad(whole, (0, LENGTH - len(whole))))
+            if len(whole) <= self._length:
+                place = np.arange(self._length)
+                rows.append(np.pad(whole, (0, self._length - len(whole))))
                 answers.append((place >= len(ids)) & (place < len(whole)))
         return np.stack(rows), np.stack(answers)
 
