@@ -62,7 +62,7 @@ def deal_out(backend: str, scratch: Path) -> None:
     folder = checkpoint.make("tiny-gpt-oss", scratch, model_format="mxfp4")
     how = {"dtype": "float32", "dequantise": False, "backend": backend}
     want = logits(load_model(folder, **how), make_mesh(1))
-    for tp in (2, 4):
+    for tp in (2,) if backend == "xla" else (2, 4):
         mesh = make_mesh(tp, ep=2)
         got = logits(load_model(folder, mesh=mesh, **how), mesh)
         print(

@@ -39,5 +39,5 @@ def test_logits_on_several_devices(kind: str, most: float) -> None:
 @pytest.mark.parametrize("backend", ["xla", pytest.param("pallas_interpret", marks=pytest.mark.full)])
 def test_quantised_experts_are_dealt_out(backend: str) -> None:
     lines = found(backend)
-    assert [line["tp"] for line in lines] == [2, 4]
+    assert [line["tp"] for line in lines] == ([2] if backend == "xla" else [2, 4])
     assert max(line["error"] for line in lines) < 1e-5
