@@ -15,11 +15,27 @@ from lmdeploy_jax.errors import ConfigError
 
 PAGE_SIZE = 64  # tokens a page; the kernels are written for it
 _SHARE = Rule("> 0: a share of the free memory below 1, else bytes", lambda value: 0 < value < inf)
+_NO_TURBO_QUANT = "42, TurboQuant, is not implemented, since 4 is as small and costs less arithmetic"
+_KNOWN_POLICY = Rule(
+    f"0 (not at all), 4 (int4), 8 (int8), 16 (FP8, E4M3) or 17 (FP8, E5M2); {_NO_TURBO_QUANT}",
+    (0, 4, 8, 16, 17).__contains__,
+)
 _Positive = Annotated[int, at_least(1)]
 _Path = str | os.PathLike[str]
 ModelFormat = Literal["hf", "awq", "gptq", "compressed-tensors", "fp8", "smooth_quant", "mxfp4", "modelopt"]
 
 logger = logging.getLogger("lmdeploy_jax")
+
+
+class QuantPolicy(enum.IntEnum):
+    """How a KV cache is quantised, in LMDeploy's numbers."""
+
+    NONE = 0
+    INT4 = 4
+    INT8 = 8
+    FP8 = 16
+    FP8_E5M2 = 17
+    TURBO_QUANT = 42
 
 
 @dataclass
@@ -44,6 +60,7 @@ class JaxEngineConfig(Checked):
     vision_max_batch_size: images whose views are encoded in one run at most; None: as many as fit.
     trust_remote_code: whether a tokenizer that only the checkpoint's own Python code can read may run it,
         where transformers is installed; no other code of a checkpoint ever runs.
+    quant_policy: how the KV cache is quantised, a `QuantPolicy`, each token and head with a scale of its own.
     enable_return_routed_experts: requests may ask which experts each token had (`return_routed_experts`).
     decode_steps: decode steps dispatched at once while no request waits. More than 1 spares the host, which
         limits small models, and brings tokens in bursts of that size. None: 4 for models below 4 GB a GPU,
@@ -61,6 +78,7 @@ class JaxEngineConfig(Checked):
     cache_max_entry_count: Annotated[float, _SHARE] = 0.8
     enable_prefix_caching: bool = True
     max_prefill_token_num: _Positive | None = None
+    quant_policy: Annotated[int, _KNOWN_POLICY] = 0
     decode_steps: _Positive | None = None
     backend: Literal["auto", "pallas", "xla"] = "auto"
     model_format: ModelFormat | None = None
@@ -73,17 +91,6 @@ class JaxEngineConfig(Checked):
     vision_max_batch_size: _Positive | None = None
     trust_remote_code: bool = False
     enable_return_routed_experts: bool = False
-
-
-class QuantPolicy(enum.IntEnum):
-    """How a KV cache is quantised, in LMDeploy's numbers."""
-
-    NONE = 0
-    INT4 = 4
-    INT8 = 8
-    FP8 = 16
-    FP8_E5M2 = 17
-    TURBO_QUANT = 42
 
 
 @dataclass
@@ -172,6 +179,7 @@ _CARRIED = {
         "download_dir",
         "hf_overrides",
         "model_format",
+        "quant_policy",
         "language_model_only",
     )
 }
@@ -179,7 +187,6 @@ _ALL_DEVICES = ("attn_tp_size", "mlp_tp_size", "moe_tp_size", "device_num")  # s
 _ONE_DEVICE_GROUP = ((None, 1), "only tensor parallelism (tp) is implemented.")
 _ONE_PAGE_SIZE = ((PAGE_SIZE,), f"pages hold {PAGE_SIZE} tokens; leave the field out.")
 _REFUSED = {
-    "quant_policy": ((0, None), "the KV cache cannot be quantised yet; leave the field out."),
     "empty_init": ((False,), "an engine without weights has no use here."),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.options import MASKED, AttentionOptions
-from lmdeploy_jax.pallas_kernels.shapes import Row, Softmax
+from lmdeploy_jax.pallas_kernels.shapes import Output, Row, Softmax
 
 Index = Int32[Array, ""]
+AddValues = Callable[[Float32[Array, "N P"], Output], Output]
+"""Weights of keys, and the output without their values -> the output with them."""
 LOG2E = math.log2(math.e)  # logits are kept in base 2: the hardware's exponential is exp2
 
 
@@ -62,22 +65,29 @@ def attend_page(
 def attend_logits(
     state: Softmax,
     logits: Float[Array, "N P"],
-    values: Float[Array, "P D"],
+    values: Float[Array, "P D"] | AddValues,
     visible: Bool[Array, "#N P"] | None,
     options: AttentionOptions,
+    key_scales: Float32[Array, "P"] | None = None,
 ) -> Softmax:
-    """The same, of products of queries and keys."""
+    """The same, of products of queries and keys, which `key_scales` multiply; `values` may say how it adds
+    what is gathered of them.
+    """
     maximum, denominator, out = state
-    if options.soft_cap is None:
-        logits = logits * (options.scale * LOG2E)
-    else:
-        logits = jnp.tanh(logits * (options.scale / options.soft_cap)) * (options.soft_cap * LOG2E)
+    factor = options.scale * LOG2E if options.soft_cap is None else options.scale / options.soft_cap
+    logits = logits * (factor if key_scales is None else (key_scales * factor)[None, :])
+    if options.soft_cap is not None:
+        logits = jnp.tanh(logits) * (options.soft_cap * LOG2E)
     if visible is not None:
         logits = jnp.where(visible, logits, MASKED)
     new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=1))
     decay = jnp.exp2(maximum - new_maximum)
     weights = jnp.exp2(logits - new_maximum[:, None])
-    new_out = out * decay[:, None] + dot(weights.astype(values.dtype), values)
+    decayed = scale_output(out, decay[:, None])
+    if callable(values):
+        new_out = values(weights, decayed)
+    else:
+        new_out = decayed + dot(weights.astype(values.dtype), values)
     return new_maximum, denominator * decay + jnp.sum(weights, axis=1), new_out
 
 
@@ -87,13 +97,19 @@ def add_sink(state: Softmax, sink: Row) -> Softmax:
     sink = sink * LOG2E
     new_maximum = jnp.maximum(maximum, sink)
     decay = jnp.exp2(maximum - new_maximum)
-    return new_maximum, denominator * decay + jnp.exp2(sink - new_maximum), out * decay[:, None]
+    return new_maximum, denominator * decay + jnp.exp2(sink - new_maximum), scale_output(out, decay[:, None])
 
 
-def normalised(state: Softmax) -> Float32[Array, "N D"]:
+def normalised(state: Softmax) -> Output:
     """The softmax's output; zeros for a row that saw nothing."""
     _, denominator, out = state
-    return out / jnp.maximum(denominator, 1e-30)[:, None]
+    divisor = jnp.maximum(denominator, 1e-30)[:, None]
+    return jax.tree.map(lambda block: block / divisor, out)
+
+
+def scale_output(out: Output, factor: Float32[Array, "#N 1"] | Float32[Array, ""]) -> Output:
+    """Every block of it."""
+    return jax.tree.map(lambda block: block * factor, out)
 
 
 def dot(a: Shaped[Array, "M K"], b: Shaped[Array, "K N"]) -> Shaped[Array, "M N"]:

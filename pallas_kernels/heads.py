@@ -12,6 +12,10 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.norm.pallas import inverse_rms, weigh
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages, quantised
+
+PagesRef = jax.Ref | QuantPages
+"""K or V of a cache within a kernel; `QuantPages` have refs for arrays."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ class HeadTile:
         self,
         rotated: Float[Array, "rows D"],
         values: Float[Array, "rows D"],
-        k_pages: jax.Ref,
-        v_pages: jax.Ref,
+        k_pages: PagesRef,
+        v_pages: PagesRef,
         slot: Int32[Array, ""],
         enabled: Bool[Array, ""] | bool = True,
     ) -> None:
@@ -93,9 +97,31 @@ class HeadTile:
         # masked elements back.
         place = lax.rem(slot + page_size + self.row - self.group, page_size)
         mask = (self.row == self.group) & (self.column < self.head_dim) & (slot >= 0) & enabled
+        page = lax.div(slot, page_size)
         for pages, heads in ((k_pages, rotated), (v_pages, values)):
-            at = pages.at[lax.div(slot, page_size), self.kv_head, place, self.column]
+            if isinstance(pages, QuantPages):
+                self._write_quantised(pages, quantised(heads, pages.format), slot, enabled)
+                continue
+            at = pages.at[page, self.kv_head, place, self.column]
             plt.store(at, heads.astype(pages.dtype), mask=mask)
+
+    def _write_quantised(
+        self,
+        pages: QuantPages,
+        rows: QuantPages,
+        slot: Int32[Array, ""],
+        enabled: Bool[Array, ""] | bool,
+    ) -> None:
+        """As `write` does, of rows of the tile as the cache holds them."""
+        page_size, words = pages.words.shape[2:]
+        row = jnp.arange(rows.scales.size, dtype=jnp.int32)
+        place = lax.rem(slot + page_size + row - self.group, page_size)
+        mask = (row == self.group) & (slot >= 0) & enabled
+        at = lax.div(slot, page_size), self.kv_head
+        plt.store(pages.scales.at[*at, place], rows.scales, mask=mask)
+        column = jnp.arange(words, dtype=jnp.int32)[None, :]
+        mask = jnp.broadcast_to(mask[:, None], rows.words.shape)
+        plt.store(pages.words.at[*at, place[:, None], column], rows.words, mask=mask)
 
     def _queries_and_key(self, column: jax.Array) -> jax.Array:
         return self._read(self.row, column, self.row <= self.group)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # model configs hold options, and are read where there is no JAX
     import jax
 
+    from lmdeploy_jax.pallas_kernels.shapes import Pages
+
 PAGE_SIZE = 64
 """Tokens a page. One page is one tile of the kernels."""
 
@@ -40,7 +42,7 @@ class AttentionOptions:
             raise ValueError(f"soft_cap is {self.soft_cap}; it must be positive, or None for no cap")
 
 
-def check_cache(k_pages: jax.Array, v_pages: jax.Array) -> None:
+def check_cache(k_pages: Pages, v_pages: Pages) -> None:
     """Raises ValueError unless the two arrays are K and V of one paged cache."""
     if k_pages.ndim != 4 or k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
         raise ValueError(
@@ -51,7 +53,7 @@ def check_cache(k_pages: jax.Array, v_pages: jax.Array) -> None:
         raise ValueError(f"the page size is {k_pages.shape[2]} tokens; the kernels are built for {PAGE_SIZE}")
 
 
-def check_heads(q: jax.Array, k_pages: jax.Array, sinks: jax.Array | None) -> None:
+def check_heads(q: jax.Array, k_pages: Pages, sinks: jax.Array | None) -> None:
     """Raises ValueError unless q [*, heads, head_dim] fits the cache's heads and the sinks fit q's."""
     _, heads, head_dim = q.shape
     kv_heads = k_pages.shape[1]

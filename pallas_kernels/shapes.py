@@ -6,11 +6,14 @@ one size in all arguments and results of a call; `*S` is any number of axes, non
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-Pages = Float[Array, "pages KH P D"]
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages
+
+PlainPages = Float[Array, "pages KH P D"]
+Pages = PlainPages | QuantPages
 """K or V of a paged cache."""
 
 QKV = Float[Array, "*S T KH R D"]
@@ -26,7 +29,9 @@ Sinks = Float32[Array, "H"]
 """A logit of each query head that joins its softmax's denominator (gpt-oss)."""
 
 Row = Float32[Array, "N"]
-Softmax = tuple[Row, Row, Float32[Array, "N D"]]
+Output = Any
+"""Float32[Array, "N D"], or a tuple of blocks of its columns."""
+Softmax = tuple[Row, Row, Output]
 """A running softmax: maximum and denominator of each row, and output."""
 
 

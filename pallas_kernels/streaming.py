@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from lmdeploy_jax.pallas_kernels.options import MASKED, AttentionOptions
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages, dequantised
 from lmdeploy_jax.pallas_kernels.shapes import Pages
 
 HIGHEST = lax.Precision.HIGHEST
@@ -66,8 +67,8 @@ def _pad_rows(x: jax.Array, count: int, value: int) -> jax.Array:
 
 def _attend_group(
     q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
+    k_pages: Pages,
+    v_pages: Pages,
     tables: jax.Array,
     positions: jax.Array,
     lookahead: jax.Array | None,
@@ -106,14 +107,17 @@ def _page_range(
     return first, jnp.max(newest // page_size - first + 1)
 
 
-def _read_pages(pages: jax.Array, indices: jax.Array) -> jax.Array:
+def _read_pages(pages: Pages, indices: jax.Array) -> jax.Array:
     """[pages, KH, P, D] at int32 [B] -> f32 [B, KH, P, D]."""
+    if isinstance(pages, QuantPages):
+        read = jax.tree.map(lambda array: array.at[indices].get(mode="promise_in_bounds"), pages)
+        return dequantised(read)
     if pages.dtype == jnp.float32:
         return pages.at[indices].get(mode="promise_in_bounds")
     # As bits: XLA for CPUs would widen the whole cache to f32 in order to gather 16-bit floats from it. The
     # barrier keeps the view of the bits inside the loop, where it costs nothing.
-    pages, indices = lax.optimization_barrier((pages, indices))
-    bits = lax.bitcast_convert_type(pages, jnp.uint16).at[indices].get(mode="promise_in_bounds")
+    words, indices = lax.optimization_barrier((pages, indices))
+    bits = lax.bitcast_convert_type(words, jnp.uint16).at[indices].get(mode="promise_in_bounds")
     return lax.bitcast_convert_type(bits, pages.dtype).astype(jnp.float32)
 
 

@@ -69,7 +69,7 @@ def test_a_field_without_a_meaning_warns_by_name(kind, name, value, caplog):
     ("kind", "name", "value"),
     [
         (TurbomindEngineConfig, "model_format", "gguf"),
-        (TurbomindEngineConfig, "quant_policy", 8),
+        (TurbomindEngineConfig, "quant_policy", 42),
         (TurbomindEngineConfig, "cp", 2),
         (TurbomindEngineConfig, "devices", [1]),
         (TurbomindEngineConfig, "rope_scaling_factor", 2.0),

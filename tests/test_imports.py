@@ -68,6 +68,7 @@ WITHOUT_JAX = (
     "lmdeploy_jax.cache.pages",
     "lmdeploy_jax.cache.prefix",
     "lmdeploy_jax.engine.base",
+    "lmdeploy_jax.engine.decoder_config",
     "lmdeploy_jax.engine.facts",
     "lmdeploy_jax.engine.io",
     "lmdeploy_jax.engine.prepare",

@@ -56,9 +56,9 @@ def test_older_names_of_infer_and_of_the_stream() -> None:
 
 
 def test_a_config_of_lmdeploys_is_translated_under_its_enum() -> None:
-    lmdeploy.PytorchEngineConfig(quant_policy=QuantPolicy.NONE)
-    with pytest.raises(ConfigError, match="quant_policy"):
-        lmdeploy.PytorchEngineConfig(quant_policy=QuantPolicy.INT8)
+    assert lmdeploy.PytorchEngineConfig(quant_policy=QuantPolicy.INT8).to_jax().quant_policy == 8
+    with pytest.raises(ConfigError, match=r"quant_policy=.*TURBO_QUANT.*TurboQuant, is not implemented"):
+        lmdeploy.PytorchEngineConfig(quant_policy=QuantPolicy.TURBO_QUANT)
     with pytest.raises(ConfigError, match="speculative_config"):
         lmdeploy.pipeline("no such model", speculative_config=SpeculativeConfig("eagle3"))
 

@@ -61,8 +61,8 @@ def llama4_config(fields: Fields) -> DecoderConfig:
         assert isinstance(mixer, AttentionConfig)
         options = replace(mixer.options, chunk=reach)
         rope = mixer.rope if turns else tempered
-        own = {"qk_norm": unit and turns, "qk_norm_weight": False}
-        return replace(layer, mixer=replace(mixer, options=options, rope=rope, **own))
+        own = replace(mixer, options=options, rope=rope, qk_norm=unit and turns, qk_norm_weight=False)
+        return replace(layer, mixer=own)
 
     kinds = zip(base.layers, rotates, chunks, strict=True)
     return replace(base, layers=tuple(made(*kind) for kind in kinds))

@@ -126,8 +126,8 @@ class QuantReader:
     def _tell(self, cache_scales: list[str]) -> None:
         if cache_scales:
             log.info(
-                "%s: %d scales of a quantised KV cache are left unread, the first of them %s: the cache is "
-                "held in the model's dtype",
+                "%s: %d scales of a quantised KV cache are left unread, the first of them %s: with "
+                "quant_policy every token has its own",
                 self.folder, len(cache_scales), cache_scales[0],
             )  # fmt: skip
         if not self.tensors:

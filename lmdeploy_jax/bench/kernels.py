@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +17,10 @@ from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig
 from lmdeploy_jax.models.rope import rotation
+from lmdeploy_jax.pallas_kernels.kv_formats import KVFormat
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, prefill_attention, tile_rows
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages, quantised
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
 DECODE = {
@@ -54,11 +56,11 @@ def measure(config: DecoderConfig, bandwidth: float, backend: str = "pallas") ->
             f"{mixer} is not timed here, only attention with KV heads is: choose a model that has it, or see "
             "`python -m benchmarks.mixture_products` in a checkout"
         )
-    bench = _Attention(mixer, backend)
+    bench = Attention(mixer, backend)
     arithmetic = _arithmetic()
     work = mixer.heads * mixer.head_dim
     for case, lengths in DECODE.items():
-        size = 4 * sum(lengths) * mixer.kv_heads * mixer.head_dim  # K and V, 16 bits
+        size = sum(mixer.read_bytes(length, 2, 1) for length in lengths)
         yield _result("decode attention", case, bench.decode(lengths), size, bandwidth, "TB/s")
     for case, lengths in PREFILL.items():
         operations = sum(2 * n * (n + 1) for n in lengths) * work  # causal
@@ -79,17 +81,29 @@ def _arithmetic() -> float:
     return 2 * MATRIX**3 / seconds
 
 
-class _Attention:
+class Attention:
     """A cache of random pages, scattered over sequences as a running engine scatters them."""
 
-    def __init__(self, config: AttentionConfig, backend: str) -> None:
-        self.config, self.backend, self.rng = config, backend, np.random.default_rng(0)
+    def __init__(
+        self, config: AttentionConfig, backend: str, decode: Callable[..., Any] = paged_attention
+    ) -> None:
+        self.config, self.backend = config, backend
+        self._decode = decode
         pages = 1 + max(sum(map(pages_for, lengths)) for lengths in (*DECODE.values(), *PREFILL.values()))
         shape = (pages, config.kv_heads, PAGE_SIZE, config.head_dim)
-        self.cache = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2)]
+        drawn = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2)]
+        form = config.kv_format
+        self.cache: list[Any] = drawn if form is None else [_quantised(x, form) for x in drawn]
 
     def decode(self, lengths: Sequence[int]) -> float:
         """Seconds of a decode step's attention in one layer, its queries, keys and values made on the way."""
+        case = self.decode_case(lengths)
+        seconds = _seconds(case)
+        self.cache = case.state[:2]
+        return seconds
+
+    def decode_case(self, lengths: Sequence[int]) -> Case:
+        """What `decode` times."""
         config, rows = self.config, len(lengths)
         lens, table = jnp.asarray(lengths, jnp.int32), self._table(lengths)
         slots = table[jnp.arange(rows), (lens - 1) // PAGE_SIZE] * PAGE_SIZE + (lens - 1) % PAGE_SIZE
@@ -101,13 +115,10 @@ class _Attention:
         def decode(k_pages: jax.Array, v_pages: jax.Array, split_counters: jax.Array, qkv: jax.Array) -> Any:
             args = (qkv, k_pages, v_pages, slots, table, lens, split_counters, work)
             options = {"options": config.options, "dtype": jnp.bfloat16, "backend": self.backend}
-            out, *written = paged_attention(*args, **options)
+            out, *written = self._decode(*args, **options)
             return *written, out
 
-        state = [*self.cache, split_counters]
-        seconds = _seconds(Case(decode, [(x,) for x in _random(rows, *heads)], state))
-        self.cache = state[:2]
-        return seconds
+        return Case(decode, [(x,) for x in _random(rows, *heads)], [*self.cache, split_counters])
 
     def prefill(self, lengths: Sequence[int]) -> float:
         """Seconds of the attention of whole prompts in one layer."""
@@ -123,11 +134,16 @@ class _Attention:
 
     def _table(self, lengths: Sequence[int]) -> jax.Array:
         counts = [pages_for(length) for length in lengths]
-        order = self.rng.permutation(self.cache[0].shape[0] - 1) + 1
+        order = np.random.default_rng(len(lengths)).permutation(self.cache[0].shape[0] - 1) + 1
         table = np.zeros((len(lengths), max(counts)), np.int32)
         for row, (count, end) in enumerate(zip(counts, np.cumsum(counts), strict=True)):
             table[row, :count] = order[end - count : end]
         return jnp.asarray(table)
+
+
+@partial(jax.jit, static_argnums=1)
+def _quantised(x: jax.Array, form: KVFormat) -> QuantPages:
+    return quantised(x, form)
 
 
 def _random(*shape: int) -> list[jax.Array]:

@@ -13,7 +13,7 @@ import jax
 from lmdeploy_jax.bench import bandwidth, report
 from lmdeploy_jax.bench.run import Run, run
 from lmdeploy_jax.bench.workloads import Job
-from lmdeploy_jax.cache.kv import page_bytes
+from lmdeploy_jax.cache.kv import page_bytes, unquantised
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.engine.core.engine import Engine
@@ -85,8 +85,8 @@ class Session:
     def _limit(self, jobs: list[Job]) -> float:
         """Seconds that the reads of a mean decode step take at full bandwidth."""
         engine = self.engine
-        elements = page_bytes(engine.facts.cache_layout.paged, "int8")  # a byte each
-        itemsize = engine.memory.page_bytes // elements
+        elements = page_bytes(unquantised(engine.facts.cache_layout.paged), "int8")  # a byte each
+        itemsize = round(engine.memory.page_bytes * engine.memory.gain / elements)
         contexts = report.mean_contexts(jobs)
         config, weight_itemsize = engine.model_config, self._weight_itemsize(itemsize)
         read = bandwidth.step_bytes(

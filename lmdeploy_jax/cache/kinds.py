@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lmdeploy_jax.cache.pages import PAGE_SIZE
+from lmdeploy_jax.pallas_kernels.kv_formats import WORD_DTYPE, KVFormat
 
 Shape = tuple[int, ...]
 Axes = tuple[str | None, ...]
@@ -30,6 +31,10 @@ class LatentCache:
         """As `PagedCache.shapes`."""
         return ((num_pages, 1, PAGE_SIZE, self.width),)
 
+    def dtypes(self, dtype: Any) -> tuple[Any, ...]:
+        """As `PagedCache.dtypes`."""
+        return (dtype,)
+
     def page_bytes(self, itemsize: int, devices: int = 1) -> int:
         """As `PagedCache.page_bytes`."""
         return devices * itemsize * sum(map(prod, self.shapes(1)))
@@ -37,7 +42,8 @@ class LatentCache:
 
 @dataclass(frozen=True)
 class PagedCache:
-    """K and V of tokens, by page: two arrays [pages, kv_heads, PAGE_SIZE, head_dim], cut by heads.
+    """K and V of tokens, by page: two arrays [pages, kv_heads, PAGE_SIZE, head_dim], cut by heads. Quantised,
+    each is two: words, and scales [pages, kv_heads, PAGE_SIZE], as `format` has it.
 
     window: how many tokens attention reaches back, the query's own counted; None: all, so that all are kept.
     chunked: it reaches back to the last multiple of `window`, which is one of the page size too.
@@ -47,17 +53,26 @@ class PagedCache:
     head_dim: int
     window: int | None = None
     chunked: bool = False
+    format: KVFormat | None = None
 
     axes: ClassVar[Axes] = (None, "tp")
     """Which leading axes of its arrays are cut over the `tp` devices that share a model."""
 
     def shapes(self, num_pages: int) -> tuple[Shape, ...]:
         """The shapes of its arrays, over all devices."""
-        return ((num_pages, self.kv_heads, PAGE_SIZE, self.head_dim),) * 2
+        tokens = (num_pages, self.kv_heads, PAGE_SIZE)
+        if self.format is None:
+            return ((*tokens, self.head_dim),) * 2
+        return ((*tokens, self.format.words(self.head_dim)), tokens) * 2
+
+    def dtypes(self, dtype: Any) -> tuple[Any, ...]:
+        """Those of its arrays, where the model computes in `dtype`."""
+        return (dtype,) * 2 if self.format is None else (WORD_DTYPE, self.format.scale_dtype) * 2
 
     def page_bytes(self, itemsize: int, devices: int = 1) -> int:
-        """Bytes of one page over all `devices`, at `itemsize` bytes an element."""
-        return itemsize * sum(map(prod, self.shapes(1)))
+        """Bytes of one page over all `devices`, at `itemsize` bytes an element unless it is quantised."""
+        heads, form = 2 * self.kv_heads * PAGE_SIZE, self.format
+        return heads * (itemsize * self.head_dim if form is None else form.head_bytes(self.head_dim))
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,10 @@ class StateCache:
     def shapes(self, num_slots: int) -> tuple[Shape, ...]:
         """As `PagedCache.shapes`, of so many slots."""
         return tuple((num_slots, *shape) for shape in (self.conv, self.state) if shape)
+
+    def dtypes(self, dtype: Any) -> tuple[Any, ...]:
+        """As `PagedCache.dtypes`."""
+        return (dtype, "float32")[: len(self.shapes(1))]
 
     def slot_bytes(self, itemsize: int) -> int:
         """Bytes of one slot over all devices, at `itemsize` bytes an element of the convolution's inputs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -13,7 +13,7 @@ import psutil
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lmdeploy_jax.cache.kinds import CacheKind, PageKind, StateCache
+from lmdeploy_jax.cache.kinds import CacheKind, PagedCache, PageKind, StateCache
 from lmdeploy_jax.cache.layout import CacheLayout
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.parallel.mesh import model_axes
@@ -79,10 +79,8 @@ class CacheSpec:
     def _arrays(self, kind: CacheKind) -> Iterator[jax.ShapeDtypeStruct]:
         where = NamedSharding(self.mesh, cache_spec(kind, self.mesh))
         by_slot = isinstance(kind, StateCache)
-        dtypes = (self.dtype, jnp.dtype("float32")) if by_slot else (self.dtype,) * 2
-        for shape, dtype in zip(
-            kind.shapes(self.num_slots if by_slot else self.num_pages), dtypes, strict=False
-        ):
+        shapes = kind.shapes(self.num_slots if by_slot else self.num_pages)
+        for shape, dtype in zip(shapes, kind.dtypes(self.dtype), strict=True):
             yield jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def allocate(self) -> KVCache:
@@ -105,6 +103,16 @@ def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Callable
 def page_bytes(arrays: Iterable[PageKind], dtype: Any, devices: int = 1) -> int:
     """Bytes of one page over all arrays and all devices."""
     return sum(kind.page_bytes(jnp.dtype(dtype).itemsize, devices) for kind in arrays)
+
+
+def gain(arrays: Sequence[PageKind], dtype: Any) -> float:
+    """How many times as many pages fit the same memory because some of the arrays are quantised."""
+    return page_bytes(unquantised(arrays), dtype) / page_bytes(arrays, dtype)
+
+
+def unquantised(arrays: Sequence[PageKind]) -> list[PageKind]:
+    """The same arrays in the model's dtype."""
+    return [replace(kind, format=None) if isinstance(kind, PagedCache) else kind for kind in arrays]
 
 
 def state_bytes(layout: CacheLayout, dtype: Any, num_slots: int) -> int:
@@ -131,6 +139,7 @@ class MemoryPlan:
     room: int  # tokens of context that fit, in sequences of the greatest length
     images: int = 0  # of what is reserved: rows of images, and the encoder's largest run
     states: int = 0  # of what is reserved: those of recurrent layers, of all sequences that run at once
+    gain: float = 1.0  # how many times the tokens it holds that it would hold unquantised
 
     @property
     def cache_bytes(self) -> int:
@@ -144,6 +153,7 @@ class MemoryPlan:
         return (
             f"memory: {self.free * gb:.2f} GB free, {self.reserved * gb:.2f} GB kept for the steps{besides}, "
             f"{self.cache_bytes * gb:.2f} GB for the KV cache = {self.num_pages} pages = {self.room} tokens"
+            + (f", quantised: {self.gain:.2f} times as many" if self.gain != 1 else "")
         )
 
 
@@ -159,6 +169,7 @@ def plan_memory(
     session_len: int,
     sequences: int,
     on_cpu: bool,
+    gain: float = 1.0,
 ) -> MemoryPlan:
     """Pages of `page` bytes for `share` (a fraction of free memory below 1, bytes from 1 on), never more than
     `sequences` of `session_len` tokens need. `reserved` bytes are kept for the steps, `images` and `states`
@@ -182,4 +193,5 @@ def plan_memory(
             f"{budget * 1e-6:.3f} MB, and at least {least} pages of {page * 1e-6:.3f} MB are needed. "
             f"Raise it, or free memory (a smaller max_batch_size or model, a larger tp).{taken}"
         )
-    return MemoryPlan(free, reserved, page, pages, layout.room(pages - 1, session_len), images, states)
+    room = layout.room(pages - 1, session_len)
+    return MemoryPlan(free, reserved, page, pages, room, images, states, gain)

@@ -14,6 +14,9 @@ from lmdeploy_jax.config import JaxEngineConfig
 SECTION = "Engine"
 ALIASES = {"turbomind": "pallas", "pytorch": "xla"}  # LMDeploy's engine names
 
+POLICIES = {"none": 0, "int4": 4, "int8": 8, "fp8": 16, "fp8_e4m3": 16, "fp8_e5m2": 17, "turbo_quant": 42}
+"""LMDeploy's names of its numbers."""
+
 HELP = {
     "dtype": "type of weights and computation; auto takes the checkpoint's on a GPU and float32 on a CPU",
     "tp": "number of devices that share the model (tensor parallelism)",
@@ -28,6 +31,7 @@ HELP = {
     "eager_mode": "compile each program when a step first needs it instead of all at the start",
     "language_model_only": "leave out what encodes images, and take none",
     "trust_remote_code": "run the checkpoint's own Python code where its tokenizer needs it",
+    "quant_policy": "how the KV cache is quantised, as LMDeploy's names or numbers have it; int8 is safe",
     "enable_return_routed_experts": "let requests ask which experts each of their tokens had",
     "vision_max_batch_size": "images that are encoded together at most; by default as many as fit",
     "backend": "kernels; auto picks by device, turbomind and pytorch are aliases of pallas and xla",
@@ -44,6 +48,7 @@ def add_engine_flags(flags: FlagSet, defaults: dict[str, Any] | None = None) -> 
     hints = get_type_hints(JaxEngineConfig)
     for field in fields(JaxEngineConfig):
         default = (defaults or {}).get(field.name, field.default)
+        default = str(default) if field.name == "quant_policy" else default
         define, rest = _definition(field.name, hints[field.name])
         flags.add(SECTION, define, field.name, default, HELP.get(field.name, ""), **rest)
 
@@ -52,6 +57,8 @@ def engine_config(flags: FlagSet) -> JaxEngineConfig:
     """The engine's configuration as the flags say. Raises `ConfigError`."""
     values = {field.name: flags[field.name] for field in fields(JaxEngineConfig)}
     values["backend"] = ALIASES.get(values["backend"], values["backend"])
+    policy = values["quant_policy"]
+    values["quant_policy"] = POLICIES[policy] if policy in POLICIES else int(policy)
     values["hf_overrides"] = merged(values["hf_overrides"])
     return JaxEngineConfig(**values)
 
@@ -59,6 +66,9 @@ def engine_config(flags: FlagSet) -> JaxEngineConfig:
 def _definition(name: str, hint: Any) -> tuple[Any, dict[str, Any]]:
     """absl's DEFINE function for a field's type, and its further arguments."""
     kind = _without_none(hint)
+    if name == "quant_policy":
+        numbers = map(str, sorted(set(POLICIES.values())))
+        return absl_flags.DEFINE_enum, {"enum_values": [*POLICIES, *numbers]}
     if get_origin(kind) is Literal:
         extra = list(ALIASES) if name == "backend" else []
         return absl_flags.DEFINE_enum, {"enum_values": [*get_args(kind), *extra]}

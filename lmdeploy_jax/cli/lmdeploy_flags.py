@@ -21,7 +21,7 @@ ENGINE = (
     "dllm_confidence_threshold", "dllm_denoising_steps", "dllm_unmasking_strategy", "enable_eplb",
     "enable_microbatch", "kernel_block_size", "logprobs_mode", "max_prefill_iters",
     "migration_backend", "nnodes", "node_rank", "num_tokens_per_iter", "prefix_cache_decode_state_interval",
-    "prefix_cache_state_budget", "quant_policy", "role", "rope_scaling_factor",
+    "prefix_cache_state_budget", "role", "rope_scaling_factor",
 )  # fmt: skip
 FIELDS = {"device": "device_type", "async": "async_"}  # flags that are not called as their field is
 LISTS = ("adapters", "cudagraph_capture_batch_sizes")

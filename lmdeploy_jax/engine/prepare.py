@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmdeploy_jax.config import JaxEngineConfig
-from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.vision_config import servable_vision
-from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.engine.decoder_config import decoder_config
 from lmdeploy_jax.hub import resolve_model
-from lmdeploy_jax.models.config import DecoderConfig, MixtureConfig
+from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.text.chat_config import ChatTemplateConfig
 from lmdeploy_jax.text.chat_template import ChatTemplate, select
 from lmdeploy_jax.text.tokenizer import Tokenizer
@@ -38,25 +37,6 @@ class PreparedModel:
     """What becomes of images, where it takes any."""
 
 
-def check_ep(config: JaxEngineConfig, model: DecoderConfig) -> None:
-    """Raises ConfigError where the model's experts cannot be dealt out so."""
-    if config.ep == 1:
-        return
-    if config.tp % config.ep:
-        raise ConfigError(
-            f"ep={config.ep} does not divide tp={config.tp}: experts are dealt out over the tp devices; "
-            f"choose an ep that divides tp, or tp={config.ep} and ep={config.ep}."
-        )
-    counts = {layer.mlp.router.experts for layer in model.layers if isinstance(layer.mlp, MixtureConfig)}
-    if not counts:
-        raise ConfigError(f"ep={config.ep} deals out experts, and this model has none; leave ep out.")
-    for count in counts:
-        if count % config.ep:
-            raise ConfigError(
-                f"ep={config.ep} does not divide the model's {count} experts; choose one that does."
-            )
-
-
 def prepare(
     model: str | Path,
     config: JaxEngineConfig | None = None,
@@ -71,9 +51,8 @@ def prepare(
     """
     config = config or JaxEngineConfig()
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
-    model_config = read_config(folder, config.hf_overrides, config.model_format)
+    model_config = decoder_config(folder, config)
     tokenizer = Tokenizer(folder, config.trust_remote_code)
     vision = None if config.language_model_only else servable_vision(folder, config.hf_overrides)
     chosen = select(tokenizer, folder, template)
-    check_ep(config, model_config)
     return PreparedModel(folder, config, model_config, tokenizer, chosen, vision)

@@ -15,6 +15,7 @@ from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, PerLayerInputConfig
 from lmdeploy_jax.models.recurrent_config import RecurrentConfig
 from lmdeploy_jax.models.score_config import ScoreConfig
+from lmdeploy_jax.pallas_kernels.kv_formats import KVFormat
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import why_not_heads, why_not_latents
 
@@ -102,6 +103,8 @@ class AttentionConfig:
     """Each query head has a learnt logit that joins its softmax's denominator (gpt-oss)."""
     output_multiplier: float = 1.0
     """Of the heads' outputs."""
+    kv_format: KVFormat | None = None
+    """How the cache holds keys and values; None: in the model's dtype."""
 
     @property
     def is_plain(self) -> bool:
@@ -142,12 +145,13 @@ class AttentionConfig:
             return SharedCache(self.shared_layer)
         heads, chunk = self.held_kv_heads(tp), self.options.chunk
         if chunk is not None and chunk % PAGE_SIZE == 0:
-            return PagedCache(heads, self.head_dim, chunk, chunked=True)
-        return PagedCache(heads, self.head_dim, self.options.window)
+            return PagedCache(heads, self.head_dim, chunk, chunked=True, format=self.kv_format)
+        return PagedCache(heads, self.head_dim, self.options.window, format=self.kv_format)
 
     def why_not_kernels(self) -> str | None:
         """Why the hand-written kernels cannot do it, or None if they can."""
-        return why_not_heads(self.head_dim, self.group)
+        held = None if self.kv_format is None else self.kv_format.why_not_heads(self.head_dim)
+        return why_not_heads(self.head_dim, self.group) or held
 
     def weights(self, hidden: int) -> int:
         """Elements of its matrices."""
@@ -159,7 +163,9 @@ class AttentionConfig:
         `itemsize` bytes an element.
         """
         reached = min(context, float(self.options.window or self.options.chunk or context))
-        return itemsize * reached * 2 * self.held_kv_heads(tp) * self.head_dim
+        form, size = self.kv_format, self.head_dim
+        head = itemsize * size if form is None else form.head_bytes(size)
+        return head * reached * 2 * self.held_kv_heads(tp)
 
     def __str__(self) -> str:
         return f"attention with {self.heads} heads in {self.kv_heads} KV heads of {self.head_dim}"

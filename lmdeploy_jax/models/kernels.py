@@ -22,8 +22,9 @@ from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, tile_rows, why_not_mosaic
+from lmdeploy_jax.pallas_kernels.quant_pages import as_pages
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
-from lmdeploy_jax.pallas_kernels.shapes import Quantised
+from lmdeploy_jax.pallas_kernels.shapes import Pages, Quantised
 from lmdeploy_jax.parallel.collectives import Collectives, collectives
 from lmdeploy_jax.parallel.mesh import axis_size, model_devices
 
@@ -111,12 +112,13 @@ class Kernels:
         """qkv (R = G + 2) into the cache and through attention -> outputs of `dtype`, and the cache."""
         options, backend = mixer.options, self.mixer_backend(mixer)
         how: dict[str, Any] = {"dtype": dtype, "backend": backend}
-        k_pages, v_pages, split_counters = cache
+        k_pages, v_pages = as_pages(cache[:-1], mixer.kv_format)
+        split_counters = cache[-1]
         if metadata.tiles is None:
             rows = (metadata.slots, metadata.page_table, metadata.kv_lens, split_counters)
             args = (qkv, k_pages, v_pages, *rows, work)
             out, *cached = paged_attention(*args, options=options, sinks=sinks, **how)
-            return out, tuple(cached)
+            return out, tuple(jax.tree.leaves(cached))
         q, k_pages, v_pages = rope_kv_write(qkv, k_pages, v_pages, metadata.slots, work, **how)
         queries = q.reshape(q.shape[0], -1, q.shape[-1])
         if backend == "pallas":
@@ -126,7 +128,7 @@ class Kernels:
         ahead = None if mixer.causal else metadata.lookahead
         how = {"sinks": sinks, "lookahead": ahead, "backend": backend, "tile_rows": height}
         out = prefill_attention(*arguments, options=options, **how)
-        return out.reshape(q.shape), (k_pages, v_pages, split_counters)
+        return out.reshape(q.shape), (*jax.tree.leaves((k_pages, v_pages)), split_counters)
 
     def attend_latent(
         self,
@@ -153,7 +155,7 @@ class Kernels:
         return out, (pages, *rest)
 
     def _prefill_backend(
-        self, q: Array, k_pages: Array, mixer: AttentionConfig, metadata: AttentionMetadata
+        self, q: Array, k_pages: Pages, mixer: AttentionConfig, metadata: AttentionMetadata
     ) -> str:
         """Mosaic's calls take the host longer than a short step lasts: they are for long ones."""
         long = self.tuning.prefill_attention == "mosaic" and q.shape[0] >= MOSAIC_TOKENS

@@ -7,13 +7,13 @@ from jaxtyping import Array, Float, Int32
 from lmdeploy_jax.pallas_kernels.latent_attention import xla
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import check_backend
-from lmdeploy_jax.pallas_kernels.shapes import Pages, Slots, Tiles
+from lmdeploy_jax.pallas_kernels.shapes import PlainPages, Slots, Tiles
 
 
 def latent_attention(
     q: Float[Array, "T H D"],
     latents: Float[Array, "T D"],
-    pages: Pages,
+    pages: PlainPages,
     slots: Slots,
     page_table: Int32[Array, "S M"],
     kv_lens: Int32[Array, "S"],
@@ -23,7 +23,7 @@ def latent_attention(
     options: AttentionOptions,
     tile_rows: int,
     backend: str = "xla",
-) -> tuple[Float[Array, "T H R"], Pages]:
+) -> tuple[Float[Array, "T H R"], PlainPages]:
     """Writes the tokens' latents into the cache and attends to those of their sequences.
 
     q [T, H, D] are queries in the space of the latents, whose first `rank` elements are values as well as
@@ -54,7 +54,7 @@ def latent_attention(
 def _by_kernels(
     q: Float[Array, "T H D"],
     latents: Float[Array, "T D"],
-    pages: Pages,
+    pages: PlainPages,
     slots: Slots,
     page_table: Int32[Array, "S M"],
     kv_lens: Int32[Array, "S"],
@@ -62,7 +62,7 @@ def _by_kernels(
     rank: int,
     options: AttentionOptions,
     interpret: bool,
-) -> tuple[Float[Array, "T H R"], Pages]:
+) -> tuple[Float[Array, "T H R"], PlainPages]:
     from lmdeploy_jax.pallas_kernels.latent_attention import pallas  # CPUs never need it
 
     if tiles is None:

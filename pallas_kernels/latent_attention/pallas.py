@@ -25,7 +25,7 @@ from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.paged_attention.pallas import MIN_ROWS, split_count, split_pages
 from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import TILE_ROWS
-from lmdeploy_jax.pallas_kernels.shapes import Pages, Slots, Softmax, Tiles
+from lmdeploy_jax.pallas_kernels.shapes import PlainPages, Slots, Softmax, Tiles
 
 PROGRAMS, SPLITS = 264, 64  # to aim at in decode, and at most of a sequence: as measured on an H200
 
@@ -47,7 +47,7 @@ class Tuning:
 def decode(
     q: Float[Array, "T H D"],
     latents: Float[Array, "T D"],
-    pages: Pages,
+    pages: PlainPages,
     slots: Slots,
     page_table: Int32[Array, "T M"],
     kv_lens: Int32[Array, "T"],
@@ -56,7 +56,7 @@ def decode(
     *,
     tuning: Tuning | None = None,
     interpret: bool,
-) -> tuple[Float[Array, "T H R"], Pages]:
+) -> tuple[Float[Array, "T H R"], PlainPages]:
     """One token a sequence, whose latent is written first."""
     tokens, heads, _ = q.shape
     usual = Tuning(16, 16, 4, 1) if pages.dtype == jnp.float32 else Tuning(16, 32, 4, 3)
@@ -79,7 +79,7 @@ def decode(
 
 def prefill(
     q: Float[Array, "T H D"],
-    pages: Pages,
+    pages: PlainPages,
     page_table: Int32[Array, "S M"],
     tiles: Tiles,
     rank: int,

@@ -7,13 +7,13 @@ from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention.xla import prefill_attention
-from lmdeploy_jax.pallas_kernels.shapes import Pages, Slots, Tiles
+from lmdeploy_jax.pallas_kernels.shapes import PlainPages, Slots, Tiles
 from lmdeploy_jax.pallas_kernels.streaming import attend_paged
 
 GROUP = 32  # sequences a loop
 
 
-def write(pages: Pages, latents: Float[Array, "T D"], slots: Slots) -> Pages:
+def write(pages: PlainPages, latents: Float[Array, "T D"], slots: Slots) -> PlainPages:
     """The latents into their slots; what has a negative one goes to page 0."""
     page, offset = jnp.divmod(jnp.maximum(slots, 0), pages.shape[2])
     return pages.at[page, 0, offset].set(latents.astype(pages.dtype))
@@ -21,7 +21,7 @@ def write(pages: Pages, latents: Float[Array, "T D"], slots: Slots) -> Pages:
 
 def decode(
     q: Float[Array, "T H D"],
-    pages: Pages,
+    pages: PlainPages,
     page_table: Int32[Array, "T M"],
     kv_lens: Int32[Array, "T"],
     options: AttentionOptions,
@@ -34,7 +34,7 @@ def decode(
 
 def prefill(
     q: Float[Array, "T H D"],
-    pages: Pages,
+    pages: PlainPages,
     page_table: Int32[Array, "S M"],
     tiles: Tiles,
     options: AttentionOptions,

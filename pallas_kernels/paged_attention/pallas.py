@@ -23,18 +23,13 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from lmdeploy_jax.pallas_kernels.blocks import (
-    add_sink,
-    attend_page,
-    initial_state,
-    load_page,
-    normalised,
-)
+from lmdeploy_jax.pallas_kernels.blocks import add_sink, normalised
+from lmdeploy_jax.pallas_kernels.cache_refs import CacheRefs, cache_refs
 from lmdeploy_jax.pallas_kernels.heads import HeadRefs, HeadTile
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.options import MASKED, AttentionOptions
 from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
-from lmdeploy_jax.pallas_kernels.shapes import Pages, Sinks, Slots, Softmax
+from lmdeploy_jax.pallas_kernels.shapes import Output, Pages, Sinks, Slots, Softmax
 
 MIN_ROWS = 16  # rows of the smallest tensor-core product
 MAX_SPLITS = 32
@@ -70,26 +65,24 @@ def paged_attention(
     _, tokens, kv_heads, rows, head_dim = parts.shape
     tuning = tuning or _tuning(tokens * kv_heads, head_dim, k_pages.dtype)
     splits = split_count(tokens * kv_heads, page_table.shape[1], tuning.programs)
-    how = Launch(
-        "paged_attention",
-        (kv_heads, splits, tokens),
-        tuning.num_warps,
-        tuning.num_stages,
-        aliases={0: 0, 1: 1, 2: 2},
-    )
+    cache, structure = jax.tree.flatten((k_pages, v_pages))
+    grid = (kv_heads, splits, tokens)
+    aliases = {i: i for i in range(1 + len(cache))}
+    how = Launch("paged_attention", grid, tuning.num_warps, tuning.num_stages, aliases=aliases)
     heads = (tokens, kv_heads, rows - 2)
     out = [
-        *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (split_counters, k_pages, v_pages)),
+        *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (split_counters, *cache)),
         *[jax.ShapeDtypeStruct((*heads, head_dim), dtype)] * 2,
         jax.ShapeDtypeStruct((splits, *heads, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((splits, *heads), jnp.float32),
     ]
     kernel = functools.partial(
-        _kernel, options=options, eps=work.eps, offset=work.offset, interpret=interpret
+        _kernel, cache=structure, options=options, eps=work.eps, offset=work.offset, interpret=interpret
     )
-    arrays = (split_counters, k_pages, v_pages, slots, page_table, kv_lens, sinks, parts, *work.arrays())
-    split_counters, new_k, new_v, attended, *_ = launch(kernel, how, out, *arrays, interpret=interpret)
-    return attended, new_k, new_v, split_counters
+    arrays = (split_counters, *cache, slots, page_table, kv_lens, sinks, parts, *work.arrays())
+    split_counters, *rest = launch(kernel, how, out, *arrays, interpret=interpret)
+    written, attended = rest[: len(cache)], rest[len(cache)]
+    return attended, *jax.tree.unflatten(structure, written), split_counters
 
 
 def _tuning(tiles: int, head_dim: int, dtype: jnp.dtype) -> Tuning:
@@ -109,42 +102,37 @@ def split_count(tiles: int, table_width: int, programs: int, most_splits: int = 
 
 
 def _kernel(
-    _split_counters_in: jax.Ref,
-    _k_in: jax.Ref,
-    _v_in: jax.Ref,
-    slots_ref: jax.Ref,
-    table_ref: jax.Ref,
-    lens_ref: jax.Ref,
-    sinks_ref: jax.Ref | None,
-    *refs: Any,
-    options: AttentionOptions,
-    eps: float,
-    offset: float,
-    interpret: bool,
+    *refs: Any, cache: Any, options: AttentionOptions, eps: float, offset: float, interpret: bool
 ) -> None:
-    *work, counters_ref, k_ref, v_ref, o_ref, q_ref, part_ref, lse_ref = refs
+    """`cache`: the structure of K and V, whose arrays come behind the counters, as inputs and as outputs."""
+    arrays = cache.num_leaves
+    slots_ref, table_ref, lens_ref, sinks_ref, *work = refs[1 + arrays : -5 - arrays]
+    counters_ref, *written = refs[-5 - arrays : -4]
+    o_ref, q_ref, part_ref, lse_ref = refs[-4:]
+    k_pages, v_pages = jax.tree.unflatten(cache, written)
     kv_head, split, sequence = (pl.program_id(axis) for axis in range(3))
-    pages = split_pages(lens_ref[sequence], k_ref.shape[2], options)
+    pages = split_pages(lens_ref[sequence], k_pages.shape[2], options)
     sync = (lambda: None) if interpret else plt.debug_barrier  # between all threads of a program
     new = HeadTile(HeadRefs(*work), sequence, kv_head, q_ref.dtype, eps, offset)
     # All loads first. The splits of a sequence write the same queries.
     values, slot, rotated = new.values(), slots_ref[sequence], new.rotated()
     plt.store(q_ref.at[sequence, kv_head, new.row, new.column], rotated, mask=new.is_query)
-    new.write(rotated, values, k_ref, v_ref, slot, enabled=split == pages.splits - 1)
+    new.write(rotated, values, k_pages, v_pages, slot, enabled=split == pages.splits - 1)
     sync()
-    rows = _HeadRows(q_ref)
-    state = _attend(q_ref, k_ref, v_ref, table_ref, pages, rows, options)
+    held = cache_refs((k_pages, v_pages), interpret)
+    rows = _HeadRows(q_ref, held.columns)
+    state = _attend(q_ref, held, table_ref, pages, rows, options)
 
     def finish(state: Softmax) -> None:
         if sinks_ref is not None:
             at = sinks_ref.at[kv_head * new.group + rows.number]
             state = add_sink(state, plt.load(at, mask=rows.valid, other=0.0))
-        plt.store(o_ref.at[rows.at()], normalised(state).astype(o_ref.dtype), mask=rows.mask)
+        rows.store(o_ref, normalised(state))
 
     def store_partial() -> None:
         maximum, denominator, _ = state
         lse = maximum + jnp.log2(jnp.maximum(denominator, 1e-30))
-        plt.store(part_ref.at[rows.at(split)], normalised(state), mask=rows.mask)
+        rows.store(part_ref, normalised(state), split)
         plt.store(lse_ref.at[split, *rows.place, rows.number], lse, mask=rows.valid)
         sync()  # all threads have stored before one of them reports it
         before = plt.atomic_add(counters_ref, (sequence, kv_head), jnp.int32(1))
@@ -152,40 +140,54 @@ def _kernel(
         @pl.when(before == pages.splits - 1)
         def _merge() -> None:
             counters_ref[sequence, kv_head] = jnp.int32(0)  # zero again, as the next layer expects
-            finish(_merged(part_ref, lse_ref, pages.splits, rows))
+            finish(_merged(part_ref, lse_ref, pages.splits, rows, held))
 
     pl.when((split == 0) & (pages.splits == 1))(lambda: finish(state))
     pl.when((split < pages.splits) & (pages.splits > 1))(store_partial)
 
 
-def _merged(part_ref: jax.Ref, lse_ref: jax.Ref, splits: jax.Array, rows: _HeadRows) -> Softmax:
+def _merged(
+    part_ref: jax.Ref, lse_ref: jax.Ref, splits: jax.Array, rows: _HeadRows, held: CacheRefs
+) -> Softmax:
     """The softmax over what all splits saw: each is like one key, its output the value."""
 
     def step(split: jax.Array, state: Softmax) -> Softmax:
         maximum, denominator, out = state
         lse = plt.load(lse_ref.at[split, *rows.place, rows.number], mask=rows.valid, other=MASKED)
-        part = plt.load(part_ref.at[rows.at(split)], mask=rows.mask, other=0.0)
+        parts = jax.tree.unflatten(jax.tree.structure(out), rows.load(part_ref, split))
         new_maximum = jnp.maximum(maximum, lse)
         decay, weight = jnp.exp2(maximum - new_maximum), jnp.exp2(lse - new_maximum)
-        return new_maximum, denominator * decay + weight, out * decay[:, None] + part * weight[:, None]
+        added = jax.tree.map(lambda old, part: old * decay[:, None] + part * weight[:, None], out, parts)
+        return new_maximum, denominator * decay + weight, added
 
-    return lax.fori_loop(0, splits, step, initial_state(*rows.mask.shape))
+    return lax.fori_loop(0, splits, step, held.initial(rows.number.size))
 
 
 class _HeadRows:
-    """The tile of this program's query heads: row i is query head i of the KV head, padded to MIN_ROWS."""
+    """The tile of this program's query heads: row i is query head i of the KV head, padded to MIN_ROWS. Its
+    columns come in blocks.
+    """
 
-    def __init__(self, q_ref: jax.Ref) -> None:
+    def __init__(self, q_ref: jax.Ref, columns: tuple[jax.Array, ...]) -> None:
         group, head_dim = q_ref.shape[2:]
         self.place = pl.program_id(2), pl.program_id(0)
         self.number = jnp.arange(max(MIN_ROWS, pl.next_power_of_2(group)), dtype=jnp.int32)
         self.valid = self.number < group
-        self.column = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)[None, :]
-        self.mask = self.valid[:, None] & (self.column < head_dim)
+        self.columns = columns
+        self.masks = [self.valid[:, None] & (column < head_dim) for column in columns]
 
-    def at(self, *first: jax.Array) -> tuple[jax.Array, ...]:
-        """The tile's place in [*first, T, KH, G, D]."""
-        return (*first, *self.place, self.number[:, None], self.column)
+    def load(self, ref: jax.Ref, *first: jax.Array) -> list[jax.Array]:
+        """The tile in [*first, T, KH, G, D]."""
+        blocks = enumerate(self.masks)
+        return [plt.load(ref.at[self._at(i, *first)], mask=mask, other=0) for i, mask in blocks]
+
+    def store(self, ref: jax.Ref, out: Output, *first: jax.Array) -> None:
+        """The inverse."""
+        for block, values in enumerate(jax.tree.leaves(out)):
+            plt.store(ref.at[self._at(block, *first)], values.astype(ref.dtype), mask=self.masks[block])
+
+    def _at(self, block: int, *first: jax.Array) -> tuple[jax.Array, ...]:
+        return (*first, *self.place, self.number[:, None], self.columns[block])
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,7 @@ def split_pages(length: Int32[Array, ""], page_size: int, options: AttentionOpti
 
 def _attend(
     q_ref: jax.Ref,
-    k_ref: jax.Ref,
-    v_ref: jax.Ref,
+    held: CacheRefs,
     table_ref: jax.Ref,
     pages: SplitPages,
     rows: _HeadRows,
@@ -225,15 +226,15 @@ def _attend(
 ) -> Softmax:
     """The online softmax of this program's heads over its pages."""
     kv_head, sequence = pl.program_id(0), pl.program_id(2)
-    page_size = k_ref.shape[2]
-    q = plt.load(q_ref.at[rows.at()], mask=rows.mask, other=0).astype(k_ref.dtype)
+    page_size = held.page_size
+    q = held.queries(rows.load(q_ref))
 
     def step(index: jax.Array, state: Softmax) -> Softmax:
-        page = table_ref[sequence, index]
-        keys = load_page(k_ref, page, kv_head)
-        values = load_page(v_ref, page, kv_head, pages.length - index * page_size)
-        position = index * page_size + jnp.arange(page_size, dtype=jnp.int32)
-        visible = (position < pages.length) & (position >= pages.oldest)
-        return attend_page(state, q, keys, values, visible[None, :], options)
+        def visible() -> jax.Array:
+            position = index * page_size + jnp.arange(page_size, dtype=jnp.int32)
+            return ((position < pages.length) & (position >= pages.oldest))[None, :]
 
-    return lax.fori_loop(pages.begin, pages.end, step, initial_state(*rows.mask.shape))
+        page, valid = table_ref[sequence, index], pages.length - index * page_size
+        return held.attend(state, q, page, kv_head, valid, visible, options)
+
+    return held.finished(lax.fori_loop(pages.begin, pages.end, step, held.initial(rows.number.size)))

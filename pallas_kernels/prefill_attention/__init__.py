@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions, check_cache, check_heads
 from lmdeploy_jax.pallas_kernels.prefill_attention import xla
 from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import TILE_ROWS, build_tiles, max_tiles, tile_rows
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.shapes import Pages, Sinks, Tiles
 
@@ -65,9 +66,9 @@ def prefill_attention(
     reason = why_not_mosaic(q.dtype, k_pages.dtype, q.shape[2])
     if any(x is not None for x in (sinks, lookahead, options.window, options.chunk, options.soft_cap)):
         reason = "it knows no sinks, lookahead, window, chunk or soft cap"
-    if reason:
+    if reason or isinstance(k_pages, QuantPages) or isinstance(v_pages, QuantPages):
         raise ValueError(f"backend 'mosaic' cannot do this prefill attention: {reason}; take 'pallas'")
     from lmdeploy_jax.pallas_kernels.prefill_attention import mosaic
 
     some = pallas.prefill_attention(*arrays, options, only_short=True, interpret=False)
-    return mosaic.prefill_attention(some, *arrays[1:5], options)
+    return mosaic.prefill_attention(some, k_pages, v_pages, page_table, tiles, options)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import SHORT
-from lmdeploy_jax.pallas_kernels.shapes import Pages, Tiles
+from lmdeploy_jax.pallas_kernels.shapes import PlainPages, Tiles
 
 GROUPS = 2  # warpgroups (128 threads each) that compute
 ROWS = 64  # queries a warpgroup
@@ -45,8 +45,8 @@ class Tuning:
 
 def prefill_attention(
     q: Float[Array, "T H D"],
-    k_pages: Pages,
-    v_pages: Pages,
+    k_pages: PlainPages,
+    v_pages: PlainPages,
     page_table: Int32[Array, "S M"],
     tiles: Tiles,
     options: AttentionOptions,

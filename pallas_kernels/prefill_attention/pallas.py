@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from lmdeploy_jax.pallas_kernels.blocks import (
-    add_sink,
-    attend_page,
-    initial_state,
-    load_page,
-    normalised,
-)
+from lmdeploy_jax.pallas_kernels.blocks import add_sink, normalised
+from lmdeploy_jax.pallas_kernels.cache_refs import CacheRefs, Queries, cache_refs
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import SHORT, TILE_ROWS
@@ -65,8 +61,16 @@ def prefill_attention(
     # The output takes the queries' place: a program reads and writes the same rows and heads.
     grid = (blocks, kv_heads, tiles.shape[0])
     how = Launch("prefill_attention", grid, tuning.num_warps, tuning.num_stages, aliases={0: 0})
-    kernel = functools.partial(_kernel, block=None if only_short else block, group=group, options=options)
-    inputs = (q, k_pages, v_pages, page_table, tiles, sinks, lookahead)
+    cache, structure = jax.tree.flatten((k_pages, v_pages))
+    kernel = functools.partial(
+        _kernel,
+        cache=structure,
+        block=None if only_short else block,
+        group=group,
+        options=options,
+        interpret=interpret,
+    )
+    inputs = (q, *cache, page_table, tiles, sinks, lookahead)
     return launch(kernel, how, jax.ShapeDtypeStruct(q.shape, q.dtype), *inputs, interpret=interpret)
 
 
@@ -92,27 +96,25 @@ class _Block:
 
 def _kernel(
     q_ref: jax.Ref,
-    k_ref: jax.Ref,
-    v_ref: jax.Ref,
-    table_ref: jax.Ref,
-    tiles_ref: jax.Ref,
-    sinks_ref: jax.Ref | None,
-    ahead_ref: jax.Ref | None,
-    o_ref: jax.Ref,
-    *,
+    *refs: Any,
+    cache: Any,
     block: int | None,
     group: int,
     options: AttentionOptions,
+    interpret: bool,
 ) -> None:
-    """`block` rows for long tiles; None: they are not done."""
+    """`block` rows for long tiles; None: they are not done. `cache`: the structure of K and V, whose arrays
+    come first.
+    """
+    held = cache_refs(jax.tree.unflatten(cache, refs[: cache.num_leaves]), interpret)
+    table_ref, tiles_ref, sinks_ref, ahead_ref, o_ref = refs[cache.num_leaves :]
     index, kv_head, tile = (pl.program_id(axis) for axis in range(3))
     table_row, start, count, position = (tiles_ref[tile, column] for column in range(4))
 
     def run(size: int, enabled: jax.Array) -> None:
         first = index * (size // group)
         part = _Block(size, group, kv_head, table_row, start, count, position, first)
-        refs = (q_ref, k_ref, v_ref, table_ref, sinks_ref, ahead_ref, o_ref)
-        attend = functools.partial(_attend_block, *refs)
+        attend = functools.partial(_attend_block, q_ref, held, table_ref, sinks_ref, ahead_ref, o_ref)
         pl.when(enabled & (first < count))(lambda: attend(part, options))
 
     if block is not None:
@@ -122,8 +124,7 @@ def _kernel(
 
 def _attend_block(
     q_ref: jax.Ref,
-    k_ref: jax.Ref,
-    v_ref: jax.Ref,
+    held: CacheRefs,
     table_ref: jax.Ref,
     sinks_ref: jax.Ref | None,
     ahead_ref: jax.Ref | None,
@@ -136,23 +137,24 @@ def _attend_block(
     query = part.first + lax.div(row, part.group)
     valid = (row < part.size // part.group * part.group) & (query < part.count)
     head = part.kv_head * part.group + lax.rem(row, part.group)
-    column = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)[None, :]
-    mask = valid[:, None] & (column < head_dim)
-    at = ((part.start + query)[:, None], head[:, None], column)
-    q = plt.load(q_ref.at[at], mask=mask, other=0).astype(k_ref.dtype)
+    columns = held.columns
+    masks = [valid[:, None] & (column < head_dim) for column in columns]
+    places = [((part.start + query)[:, None], head[:, None], column) for column in columns]
+    blocks = list(zip(places, masks, strict=True))
+    q = held.queries([plt.load(q_ref.at[at], mask=mask, other=0) for at, mask in blocks])
     ahead = None
     if ahead_ref is not None:
         ahead = plt.load(ahead_ref.at[part.start + query], mask=valid, other=0)
-    state = _attend_pages(q, k_ref, v_ref, table_ref, part.position + query, ahead, part, options)
+    state = _attend_pages(q, held, table_ref, part.position + query, ahead, part, options)
     if sinks_ref is not None:
         state = add_sink(state, plt.load(sinks_ref.at[head], mask=valid, other=0.0))
-    plt.store(o_ref.at[at], normalised(state).astype(o_ref.dtype), mask=mask)
+    for (at, mask), out in zip(blocks, jax.tree.leaves(normalised(state)), strict=True):
+        plt.store(o_ref.at[at], out.astype(o_ref.dtype), mask=mask)
 
 
 def _attend_pages(
-    q: jax.Array,
-    k_ref: jax.Ref,
-    v_ref: jax.Ref,
+    q: Queries,
+    held: CacheRefs,
     table_ref: jax.Ref,
     positions: jax.Array,
     ahead: jax.Array | None,
@@ -160,34 +162,37 @@ def _attend_pages(
     options: AttentionOptions,
 ) -> Softmax:
     """`ahead`: how many positions beyond its own each row sees; None: none does."""
-    page_size = k_ref.shape[2]
+    page_size = held.page_size
     oldest = part.position + part.first
     newest = part.position + jnp.minimum(part.first + part.size // part.group, part.count) - 1
     last = newest if ahead is None else jnp.max(jnp.minimum(positions, newest) + ahead)
 
     def step(index: jax.Array, state: Softmax, *, masked: bool) -> Softmax:
         page = table_ref[part.table_row, index]
-        keys = load_page(k_ref, page, part.kv_head)
         if not masked:
-            return attend_page(state, q, keys, load_page(v_ref, page, part.kv_head), None, options)
-        values = load_page(v_ref, page, part.kv_head, last + 1 - index * page_size)
-        key = index * page_size + jnp.arange(page_size, dtype=jnp.int32)
-        age = positions[:, None] - key[None, :]
-        visible = age >= 0 if ahead is None else age + ahead[:, None] >= 0
-        if options.window is not None:
-            visible = visible & (age < options.window)
-        if options.chunk is not None:
-            visible = visible & (key[None, :] >= first_of_chunk[:, None])
-        return attend_page(state, q, keys, values, visible, options)
+            return held.attend(state, q, page, part.kv_head, None, None, options)
+
+        def visible() -> jax.Array:
+            key = index * page_size + jnp.arange(page_size, dtype=jnp.int32)
+            age = positions[:, None] - key[None, :]
+            seen = age >= 0 if ahead is None else age + ahead[:, None] >= 0
+            if options.window is not None:
+                seen = seen & (age < options.window)
+            if options.chunk is not None:
+                seen = seen & (key[None, :] >= first_of_chunk[:, None])
+            return seen
+
+        valid = last + 1 - index * page_size
+        return held.attend(state, q, page, part.kv_head, valid, visible, options)
 
     first_of_chunk = _chunk_start(positions, options)
     masked, unmasked = (functools.partial(step, masked=flag) for flag in (True, False))
     begin, unmasked_begin, unmasked_end = _page_ranges(oldest, newest, page_size, options)
-    state = initial_state(*q.shape)
+    state = held.initial(part.size)
     if options.window is not None or options.chunk is not None:
         state = lax.fori_loop(begin, unmasked_begin, masked, state)
     state = lax.fori_loop(unmasked_begin, unmasked_end, unmasked, state)
-    return lax.fori_loop(unmasked_end, lax.div(last, page_size) + 1, masked, state)
+    return held.finished(lax.fori_loop(unmasked_end, lax.div(last, page_size) + 1, masked, state))
 
 
 def _page_ranges(

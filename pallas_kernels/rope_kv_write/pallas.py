@@ -33,23 +33,26 @@ def rope_kv_write(
     _, tokens, kv_heads, rows, head_dim = parts.shape
     size = pl.next_power_of_2(rows - 1) * pl.next_power_of_2(head_dim)
     num_warps = min(max(size // 256, 1), MAX_WARPS)  # eight elements a thread
-    how = Launch("rope_kv_write", (tokens, kv_heads), num_warps, num_stages=1, aliases={0: 0, 1: 1})
+    cache, structure = jax.tree.flatten((k_pages, v_pages))
+    aliases = {i: i for i in range(len(cache))}
+    how = Launch("rope_kv_write", (tokens, kv_heads), num_warps, num_stages=1, aliases=aliases)
     out = [
-        *(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_pages, v_pages)),
+        *(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in cache),
         jax.ShapeDtypeStruct((tokens, kv_heads, rows - 2, head_dim), dtype),
     ]
-    kernel = functools.partial(_kernel, eps=work.eps, offset=work.offset)
-    arrays = (k_pages, v_pages, slots, parts, *work.arrays())
-    new_k, new_v, q = launch(kernel, how, out, *arrays, interpret=interpret)
-    return q, new_k, new_v
+    kernel = functools.partial(_kernel, cache=structure, eps=work.eps, offset=work.offset)
+    *written, q = launch(kernel, how, out, *cache, slots, parts, *work.arrays(), interpret=interpret)
+    return q, *jax.tree.unflatten(structure, written)
 
 
-def _kernel(
-    _k_in: jax.Ref, _v_in: jax.Ref, slots_ref: jax.Ref, *refs: Any, eps: float, offset: float
-) -> None:
-    *work, k_out, v_out, q_out = refs
+def _kernel(*refs: Any, cache: Any, eps: float, offset: float) -> None:
+    """`cache`: the structure of K and V, whose arrays come first, as inputs and as outputs."""
+    arrays = cache.num_leaves
+    slots_ref, *work = refs[arrays : -1 - arrays]
+    k_pages, v_pages = jax.tree.unflatten(cache, refs[-1 - arrays : -1])
+    q_out = refs[-1]
     token, kv_head = pl.program_id(0), pl.program_id(1)
     tile = HeadTile(HeadRefs(*work), token, kv_head, q_out.dtype, eps, offset)
     values, slot, rotated = tile.values(), slots_ref[token], tile.rotated()
     plt.store(q_out.at[token, kv_head, tile.row, tile.column], rotated, mask=tile.is_query)
-    tile.write(rotated, values, k_out, v_out, slot)
+    tile.write(rotated, values, k_pages, v_pages, slot)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,10 +11,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.norm.xla import rms_norm
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages, quantised
 from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
 from lmdeploy_jax.pallas_kernels.shapes import Pages, Slots
 
 Cache = tuple[Pages, Pages]
+Arrays = list[jax.Array]
 
 
 def rope_kv_write(
@@ -51,30 +55,35 @@ def rotate(
     return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
-def _write(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Cache:
+def _write(k_pages: Pages, v_pages: Pages, k: jax.Array, v: jax.Array, slots: jax.Array) -> Cache:
     """k, v [T, KH, D] into their slots; what has a negative one goes to page 0."""
-    k, v, slots = k.astype(k_pages.dtype), v.astype(v_pages.dtype), jnp.maximum(slots, 0)
+    pages, structure = jax.tree.flatten((k_pages, v_pages))
+    rows, slots = jax.tree.leaves((_rows(k, k_pages), _rows(v, v_pages))), jnp.maximum(slots, 0)
     # On CPUs, XLA's scatter is the faster where it is in place: it widens a cache of 16-bit floats.
-    on_cpu = _scatter if k_pages.dtype == jnp.float32 else _write_in_loop
-    return lax.platform_dependent(k_pages, v_pages, k, v, slots, cpu=on_cpu, default=_scatter)
+    floats = k_pages.dtype in (jnp.bfloat16, jnp.float16)
+    how = {"cpu": _write_in_loop if floats else _scatter, "default": _scatter}
+    return jax.tree.unflatten(structure, lax.platform_dependent(pages, rows, slots, **how))
 
 
-def _scatter(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> Cache:
-    page, offset = jnp.divmod(slots, k_pages.shape[2])
-    return k_pages.at[page, :, offset].set(k), v_pages.at[page, :, offset].set(v)
+def _rows(x: jax.Array, pages: Pages) -> Any:
+    """Tokens as `pages` hold them."""
+    return quantised(x, pages.format) if isinstance(pages, QuantPages) else x.astype(pages.dtype)
 
 
-def _write_in_loop(
-    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
-) -> Cache:
+def _scatter(pages: Arrays, rows: Arrays, slots: jax.Array) -> Arrays:
+    page, offset = jnp.divmod(slots, pages[0].shape[2])
+    return [array.at[page, :, offset].set(new) for array, new in zip(pages, rows, strict=True)]
+
+
+def _write_in_loop(pages: Arrays, rows: Arrays, slots: jax.Array) -> Arrays:
     """A loop of windowed updates: in place for every dtype."""
-    page_size = k_pages.shape[2]
+    page_size = pages[0].shape[2]
 
-    def write(token: jax.Array, pages: Cache) -> Cache:
+    def write(token: jax.Array, pages: Arrays) -> Arrays:
         at = (slots[token] // page_size, 0, slots[token] % page_size, 0)
-        return _update(pages[0], k, token, at), _update(pages[1], v, token, at)
+        return [_update(array, new, token, at) for array, new in zip(pages, rows, strict=True)]
 
-    return lax.fori_loop(0, slots.shape[0], write, (k_pages, v_pages))
+    return lax.fori_loop(0, slots.shape[0], write, pages)
 
 
 def _update(

@@ -98,8 +98,14 @@ def test_backend_aliases(flags: FlagSet, alias: str, backend: str) -> None:
     assert engine_config(flags).backend == backend
 
 
+@pytest.mark.parametrize(("name", "policy"), [("int8", 8), ("fp8", 16), ("4", 4), ("none", 0)])
+def test_quant_policies_have_lmdeploys_names(flags: FlagSet, name: str, policy: int) -> None:
+    flags.parse(["--quant-policy", name])
+    assert engine_config(flags).quant_policy == policy
+
+
 def test_every_field_has_a_flag_that_reaches_it(flags: FlagSet) -> None:
-    values: dict[str, Any] = {"dtype": "float16", "backend": "xla", "model_format": "awq"}
+    values: dict[str, Any] = {"dtype": "float16", "backend": "xla", "model_format": "awq", "quant_policy": 8}
     hints = get_type_hints(JaxEngineConfig)
     samples: dict[Any, Any] = {int: 3, float: 0.25, str: "x", dict[str, Any]: {"a": 1}}
     for field in fields(JaxEngineConfig):

@@ -29,7 +29,7 @@ LINE = """
 REFUSED = {
     "adapters": "a=b", "cache_block_seq_len": "32", "cp": "2", "device": "ascend", "dllm_block_length": "4",
     "dllm_denoising_steps": "4", "logprobs_mode": "raw_logits", "nnodes": "2",
-    "node_rank": "1", "quant_policy": "int8", "role": "Prefill", "rope_scaling_factor": "2",
+    "node_rank": "1", "role": "Prefill", "rope_scaling_factor": "2",
     "speculative_algorithm": "eagle3", "speculative_draft_model": "m",
 }  # fmt: skip
 SWITCHES = ("enable_eplb",)

@@ -17,7 +17,8 @@ from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.cli.main import main
 from lmdeploy_jax.converters.vision_config import read_vision
 from lmdeploy_jax.engine.core import engine
-from lmdeploy_jax.engine.prepare import check_ep, prepare
+from lmdeploy_jax.engine.decoder_config import check_ep
+from lmdeploy_jax.engine.prepare import prepare
 from lmdeploy_jax.engine.process import remote
 from lmdeploy_jax.errors import ConfigError, LmdeployError
 from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, RouterConfig

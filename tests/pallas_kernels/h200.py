@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lmdeploy_jax.pallas_kernels.kv_formats import E4M3, INT4, INT8
 from tests.pallas_kernels.programs import Model, Program, as_on_h200, decode_step, prefill_step
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
@@ -33,12 +35,19 @@ LAYERS = 2  # enough kernels for XLA to make a command buffer
 LLAMA = Model(head_dim=128, heads=32, kv_heads=8, dtype="bfloat16")
 ODD = Model(head_dim=80, heads=14, kv_heads=2, dtype="float16", window=100, soft_cap=30.0, sinks=True)
 GEMMA = Model(head_dim=256, heads=8, kv_heads=4, dtype="bfloat16", window=1024, lookahead=True)
+INT8_LLAMA, INT4_LLAMA, E4M3_LLAMA = (replace(LLAMA, form=form) for form in (INT8, INT4, E4M3))
 PROGRAMS = {
     "decode llama": (decode_step, LLAMA),
     "prefill llama": (prefill_step, LLAMA),
     "decode odd": (decode_step, ODD),
     "prefill odd": (prefill_step, ODD),
     "prefill both ways": (prefill_step, GEMMA),
+    "decode int8": (decode_step, INT8_LLAMA),
+    "prefill int8": (prefill_step, INT8_LLAMA),
+    "decode int4": (decode_step, INT4_LLAMA),
+    "prefill int4": (prefill_step, INT4_LLAMA),
+    "decode fp8": (decode_step, E4M3_LLAMA),
+    "prefill fp8": (prefill_step, E4M3_LLAMA),
 }
 
 
@@ -53,7 +62,9 @@ def report(name: str, program: Program, sharding: NamedSharding) -> dict[str, ob
         return {
             "program": name,
             "caches_aliased": compiled.memory_analysis().alias_size_in_bytes >= caches,
-            "cache_copies": cache_copies(compiled.as_text(), specs[0][0][0].shape),
+            "cache_copies": sum(
+                cache_copies(compiled.as_text(), leaf.shape) for leaf in jax.tree.leaves(specs[0][0][0])
+            ),
             "outside_command_buffer": outside_command_buffer(Path(folder)),
             "kernels": _ptxas(Path(folder)),
         }

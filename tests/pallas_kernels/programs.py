@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from lmdeploy_jax.pallas_kernels.kv_formats import KVFormat
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import max_tiles, prefill_attention, tile_rows
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 
 SEQUENCES, TABLE_WIDTH, TOKENS, PAGES = 16, 32, 256, 128
@@ -30,16 +32,21 @@ class Model:
     soft_cap: float | None = None
     sinks: bool = False
     lookahead: bool = False
+    form: KVFormat | None = None
 
     def __str__(self) -> str:
-        return f"{self.dtype}-{self.head_dim}"
+        return f"{self.form.name if self.form else self.dtype}-{self.head_dim}"
 
     def options(self) -> dict[str, object]:
         sinks = jnp.zeros(self.heads, jnp.float32) if self.sinks else None
         return {"options": AttentionOptions(0.1, self.window, self.soft_cap), "sinks": sinks}
 
-    def cache(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((PAGES, self.kv_heads, PAGE_SIZE, self.head_dim), self.dtype)
+    def cache(self) -> jax.ShapeDtypeStruct | QuantPages:
+        tokens, form = (PAGES, self.kv_heads, PAGE_SIZE), self.form
+        if form is None:
+            return jax.ShapeDtypeStruct((*tokens, self.head_dim), self.dtype)
+        words = jax.ShapeDtypeStruct((*tokens, form.words(self.head_dim)), "uint16")
+        return QuantPages(words, jax.ShapeDtypeStruct(tokens, form.scale_dtype), form)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmdeploy_jax.pallas_kernels.kv_formats import KVFormat
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
+from tests.pallas_kernels import kv_reference
 
 LENGTHS = (
     0,
@@ -48,6 +51,8 @@ class Shape:
     lengths: tuple[int, ...] = LENGTHS
     options: dict[str, float] = field(default_factory=dict)
     sinks: bool = False
+    form: KVFormat | None = None
+    """How the cache is quantised."""
     block: int | None = None
     """Prefill: tokens `i * block .. (i + 1) * block` of a sequence attend both ways, for odd i."""
 
@@ -67,10 +72,11 @@ class PagedBatch:
         self.table = np.where(used, order, 0).astype(np.int32)
         cache = (sequences * pages + 1, shape.kv_heads, PAGE_SIZE, shape.head_dim)
         self.k_pages, self.v_pages = (np.full(cache, unused, np.float32) for _ in range(2))
-        self.keys, self.values = ([self._sequence(n) for n in shape.lengths] for _ in range(2))
+        self.drawn = [[self._sequence(n) for n in shape.lengths] for _ in range(2)]
+        self.keys, self.values = ([self._kept(x) for x in each] for each in self.drawn)
         for row in range(sequences):
-            self._fill(self.k_pages, self.keys[row], row)
-            self._fill(self.v_pages, self.values[row], row)
+            self._fill(self.k_pages, self.drawn[0][row], row)
+            self._fill(self.v_pages, self.drawn[1][row], row)
         self.sinks = self.draw(shape.kv_heads * shape.group) if shape.sinks else None
 
     def draw(self, *size: int) -> np.ndarray:
@@ -106,7 +112,7 @@ class PagedBatch:
         heads = q.reshape(len(q), self.shape.kv_heads, self.shape.group, self.shape.head_dim)
         newest = [
             [tokens[-1] if len(tokens) else np.zeros_like(heads[0, :, 0]) for tokens in cached]
-            for cached in (self.keys, self.values)
+            for cached in self.drawn
         ]
         return np.concatenate([heads, *(np.stack(tokens)[:, :, None] for tokens in newest)], axis=2)
 
@@ -126,6 +132,19 @@ class PagedBatch:
     def device(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Float arrays in the case's dtype, the others as they are."""
         return [jnp.asarray(x, self.shape.dtype if x.dtype == np.float32 else x.dtype) for x in arrays]
+
+    def cache(self, *pages: np.ndarray) -> list[jax.Array] | list[QuantPages]:
+        """Those arrays as the ops take them. Quantised, slots without a token have all bits set: NaN, or an
+        absurd number.
+        """
+        form = self.shape.form
+        if form is None:
+            return self.device(*pages)
+        return [QuantPages(*map(jnp.asarray, kv_reference.pages_of(x, form)), form) for x in pages]
+
+    def _kept(self, tokens: np.ndarray) -> np.ndarray:
+        form = self.shape.form
+        return tokens if form is None else kv_reference.rounded(tokens, form).astype(np.float32)
 
     def _sequence(self, length: int) -> np.ndarray:
         return self.draw(length, self.shape.kv_heads, self.shape.head_dim)
@@ -158,11 +177,12 @@ def decode_case(
     zeros = np.zeros((len(batch.lengths), shape.kv_heads), np.int32)
     attend = _jitted(op, batch, backend, work=HeadWork(), dtype=shape.dtype)
     rest = (slots, batch.table, batch.lengths)
-    *_, counters = attend(*batch.device(qkv, *before, *rest, zeros))
-    out, *written, counters = attend(*batch.device(qkv, *before, *rest), counters)  # as the next layer does
+    new, where = batch.device(qkv), batch.device(*rest)
+    *_, counters = attend(*new, *batch.cache(*before), *where, *batch.device(zeros))
+    out, *written, counters = attend(*new, *batch.cache(*before), *where, counters)  # as the next layer does
     assert not np.any(counters), "counters are not zero after a call"
-    for pages, complete in zip(written, (batch.k_pages, batch.v_pages), strict=True):
-        np.testing.assert_array_equal(np.asarray(pages, np.float32)[1:], complete[1:])
+    for pages, complete in zip(written, batch.cache(batch.k_pages, batch.v_pages), strict=True):
+        kv_reference.assert_same_pages(pages, complete)
     expected = np.zeros(q.shape)
     for row, length in enumerate(batch.lengths):
         if length:
@@ -185,7 +205,8 @@ def prefill_case(
         for row, start, count, position in zip(rows, starts, counts, positions, strict=True):
             ahead[start : start + count] = [batch.lookahead(row, position + i) for i in range(count)]
         more["lookahead"] = jnp.asarray(ahead)
-    arrays = batch.device(q, batch.k_pages, batch.v_pages, batch.table, tiles)
+    cache = batch.cache(batch.k_pages, batch.v_pages)
+    arrays = [*batch.device(q), *cache, *batch.device(batch.table, tiles)]
     out = _jitted(op, batch, backend, **more)(*arrays)
     expected = np.zeros(q.shape)
     for row, start, count, position in zip(rows, starts, counts, positions, strict=True):

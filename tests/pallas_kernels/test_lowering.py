@@ -10,6 +10,7 @@ import pytest
 from jax import export
 
 from lmdeploy_jax.pallas_kernels.grouped_matmul import fused_experts
+from lmdeploy_jax.pallas_kernels.kv_formats import E4M3, INT4, INT8
 from lmdeploy_jax.pallas_kernels.quant_gemm import quant_gemm
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
@@ -25,6 +26,9 @@ MODELS = [
     Model(head_dim=96, heads=16, kv_heads=1, dtype="bfloat16", sinks=True),
     Model(head_dim=128, heads=32, kv_heads=8, dtype="float32"),
     Model(head_dim=256, heads=8, kv_heads=4, dtype="bfloat16", window=4096, soft_cap=50.0, lookahead=True),
+    Model(head_dim=128, heads=32, kv_heads=8, dtype="bfloat16", form=INT8),
+    Model(head_dim=64, heads=14, kv_heads=2, dtype="float16", window=100, sinks=True, form=INT4),
+    Model(head_dim=256, heads=8, kv_heads=4, dtype="bfloat16", soft_cap=50.0, lookahead=True, form=E4M3),
 ]
 TRITON_CALL = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
 

@@ -16,12 +16,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lmdeploy_jax.cache.encoder_cache import EncoderCacheManager
-from lmdeploy_jax.cache.kv import CacheSpec, MemoryPlan, free_bytes, page_bytes, plan_memory, state_bytes
+from lmdeploy_jax.cache.kv import (
+    CacheSpec,
+    MemoryPlan,
+    free_bytes,
+    gain,
+    page_bytes,
+    plan_memory,
+    state_bytes,
+)
 from lmdeploy_jax.cache.layout import CacheLayout
 from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.cache.states import StateIndex
 from lmdeploy_jax.config import JaxEngineConfig
-from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.converters.vision_config import servable_vision
 from lmdeploy_jax.engine.core import buckets as bucket_plan
@@ -43,8 +50,8 @@ from lmdeploy_jax.engine.core.state import DeviceState, Leaves
 from lmdeploy_jax.engine.core.steps import Steps
 from lmdeploy_jax.engine.core.steps_cpu import CpuSteps
 from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
+from lmdeploy_jax.engine.decoder_config import changed_config, decoder_config
 from lmdeploy_jax.engine.facts import Startup
-from lmdeploy_jax.engine.prepare import check_ep
 from lmdeploy_jax.engine.progress import announce, loading_bar
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.hub import resolve_model
@@ -90,8 +97,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
     mesh = make_mesh(tp=config.tp, ep=config.ep)
     platform = mesh.devices.flat[0].platform
-    model_config = read_config(folder, config.hf_overrides, config.model_format)
-    check_ep(config, model_config)
+    model_config = decoder_config(folder, config)
     session_len = _session_len(config, model_config)
     backend = choose_backend(config.backend, mesh.devices.flat[0], model_config)
     begun = time.perf_counter()
@@ -127,8 +133,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         decode_steps=steps,
         encoder_cache=encoder_cache,
     )
-    on_cpu = platform == "cpu"
-    seconds = time.perf_counter() - started
+    on_cpu, seconds = platform == "cpu", time.perf_counter() - started
     announce(progress, f"ready in {seconds:.1f} s, room for {memory.room:,} tokens of context")
     return Parts(
         folder, model_config, session_len, memory, layout, buckets, scheduler, runner, startup, reload, on_cpu
@@ -215,7 +220,7 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
             tuning=_tuning(mesh, backend),
             hf_overrides=config.hf_overrides,
             model_format=config.model_format,
-            config=_with_routes(folder, config) if config.enable_return_routed_experts else None,
+            config=changed_config(folder, config),
             on_progress=on_progress,
         )
         jax.block_until_ready(loaded.leaves)
@@ -224,10 +229,6 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
         log.warning("dtype %s on a CPU is far slower than float32, which dtype='auto' takes", loaded.dtype)
     log.info("loaded %s in %.1f s, backend %s", folder, time.perf_counter() - start, backend)
     return loaded
-
-
-def _with_routes(folder: Path, config: JaxEngineConfig) -> DecoderConfig:
-    return read_config(folder, config.hf_overrides, config.model_format).with_routes()
 
 
 def _reload(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str) -> tuple[Leaves, Leaves]:
@@ -337,6 +338,7 @@ def _plan(
         session_len=session_len,
         sequences=buckets.max_batch_size,
         on_cpu=mesh.devices.flat[0].platform == "cpu",
+        gain=gain(layout.paged, model.dtype),
     )
 
 

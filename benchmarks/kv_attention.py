@@ -1,0 +1,135 @@
+"""Attention over quantised caches on a GPU: right, and how fast beside 16 bits.
+
+    python -m benchmarks.kv_attention llama3-8b
+
+The kernels' outputs are first held against `xla.py` on the same cache. Then microseconds by the profiler, of
+each way to hold the cache and each cut of the work, and how many times as fast it is as 16 bits.
+`--interpret` runs the checks alone, on a CPU, for shapes cut small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmdeploy_jax.bench import shapes
+from lmdeploy_jax.bench.device_time import device_seconds
+from lmdeploy_jax.bench.kernels import DECODE, PREFILL, Attention
+from lmdeploy_jax.converters.families import build_config
+from lmdeploy_jax.models.config import AttentionConfig
+from lmdeploy_jax.pallas_kernels.kv_formats import KV_FORMATS
+from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention, pallas
+from lmdeploy_jax.pallas_kernels.paged_attention.pallas import Tuning
+from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, prefill_attention, tile_rows
+
+MOST_ERROR = 5e-3  # of bfloat16, as a share of the whole
+CUTS = [Tuning(128, warps, stages) for warps, stages in itertools.product((1, 2, 4), (3, 5, 7))]
+FORMATS = {"bf16": None} | {form.name: form for form in KV_FORMATS.values()}
+
+
+def cut_as(tuning: Tuning) -> Callable[..., Any]:
+    """`paged_attention` of one part, with that cut."""
+
+    def attend(qkv: jax.Array, *arrays: Any, options: Any, dtype: Any, backend: str) -> Any:
+        *cache, slots, table, lens, counters, work = arrays
+        args = (qkv[None], *cache, slots, table, lens, counters, work, None, options)
+        return pallas.paged_attention(
+            *args, dtype=dtype, tuning=tuning, interpret=backend == "pallas_interpret"
+        )
+
+    return attend
+
+
+def check(name: str, config: AttentionConfig, backend: str, lengths: Sequence[int]) -> bool:
+    """Whether decode and prefill attention give what they give through XLA, over the same cache."""
+    found = []
+    for each in (backend, "xla"):
+        bench = Attention(config, each)
+        case = bench.decode_case(lengths)
+        *cache, _, out = jax.jit(case.function)(*case.state, *case.arguments[0])
+        found.append([out, _prefilled(config, cache, each)])
+    right = True
+    for op, got, want in zip(("decode", "prefill"), *found, strict=True):
+        got, want = (np.asarray(x, np.float64) for x in (got, want))
+        error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+        right &= error < MOST_ERROR
+        print(
+            f"{'right' if error < MOST_ERROR else 'WRONG'}: {op} over {name}, error {error:.1e}", flush=True
+        )
+    return right
+
+
+def _prefilled(config: AttentionConfig, cache: list[Any], backend: str) -> jax.Array:
+    """A chunk behind a prefix, and a short one."""
+    counts, firsts = [150, 3], [70, 0]
+    tiles = build_tiles([0, 1], [0, 150], counts, firsts, tile_rows(backend), 24)
+    table = jnp.asarray(np.arange(1, 9, dtype=np.int32).reshape(2, 4))
+    q = jax.random.normal(jax.random.key(5), (153, config.heads, config.head_dim), jnp.bfloat16)
+    args = (q, *cache, table, jnp.asarray(tiles))
+    how = {"options": config.options, "backend": backend}
+    return jax.jit(lambda *args: prefill_attention(*args, **how))(*args)
+
+
+def decode_times(configs: dict[str, AttentionConfig], names: Sequence[str]) -> Iterator[str]:
+    """A line for each case, way to hold the cache and cut."""
+    for name in names:
+        base = None
+        for form, config in configs.items():
+            cuts: list[Tuning | None] = [None] if form in ("bf16", "fp8_e5m2") else [None, *CUTS]
+            for cut in cuts:
+                bench = Attention(config, "pallas", paged_attention if cut is None else cut_as(cut))
+                (seconds,) = device_seconds([bench.decode_case(DECODE[name])])
+                base = base or seconds
+                told = f"decode {name}, {form}, {'shipped' if cut is None else cut}"
+                size = sum(config.read_bytes(length, 2, 1) for length in DECODE[name])
+                yield f"{told:75} {_rate(seconds, size, base)}"
+
+
+def prefill_times(configs: dict[str, AttentionConfig]) -> Iterator[str]:
+    """The same of prompts."""
+    for name, lengths in PREFILL.items():
+        base = None
+        for form, config in configs.items():
+            seconds = Attention(config, "pallas").prefill(lengths)
+            base = base or seconds
+            work = sum(2 * n * (n + 1) for n in lengths) * config.heads * config.head_dim
+            yield f"{f'prefill {name}, {form}':75} {_rate(seconds, work, base)}"
+
+
+def _rate(seconds: float | None, work: float, base: float | None) -> str:
+    if seconds is None or base is None:
+        return "does not compile"
+    return f"{1e6 * seconds:9.1f} us {work / seconds / 1e12:7.2f} T/s {base / seconds:6.2f} times bf16"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help=f"a shape: {', '.join(shapes.names())}")
+    parser.add_argument("--cases", default="256 x 640,8 x 8000")
+    parser.add_argument("--formats", default="bf16,int8,fp8_e4m3,int4", help=", ".join(FORMATS))
+    parser.add_argument("--interpret", action="store_true")
+    args = parser.parse_args()
+    mixer = build_config(shapes.read(args.model), args.model).layers[0].mixer
+    if args.interpret:
+        DECODE.clear()
+        DECODE["small"] = [100, 1, 64]
+        PREFILL.clear()
+    configs = {name: replace(mixer, kv_format=FORMATS[name]) for name in args.formats.split(",")}
+    backend = "pallas_interpret" if args.interpret else "pallas"
+    lengths = [100, 1, 64] if args.interpret else [700, 1, 64, 129, 3000, 33]
+    right = [check(name, config, backend, lengths) for name, config in configs.items()]
+    if args.interpret or not all(right):
+        raise SystemExit(not all(right))
+    for told in itertools.chain(decode_times(configs, args.cases.split(",")), prefill_times(configs)):
+        print(told, flush=True)
+
+
+if __name__ == "__main__":
+    main()
