@@ -28,6 +28,7 @@ LAYERS = {
     "lmdeploy_jax.assets": 1,
     "lmdeploy_jax.pallas_kernels": 2,
     "lmdeploy_jax.hub": 2,
+    "lmdeploy_jax.hub_download": 2,
     "lmdeploy_jax.text": 2,
     "lmdeploy_jax.session": 2,
     "lmdeploy_jax.cache": 2,

@@ -8,7 +8,8 @@ from math import lcm
 REPORT_ROWS = 64  # rows whose logits are reported on, or pass through Python, in one call
 # Few rows cost what eight do; many, what they are.
 GPU_DECODE = (1, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
-TILES = {"cpu": (1, 4, 13), "gpu": (1, 2, 4, 8, 13)}  # square views in one run; 13: most of InternVL's images
+# Square views in one run; 13: most of InternVL's images. A CPU gains nothing by more than a few at once.
+TILES = {"cpu": (1, 4), "gpu": (1, 2, 4, 8, 13)}
 PATCHES = 1024  # of a run that several views share: in larger ones, patches of other views cost too much
 LONG_RUNS = (1024, 4096)  # patches beyond which a run is attended to in blocks of as many
 JOINING_TILES = 4  # of a run beside answers that somebody reads along: about as long as a decode step
@@ -28,6 +29,7 @@ class Buckets:
     encoder: tuple[int, ...] = TILES["cpu"]  # of an encoder's run, in what `packing.size_of` counts
     shared: int = TILES["cpu"][-1]  # of a run, what several views may take; a larger one is alone
     joining: int = JOINING_TILES  # the same beside answers that somebody reads along
+    images: tuple[int, ...] = ()  # tokens of a ragged step some of which are images'
     image_rows: int = 0  # of images that are held on the device
 
     @property
@@ -56,11 +58,13 @@ def plan(platform: str, max_batch_size: int, max_tokens: int, steps: int = 1) ->
     tokens = max(max_tokens, max_batch_size)
     if platform == "cpu":
         decode, sampling = _ladder(1, max_batch_size, 8), _ladder(1, max_batch_size, 64)
-        return Buckets(decode, sampling, _ladder(32, tokens, 4), steps)
+        ragged = _ladder(32, tokens, 4)
+        return Buckets(decode, sampling, ragged, steps, images=ragged[-2:])
     sizes = (size for size in GPU_DECODE if size < max_batch_size)
     sampling = tuple(sorted({*_ladder(1, max_batch_size, 8), min(128, max_batch_size)}))
     tiles = TILES["gpu"]
-    return Buckets((*sizes, max_batch_size), sampling, _gpu_tokens(tokens), steps, tiles, tiles[-1])
+    ragged = _gpu_tokens(tokens)
+    return Buckets((*sizes, max_batch_size), sampling, ragged, steps, tiles, tiles[-1], images=ragged)
 
 
 def image_rows(platform: str, row_bytes: int, least: int) -> int:

@@ -98,7 +98,7 @@ class Steps(ABC):
 
         self._ragged = Ladder(buckets.tokens, ragged_program)
         self._encoder = self._image_encoder(programs, buckets)
-        sizes = () if self._encoder is None else buckets.tokens
+        sizes = () if self._encoder is None else buckets.images
         self._with_images = Ladder(sizes, partial(self._image_program, tile_rows))
 
     def _image_program(self, tile_rows: int, tokens: int) -> Program:
