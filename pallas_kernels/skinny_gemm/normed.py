@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.launch import launch
@@ -97,6 +98,10 @@ class Columns:
     index: Int32[Array, "rows columns"]
     mask: Bool[Array, "rows columns"] | None = None
 
+    def load(self, ref: Any) -> Shaped[Array, "rows columns"]:
+        """What lies there, zeros where columns do not count."""
+        return plt.load(ref) if self.mask is None else plt.load(ref, mask=self.mask, other=0)
+
 
 class ResidualRow:
     """A row of the residual stream x [1, K], parts [S, 1, K] of what is added, and the norm's weight [K]."""
@@ -108,11 +113,8 @@ class ResidualRow:
     def read(self, columns: Columns) -> Row:
         """What `add` adds up."""
         index = columns.index
-        refs = [self.parts.at[part, 0, index] for part in range(self.parts.shape[0])]
-        refs = [self.x.at[0, index], self.norm.at[index], *refs]
-        if columns.mask is None:
-            return tuple(plt.load(ref) for ref in refs)
-        return tuple(plt.load(ref, mask=columns.mask, other=0) for ref in refs)
+        parts = [columns.load(self.parts.at[part, 0, index]) for part in range(self.parts.shape[0])]
+        return columns.load(self.x.at[0, index]), columns.load(self.norm.at[index]), *parts
 
     def add(
         self, row: Row, columns: Columns

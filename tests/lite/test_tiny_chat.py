@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quantised_accuracy import with_outliers
+from benchmarks.quantised_formats import written
 from benchmarks.tiny_chat_judge import Judge
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.lite.awq import Awq
@@ -60,6 +61,16 @@ def test_awq_saves_what_a_few_large_columns_would_round_away(
     found = judge.judge(_made(tmp_path / "found", method, calibration, outliers))[1]
     assert nearest > 1  # it says nothing sensible any more
     assert found < 0.02
+
+
+FOUR_BITS = pytest.param("compressed-tensors, 4 bits, groups of 128", marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("name", ["fp8, blocks of 128x128", FOUR_BITS])
+def test_what_the_formats_of_other_tools_lose(name: str, judge: Judge, tmp_path: Path) -> None:
+    """Nats a token: E4M3 keeps three bits of a mantissa; a wrong scale, or nibble, would cost units."""
+    lost = judge.judge(written(name, tmp_path / "out"))[1]
+    assert 0 < lost < (1e-2 if "fp8" in name else 0.1)
 
 
 @pytest.mark.full
