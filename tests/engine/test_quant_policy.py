@@ -45,13 +45,20 @@ def folder(request, tmp_path_factory):
 
 
 def test_every_path_gives_the_plain_one_s_tokens(start, policy, folder, prompts):
-    """Each prompt by itself, in one piece; then together, from the cache, forked; in chunks and preempted."""
+    """Each prompt by itself, in one piece; then together, from the cache, forked."""
     engine = start(quant_policy=policy, max_prefill_token_num=256)
     alone = [tokens(engine, [prompt])[0] for prompt in prompts]
     assert tokens(engine, [prompt[::-1] for prompt in prompts] + prompts)[-len(prompts) :] == alone
     hit = generate(engine, prompts[-1:], n=2)[0]
     assert [result.tokens for result in hit] == alone[-1:] * 2
     assert hit[0].last.cached_tokens == 192
+    assert len({tuple(answer) for answer in alone}) == len(prompts)
+
+
+@pytest.mark.full
+def test_in_chunks_and_preempted(start, policy, folder, prompts):
+    engine = start(quant_policy=policy, max_prefill_token_num=256)
+    alone = [tokens(engine, [prompt])[0] for prompt in prompts]
     layout = engine.facts.cache_layout
     pages, size = 5 * len(layout.groups) + 1, page_bytes(layout.paged, "float32")
     changes = {"max_prefill_token_num": 16, "decode_steps": 3, "enable_prefix_caching": False}
@@ -59,7 +66,6 @@ def test_every_path_gives_the_plain_one_s_tokens(start, policy, folder, prompts)
     assert small.memory.num_pages == pages
     assert tokens(small, prompts[1:] * 2) == alone[1:] * 2
     assert small.scheduler.preemptions or len(layout.groups) > 1
-    assert len({tuple(answer) for answer in alone}) == len(prompts)
 
 
 @pytest.mark.parametrize(("head_dim", "least"), [(128, 1.9), (64, 1.85)])
