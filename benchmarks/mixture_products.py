@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.expert_formats import FORMATS, bytes_of, cuts, draw
+from benchmarks.shared.expert_formats import FORMATS, bytes_of, cuts, draw
 from lmdeploy_jax.bench.device_time import Case, device_seconds
 from lmdeploy_jax.models.mixture import EXACT_PARTS
 from lmdeploy_jax.pallas_kernels.grouped_matmul import (

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.tiny_chat_judge import Judge
+from benchmarks.shared.tiny_chat_judge import Judge
 from lmdeploy_jax import JaxEngineConfig, Pipeline
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.bench.accuracy import accuracy

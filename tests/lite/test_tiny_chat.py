@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.quantised_accuracy import with_outliers
 from benchmarks.quantised_formats import written
-from benchmarks.tiny_chat_judge import Judge
+from benchmarks.shared.tiny_chat_judge import Judge
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.lite.awq import Awq
 from lmdeploy_jax.lite.calibration import Calibration
