@@ -45,7 +45,7 @@ class QuantPages:
         return self.words.dtype
 
 
-def as_pages(arrays: tuple[Array, ...], form: KVFormat | None) -> tuple[Any, Any]:
+def as_pages(arrays: tuple[Shaped[Array, "..."], ...], form: KVFormat | None) -> tuple[Any, Any]:
     """K and V of a cache, of the arrays that hold them."""
     if form is None:
         k_pages, v_pages = arrays

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.skinny_gemm.pallas import zero_of
@@ -49,11 +50,11 @@ class Tile:
         """In [M, N]."""
         return self.row[None, :], self.out[:, None]
 
-    def read(self, ref: jax.Ref) -> jax.Array:
+    def read(self, ref: jax.Ref) -> Shaped[Array, "M"]:
         """A number of each row."""
         return plt.load(ref.at[self.row], mask=self.valid, other=0)
 
-    def biased(self, total: jax.Array, ref: jax.Ref | None, *half: int) -> jax.Array:
+    def biased(self, total: Float32[Array, "N M"], ref: jax.Ref | None, *half: int) -> Float32[Array, "N M"]:
         """The sums with their group's bias."""
         if ref is None:
             return total
@@ -61,8 +62,8 @@ class Tile:
         return total + bias.astype(jnp.float32)[:, None]
 
     def sums(
-        self, x_ref: jax.Ref, rows: jax.Array, weight_ref: jax.Ref, *halves: tuple[int, ...]
-    ) -> tuple[jax.Array, ...]:
+        self, x_ref: jax.Ref, rows: Int32[Array, "M"], weight_ref: jax.Ref, *halves: tuple[int, ...]
+    ) -> tuple[Float32[Array, "N M"], ...]:
         """The products of such rows of x with parts of their group's weight, f32 [outputs, rows] each."""
         inner, block_in = x_ref.shape[1], self.tuning.block_in
         out = self.out_mask
@@ -81,12 +82,12 @@ class Tile:
 
 def block(
     ref: jax.Ref,
-    first: tuple[jax.Array | int, ...],
-    rows: jax.Array,
-    columns: jax.Array,
-    row_mask: jax.Array | None,
-    column_mask: jax.Array | None,
-) -> jax.Array:
+    first: tuple[Int32[Array, ""] | int, ...],
+    rows: Int32[Array, "R"],
+    columns: Int32[Array, "C"],
+    row_mask: Bool[Array, "R"] | None,
+    column_mask: Bool[Array, "C"] | None,
+) -> Shaped[Array, "R C"]:
     """A block of the matrix at `first`; zeros where a mask is false. None: all are inside."""
     at = ref.at[(*first, rows[:, None], columns[None, :])]
     if row_mask is None and column_mask is None:

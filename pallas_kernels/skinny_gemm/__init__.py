@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.skinny_gemm import xla
@@ -113,7 +113,7 @@ def norm_skinny_gemm(
     return normed.norm_skinny_gemm(x, parts, norm, halves, tiling, activation, **rest, interpret=interpret)
 
 
-def check_normed(x: jax.Array, delta: jax.Array, norm: jax.Array) -> None:
+def check_normed(x: Shaped[Array, "..."], delta: Shaped[Array, "..."], norm: Shaped[Array, "..."]) -> None:
     """Raises ValueError for what `norm_skinny_gemm` cannot add and norm."""
     if x.shape[0] != 1 or delta.shape[-2:] != x.shape or delta.ndim > 3 or norm.shape != x.shape[1:]:
         raise ValueError(

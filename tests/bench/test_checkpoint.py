@@ -119,7 +119,8 @@ def test_unknown_shape(tmp_path: Path) -> None:
         checkpoint.make("llama9", tmp_path)
 
 
-@pytest.mark.parametrize("name", shapes.names())
+# transformers has no model of the layout in which InternVL is published: its own is named otherwise.
+@pytest.mark.parametrize("name", [name for name in shapes.names() if "internvl" not in name])
 def test_shapes_count_what_transformers_counts(name: str, tmp_path: Path) -> None:
     config = shapes.read(name)
     (tmp_path / "config.json").write_text(json.dumps(config))

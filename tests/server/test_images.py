@@ -201,7 +201,7 @@ def test_what_is_wrong_names_the_part(said, param, told, sees):
         chat(sees, None, messages=said)
     error = caught.value.body
     assert param in error["message"]
-    assert error["param"] == (param if "content" in param else None)
+    assert error["param"] == param
 
 
 @pytest.mark.parametrize("ask", [chat, responses, messages])
