@@ -163,7 +163,11 @@ FEW_ROWS = [  # weights that the kernels read, and how far apart whole products 
 ]
 
 
-@pytest.mark.parametrize(("held", "most"), FEW_ROWS, ids=lambda value: getattr(value, "name", None))
+@pytest.mark.parametrize(
+    ("held", "most"),
+    [FEW_ROWS[0], FEW_ROWS[3], *[pytest.param(*row, marks=pytest.mark.full) for row in FEW_ROWS[1:3]]],
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_few_rows_are_the_kernels_where_the_table_says_so(held: WeightFormat, most: float) -> None:
     """Norm, gated and plain products, which add up to what the plan without a table gives."""
     tiling = Tiling(32, 128, 2, 4, 2)
@@ -278,7 +282,9 @@ def test_other_weights_are_multiplied_as_dense_ones(held: WeightFormat, name: st
     np.testing.assert_allclose(planned(linear, x), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("model_format", "most"), [("fp8", 0.08), ("awq", 0.03)])
+@pytest.mark.parametrize(
+    ("model_format", "most"), [pytest.param("fp8", 0.08, marks=pytest.mark.full), ("awq", 0.03)]
+)
 def test_a_model_answers_alike_with_kernels_and_without(
     model_format: str, most: float, tmp_path: Path
 ) -> None:

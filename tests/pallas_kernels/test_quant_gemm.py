@@ -152,8 +152,8 @@ def test_a_product_may_widen_its_weight(backend, element, groups):
 NORMED = [  # element, groups, zero points, columns, tiling
     (E4M3, 1, False, 512, Tiling(32, 128, 1, 4, 3, widens=True)),
     (E4M3, 4, False, 512, Tiling(32, 128, 1, 4, 3, min_rows=8, rounds=True)),
-    (INT8, 1, False, 512, Tiling(64, 256, 1, 4, 3, rounds=True)),
-    ("int4", 16, True, 512, Tiling(32, 128, 1, 4, 3)),  # groups of 32
+    pytest.param(INT8, 1, False, 512, Tiling(64, 256, 1, 4, 3, rounds=True), marks=pytest.mark.full),
+    pytest.param("int4", 16, True, 512, Tiling(32, 128, 1, 4, 3), marks=pytest.mark.full),  # groups of 32
     ("int4", 4, True, 512, Tiling(64, 128, 1, 2, 3, min_rows=8)),  # of 128
     ("int4", 1, False, 256, Tiling(32, 256, 1, 4, 3)),
 ]
@@ -176,7 +176,8 @@ def test_with_the_norm_before_it(backend, element, groups, zeros, columns, tilin
         row = np.asarray(rows.values, np.float64) * by_column(rows.scales, columns)
     how |= {"activation": jnp.square if gated else None, "out_dtype": jnp.float32, "backend": on(backend)}
     added, got = norm_quant_gemm(x, delta, norm, weight, tiling, **how)
-    np.testing.assert_array_equal(np.asarray(added, np.float32), np.asarray(wanted, np.float32))
+    # Parts are added in another order, so that a sum may round to a neighbour.
+    np.testing.assert_allclose(np.asarray(added, np.float32), np.asarray(wanted, np.float32), rtol=2**-7)
     product = row @ wide.swapaxes(-1, -2)
     want = product[0] ** 2 * product[1] if gated else product
     assert error(got, want) < (3 if gated else 1) * 4e-3  # of 16 bits; of a tie that falls to either side
