@@ -39,20 +39,19 @@ class Registration:
     def _run(self) -> None:
         known = False
         while not self._closed.is_set():
-            known = self._told("add", self._node, quiet=not known and self._closed.is_set())
+            known = self._told("add", self._node)
             self._closed.wait(INTERVAL)
         if known:
-            self._told("remove", {"url": self._node["url"]}, quiet=True)
+            self._told("remove", {"url": self._node["url"]})
 
-    def _told(self, what: str, body: object, *, quiet: bool) -> bool:
+    def _told(self, what: str, body: object) -> bool:
         """Whether it was heard."""
         try:
             url = f"{self._proxy}/nodes/{what}"
             answer = httpx.post(url, json=body, headers=self._headers, timeout=_TIMEOUT, trust_env=False)
             answer.raise_for_status()
         except httpx.HTTPError as error:
-            if not quiet:
-                logger.error("the proxy %s cannot be told of this server: %s", self._proxy, error)
+            logger.error("the proxy %s cannot be told of this server: %s", self._proxy, error)
             return False
         return True
 
