@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -28,7 +28,22 @@ class Readable(Protocol):
         """The slice `index`, as `dtype`."""
 
 
-Fetch = Callable[[Index], np.ndarray]
+class Upload(NamedTuple):
+    """A shard that its device makes of arrays as they lie in a file: `finish` of them there."""
+
+    arrays: tuple[np.ndarray, ...]
+    finish: Callable[..., jax.Array]
+
+
+@runtime_checkable
+class Uploadable(Readable, Protocol):
+    """A weight that devices can make of what the file has, where the host would take longer."""
+
+    def upload(self, index: Index) -> Upload | None:
+        """What makes the slice `index`; None: the host has to."""
+
+
+Fetch = Callable[[Index], "np.ndarray | Upload"]
 Progress = Callable[[int, int], None]
 
 THREADS = 8
@@ -37,7 +52,7 @@ BYTES_IN_FLIGHT = 512 << 20
 
 @dataclass(frozen=True)
 class Placement:
-    """One array to make: `fetch` gives any slice of it, of any float dtype."""
+    """One array to make: `fetch` gives any slice of it, of any float dtype, or what makes it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -62,9 +77,15 @@ def place(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, fetch: Fe
     shards = []
     for ranges, devices in owners.items():
         block = fetch(tuple(slice(r.start, r.stop) for r in ranges))
-        copies = [jax.device_put(block.astype(dtype, copy=False), device) for device in devices]
+        copies = [_put(block, dtype, device) for device in devices]
         shards += jax.block_until_ready(copies)
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _put(block: np.ndarray | Upload, dtype: np.dtype, device: jax.Device) -> jax.Array:
+    if isinstance(block, Upload):
+        return block.finish(*(jax.device_put(array, device) for array in block.arrays))
+    return jax.device_put(block.astype(dtype, copy=False), device)
 
 
 def load_parallel(
@@ -112,8 +133,19 @@ def load_leaves(
 
 
 def _placement(leaf: Readable, spec: jax.ShapeDtypeStruct) -> Placement:
-    dtype = np.dtype(spec.dtype)
-    return Placement(leaf.shape, dtype, spec_sharding(spec), lambda index: leaf.read(index, dtype))
+    dtype, sharding = np.dtype(spec.dtype), spec_sharding(spec)
+    source = leaf if isinstance(leaf, Uploadable) and not _on_cpu(sharding) else None
+
+    def fetch(index: Index) -> np.ndarray | Upload:
+        found = None if source is None else source.upload(index)
+        return leaf.read(index, dtype) if found is None else found
+
+    return Placement(leaf.shape, dtype, sharding, fetch)
+
+
+def _on_cpu(sharding: Sharding) -> bool:
+    devices: set[jax.Device] = sharding.device_set
+    return any(device.platform == "cpu" for device in devices)
 
 
 def spec_sharding(spec: jax.ShapeDtypeStruct) -> Sharding:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmdeploy_jax.converters.formats.parts import Parts, as_slice, cut, within
+from lmdeploy_jax.converters.formats.repack import Packing
 from lmdeploy_jax.converters.formats.scheme import Scheme
 from lmdeploy_jax.converters.formats.settings import Settings
 from lmdeploy_jax.models.formats import INT4
 
 ROLES = ("qweight", "qzeros", "scales")
 PACKED = 8  # outputs in an int32
+PACKING = Packing(4, across=True, transposed=True, order=(0, 2, 4, 6, 1, 3, 5, 7))
 
 
 @dataclass(frozen=True)
@@ -23,22 +25,25 @@ class AwqTensor:
     shape: tuple[int, int]
     scheme: Scheme
     g_idx: None = None
+    packing: Packing = PACKING
 
     def elements(self, rows: range, columns: range) -> np.ndarray:
-        return self._unpacked("qweight", as_slice(columns), rows)
+        return unpack(self.words(rows, columns))[:, cut(rows, PACKED)].T
+
+    def words(self, rows: range, columns: range) -> np.ndarray:
+        return self.parts.read("qweight", (as_slice(columns), as_slice(within(rows, PACKED))))
 
     def scales(self, rows: range) -> np.ndarray:
         return self.parts.read("scales", (slice(None), as_slice(rows))).T
 
     def zeros(self, rows: range) -> np.ndarray | None:
-        return self._unpacked("qzeros", slice(None), rows) if self.scheme.has_zeros else None
+        if not self.scheme.has_zeros:
+            return None
+        words = self.parts.read("qzeros", (slice(None), as_slice(within(rows, PACKED))))
+        return unpack(words)[:, cut(rows, PACKED)].T
 
     def row_scales(self, rows: range) -> None:
         return None
-
-    def _unpacked(self, role: str, across: slice, rows: range) -> np.ndarray:
-        words = self.parts.read(role, (across, as_slice(within(rows, PACKED))))
-        return unpack(words)[:, cut(rows, PACKED)].T
 
 
 def unpack(words: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from lmdeploy_jax.converters.fields import shown
 from lmdeploy_jax.converters.formats.fp4 import open_mxfp4, open_nvfp4
 from lmdeploy_jax.converters.formats.gptq import checked_g_idx
 from lmdeploy_jax.converters.formats.parts import Parts, as_slice, cut, within
+from lmdeploy_jax.converters.formats.repack import Packing
 from lmdeploy_jax.converters.formats.scaled import Block, open_scaled
 from lmdeploy_jax.converters.formats.scheme import Scheme, is_float
 from lmdeploy_jax.converters.formats.settings import Settings
@@ -42,10 +43,15 @@ class PackedTensor:
     g_idx: np.ndarray | None
 
     def elements(self, rows: range, columns: range) -> np.ndarray:
-        packed = 32 // self.bits
-        words = self.parts.read("weight_packed", (as_slice(rows), as_slice(within(columns, packed))))
-        codes = unpack(words, self.bits)[:, cut(columns, packed)]
+        codes = unpack(self.words(rows, columns), self.bits)[:, cut(columns, 32 // self.bits)]
         return codes if self.bits == 4 else (codes ^ 128).view(np.int8)
+
+    @property
+    def packing(self) -> Packing:
+        return Packing(self.bits, across=False, transposed=False)
+
+    def words(self, rows: range, columns: range) -> np.ndarray:
+        return self.parts.read("weight_packed", (as_slice(rows), as_slice(within(columns, 32 // self.bits))))
 
     def scales(self, rows: range) -> np.ndarray:
         return self.parts.read("weight_scale").reshape(self.shape[0], -1)[as_slice(rows)]

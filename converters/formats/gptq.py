@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmdeploy_jax.converters.formats.parts import Parts, as_slice, cut, within
+from lmdeploy_jax.converters.formats.repack import Packing
 from lmdeploy_jax.converters.formats.scheme import Scheme
 from lmdeploy_jax.converters.formats.settings import Settings
 from lmdeploy_jax.models.formats import INT4, INT8
@@ -31,9 +32,15 @@ class GptqTensor:
     g_idx: np.ndarray | None
 
     def elements(self, rows: range, columns: range) -> np.ndarray:
-        packed = 32 // self.bits
-        words = self.parts.read("qweight", (as_slice(within(columns, packed)), as_slice(rows)))
-        return _signed(_unpack_down(words, self.bits)[cut(columns, packed)].T, self.bits)
+        codes = _unpack_down(self.words(rows, columns), self.bits)
+        return _signed(codes[cut(columns, 32 // self.bits)].T, self.bits)
+
+    @property
+    def packing(self) -> Packing:
+        return Packing(self.bits, across=False, transposed=True)
+
+    def words(self, rows: range, columns: range) -> np.ndarray:
+        return self.parts.read("qweight", (as_slice(within(columns, 32 // self.bits)), as_slice(rows)))
 
     def scales(self, rows: range) -> np.ndarray:
         return self.parts.read("scales", (slice(None), as_slice(rows))).T

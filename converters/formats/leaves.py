@@ -10,8 +10,10 @@ from math import gcd, prod
 import jax
 import numpy as np
 
+from lmdeploy_jax.converters.device import Upload
 from lmdeploy_jax.converters.formats.parts import as_slice
 from lmdeploy_jax.converters.formats.reader import QuantReader
+from lmdeploy_jax.converters.formats.repack import repacked
 from lmdeploy_jax.converters.formats.scheme import pack_words
 from lmdeploy_jax.converters.formats.tensor import QuantTensor
 from lmdeploy_jax.converters.keytable import Leaf
@@ -111,6 +113,18 @@ class QuantLeaf:
         if self.role == ROW_SCALES:
             return self._rows(ranges, range(1), dtype)[..., 0]
         return np.ascontiguousarray(np.moveaxis(self._rows(ranges[1:], ranges[0], dtype), -1, 0))
+
+    def upload(self, index: Index) -> Upload | None:
+        """`read(index)`, made by the device of the file's own words; None: they are none that it can read."""
+        ranges = as_ranges(index, self.shape)
+        if self.role != VALUES:
+            return None
+        runs, width = list(self.leaf.cut(ranges[:-1])), self.held.per_value
+        columns = range(ranges[-1].start * width, ranges[-1].stop * width)
+        first = next(iter(self.tensors.values()))
+        order = None if first.g_idx is None else _order(first)
+        tile, shape = self.held.tile, sizes(ranges[:-1])
+        return repacked(self.tensors, _hulls(runs), runs, columns, order, tile=tile, shape=shape)
 
     def _rows(self, rows: Ranges, along: range, dtype: np.dtype) -> np.ndarray:
         """[*rows, along]; each part's tensor is decoded once, from the first of its rows to the last."""

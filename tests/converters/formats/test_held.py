@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmdeploy_jax.converters import orbax
+from lmdeploy_jax.converters.device import Upload
 from lmdeploy_jax.converters.formats.leaves import QuantLeaf, format_of, quant_leaves
 from lmdeploy_jax.converters.formats.reader import QuantReader
 from lmdeploy_jax.converters.keytable import Leaf, Rule, bind
@@ -138,6 +140,48 @@ def test_devices_have_their_shares_also_of_cut_groups(kind: str, of: int, tmp_pa
         columns = slice(share * 96 // of, (share + 1) * 96 // of)
         ours = read_share(leaves, held, range(8, 40), share, of)
         np.testing.assert_allclose(ours, whole[8:40, columns], rtol=1e-6)
+
+
+PACKED = ("awq", "gptq", "gptq_8bit_asym", "gptq_act_order", "ct_w4_asym", "ct_w8")  # into words of 32 bits
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_device_makes_of_the_file_s_words_what_the_host_would(
+    kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused parts, all of them uploaded as the file has them, as on a GPU."""
+    quantise_folder(llama, tmp_path / "quantised", tmp_path / "dense", CASES[kind])
+    load = partial(load_model, tmp_path / "quantised", dequantise=False)
+    hosts, upload, uploads = named_leaves(load()), QuantLeaf.upload, []
+
+    def counted(self: QuantLeaf, index: Index) -> Upload | None:
+        uploads.append(upload(self, index))
+        return uploads[-1]
+
+    monkeypatch.setattr("lmdeploy_jax.converters.device._on_cpu", lambda sharding: False)
+    monkeypatch.setattr(QuantLeaf, "upload", counted)
+    for name, leaf in named_leaves(load()).items():
+        np.testing.assert_array_equal(leaf, hosts[name], err_msg=name)
+        assert (leaf.dtype, leaf.sharding) == (hosts[name].dtype, hosts[name].sharding)
+    assert sum(made is not None for made in uploads) == 2 * len(WEIGHTS)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_devices_make_their_shares(kind: str, tmp_path: Path) -> None:
+    """Whole words of a device's rows and columns; where it has a part of a word, the host reads it."""
+    weight = np.random.default_rng(0).normal(size=(64, 96)).astype(np.float32)
+    leaf, reader = open_leaf(tmp_path, CASES[kind], weight)
+    held = format_of(leaf, reader, 1 if kind == "gptq_act_order" else 2)
+    assert held is not None
+    values = quant_leaves("w", leaf, reader, held)["w.values"]
+    columns = slice(0, None) if kind == "gptq_act_order" else slice(values.shape[1] // 2, None)
+    index = (slice(8, 40), columns)
+    made = values.upload(index)
+    assert made is not None
+    assert sum(array.nbytes for array in made.arrays) >= values.read(index, dtype_of(held, "values")).nbytes
+    found = made.finish(*made.arrays)
+    np.testing.assert_array_equal(found, values.read(index, dtype_of(held, "values")))
+    assert (values.upload((slice(3, 40), columns)) is None) == (kind == "awq")
 
 
 AS_PUBLISHED = {
