@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from lmdeploy_jax.bench.workloads import Job
-from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.base import EngineBase
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
 from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.prompt import EncodedPrompt
@@ -61,7 +61,7 @@ class _Listener:
             self.recorder.finished()
 
 
-def run(engine: Engine, jobs: list[Job]) -> Run:
+def run(engine: EngineBase, jobs: list[Job]) -> Run:
     """Submit every job at once, greedy and without stop ids, and wait for the last token.
 
     Raises EngineError where a request did not end with exactly the tokens asked for.
