@@ -1,4 +1,4 @@
-"""Trains tiny-chat: `python -m lmdeploy_jax.assets.train --out DIR --minutes 60`.
+"""Trains tiny-chat or tiny-moe: `python -m lmdeploy_jax.assets.train --model NAME --out DIR --minutes 60`.
 
 Needs torch and transformers; runs on a GPU or a CPU. The learning rate follows the clock, so that a run
 of any length ends with a decayed rate. Data is generated on the fly: no conversation comes twice
@@ -21,19 +21,18 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from . import tasks
-from .tokenizer import train_tokenizer
+from .train_models import SHAPES, Model, hidden_states, new_model, tokenizer_of, trainable
 
-POOL = 256  # conversations sorted by length before they are cut into batches
+POOL = 0.1  # conversations for each of a batch's tokens: so many are sorted by length before they are cut
 IGNORED = -100
 
 log = functools.partial(print, flush=True)
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Shares = dict[str, float]
-Model = Any  # Qwen3ForCausalLM, whose own annotations no type checker follows
 
 
 @dataclass(frozen=True)
@@ -53,23 +52,10 @@ class Options:
     hold: float = 0.4
     seed: int = 0
     workers: int = 0
-    layers: int = 4
+    model: str = "tiny-chat"
     init: Path | None = None
     snapshot_minutes: float = 22.0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int) -> Model:
-    """A freshly initialised Qwen3 in float32: 3M parameters with four layers."""
-    torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
 
 
 def render(tokenizer: PreTrainedTokenizerFast, item: tasks.Conversation | tasks.Example, prompt: bool) -> str:
@@ -98,7 +84,10 @@ def batches(tokenizer: PreTrainedTokenizerFast, options: Options, worker: int = 
     """Endless (ids, labels), each [B, T] int64, of conversations of like length."""
     rng = random.Random(f"{options.seed}/{rank()}/{worker}")
     while True:
-        texts = [render(tokenizer, tasks.training_conversation(rng), False) for _ in range(POOL)]
+        texts = [
+            render(tokenizer, tasks.training_conversation(rng), False)
+            for _ in range(int(POOL * options.batch_tokens))
+        ]
         rows = sorted(tokenizer(texts, add_special_tokens=False)["input_ids"], key=len)
         cuts: list[list[list[int]]] = [[]]
         for row in rows:
@@ -153,12 +142,14 @@ def padded(tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]) -> Batch:
 
 
 def loss_of(model: Model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the target tokens; logits are computed for these positions only."""
+    """Mean cross entropy of the target tokens; logits are computed for these positions only. For a mixture,
+    and the loss that its experts' work be equal.
+    """
     wanted = labels[:, 1:] != IGNORED
     with torch.autocast(ids.device.type, torch.bfloat16):
-        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        hidden, imbalance = hidden_states(model, ids[:, :-1])
         logits = model.lm_head(hidden[wanted])
-    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
+    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted]) + imbalance
 
 
 def optimizers(model: Model, inner: str = "layer", slow: str = "$^") -> list[torch.optim.Optimizer]:
@@ -239,8 +230,8 @@ def train(model: Model, tokenizer: PreTrainedTokenizerFast, options: Options) ->
             log(f"step {index}: {minutes:.1f} min, {seen / 1e6:.2f}M tokens, {rate=:.0e}, loss {recent:.4f}")
         if minutes >= next_snapshot:
             next_snapshot += options.snapshot_minutes
-            log(report(evaluate(model, tokenizer, 8)))
             save(model, tokenizer, options.out.with_name(options.out.name + "-snapshot"))
+            log(report(evaluate(model, tokenizer, 8)))
     return {"steps": index, "tokens": seen, "minutes": minutes}
 
 
@@ -280,7 +271,7 @@ def report(shares: Shares) -> str:
 
 def save(model: Model, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write a bfloat16 checkpoint as transformers does, with tokenizer and chat template."""
-    rounded: Model = Qwen3ForCausalLM(model.config)
+    rounded: Model = type(model)(model.config)
     rounded.to(torch.bfloat16).load_state_dict(model.state_dict())
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     rounded.generation_config = GenerationConfig(
@@ -304,7 +295,7 @@ def options_from_flags() -> Options:
     parser.add_argument("--seed", type=int, default=Options.seed)
     parser.add_argument("--workers", type=int, default=Options.workers)
     parser.add_argument("--init", type=Path)
-    parser.add_argument("--layers", type=int, default=Options.layers)
+    parser.add_argument("--model", choices=SHAPES, default=Options.model)
     parser.add_argument("--snapshot-minutes", type=float, default=Options.snapshot_minutes)
     parser.add_argument("--device", default=Options.device)
     return Options(**vars(parser.parse_args()))
@@ -312,15 +303,14 @@ def options_from_flags() -> Options:
 
 def beginning(options: Options) -> tuple[PreTrainedTokenizerFast, Model]:
     """Tokenizer and float32 model to train: those of the `init` checkpoint, or fresh ones."""
+    shape = SHAPES[options.model]
     if options.init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(options.init)
         # On a CPU the eager kind of attention is faster than the fused one.
-        model: Model = Qwen3ForCausalLM.from_pretrained(
-            options.init, dtype=torch.float32, attn_implementation="eager"
-        )
-        return tokenizer, model
-    tokenizer = train_tokenizer(options.seed)
-    return tokenizer, new_model(tokenizer, options.seed, options.layers)
+        model = shape.kind.from_pretrained(options.init, dtype=torch.float32, attn_implementation="eager")
+        return tokenizer, trainable(model)
+    tokenizer = tokenizer_of(shape, options.seed)
+    return tokenizer, new_model(shape, tokenizer, options.seed)
 
 
 def main() -> None:
@@ -336,12 +326,11 @@ def main() -> None:
 
 
 def finish(model: Model, tokenizer: PreTrainedTokenizerFast, options: Options) -> None:
-    """Judge the model, save it, and judge what was saved."""
-    log("float32:", report(evaluate(model, tokenizer, 50, seed=1)))
+    """Save the model, and judge it and what was saved."""
     save(model, tokenizer, options.out)
-    saved: Model = Qwen3ForCausalLM.from_pretrained(options.out, dtype=torch.float32)
-    saved.to(options.device)
-    log("saved bfloat16:", report(evaluate(saved, tokenizer, 50, seed=1)))
+    log("float32:", report(evaluate(model, tokenizer, 50, seed=1)))
+    saved = trainable(type(model).from_pretrained(options.out, dtype=torch.float32))
+    log("saved bfloat16:", report(evaluate(saved.to(options.device), tokenizer, 50, seed=1)))
 
 
 if __name__ == "__main__":
