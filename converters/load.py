@@ -17,7 +17,7 @@ import psutil
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from lmdeploy_jax.converters import orbax
+from lmdeploy_jax.converters import orbax, random_weights
 from lmdeploy_jax.converters.config import read_json
 from lmdeploy_jax.converters.device import load_leaves
 from lmdeploy_jax.converters.families import Family, build_config, family_of
@@ -63,9 +63,11 @@ class Skeleton:
     specs: Mapping[str, jax.ShapeDtypeStruct]
     """Name -> shape, dtype and sharding of each leaf, in the order of the leaves."""
 
-    def merge(self, leaves: tuple[jax.Array, ...]) -> AnyDecoder:
-        """The decoder that holds `leaves`; to be called inside `jax.jit`."""
-        return self._sharded(self._local, leaves, range(len(leaves)))
+    def merge(self, leaves: tuple[jax.Array, ...], peers: jax.Array | None = None) -> AnyDecoder:
+        """The decoder that holds `leaves`; to be called inside `jax.jit`. `peers`: as several devices have
+        them, see `parallel.peers`.
+        """
+        return self._sharded(self._local, leaves, range(len(leaves)), peers)
 
     def merge_head(self, leaves: tuple[jax.Array, ...]) -> AnyDecoder:
         """A decoder that can do `logits` and `scores` and no more, of the leaves at `head_places`."""
@@ -78,14 +80,20 @@ class Skeleton:
         places = dict(zip(self.head_places, leaves, strict=True))
         return self._local(tuple(places.get(i, spec) for i, spec in enumerate(self.specs.values())))
 
-    def _sharded(self, local: Merge, leaves: tuple[jax.Array, ...], places: Sequence[int]) -> AnyDecoder:
+    def _sharded(
+        self,
+        local: Merge,
+        leaves: tuple[jax.Array, ...],
+        places: Sequence[int],
+        peers: jax.Array | None = None,
+    ) -> AnyDecoder:
         """The one place where devices are counted: `local` makes the decoder of one of several."""
         mesh = self.kernels.mesh
         if mesh is None or self.kernels.tp == 1:
             return local(leaves)
         specs: list[Any] = list(self.specs.values())
-        cuts = tuple(specs[i].sharding.spec for i in places)
-        return ShardedDecoder(local, leaves, cuts, mesh, self.config, specs[0].dtype)
+        cuts, backend = tuple(specs[i].sharding.spec for i in places), self.kernels.backend
+        return ShardedDecoder(local, leaves, cuts, mesh, self.config, specs[0].dtype, backend, peers)
 
     @cached_property
     def head_places(self) -> tuple[int, ...]:
@@ -120,9 +128,9 @@ class LoadedModel:
     def config(self) -> DecoderConfig:
         return self.skeleton.config
 
-    def merge(self, leaves: tuple[jax.Array, ...]) -> AnyDecoder:
+    def merge(self, leaves: tuple[jax.Array, ...], peers: jax.Array | None = None) -> AnyDecoder:
         """See `Skeleton.merge`."""
-        return self.skeleton.merge(leaves)
+        return self.skeleton.merge(leaves, peers)
 
     def merge_head(self, leaves: tuple[jax.Array, ...]) -> AnyDecoder:
         """See `Skeleton.merge_head`."""
@@ -168,6 +176,8 @@ def load_model(
     )
     if orbax.is_converted(folder):
         return loader.converted(config)
+    if random_weights.are_random(folder):
+        return loader.random(config)
     return loader.tensors(family, config, quantisation)
 
 
@@ -233,6 +243,11 @@ class _Loader:
         if held and self._widens(dense):
             return self._finish(dense, widened(arrays, held, dense.specs))
         return self._finish(skeleton, arrays)
+
+    def random(self, config: DecoderConfig) -> LoadedModel:
+        """See `random_weights`."""
+        skeleton = build_skeleton(config, self.dtype, self.kernels)
+        return self._finish(skeleton, random_weights.draw(skeleton.specs))
 
     def _widens(self, dense: Skeleton) -> bool:
         """Whether quantised weights become those of `dense`: by default on a CPU that has memory for them."""
@@ -308,6 +323,8 @@ def stored_dtype(folder: str | os.PathLike[str]) -> jnp.dtype:
     if orbax.is_converted(folder):
         weights = orbax.read_manifest(folder)["leaves"].values()
         return jnp.dtype(max(weights, key=lambda weight: math.prod(weight["shape"]))["dtype"])
+    if random_weights.are_random(folder):
+        return random_weights.stored_dtype(folder)
     with CheckpointReader(folder) as reader:
         infos = [reader.info(name) for name in reader.names()]
     if not infos:

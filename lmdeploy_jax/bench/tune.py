@@ -65,7 +65,8 @@ Candidate = Tiling | StreamTiling | None  # None: XLA's own
 class Shape:
     """A product of a layer, as one device does it. `kind` as in `models.tuning.Measurement`.
 
-    summed: whether its result is summed over devices. after_norm: whether it reads what a norm gives.
+    summed: whether its result is summed over devices by XLA, which reads no parts.
+    after_norm: whether it reads what a norm gives.
     """
 
     out: int
@@ -89,11 +90,13 @@ class Shape:
         return self.kind != self.product
 
 
-def products(config: DecoderConfig, tp: int = 1) -> dict[str, Shape]:
+def products(config: DecoderConfig, tp: int = 1, *, peers: bool = False) -> dict[str, Shape]:
     """The products of a decode step of layers alike, each with one device's share of the weight; those with a
-    norm after the same ones without. Raises ConfigError where the model cannot be cut over `tp` devices.
+    norm after the same ones without. `peers`: a kernel sums over devices, see `Tuning.all_reduce`, with the
+    norm that follows. Raises ConfigError where the model cannot be cut over `tp` devices.
     """
-    layer, hidden = config.layers[0], config.hidden_size
+    layer, hidden, in_kernel = config.layers[0], config.hidden_size, tp > 1 and peers
+    summed = tp > 1 and not in_kernel
     if not isinstance(layer.mixer, AttentionConfig):
         kind = layer.mixer or "a layer without attention"
         raise ConfigError(f"the products of {kind} are XLA's: there is nothing to tune for them")
@@ -102,15 +105,17 @@ def products(config: DecoderConfig, tp: int = 1) -> dict[str, Shape]:
     qkv, heads = (kv_heads * rows * layer.mixer.head_dim for rows in (group + 2, group))
     plain = {
         "qkv": Shape(qkv, hidden, "parts"),
-        "o": Shape(hidden, heads, "parts", summed=tp > 1, after_norm=False),
+        "o": Shape(hidden, heads, "parts", summed=summed, after_norm=False),
         "head": Shape(-(-config.vocab_size // tp), hidden, "whole"),
     }
-    if layer.pre_norm:
+    if layer.pre_norm and not in_kernel:
         plain["norm_qkv"] = Shape(qkv, hidden, "norm_parts")
-    return plain | _mlp_products(layer, hidden, tp)
+    return plain | _mlp_products(layer, hidden, tp, summed=summed, normed="norm_qkv" in plain)
 
 
-def _mlp_products(layer: LayerConfig, hidden: int, tp: int) -> dict[str, Shape]:
+def _mlp_products(
+    layer: LayerConfig, hidden: int, tp: int, *, summed: bool, normed: bool
+) -> dict[str, Shape]:
     """Those of a mixture are grouped, and not measured here."""
     if not isinstance(layer.mlp, MlpConfig):
         return {}
@@ -121,9 +126,9 @@ def _mlp_products(layer: LayerConfig, hidden: int, tp: int) -> dict[str, Shape]:
     inner = layer.mlp.width // tp
     found = {
         "gate_up": Shape(inner, hidden, "gated"),
-        "down": Shape(hidden, inner, "parts", summed=tp > 1, after_norm=False),
+        "down": Shape(hidden, inner, "parts", summed=summed, after_norm=False),
     }
-    return found | ({"norm_gate_up": Shape(inner, hidden, "norm_gated")} if layer.pre_norm else {})
+    return found | ({"norm_gate_up": Shape(inner, hidden, "norm_gated")} if normed else {})
 
 
 def tune(shape: Shape, known: Tuning) -> list[Measurement]:

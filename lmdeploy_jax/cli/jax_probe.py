@@ -24,6 +24,7 @@ def main() -> None:
         "runtime": _runtime,
         "kernel backends": _kernel_backends,
         "quantised weights": _quantised_weights,
+        "small sums over devices": _small_sums,
     }
     print(json.dumps({name: _safely(part) for name, part in parts.items()}))
 
@@ -77,6 +78,27 @@ def _quantised_weights() -> dict[str, str]:
         name: products_of(kind, measured, device.platform, None if capability is None else float(capability))
         for name, kind in QUANTISED.items()
     }
+
+
+def _small_sums() -> str:
+    import jax
+
+    from lmdeploy_jax.engine.core.compile import tuning_dir
+    from lmdeploy_jax.models import tuning
+    from lmdeploy_jax.parallel.peers import why_not_reached
+
+    devices = jax.devices()
+    if len(devices) == 1:
+        return "none: there is one device"
+    table = tuning.load(devices[0].device_kind, tuning_dir())
+    return sums_of(table.all_reduce, devices[0].platform, why_not_reached(devices))
+
+
+def sums_of(measured: str | None, platform: str, apart: str | None) -> str:
+    """How a decode step adds up over devices, by the table's field and why devices reach no others."""
+    if measured != "pallas" or platform == "cpu":
+        return "XLA's: no kernel was measured to be faster on such devices"
+    return f"XLA's: {apart}" if apart else "a kernel that stores into the other devices' memory"
 
 
 def products_of(kind: str, measured: Container[str], platform: str, capability: float | None) -> str:

@@ -19,6 +19,7 @@ from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.models.norm import Norm, RMSNorm, WidthNorm
 from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
+from lmdeploy_jax.models.residual import Delta, NextDelta
 from lmdeploy_jax.models.rope import Rotation
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
@@ -84,12 +85,12 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
         rope: Rotation | None,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
+    ) -> tuple[Float[Array, "T E"], NextDelta, LayerCache]:
         """`Kernels.add_norm` of the first three, and attention -> x, what is added to it next, cache.
 
         `rope` is None in a layer without RoPE.

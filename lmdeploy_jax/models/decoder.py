@@ -33,15 +33,15 @@ from lmdeploy_jax.models.mlp import GatedMLP, PlainMLP, feed_forward
 from lmdeploy_jax.models.norm import LayerNorm, Norm, RMSNorm
 from lmdeploy_jax.models.per_layer_input import PerLayerInput, PerLayerInputs
 from lmdeploy_jax.models.recurrent_config import DeltaConfig, Mamba2Config, ShortConvConfig
+from lmdeploy_jax.models.residual import Delta, NextDelta, summed
 from lmdeploy_jax.models.rope import Rotation, rotation
 from lmdeploy_jax.models.score import ScoreHead
 from lmdeploy_jax.models.short_conv import ShortConv
 from lmdeploy_jax.models.step_cache import StepCache, Where
+from lmdeploy_jax.sampling.sampler import greedy
 
 # The residual stream, what is added to it next, the caches, and each token's experts where those are told.
-LayerOutput = tuple[
-    Float[Array, "T E"], Float[Array, "*parts T E"] | None, tuple[LayerCache, ...], Int32[Array, "T k"] | None
-]
+LayerOutput = tuple[Float[Array, "T E"], NextDelta | None, tuple[LayerCache, ...], Int32[Array, "T k"] | None]
 
 
 @runtime_checkable
@@ -51,13 +51,13 @@ class Mixer(Protocol):
     def __call__(
         self,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
         cache: LayerCache,
         where: Any,
         rope: Rotation | None,
         /,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
+    ) -> tuple[Float[Array, "T E"], NextDelta, LayerCache]:
         """See `Attention.__call__`; `where` is the step's sequences as it sees them."""
 
 
@@ -89,7 +89,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         caches: tuple[LayerCache, ...],
         where: tuple[Where, ...],
         rope: Rotation | None,
@@ -105,7 +105,7 @@ class DecoderLayer(nnx.Module):
             x, normed = self.kernels.add_norm(x, delta, norm)
             _, mixed, caches = self._mix(normed, None, None, caches, where, rope)
             _, out, experts = self._routed(normed, None, None)
-            return x, self._scaled(None, mixed + out), caches, experts
+            return x, self._scaled(None, summed(mixed) + summed(out)), caches, experts
         if self.attention is not None:
             x, delta, caches = self._mix(x, delta, norm, caches, where, rope)
             delta = self._scaled(self.attention_post_norm, delta)
@@ -114,11 +114,11 @@ class DecoderLayer(nnx.Module):
             delta = self._scaled(self.mlp_post_norm, delta)
         if self.per_layer_input is None and self.layer_scalar is None:
             return x, delta, caches, experts
-        return self._finished(x if delta is None else x + delta, given), None, caches, experts
+        return self._finished(self.kernels.add_norm(x, delta, None)[0], given), None, caches, experts
 
     def _routed(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
-    ) -> tuple[Array, Array, Array | None]:
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
+    ) -> tuple[Array, NextDelta, Array | None]:
         """The MLP, and the tokens' experts where they are reported."""
         assert self.mlp is not None
         if self.reports_routes and isinstance(self.mlp, Mixture | MixtureBesideMLP):
@@ -134,12 +134,12 @@ class DecoderLayer(nnx.Module):
     def _mix(
         self,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
         caches: tuple[LayerCache, ...],
         where: tuple[Where, ...],
         rope: Rotation | None,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], tuple[LayerCache, ...]]:
+    ) -> tuple[Float[Array, "T E"], NextDelta, tuple[LayerCache, ...]]:
         assert self.attention is not None
         if self.second_mixer is None:
             x, out, cache = self.attention(x, delta, norm, caches[0], where[0], rope)
@@ -147,11 +147,11 @@ class DecoderLayer(nnx.Module):
         x, normed = self.kernels.add_norm(x, delta, norm)
         _, first, cache = self.attention(normed, None, None, caches[0], where[0], rope)
         _, second, states = self.second_mixer(normed, None, None, caches[1], where[1], None)
-        return x, first + second, (cache, states)
+        return x, summed(first) + summed(second), (cache, states)
 
-    def _scaled(self, post_norm: Norm | None, out: Array) -> Array:
-        out = out if post_norm is None else post_norm(out)
-        return out if self.residual_multiplier == 1.0 else out * self.residual_multiplier
+    def _scaled(self, post_norm: Norm | None, out: NextDelta) -> NextDelta:
+        out = out if post_norm is None else post_norm(summed(out))
+        return out if self.residual_multiplier == 1.0 else summed(out) * self.residual_multiplier
 
 
 def _norm(model: DecoderConfig, dtype: jnp.dtype) -> Norm:
@@ -221,10 +221,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, cache: KVCache, batch: Batch) -> tuple[Float[Array, "T E"], KVCache]:
         """One forward pass -> hidden states after the final norm, the cache with the new tokens."""
-        x = self.embedding.lookup(batch.tokens)
-        if self.config.embedding_multiplier != 1.0:
-            x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
-        x, delta = _merged(x, batch), None
+        x, delta = self._embedded(batch)
         given = self._given(batch, x)
         step, rotations, first = StepCache(cache, batch), self._rotations(batch), 0
         routes: list[Array | None] = []
@@ -241,6 +238,17 @@ class Decoder(nnx.Module):
             routes.append(experts)
         hidden = self.kernels.add_norm(x, delta, self.norm)[1]
         return self._with_routes(hidden, routes) if self.config.reports_routes else hidden, step.cache
+
+    def _embedded(self, batch: Batch) -> tuple[Float[Array, "T E"], Delta | None]:
+        """The residual stream, and what devices have yet to add to it, where that is all they do to it."""
+        multiplier = self.config.embedding_multiplier
+        if multiplier == 1.0 and self.per_layer_inputs is None and batch.embeddings is None:
+            shares = self.embedding.shares(batch.tokens)
+            if shares is not None:
+                return jnp.zeros(shares.parts.shape, self.dtype), shares
+        x = self.embedding.lookup(batch.tokens)
+        x = x if multiplier == 1.0 else x * jnp.asarray(multiplier, x.dtype)
+        return _merged(x, batch), None
 
     def _given(self, batch: Batch, x: Float[Array, "T E"]) -> Float[Array, "T L P"] | None:
         """What each layer has of each token besides the residual stream."""
@@ -264,6 +272,10 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R V"]:
         """V is the vocabulary's size, without what pads it."""
         return finish_logits(self.config, self.head_product(hidden))
+
+    def greedy(self, hidden: Float[Array, "R E"]) -> Int32[Array, "R"]:
+        """The best token of each row; see `sampling.sampler.greedy`."""
+        return greedy(self.logits(hidden))
 
     def scores(self, hidden: Float[Array, "R E"]) -> Float32[Array, "R labels"]:
         """What a score head that has weights makes of hidden states."""

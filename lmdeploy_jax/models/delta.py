@@ -16,6 +16,7 @@ from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear, whole
 from lmdeploy_jax.models.recurrent_config import DeltaConfig
+from lmdeploy_jax.models.residual import Delta, NextDelta
 from lmdeploy_jax.models.rope import Rotation
 from lmdeploy_jax.pallas_kernels.delta_rule import delta_rule
 from lmdeploy_jax.pallas_kernels.short_conv import short_conv
@@ -56,12 +57,12 @@ class GatedDeltaNet(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
         cache: LayerCache,
         spans: Spans,
         rope: Rotation | None,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
+    ) -> tuple[Float[Array, "T E"], NextDelta, LayerCache]:
         x, normed = self.kernels.add_norm(x, delta, norm)
         config, (inputs, states) = self.config, cache
         backend = self.kernels.mixer_backend(config)

@@ -17,16 +17,19 @@ from jaxtyping import Float, Float32
 from lmdeploy_jax.models.batch import AttentionMetadata
 from lmdeploy_jax.models.config import AttentionConfig, LatentConfig, MixerConfig
 from lmdeploy_jax.models.norm import Norm, RMSNorm
+from lmdeploy_jax.models.residual import Delta, PartialSum
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
+from lmdeploy_jax.pallas_kernels.all_reduce_norm import all_reduce_add_rms_norm
 from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
 from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, tile_rows, why_not_mosaic
 from lmdeploy_jax.pallas_kernels.quant_pages import as_pages
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
+from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Pages, Quantised
 from lmdeploy_jax.parallel.collectives import Collectives, collectives
-from lmdeploy_jax.parallel.mesh import axis_size, model_devices
+from lmdeploy_jax.parallel.mesh import axis_size, model_axes, model_devices
 
 LayerCache = tuple[
     Array, ...
@@ -70,31 +73,51 @@ class Kernels:
         return "xla" if mixer.why_not_kernels() else self.backend
 
     @property
+    def has_peers(self) -> bool:
+        """Whether devices store their shares of small sums for each other, as measured to be faster."""
+        return self.tp > 1 and self.backend != "xla" and self.tuning.all_reduce == "pallas"
+
+    @property
     def collectives(self) -> Collectives:
         """What goes between the devices."""
         return collectives(self.mesh)
 
     def add_norm(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
-        """The residual stream x with what is added to it, whole or in parts -> x, and x normalised."""
+        """The residual stream x with what is added to it -> x, and x normalised."""
         if delta is None:
             return x, x if norm is None else norm(x)
+        if isinstance(delta, PartialSum):
+            return self._all_reduce_norm(x, delta, norm)
         if not isinstance(norm, RMSNorm):
             x = x + (delta.sum(0).astype(x.dtype) if delta.ndim == 3 else delta)
             return x, x if norm is None else norm(x)
         weight, options = norm.weight[...], {"eps": norm.eps, "offset": norm.offset}
         return add_rms_norm(x, delta, weight, **options, backend=self.backend)
 
+    def _all_reduce_norm(
+        self, x: Float[Array, "T E"], delta: PartialSum, norm: Norm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
+        if not isinstance(norm, RMSNorm):
+            return self.add_norm(x, self.collectives.all_reduce(delta.parts, x.dtype), norm)
+        how: dict[str, Any] = {"eps": norm.eps, "offset": norm.offset, "backend": self.backend}
+        return all_reduce_add_rms_norm(
+            x, delta.parts, norm.weight[...], delta.peers, axis=model_axes(self.mesh), **how
+        )
+
     def add_norm_quant(
         self,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"],
+        delta: Delta,
         norm: RMSNorm,
         dtype: str,
         **rounding: Any,
     ) -> tuple[Float[Array, "T E"], Quantised]:
         """The same, with what is normalised rounded to 8 bits, in `groups`, perhaps by one `scale`."""
+        if isinstance(delta, PartialSum):
+            x, normed = self.add_norm(x, delta, norm)
+            return x, round_rows(normed, dtype, **rounding, backend=self.backend)
         how: dict[str, Any] = {"eps": norm.eps, "offset": norm.offset, "backend": self.backend}
         return add_rms_norm_quant(x, delta, norm.weight[...], dtype, **rounding, **how)
 

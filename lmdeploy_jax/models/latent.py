@@ -18,6 +18,7 @@ from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.products import dense_product
 from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
+from lmdeploy_jax.models.residual import Delta, NextDelta
 from lmdeploy_jax.models.rope import Rotation
 from lmdeploy_jax.pallas_kernels.rope_kv_write.xla import rotate
 
@@ -64,12 +65,12 @@ class LatentAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
         rope: Rotation | None,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
+    ) -> tuple[Float[Array, "T E"], NextDelta, LayerCache]:
         x, normed = self.kernels.add_norm(x, delta, norm)
         nope, kv_b = self.config.nope_dim, self.kv_b.weight.dense()
         q = self._queries(normed)  # [T, H, P + Rr]

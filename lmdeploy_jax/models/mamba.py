@@ -16,6 +16,7 @@ from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.models.norm import Norm
 from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear, whole
 from lmdeploy_jax.models.recurrent_config import Mamba2Config
+from lmdeploy_jax.models.residual import Delta, NextDelta
 from lmdeploy_jax.models.rope import Rotation
 from lmdeploy_jax.pallas_kernels.short_conv import short_conv
 from lmdeploy_jax.pallas_kernels.spans import Spans
@@ -55,12 +56,12 @@ class Mamba2(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
         cache: LayerCache,
         spans: Spans,
         rope: Rotation | None,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
+    ) -> tuple[Float[Array, "T E"], NextDelta, LayerCache]:
         x, product = self.xbczdt(x, delta, norm)
         mixed, gates, dt = self._parts(whole(product, x.dtype, _value(self.xbczdt.bias)))
         (inputs, states), backend = cache, self.kernels.mixer_backend(self.config)

@@ -20,6 +20,7 @@ from lmdeploy_jax.models.mlp import GatedMLP, feed_forward
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.products import ACTIVATIONS, dense_product
 from lmdeploy_jax.models.quantised import QuantWeight
+from lmdeploy_jax.models.residual import Delta, summed
 from lmdeploy_jax.models.routing import Router, Routes
 from lmdeploy_jax.pallas_kernels.grouped_matmul import (
     Gating,
@@ -199,13 +200,13 @@ class Mixture(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
         """`Kernels.add_norm` of the arguments, and the mixture -> x, what is added to it next."""
         return self.routed(x, delta, norm)[:2]
 
     def routed(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], Int32[Array, "T k"]]:
         """The same, and each token's experts."""
         x, normed = self.kernels.add_norm(x, delta, norm)
@@ -219,7 +220,7 @@ class Mixture(nnx.Module):
 
     def _shared(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
         assert self.shared is not None
-        out = self.shared(x, None, None)[1]
+        out = summed(self.shared(x, None, None)[1])
         out = out if self.shared_scale == 1.0 else out * self.shared_scale
         if self.shared_gate is None:
             return out
@@ -261,16 +262,16 @@ class MixtureBesideMLP(nnx.Module):
         self.experts_post_norm = norm()
 
     def __call__(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "T E"]]:
         return self.routed(x, delta, norm)[:2]
 
     def routed(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "T E"], Int32[Array, "T k"]]:
         """As `Mixture.routed`."""
         x, normed = self.kernels.add_norm(x, delta, norm)
-        shared = self.shared(normed, None, None)[1]
+        shared = summed(self.shared(normed, None, None)[1])
         routes = self.router(self.router_norm(x) * jnp.asarray(x.shape[1] ** -0.5, x.dtype))
         out = self.experts(self.experts_norm(x), routes)
         out = out.sum(0, dtype=jnp.float32).astype(x.dtype) if out.ndim == 3 else out

@@ -17,6 +17,7 @@ from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.models.norm import Norm
 from lmdeploy_jax.models.products import ACTIVATIONS, Activation
 from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
+from lmdeploy_jax.models.residual import Delta, NextDelta
 
 
 class GatedMLP(nnx.Module):
@@ -34,8 +35,8 @@ class GatedMLP(nnx.Module):
         self.down = RowParallelLinear((hidden,), (inner,), ("embed", "mlp"), added_up=added_plainly, **rest)
 
     def __call__(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
+    ) -> tuple[Float[Array, "T E"], NextDelta]:
         """`Kernels.add_norm` of the arguments, and the MLP -> x, what is added to it next."""
         x, inner = self.gate_up(x, delta, norm)
         return x, self.down(inner if self.output_multiplier == 1.0 else inner * self.output_multiplier)
@@ -55,8 +56,8 @@ class PlainMLP(nnx.Module):
         self.activation = XIELU() if config.activation == "xielu" else ACTIVATIONS[config.activation]
 
     def __call__(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
+    ) -> tuple[Float[Array, "T E"], NextDelta]:
         """As `GatedMLP.__call__`."""
         x, inner = self.up(x, delta, norm)
         inner = (inner.sum(0) if inner.ndim == 3 else inner).astype(x.dtype)

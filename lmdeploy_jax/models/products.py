@@ -34,6 +34,7 @@ from lmdeploy_jax.models.quant_products import (
     can_stream,
 )
 from lmdeploy_jax.models.quantised import QuantWeight
+from lmdeploy_jax.models.residual import Delta, PartialSum
 from lmdeploy_jax.models.tuning import Kind
 from lmdeploy_jax.pallas_kernels.skinny_gemm import (
     StreamTiling,
@@ -70,7 +71,7 @@ class NormProduct(Protocol):
         self,
         linear: Linear,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         """`Kernels.add_norm` of x, delta and norm -> x [T, E], and the product with what is normalised."""
@@ -166,7 +167,7 @@ class SeparateNorm:
         self,
         linear: Linear,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         x, normed = self.kernels.add_norm(x, delta, norm)
@@ -185,10 +186,11 @@ class FusedNorm:
         self,
         linear: Linear,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         assert delta is not None  # as planned
+        assert not isinstance(delta, PartialSum)
         assert isinstance(norm, RMSNorm)
         gated = self.activation is not None
         weight = linear.weight.dense()

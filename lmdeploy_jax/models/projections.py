@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int32, Shaped
 
+from lmdeploy_jax.models.embedding import Embedding
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Axes, Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.products import Activation, plan, plan_norm, plan_xla
+from lmdeploy_jax.models.residual import Delta, PartialSum
+from lmdeploy_jax.pallas_kernels.all_reduce_norm import why_not as why_not_peers
 
 
 class ColumnParallelLinear(Linear):
@@ -34,12 +38,12 @@ class ColumnParallelLinear(Linear):
         self.activation = activation
 
     def __call__(
-        self, x: Float[Array, "T E"], delta: Float[Array, "*S T E"] | None, norm: Norm | None
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         """`Kernels.add_norm` of the arguments -> x, and the product: gated [T, I], or [T, *out], or
         f32 [S, T, *out], whose sum over S it is.
         """
-        normed = delta is not None and isinstance(norm, RMSNorm)
+        normed = isinstance(norm, RMSNorm) and delta is not None and not isinstance(delta, PartialSum)
         product = plan_norm(self.kernels, self, x, normed=normed, activation=self.activation)
         return product(self, x, delta, norm)
 
@@ -48,7 +52,10 @@ class RowParallelLinear(Linear):
     """Each device has its share of the inner axis: the product is the sum over devices.
 
     added_up: whether what reads it adds it to the residual stream as it is, and so might add up parts.
+    `peers`, if any: the table by which what reads it might add up devices' shares too, see `share_peers`.
     """
+
+    peers: nnx.Variable | None = None
 
     def __init__(
         self,
@@ -65,11 +72,25 @@ class RowParallelLinear(Linear):
         self.kernels = kernels
         self.in_parts = added_up and not bias
 
-    def __call__(self, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
-        """-> [T, *out], or f32 [S, T, *out], whose sum over S it is."""
+    def __call__(self, x: Float[Array, "T *inner"]) -> Float[Array, "..."] | PartialSum:
+        """-> [T, *out], or f32 [S, T, *out], whose sum over S it is, or such a sum of this device alone."""
         product = plan(self.kernels, "parts", self, x) if self.in_parts else plan_xla(self.kernels, self, x)
-        out = self.kernels.collectives.all_reduce(product(self, x), x.dtype)
+        out = product(self, x)
+        if self.in_parts and self.peers is not None and self._fits_peers(out, x.dtype):
+            return PartialSum(out, self.peers[...])
+        out = self.kernels.collectives.all_reduce(out, x.dtype)
         return out if self.bias is None else out + self.bias[...]
+
+    def _fits_peers(self, out: Float[Array, "*S T E"], dtype: jnp.dtype) -> bool:
+        rows, size = out.shape[-2:]
+        return why_not_peers(rows, size, dtype) is None
+
+
+def share_peers(module: nnx.Module, peers: Int32[Array, "1 K"]) -> None:
+    """Give what sums over devices within `module` the table of peers."""
+    for _, part in nnx.iter_graph(module):
+        if isinstance(part, RowParallelLinear | Embedding):
+            part.peers = nnx.Variable(peers)
 
 
 def whole(

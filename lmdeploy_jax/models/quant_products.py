@@ -18,6 +18,7 @@ from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.quantised import QuantWeight
+from lmdeploy_jax.models.residual import Delta, PartialSum
 from lmdeploy_jax.pallas_kernels.act_and_mul import act_and_mul
 from lmdeploy_jax.pallas_kernels.quant_gemm import (
     gated_quant_gemm,
@@ -139,10 +140,11 @@ class FusedQuantNorm:
         self,
         linear: Linear,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         assert delta is not None  # as planned
+        assert not isinstance(delta, PartialSum)
         assert isinstance(norm, RMSNorm)
         weight, gated = quantised(linear), self.activation is not None
         operand = weight.operand(2, weight.out_shape[1]) if gated else weight.operand(-1)
@@ -173,7 +175,7 @@ class RoundingNorm:
         self,
         linear: Linear,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         if delta is None or not isinstance(norm, RMSNorm):

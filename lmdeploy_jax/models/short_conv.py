@@ -15,6 +15,7 @@ from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.models.norm import Norm
 from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear, whole
 from lmdeploy_jax.models.recurrent_config import ShortConvConfig
+from lmdeploy_jax.models.residual import Delta, NextDelta
 from lmdeploy_jax.models.rope import Rotation
 from lmdeploy_jax.pallas_kernels.short_conv import short_conv
 from lmdeploy_jax.pallas_kernels.spans import Spans
@@ -45,12 +46,12 @@ class ShortConv(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T E"],
-        delta: Float[Array, "*S T E"] | None,
+        delta: Delta | None,
         norm: Norm | None,
         cache: LayerCache,
         spans: Spans,
         rope: Rotation | None,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], LayerCache]:
+    ) -> tuple[Float[Array, "T E"], NextDelta, LayerCache]:
         x, product = self.bcx(x, delta, norm)
         bias = None if self.bcx.bias is None else self.bcx.bias[...]
         b, c, inputs = jnp.split(whole(product, x.dtype, bias), 3, axis=2)

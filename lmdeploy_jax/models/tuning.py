@@ -51,6 +51,7 @@ class Tuning:
 
     prefill_attention: the faster backend of that op where it can do the model; None: not measured.
     experts: that of mixtures of many tokens, "mosaic" where fused ones are faster; None: not measured.
+    all_reduce: that of small sums over devices, "pallas" where GPUs that store for each other are faster.
     rounding: that of activations that XLA's products of 8 bits read; those of kernels round in kernels.
     """
 
@@ -58,6 +59,7 @@ class Tuning:
     prefill_attention: str | None = None
     rounding: str | None = None
     experts: str | None = None
+    all_reduce: str | None = None
 
     def find(
         self, format: str, kind: Kind, weight: tuple[int, int], tokens: int, *, streams: bool = True
@@ -90,10 +92,12 @@ class Tuning:
             newer.prefill_attention or self.prefill_attention,
             newer.rounding or self.rounding,
             newer.experts or self.experts,
+            newer.all_reduce or self.all_reduce,
         )
 
 
 UNTUNED = Tuning()
+OPS = ("prefill_attention", "rounding", "experts", "all_reduce")
 
 
 def file_name(device_kind: str) -> str:
@@ -119,8 +123,8 @@ def read(path: Path) -> Tuning:
     try:
         table = json.loads(path.read_text())
         products = [_measurement(row) for row in table["products"]]
-        ops = table["prefill_attention"], table.get("rounding"), table.get("experts")
-        return Tuning(tuple(products), *ops)
+        ops = {name: table.get(name) for name in OPS}
+        return Tuning(tuple(products), **ops)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the tuning table {path} cannot be read ({error!r}); delete it, or make it anew "
@@ -143,7 +147,7 @@ def write(path: Path, tuning: Tuning) -> None:
     """One product a line, of whose tiling what is as usual is left out."""
     rows = [json.dumps(_row(product)) for product in sorted(tuning.products, key=_order)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    ops = {name: getattr(tuning, name) for name in ("prefill_attention", "rounding", "experts")}
+    ops = {name: getattr(tuning, name) for name in OPS}
     head = json.dumps({name: op for name, op in ops.items() if op or name == "prefill_attention"})
     path.write_text(head[:-1] + ', "products": [\n' + ",\n".join(rows) + "\n]}\n")
 

@@ -24,6 +24,9 @@ class Collectives(Protocol):
     def take_rows(self, table: Array, index: Array) -> Array:
         """Rows [T, E] of a table [V, E] that is cut by rows, by their numbers i32 [T] in the whole table."""
 
+    def own_rows(self, table: Array, index: Array) -> Array:
+        """The same, zeros for rows that other devices have: their sum over devices is `take_rows`."""
+
     def own_experts(self, experts: Array, count: int) -> Array:
         """Experts' numbers among the `count` of this device, which are its experts; others become `count`."""
 
@@ -37,6 +40,8 @@ class SingleDevice:
 
     def take_rows(self, table: Array, index: Array) -> Array:
         return table.at[index].get(mode="clip")
+
+    own_rows = take_rows
 
     def own_experts(self, experts: Array, count: int) -> Array:
         return experts
@@ -60,10 +65,12 @@ class TensorParallel:
         return lax.psum(partial, self.axis)
 
     def take_rows(self, table: Array, index: Array) -> Array:
-        """Each device looks its own rows up and gives zeros for the others: their sum is the embedding."""
+        return lax.psum(self.own_rows(table, index), self.axis)
+
+    def own_rows(self, table: Array, index: Array) -> Array:
         local = index - lax.axis_index(self.axis) * table.shape[0]
         mine = (local >= 0) & (local < table.shape[0])
-        return lax.psum(jnp.where(mine[:, None], table.at[local].get(mode="clip"), 0), self.axis)
+        return jnp.where(mine[:, None], table.at[local].get(mode="clip"), 0)
 
     def own_experts(self, experts: Array, count: int) -> Array:
         if isinstance(self.axis, str):

@@ -22,7 +22,20 @@ def greedy(logits: Array) -> Array:
     A row with a NaN gives `NAN`, one in which every logit is -inf gives `EMPTY`. The search for the maximum
     tells both, so that they cost no pass over the logits of their own.
     """
-    token, best = _argmax(logits.astype(jnp.float32))
+    return _marked(*best_token(logits.astype(jnp.float32)))
+
+
+def best_of_parts(tokens: Array, scores: Array) -> Array:
+    """`greedy` of logits that are cut by columns, given each part's `best_token`: `[n, R]` -> i32 `[R]`.
+
+    Tokens count from the first column of all; equal scores go to the first part.
+    """
+    part = jnp.argmax(scores, axis=0)[None]
+    token, best = (jnp.take_along_axis(array, part, axis=0)[0] for array in (tokens, scores))
+    return _marked(jnp.where((tokens < 0).any(0), NAN, token), best)
+
+
+def _marked(token: Array, best: Array) -> Array:
     return jnp.where(token < 0, NAN, jnp.where(best == -jnp.inf, EMPTY, token))
 
 
@@ -106,10 +119,10 @@ def _draw_from_vocabulary(scores: Array, keys: Array, batch: SamplingBatch, miss
 def _gumbel_argmax(scores: Array, threshold: Array, keys: Array, ids: Array) -> Array:
     noise = jax.vmap(jax.vmap(_gumbel, (None, 0)))(keys, ids)
     noisy = jnp.where(scores >= threshold[:, None], scores + noise, -jnp.inf)
-    return _argmax(noisy)[0]
+    return best_token(noisy)[0]
 
 
-def _argmax(values: Array) -> tuple[Array, Array]:
+def best_token(values: Array) -> tuple[Array, Array]:
     """The first best column of each row of `values` [R, V], i32 [R], and what stands there; a negative one
     for a row that holds NaN.
     """

@@ -115,6 +115,19 @@ def test_which_formats_are_fast_is_told(kind, measured, platform, capability, to
     assert jax_probe.products_of(kind, measured, platform, capability).startswith(told)
 
 
+@pytest.mark.parametrize(
+    ("measured", "platform", "apart", "told"),
+    [
+        ("pallas", "gpu", None, "a kernel"),
+        ("pallas", "gpu", "cuda:0 cannot", "XLA's: cuda:0 cannot"),
+        ("pallas", "cpu", None, "XLA's: no kernel"),
+        (None, "gpu", None, "XLA's: no kernel"),
+    ],
+)
+def test_how_devices_add_up_is_told(measured, platform, apart, told):
+    assert jax_probe.sums_of(measured, platform, apart).startswith(told)
+
+
 def test_the_formats_are_named_as_their_times_are():
     """Those of dense products: MXFP4's are experts'."""
     names = {form.held(4096).name for name, form in FORMATS.items() if name != "mxfp4"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -115,7 +116,9 @@ RECURRENT = {
 QUANTISED = ("fp8", "awq", "smooth_quant")  # formats of the weights of llama3-8b
 
 
-def programs_on(mesh: Mesh, shape: str, model_format: str | None = None) -> Programs:
+def programs_on(
+    mesh: Mesh, shape: str, model_format: str | None = None, all_reduce: str | None = None
+) -> Programs:
     """The programs of a shape, cut to two layers and a small vocabulary."""
     known = {
         "deepseek-v2-lite": DEEPSEEK_V2_LITE,
@@ -124,12 +127,13 @@ def programs_on(mesh: Mesh, shape: str, model_format: str | None = None) -> Prog
     }
     raw = (known.get(shape) or shapes.read(shape)) | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
     config, dtype = build_config(raw, shape), jnp.dtype("bfloat16")
-    kernels = Kernels("pallas", mesh, tuning.load("NVIDIA H200"))
+    table = replace(tuning.load("NVIDIA H200"), all_reduce=all_reduce)
+    kernels = Kernels("pallas", mesh, table)
     formats = formats_of(config, model_format)
     skeleton = build_skeleton(config, dtype, kernels, formats)
     model = LoadedModel(skeleton, tuple(skeleton.specs.values()), dtype)
     sizes = buckets.plan("gpu", BATCH, 1024, steps=4)
-    layout = config.cache_layout(1, session_len=2048, step_tokens=1024)
+    layout = config.cache_layout(mesh.devices.size, session_len=2048, step_tokens=1024)
     cache = CacheSpec(layout, PAGES, dtype, mesh, 2 * BATCH + 1)
     options = compiler_options("gpu", formats.values())
     programs = Programs(

@@ -13,6 +13,7 @@ from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles, tile_rows
 from lmdeploy_jax.parallel.mesh import make_mesh, model_devices
+from lmdeploy_jax.parallel.peers import PeerMemory
 
 TOKENS = 192  # ragged shape
 PAGES_EACH = 4
@@ -30,17 +31,21 @@ class PagedRunner:
         # Windows longer than any sequence make one cache group, the plain one.
         layout = model.config.cache_layout(model_devices(mesh), session_len=1, step_tokens=TOKENS)
         self.caches = CacheSpec(layout, rows * PAGES_EACH + 1, model.dtype, mesh, rows + 1).allocate()
+        self.memory: PeerMemory | None = None
+        if model.skeleton.kernels.has_peers:
+            self.memory = PeerMemory.allocate(mesh, model.config.hidden_size, model.dtype)
+        self.peers = None if self.memory is None else self.memory.table
         # Compiled without LLVM's optimisations: the tests' time is compilation.
         fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         self.step = jax.jit(self._step, donate_argnums=1, compiler_options=fast)
 
-    def _step(self, leaves, caches, batch):
-        decoder = self.model.merge(leaves)
+    def _step(self, leaves, caches, batch, peers):
+        decoder = self.model.merge(leaves, peers)
         hidden, caches = decoder(caches, batch)
         return decoder.logits(hidden), caches
 
     def run(self, batch: Batch) -> np.ndarray:
-        logits, self.caches = self.step(self.model.leaves, self.caches, batch)
+        logits, self.caches = self.step(self.model.leaves, self.caches, batch, self.peers)
         return np.asarray(logits)
 
     def ragged(

@@ -25,6 +25,7 @@ from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.tuning import UNTUNED, Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
 from lmdeploy_jax.parallel.mesh import AXES
+from lmdeploy_jax.parallel.peers import table_spec
 from tests.pallas_kernels.h200 import TARGET
 from tests.pallas_kernels.programs import as_on_h200
 
@@ -43,6 +44,9 @@ def tuned() -> Tuning:
     return Tuning(tuple(map(fastest, tune.products(CONFIG, TP).values())))
 
 
+PEERS = Tuning(all_reduce="pallas")
+
+
 def report(name: str, table: Tuning, mesh: Mesh) -> dict[str, object]:
     """Compiles a decode step of one sequence, without its head, and returns its facts."""
     dtype = jnp.dtype("bfloat16")
@@ -53,11 +57,15 @@ def report(name: str, table: Tuning, mesh: Mesh) -> dict[str, object]:
     one, pages = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere) for shape in ((1,), (1, 32)))
     batch = Batch(one, one, one, (AttentionMetadata(one, pages, one),), one)
 
-    def step(leaves: tuple[jax.Array, ...], cache: KVCache, batch: Batch) -> tuple[jax.Array, KVCache]:
-        return skeleton.merge(leaves)(cache, batch)
+    peers = table_spec(mesh) if skeleton.kernels.has_peers else None
+
+    def step(
+        leaves: tuple[jax.Array, ...], cache: KVCache, batch: Batch, peers: jax.Array | None
+    ) -> tuple[jax.Array, KVCache]:
+        return skeleton.merge(leaves, peers)(cache, batch)
 
     jitted = jax.jit(step, donate_argnums=1, out_shardings=(everywhere, cache.shardings))
-    lowered = jitted.lower(tuple(skeleton.specs.values()), cache.specs, batch)
+    lowered = jitted.lower(tuple(skeleton.specs.values()), cache.specs, batch, peers)
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         (thunks,) = Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
@@ -76,7 +84,7 @@ def main() -> None:
     )
     mesh = topologies.make_mesh(topology, (1, TP, 1), AXES)
     with as_on_h200():
-        for name, table in {"untuned": UNTUNED, "tuned": tuned()}.items():
+        for name, table in {"untuned": UNTUNED, "tuned": tuned(), "peers": PEERS}.items():
             print(json.dumps(report(name, table, mesh)), flush=True)
 
 

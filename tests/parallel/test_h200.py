@@ -13,9 +13,28 @@ def reports():
     return reports_of("tests.parallel.h200")
 
 
+@pytest.fixture(scope="module")
+def graphs():
+    return reports_of("tests.parallel.graphs_on_h200")
+
+
 @pytest.mark.parametrize("name", ["untuned", "tuned"])
 def test_devices_sum_twice_a_layer_and_once_for_the_embedding(reports, name):
     assert reports[name]["collectives"] == {"all-reduce": 1 + 2 * LAYERS}
+
+
+def test_sums_of_few_rows_go_by_packets(reports):
+    """That of the embedding too."""
+    assert reports["peers"]["collectives"] == {}
+    assert reports["peers"]["kernels"]["all_reduce_add_rms_norm"] == 2 * LAYERS + 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize("size", [1, 64])
+def test_a_step_over_devices_is_one_cuda_graph(graphs, tp, size):
+    assert graphs[f"tp {tp} decode_greedy {size}"]["outside_command_buffer"] == []
+    assert graphs[f"tp {tp} decode_greedy {size}"]["cache_copies"] == 0
 
 
 def test_a_device_s_share_can_be_done_by_the_kernels_for_few_rows(reports):

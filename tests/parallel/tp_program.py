@@ -7,7 +7,8 @@ import re
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from safetensors.numpy import load_file, save_file
 from lmdeploy_jax.bench import tune
 from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.load import LoadedModel, load_model
+from lmdeploy_jax.models import embedding, projections, sharded
 from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.models.tuning import Measurement, Tuning
+from lmdeploy_jax.pallas_kernels.packets import OWN
 from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
 from lmdeploy_jax.parallel import collectives as collectives_module
 from lmdeploy_jax.parallel.mesh import axis_size, make_mesh
@@ -40,7 +43,7 @@ def lowered(runner: PagedRunner) -> jax.stages.Lowered:
     """A decode step."""
     ints = np.zeros(runner.rows, np.int32)
     batch = Batch(ints, ints, ints, (AttentionMetadata(ints, runner.table, ints),), ints)
-    return runner.step.lower(runner.model.leaves, runner.caches, batch)
+    return runner.step.lower(runner.model.leaves, runner.caches, batch, runner.peers)
 
 
 def collectives(runner: PagedRunner) -> list[str]:
@@ -93,8 +96,33 @@ def tuned_errors(path: Path, mesh: jax.sharding.Mesh) -> list[float]:
         found.append(PagedRunner(model, mesh=mesh).decode({0: (7, 0), 1: (8, 0)})[1])
         jax.clear_caches()
     collectives_module.ONE_SHOT_BYTES = limit
+    found.append(logits_with_peers(load, mesh))
     plain, *others = found
     return [float(np.linalg.norm(logits - plain) / np.linalg.norm(plain)) for logits in others]
+
+
+def logits_with_peers(load: Callable[..., LoadedModel], mesh: jax.sharding.Mesh) -> np.ndarray:
+    """The same where sums wait for the next norm, whatever a row's size."""
+    for module in (embedding, projections, sharded):
+        module.why_not_peers = lambda *_: None
+    model = load()
+    peers = replace(tuned(model, axis_size(mesh, "tp")), all_reduce="pallas")
+    runner = PagedRunner(load(tuning=peers), mesh=mesh)
+    found = runner.decode({0: (7, 0), 1: (8, 0)})[1]
+    assert (chosen(runner, True) == chosen(runner, False)).all()
+    addresses = np.asarray(runner.peers)[:, OWN:].copy().view(np.int64)
+    at = [shard.data.unsafe_buffer_pointer() for shard in runner.memory.workspaces.addressable_shards]
+    assert (addresses == at).all(), (addresses, at)
+    return found
+
+
+def chosen(runner: PagedRunner, peers: bool) -> np.ndarray:
+    """The best token of random rows, one of them NaN, by peers or by XLA."""
+    hidden = np.random.default_rng(3).standard_normal((40, runner.model.config.hidden_size))
+    hidden[5] = np.nan
+    table = runner.peers if peers else None
+    greedy = jax.jit(lambda leaves, hidden: runner.model.merge(leaves, table).greedy(hidden))
+    return np.asarray(greedy(runner.model.leaves, hidden.astype(runner.model.dtype)))
 
 
 def add_head(path: Path, folder: str) -> tuple[Path, np.ndarray]:

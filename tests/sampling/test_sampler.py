@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmdeploy_jax.sampling.sampler import EMPTY, NAN, greedy, sample, top_k_of_blocks
+from lmdeploy_jax.sampling.sampler import (
+    EMPTY,
+    NAN,
+    best_of_parts,
+    best_token,
+    greedy,
+    sample,
+    top_k_of_blocks,
+)
 from tests.sampling.batches import make_batch
 
 sample_jit = jax.jit(sample)
@@ -123,6 +131,19 @@ def test_rows_without_a_distribution_are_marked_and_the_others_never_out_of_rang
         assert (tokens[5:7] == NAN).all(), fields
         assert tokens[3] == 7, fields
         assert ((tokens[7:] >= 0) & (tokens[7:] < VOCAB)).all(), fields
+
+
+def test_the_best_of_all_parts_is_the_best_of_the_whole() -> None:
+    """Logits cut by columns, as several devices have them: with ties over parts, NaN and empty rows."""
+    rows = np.random.default_rng(4).integers(0, 9, (ROWS, 4, 25)).astype(np.float32)
+    rows[0, 3, 7] = rows[1, 0, 0] = np.nan
+    rows[2], rows[3, :3] = -np.inf, -np.inf
+    parts = jnp.asarray(rows.swapaxes(0, 1))
+    tokens, scores = jax.vmap(best_token)(parts)
+    tokens = jnp.where(tokens < 0, tokens, tokens + 25 * jnp.arange(4)[:, None])
+    found = best_of_parts(tokens, scores)
+    np.testing.assert_array_equal(found, greedy(jnp.asarray(rows.reshape(ROWS, -1))))
+    assert list(found[:3]) == [NAN, NAN, EMPTY]
 
 
 def test_banned_tokens_are_never_drawn() -> None:

@@ -8,15 +8,20 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
 import jax
+from jax.sharding import Mesh
 
 from lmdeploy_jax.engine.core.program import Program
 from lmdeploy_jax.engine.core.program_cache import Key, ProgramCache
 from lmdeploy_jax.engine.progress import announce, counting_bar
+from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.formats import WeightFormat
+from lmdeploy_jax.models.tuning import UNTUNED, Tuning
+from lmdeploy_jax.parallel.peers import why_not_reached
 
 log = logging.getLogger("lmdeploy_jax")
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -46,6 +51,18 @@ def default_cache_dir() -> Path:
 def tuning_dir() -> Path:
     """Where `bench tune` puts what it measures on this machine."""
     return default_cache_dir().parent / "kernels"
+
+
+def tuning_of(mesh: Mesh, backend: str) -> Tuning:
+    """What ships and what `bench tune` found on this machine; only the GPU's own kernels can be tuned."""
+    if backend != "pallas":
+        return UNTUNED
+    found = tuning.load(mesh.devices.flat[0].device_kind, tuning_dir())
+    why = why_not_reached(list(mesh.devices.flat)) if found.all_reduce == "pallas" else None
+    if why is not None:
+        log.warning("small sums over devices are XLA's: %s", why)
+        return replace(found, all_reduce=None)
+    return found
 
 
 def use_cache(folder: str | os.PathLike[str] | None) -> Path | None:

@@ -38,7 +38,7 @@ from lmdeploy_jax.engine.core.compile import (
     compile_all,
     compiler_options,
     read_or_compile,
-    tuning_dir,
+    tuning_of,
     use_cache,
 )
 from lmdeploy_jax.engine.core.page_tables import PageTables
@@ -55,9 +55,7 @@ from lmdeploy_jax.engine.facts import Startup
 from lmdeploy_jax.engine.progress import announce, loading_bar
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.hub import resolve_model
-from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.config import DecoderConfig
-from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.pallas_kernels.prefill_attention import tile_rows
 from lmdeploy_jax.pallas_kernels.registry import why_not
 from lmdeploy_jax.parallel.mesh import make_mesh
@@ -217,7 +215,7 @@ def _load(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str, progr
             dtype=config.dtype,
             mesh=mesh,
             backend=backend,
-            tuning=_tuning(mesh, backend),
+            tuning=tuning_of(mesh, backend),
             hf_overrides=config.hf_overrides,
             model_format=config.model_format,
             config=changed_config(folder, config),
@@ -247,12 +245,6 @@ def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str
     )
     jax.block_until_ready(loaded.leaves)
     return loaded
-
-
-def _tuning(mesh: Mesh, backend: str) -> Tuning:
-    """What ships and what `bench tune` found on this machine; only the GPU's own kernels can be tuned."""
-    kind = mesh.devices.flat[0].device_kind
-    return tuning.load(kind, tuning_dir()) if backend == "pallas" else UNTUNED
 
 
 def _decode_steps(config: JaxEngineConfig, model: LoadedModel, mesh: Mesh) -> int:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmdeploy_jax.cache.kv import CacheSpec, KVCache
 from lmdeploy_jax.converters.load import LoadedModel
+from lmdeploy_jax.parallel.peers import PeerMemory, table_spec
 
 if TYPE_CHECKING:
     from lmdeploy_jax.converters.vision import LoadedVisionModel
@@ -56,6 +57,7 @@ class DeviceState:
         self.max_batch_size = max_batch_size
         self.replicated = NamedSharding(cache.mesh, PartitionSpec())
         self.leaves: Leaves = model.leaves
+        self._peers: PeerMemory | None = None
         self.caches: Any = ()  # a KVCache, once allocated
         self.pending: Any = (
             None  # i32 [slots + 1], each slot's last token: the next step need not wait for it
@@ -71,6 +73,11 @@ class DeviceState:
         """The weights that the output head reads."""
         leaves = self.leaves
         return tuple(leaves[i] for i in self.skeleton.head_places)
+
+    @property
+    def peers(self) -> Array | None:
+        """The table by which devices reach each other's memory, where they do."""
+        return None if self._peers is None else self._peers.table
 
     @property
     def vocab_size(self) -> int:
@@ -94,7 +101,9 @@ class DeviceState:
     # -- memory, given back and taken again ---------------------------------------------------------------
 
     def allocate_caches(self) -> None:
-        """A new, empty KV cache."""
+        """A new, empty KV cache; and, once, the memory in which devices store for each other."""
+        if self._peers is None and self.skeleton.kernels.has_peers:
+            self._peers = PeerMemory.allocate(self.cache.mesh, self.skeleton.config.hidden_size, self.dtype)
         self.caches = self.cache.allocate()
         self.pending = self.put(np.zeros(self.max_batch_size + 1, np.int32))
         if self.vision is not None:
@@ -140,6 +149,7 @@ class DeviceState:
             "leaves": leaves,
             "head_leaves": tuple(leaves[i] for i in self.skeleton.head_places),
             "caches": self.cache.specs,
+            "peers": table_spec(self.cache.mesh) if self.skeleton.kernels.has_peers else None,
             "pending": self.ints(self.max_batch_size + 1),
             "history": History(self.ints(*history), self.floats(*history)),
         }

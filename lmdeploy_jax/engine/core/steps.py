@@ -186,16 +186,24 @@ def started(
 
 
 def ragged(
-    leaves: Leaves, caches: KVCache, pending: Array, packed: Array, *, skeleton: Skeleton, layout: Layout
+    leaves: Leaves,
+    peers: Array | None,
+    caches: KVCache,
+    pending: Array,
+    packed: Array,
+    *,
+    skeleton: Skeleton,
+    layout: Layout,
 ) -> tuple[Ragged, Update]:
     """Prompt chunks and single tokens, packed."""
     field = layout.views(packed)
-    hidden, caches = skeleton.merge(leaves)(caches, ragged_batch(field, pending))
+    hidden, caches = skeleton.merge(leaves, peers)(caches, ragged_batch(field, pending))
     return Ragged(hidden[field["last"]], hidden), Update(caches=caches)
 
 
 def ragged_with_images(
     leaves: Leaves,
+    peers: Array | None,
     caches: KVCache,
     pending: Array,
     image_rows: Array,
@@ -206,7 +214,7 @@ def ragged_with_images(
 ) -> tuple[Ragged, Update]:
     """The same, some tokens standing for rows of images."""
     field = layout.views(packed)
-    hidden, caches = skeleton.merge(leaves)(caches, ragged_batch(field, pending, image_rows))
+    hidden, caches = skeleton.merge(leaves, peers)(caches, ragged_batch(field, pending, image_rows))
     return Ragged(hidden[field["last"]], hidden), Update(caches=caches)
 
 

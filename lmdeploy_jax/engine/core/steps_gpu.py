@@ -152,6 +152,7 @@ class GpuSteps(Steps):
 
 def decode(
     leaves: Leaves,
+    peers: Array | None,
     caches: KVCache,
     pending: Array,
     packed: Array,
@@ -162,12 +163,13 @@ def decode(
 ) -> tuple[Array, Update]:
     """One token for each sequence: -> rows [max_rows, E]."""
     field = layout.views(packed)
-    hidden, caches = skeleton.merge(leaves)(caches, decode_batch(field, pending[field["slots"]]))
+    hidden, caches = skeleton.merge(leaves, peers)(caches, decode_batch(field, pending[field["slots"]]))
     return jnp.pad(hidden, ((0, max_rows - hidden.shape[0]), (0, 0))), Update(caches=caches)
 
 
 def decode_drawing(
     leaves: Leaves,
+    peers: Array | None,
     caches: KVCache,
     pending: Array,
     packed: Array,
@@ -179,13 +181,12 @@ def decode_drawing(
 ) -> tuple[Array, Update]:
     """`count` tokens for each sequence, one after another: -> tokens i32 [R, count]."""
     field = layout.views(packed)
-    model, slots = skeleton.merge(leaves), field["slots"]
+    model, slots = skeleton.merge(leaves, peers), field["slots"]
 
     def step(i: Array | int, state: tuple[Array, Array, KVCache]) -> tuple[Array, Array, KVCache]:
         last, drawn, caches = state
         hidden, caches = model(caches, decode_batch(field, last, i))
-        logits = model.logits(hidden)
-        last = sample(logits, sampling_batch(field, i)) if sampled else greedy(logits)
+        last = sample(model.logits(hidden), sampling_batch(field, i)) if sampled else model.greedy(hidden)
         return next_input(last), drawn.at[:, i].set(last), caches
 
     state = (pending[slots], jnp.zeros((len(slots), count), jnp.int32), caches)

@@ -1,0 +1,38 @@
+"""A few words a row from every device in Pallas (Triton backend): one warp a row."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Int32
+
+from lmdeploy_jax.pallas_kernels import packets
+from lmdeploy_jax.pallas_kernels.launch import Launch, launch
+from lmdeploy_jax.pallas_kernels.packets import WORDS, Peers, Workspace
+
+
+def all_gather(
+    rows: Int32[Array, "T W"], peers: Int32[Array, "1 K"], workspace: Workspace, *, interpret: bool
+) -> Int32[Array, "n T W"]:
+    """See `lmdeploy_jax.pallas_kernels.all_gather`."""
+    out = jax.ShapeDtypeStruct((workspace.devices, *rows.shape), rows.dtype)
+    how = Launch("all_gather", (rows.shape[0],), num_warps=1, num_stages=1)
+    kernel = functools.partial(_kernel, workspace=workspace)
+    return launch(kernel, how, out, rows, peers, interpret=interpret)
+
+
+def _kernel(rows_ref: jax.Ref, peers_ref: jax.Ref, out_ref: jax.Ref, *, workspace: Workspace) -> None:
+    row, size = pl.program_id(0), rows_ref.shape[1]
+    column = jnp.arange(32 * WORDS, dtype=jnp.int32)
+    mask, peers = column < size, Peers(peers_ref)
+    number = packets.read_number(peers.own, row, column)
+    data = plt.load(rows_ref.at[row, column], mask=mask, other=0)
+    shares = list(packets.exchanged(data, size, peers, workspace, number, row))
+    total = jnp.full(column.shape, jnp.sum(sum(shares)))
+    zero = packets.end(peers.own, row, number, total) - total  # which no thread has before all have read
+    for sender, share in enumerate(shares):
+        plt.store(out_ref.at[sender, row, column], share + zero, mask=mask)
