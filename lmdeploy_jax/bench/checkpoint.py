@@ -61,6 +61,17 @@ def make(
     return folder
 
 
+def make_unwritten(name: str, root: Path) -> Path:
+    """The folder `root/name-random` with all but the weights, which the devices make as it is loaded."""
+    from lmdeploy_jax.converters import random_weights  # JAX is imported here
+
+    folder = root / f"{name}-random"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_small_files(folder, shapes.read(name))
+    random_weights.declare(folder, "bfloat16")
+    return folder
+
+
 def _write_small_files(folder: Path, config: dict[str, Any]) -> None:
     text = shapes.text_config(config)
     ids = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

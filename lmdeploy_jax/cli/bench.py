@@ -85,6 +85,8 @@ def _define_engine(flags: FlagSet) -> None:
     )
     flags.add(SECTION, absl_flags.DEFINE_string, "checkpoint_dir", None, text)
     _define_block_scales(flags)
+    text = "make a random checkpoint's weights on the devices, as the engine starts, instead of writing files"
+    flags.add(SECTION, absl_flags.DEFINE_boolean, "random", False, text)
     add_engine_flags(flags, {"enable_prefix_caching": False, "session_len": MAX_LEN})
 
 
@@ -173,14 +175,15 @@ def _tune(flags: FlagSet, args: list[str]) -> int:
     from lmdeploy_jax.models import tuning
 
     folder = Path(flags["tuning_dir"]) if flags["tuning_dir"] else tuning_dir()
-    path = folder / tuning.file_name(jax.devices()[0].device_kind)
+    kind = jax.devices()[0].device_kind
+    path, peers = folder / tuning.file_name(kind), tuning.load(kind, folder).all_reduce == "pallas"
     table = tuning.read(path) if path.exists() else tuning.UNTUNED
     form = quantised.find(flags["model_format"], block_scales=flags["block_scales"])
     common = {"mode": "tune", "model": model, "tp": flags["tp"]}
     config = _decoder_config(model)
-    if form is not None and (kind := form.held(config.hidden_size).activations):
-        table = replace(table, rounding=quant_tune.rounding(config.hidden_size, kind))
-    for name, shape in products(config, flags["tp"]).items():
+    if form is not None and (activations := form.held(config.hidden_size).activations):
+        table = replace(table, rounding=quant_tune.rounding(config.hidden_size, activations))
+    for name, shape in products(config, flags["tp"], peers=peers).items():
         if form is not None and name not in quant_tune.QUANTISED:
             continue
         found = tune(shape, table) if form is None else quant_tune.tune(shape, form.held(shape.inner), table)
@@ -256,6 +259,8 @@ def _checkpoint(model: str, flags: FlagSet) -> str:
     if model not in shapes.names() or Path(model).is_dir():
         if block_scales:
             raise UsageError(f"--block_scales is for random checkpoints, and {model} is none; leave it out")
+        if flags["random"]:
+            raise UsageError(f"--random is for shapes, and {model} is none; leave it out")
         return model
     from lmdeploy_jax.engine.core.compile import default_cache_dir
 
@@ -264,6 +269,10 @@ def _checkpoint(model: str, flags: FlagSet) -> str:
     _say(f"random checkpoint of shape {model} in {folder}")
     if model_format == "hf":
         model_format = None
+    if flags["random"]:
+        if model_format is not None:
+            raise UsageError(f"--random makes weights of 16 bits, not --model_format={model_format}")
+        return str(checkpoint.make_unwritten(model, folder))
     return str(checkpoint.make(model, folder, model_format=model_format, block_scales=block_scales))
 
 
