@@ -49,6 +49,8 @@ class JaxEngineConfig(Checked):
         `if __name__ == "__main__"`.
     ep: parts that the experts of a mixture are dealt out in over the tp devices: tp, or what divides it. Then
         tp / ep devices share each part's experts as all devices share other layers.
+    nnodes, node_rank, dist_init_addr: the tp devices lie on `nnodes` hosts, tp / nnodes on each, of which
+        this is number `node_rank`; the address, HOST:PORT, is one of node 0, which takes the requests.
     cache_max_entry_count: share of the free memory given to the KV cache if < 1, else an absolute number of
         bytes.
     max_batch_size, max_prefill_token_num, session_len: None lets the engine choose by device and model.
@@ -73,6 +75,9 @@ class JaxEngineConfig(Checked):
     tp: _Positive = 1
     dp: _Positive = 1
     ep: _Positive = 1
+    nnodes: _Positive = 1
+    node_rank: Annotated[int, at_least(0)] = 0
+    dist_init_addr: str | None = None
     session_len: _Positive | None = None
     max_batch_size: _Positive | None = None
     cache_max_entry_count: Annotated[float, _SHARE] = 0.8
@@ -198,7 +203,7 @@ class TurbomindEngineConfig(_LmdeployConfig):
     Two defaults differ: prefix caching is on, and `max_prefill_token_num` is left to the engine.
     """
 
-    _carried = _CARRIED
+    _carried = _CARRIED | {name: name for name in ("nnodes", "node_rank", "dist_init_addr")}
     _refused = _REFUSED | {
         "cache_block_seq_len": _ONE_PAGE_SIZE,
         "cp": _ONE_DEVICE_GROUP,
@@ -206,8 +211,6 @@ class TurbomindEngineConfig(_LmdeployConfig):
         "attn_dp_size": _ONE_DEVICE_GROUP,
         "mlp_dp_size": _ONE_DEVICE_GROUP,
         "outer_dp_size": _ONE_DEVICE_GROUP,
-        "nnodes": _ONE_DEVICE_GROUP,
-        "node_rank": ((0,), "only one node is implemented."),
         "devices": ((None,), "choose GPUs before the process starts, with CUDA_VISIBLE_DEVICES."),
         "rope_scaling_factor": (
             (0.0,),

@@ -353,17 +353,19 @@ class Pipeline:
 
 
 def open_frontend(model: PreparedModel, max_log_len: int | None = None, *, progress: bool = True) -> Frontend:
-    """A prepared model, loaded into an engine of this process, or with `dp` into several of their own."""
+    """A prepared model, loaded into an engine of this process; with `dp` or `nnodes` into processes of their
+    own, of which one may be lost.
+    """
     from lmdeploy_jax.engine.io.frontend import Frontend
 
     return Frontend.from_engine(_open_engine(model, progress), model, max_log_len)
 
 
 def _open_engine(model: PreparedModel, progress: bool) -> EngineBase:
-    if model.config.dp > 1:
-        from lmdeploy_jax.engine.process.replicas import Replicas
+    if model.config.dp > 1 or model.config.nnodes > 1:
+        from lmdeploy_jax.engine.process.replicas import open_remote
 
-        return Replicas(model.folder, model.config, progress=progress)
+        return open_remote(model.folder, model.config, progress=progress)
     from lmdeploy_jax.engine.core.engine import Engine  # brings JAX
 
     return Engine(model.folder, model.config, progress=progress)

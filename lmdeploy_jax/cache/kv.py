@@ -121,11 +121,13 @@ def state_bytes(layout: CacheLayout, dtype: Any, num_slots: int) -> int:
 
 
 def free_bytes(mesh: Mesh) -> int:
-    """Memory that is free now, summed over the mesh's devices; on a CPU, the machine's."""
+    """Memory that is free now, summed over the mesh's devices as if others had what this process's have; on a
+    CPU, the machine's.
+    """
     if mesh.devices.flat[0].platform == "cpu":
         return psutil.virtual_memory().available
-    stats = [device.memory_stats() for device in mesh.devices.flat]
-    return len(stats) * min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    return mesh.devices.size * min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
 
 
 @dataclass(frozen=True)

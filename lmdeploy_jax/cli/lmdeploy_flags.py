@@ -17,10 +17,10 @@ from lmdeploy_jax.config import PytorchEngineConfig, TurbomindEngineConfig
 SECTION = "LMDeploy's own"
 ENGINE = (
     "adapters", "async", "cache_block_seq_len", "communicator", "cp", "cudagraph_capture_batch_sizes",
-    "device", "dist_init_addr", "distributed_executor_backend", "dllm_block_length",
+    "device", "distributed_executor_backend", "dllm_block_length",
     "dllm_confidence_threshold", "dllm_denoising_steps", "dllm_unmasking_strategy", "enable_eplb",
     "enable_microbatch", "kernel_block_size", "logprobs_mode", "max_prefill_iters",
-    "migration_backend", "nnodes", "node_rank", "num_tokens_per_iter", "prefix_cache_decode_state_interval",
+    "migration_backend", "num_tokens_per_iter", "prefix_cache_decode_state_interval",
     "prefix_cache_state_budget", "role", "rope_scaling_factor",
 )  # fmt: skip
 FIELDS = {"device": "device_type", "async": "async_"}  # flags that are not called as their field is

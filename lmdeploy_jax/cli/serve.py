@@ -20,6 +20,7 @@ from lmdeploy_jax.logs import set_level
 from lmdeploy_jax.server.options import ServerOptions
 
 if TYPE_CHECKING:
+    from lmdeploy_jax.config import JaxEngineConfig
     from lmdeploy_jax.engine.io.frontend import Frontend
     from lmdeploy_jax.engine.prepare import PreparedModel
 
@@ -53,7 +54,18 @@ def run(flags: FlagSet, args: list[str]) -> int:
     config = engine_config(flags)
     set_level(flags["log_level"])
     check_lmdeploy_flags(flags, server=True)
+    return _follow(model, config) if config.node_rank else _serve(model, config, options, flags)
 
+
+def _follow(model: str, config: JaxEngineConfig) -> int:
+    """Another node answers; this one computes its share."""
+    from lmdeploy_jax.engine.core.follower import follow
+
+    follow(model, config)
+    return 0
+
+
+def _serve(model: str, config: JaxEngineConfig, options: ServerOptions, flags: FlagSet) -> int:
     from lmdeploy_jax.engine import garbage_collection
     from lmdeploy_jax.engine.prepare import prepare
     from lmdeploy_jax.server.http.sockets import bind
@@ -67,8 +79,9 @@ def run(flags: FlagSet, args: list[str]) -> int:
     with closing(_frontend(prepared, flags)) as frontend:
         service = Service(frontend, options, model)
         garbage_collection.freeze()
-        Server(service, lambda url: print(f"Serving {service.models[0]} at {url}", flush=True)).run(sockets)
-    return 0
+        server = Server(service, lambda url: print(f"Serving {service.models[0]} at {url}", flush=True))
+        server.run(sockets)
+    return 1 if server.lost_a_node else 0
 
 
 def _model(args: list[str]) -> str:

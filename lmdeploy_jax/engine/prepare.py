@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.vision_config import servable_vision
 from lmdeploy_jax.engine.decoder_config import decoder_config
+from lmdeploy_jax.engine.nodes.settings import check_nodes
 from lmdeploy_jax.hub import resolve_model
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.text.chat_config import ChatTemplateConfig
@@ -50,6 +51,7 @@ def prepare(
     Raises ConfigError, CheckpointError, UnsupportedModelError.
     """
     config = config or JaxEngineConfig()
+    check_nodes(config)
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
     model_config = decoder_config(folder, config)
     tokenizer = Tokenizer(folder, config.trust_remote_code)

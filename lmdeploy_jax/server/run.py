@@ -65,6 +65,7 @@ class Server(uvicorn.Server):
         self.service = service
         self._tell = tell
         self._registration: Registration | None = None
+        self.lost_a_node = False
         super().__init__(
             uvicorn.Config(
                 create_app(service),
@@ -88,6 +89,16 @@ class Server(uvicorn.Server):
             self._tell(self._url)
             if self.service.options.proxy_url is not None:
                 self._registration = Registration(self.service.options, self._url, self.service.models)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Part of uvicorn's interface, asked ten times a second: whether the server is to end."""
+        self.lost_a_node = self._lost_a_node()
+        return self.lost_a_node or await super().on_tick(counter)
+
+    def _lost_a_node(self) -> bool:
+        """Then nothing can be answered any more before all nodes are started again."""
+        engine = self.service.frontend.engine
+        return engine.config.nnodes > 1 and engine.failure is not None
 
     @property
     def _url(self) -> str:

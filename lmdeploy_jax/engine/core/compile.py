@@ -155,14 +155,20 @@ def _compile_and_store(
     return compiled
 
 
-def compiler_options(platform: str, formats: Iterable[WeightFormat]) -> dict[str, bool | int | str]:
+def compiler_options(
+    platform: str, formats: Iterable[WeightFormat], nodes: int = 1
+) -> dict[str, bool | int | str]:
     """What XLA is told of every program of a model with weights in such formats.
 
     Where both sides of a product have 8 bits, XLA on a GPU would compile and time dozens of Triton kernels
-    for each size, minutes in all, before it takes cuBLASLt's.
+    for each size, minutes in all, before it takes cuBLASLt's. Several nodes would deal out among themselves
+    what is to be timed, and wait for those that have found the program in their cache.
     """
     rounds = platform == "gpu" and any(held.rounds_activations for held in formats)
-    return {"xla_gpu_enable_triton_gemm": False} if rounds else {}
+    options: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False} if rounds else {}
+    if platform == "gpu" and nodes > 1:
+        options["xla_gpu_shard_autotuning"] = False
+    return options
 
 
 class _OutsideJaxCache:

@@ -15,6 +15,7 @@ from lmdeploy_jax.cache.pages import DUMP_PAGE
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.base import ASLEEP, TAGS, EngineBase
 from lmdeploy_jax.engine.core.compile import CompileCounter
+from lmdeploy_jax.engine.core.published import Sleep, Wake
 from lmdeploy_jax.engine.core.results import accept, output_of, read_tokens
 from lmdeploy_jax.engine.core.scheduler import DrainFirst
 from lmdeploy_jax.engine.core.setup import set_up
@@ -23,6 +24,7 @@ from lmdeploy_jax.engine.core.step import Step
 from lmdeploy_jax.engine.core.steps import Drawn
 from lmdeploy_jax.engine.facts import EngineFacts, EngineStats
 from lmdeploy_jax.engine.forks import OwnerProcess, claim_jax
+from lmdeploy_jax.engine.nodes.settings import check_leads
 from lmdeploy_jax.engine.request import Request, Sequence, StepOutput
 from lmdeploy_jax.errors import EngineError, LogitsError
 from lmdeploy_jax.messages import FinishReason
@@ -46,6 +48,7 @@ class Engine(EngineBase):
         claim_jax()
         self.owner = OwnerProcess()
         config = config or JaxEngineConfig()
+        check_leads(config)
         _tell_of_others()
         self._compilations = CompileCounter()
         parts = set_up(model, config, progress=progress)
@@ -63,6 +66,7 @@ class Engine(EngineBase):
         self.memory = parts.memory
         self.scheduler = parts.scheduler
         self._runner = parts.runner
+        self._nodes = parts.nodes
         self._sleep_mode = SleepMode(parts.runner, parts.scheduler, parts.reload)
         self._sequences: dict[int, list[Sequence]] = {}  # live sequences of each request
         self._flight: deque[Drawn] = deque()
@@ -91,7 +95,7 @@ class Engine(EngineBase):
 
     def wake(self, tags: Iterable[str] = TAGS) -> None:
         known = self._checked_tags(tags)
-        self._call(lambda: self._sleep_mode.wake(known))
+        self._call(lambda: self._wake_up(known))
 
     @property
     def sleeping(self) -> bool:
@@ -109,6 +113,8 @@ class Engine(EngineBase):
 
     @property
     def failure(self) -> str | None:
+        if self._nodes.failure is not None:
+            return self._nodes.failure
         if self._failure is not None:
             return repr(self._failure)
         return "it has been closed" if self._closed else None
@@ -253,7 +259,12 @@ class Engine(EngineBase):
         for request_id in list(self._sequences):
             self._abort(request_id, None)
         self._drain()
+        self._nodes.tell(Sleep(level))
         self._sleep_mode.sleep(level)
+
+    def _wake_up(self, tags: tuple[str, ...]) -> None:
+        self._nodes.tell(Wake(tags))
+        self._sleep_mode.wake(tags)
 
     def _add(self, request: Request) -> None:
         if self.sleeping:  # since it was submitted
@@ -320,6 +331,7 @@ class Engine(EngineBase):
             sequence.request.tell(out)
         self._sequences.clear()
         self._flight.clear()
+        self._nodes.close(None if self._failure is None else repr(self._failure))
 
 
 def _tell_of_others() -> None:

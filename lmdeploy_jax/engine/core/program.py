@@ -100,6 +100,8 @@ class Programs(dict[Key, Program]):
     with XLA's `compiler_options`.
     """
 
+    program_type: type[Program] = Program
+
     def __init__(
         self,
         state: DeviceState,
@@ -126,8 +128,12 @@ class Programs(dict[Key, Program]):
             inputs["packed"] = self.state.ints(layout.size)
         key = (name, size)
         assert key not in self, f"there are two programs {key}"
-        program = Program(key, function, self, writes=writes, layout=layout, inputs=inputs)
+        program = self.program_type(key, function, self, writes=writes, layout=layout, inputs=inputs)
         return self.setdefault(key, program)
+
+    def put(self, array: Any) -> Any:
+        """See `DeviceState.put`; for arrays that programs are given."""
+        return self.state.put(array)
 
     def use(self, compiled: Mapping[Key, jax.stages.Compiled]) -> None:
         """Take programs that were compiled ahead."""

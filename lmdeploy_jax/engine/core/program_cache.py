@@ -48,7 +48,9 @@ class ProgramCache:
         self._devices = list(devices)
         if self._devices[0].platform == "gpu":  # its programs may call Mosaic's runtime, found by the import
             from jax.experimental.pallas import mosaic_gpu  # noqa: F401
-        self._folder = None if folder is None else folder / _fingerprint(self._devices, made_from)
+        self.fingerprint = _fingerprint(self._devices, made_from)
+        """A name for all that a program depends on, on every node the same."""
+        self._folder = None if folder is None else folder / f"{self.fingerprint}{_node()}"
         if self._folder is not None and self._folder.is_dir():
             os.utime(self._folder)
             _sweep(self._folder)
@@ -120,7 +122,6 @@ def _sweep(folder: Path) -> None:
 
 
 def _fingerprint(devices: Sequence[jax.Device], made_from: Sequence[object]) -> str:
-    """A name for all that a program depends on."""
     first = devices[0]
     facts = (
         made_from,
@@ -132,6 +133,11 @@ def _fingerprint(devices: Sequence[jax.Device], made_from: Sequence[object]) -> 
         _code_digest(),
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def _node() -> str:
+    """Nodes may share a folder, and each compiles for its own devices."""
+    return f"-{jax.process_index()}" if jax.process_count() > 1 else ""
 
 
 def _processor() -> str:

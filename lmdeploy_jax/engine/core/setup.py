@@ -16,15 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lmdeploy_jax.cache.encoder_cache import EncoderCacheManager
-from lmdeploy_jax.cache.kv import (
-    CacheSpec,
-    MemoryPlan,
-    free_bytes,
-    gain,
-    page_bytes,
-    plan_memory,
-    state_bytes,
-)
+from lmdeploy_jax.cache.kv import CacheSpec, MemoryPlan, free_bytes
 from lmdeploy_jax.cache.layout import CacheLayout
 from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.cache.states import StateIndex
@@ -41,9 +33,11 @@ from lmdeploy_jax.engine.core.compile import (
     tuning_of,
     use_cache,
 )
+from lmdeploy_jax.engine.core.memory import kept_states, plan
 from lmdeploy_jax.engine.core.page_tables import PageTables
 from lmdeploy_jax.engine.core.program import Programs
 from lmdeploy_jax.engine.core.program_cache import ProgramCache
+from lmdeploy_jax.engine.core.published import PublishedPrograms
 from lmdeploy_jax.engine.core.runner import Runner
 from lmdeploy_jax.engine.core.scheduler import Scheduler
 from lmdeploy_jax.engine.core.state import DeviceState, Leaves
@@ -52,6 +46,7 @@ from lmdeploy_jax.engine.core.steps_cpu import CpuSteps
 from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
 from lmdeploy_jax.engine.decoder_config import changed_config, decoder_config
 from lmdeploy_jax.engine.facts import Startup
+from lmdeploy_jax.engine.nodes.cluster import OneNode, check_programs, join
 from lmdeploy_jax.engine.progress import announce, loading_bar
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.hub import resolve_model
@@ -65,8 +60,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lmdeploy_jax")
 HOST_BOUND = 4e9  # bytes of weights a device below which a GPU's step ends before the host has the next
-WIDENED_AT_ONCE = 2  # quantised weights that XLA writes out: the next while one is multiplied with
-KEPT_STATES = 0.1  # of the free memory, most of what states behind prefixes take
 ANY_LENGTH = 1 << 30  # of a prompt in tokens
 DEFAULTS = {"cpu": (32, 256), "gpu": (256, 8192)}  # sequences, tokens a step
 
@@ -75,6 +68,7 @@ DEFAULTS = {"cpu": (32, 256), "gpu": (256, 8192)}  # sequences, tokens a step
 class Parts:
     """What an engine is made of."""
 
+    nodes: OneNode
     folder: Path
     model_config: DecoderConfig
     session_len: int
@@ -82,6 +76,7 @@ class Parts:
     cache_layout: CacheLayout
     buckets: Buckets
     scheduler: Scheduler
+    programs: Programs
     runner: Runner
     startup: Startup
     reload: Callable[[], tuple[Leaves, Leaves]]  # the same weights, read again, as `DeviceState.weights`
@@ -93,6 +88,7 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     started = time.perf_counter()
     cache_folder = use_cache(config.compile_cache_dir)
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
+    nodes = join(config, folder, progress=progress)
     mesh = make_mesh(tp=config.tp, ep=config.ep)
     platform = mesh.devices.flat[0].platform
     model_config = decoder_config(folder, config)
@@ -109,16 +105,25 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
         buckets = _encoder_buckets(buckets, loaded, vision, platform, session_len)
         encoder_cache = _encoder_cache(config, vision, buckets)
     layout = model_config.cache_layout(config.tp, session_len=session_len, step_tokens=buckets.max_tokens)
-    kept = _kept_states(config, loaded, mesh, buckets, layout)
-    memory = _plan(config, loaded, vision, mesh, buckets, session_len, layout, len(kept))
+    free = min(nodes.exchange(free_bytes(mesh)))
+    kept = kept_states(config, loaded, buckets, layout, free)
+    memory = plan(config, loaded, vision, mesh, buckets, session_len, layout, len(kept), free)
     log.info("%s", memory)
     session_len = _fitting(session_len, layout.longest(memory.num_pages - 1))
     spec = CacheSpec(layout, memory.num_pages, loaded.dtype, mesh, buckets.max_batch_size + len(kept) + 1)
     begun = time.perf_counter()
     tables = PageTables(session_len, layout.groups, buckets)
     slots = Slots(tables, model_config.vocab_size, mrope=model_config.mrope)
-    runner = _runner(
-        loaded, vision, spec, slots, buckets, cache_folder, ahead=not config.eager_mode, progress=progress
+    programs, runner = _runner(
+        nodes,
+        loaded,
+        vision,
+        spec,
+        slots,
+        buckets,
+        cache_folder,
+        ahead=not config.eager_mode,
+        progress=progress,
     )
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.state.weights))
     startup = Startup(backend, weight_bytes, loading, time.perf_counter() - begun)
@@ -134,11 +139,24 @@ def set_up(model: str | Path, config: JaxEngineConfig, *, progress: bool) -> Par
     on_cpu, seconds = platform == "cpu", time.perf_counter() - started
     announce(progress, f"ready in {seconds:.1f} s, room for {memory.room:,} tokens of context")
     return Parts(
-        folder, model_config, session_len, memory, layout, buckets, scheduler, runner, startup, reload, on_cpu
+        nodes,
+        folder,
+        model_config,
+        session_len,
+        memory,
+        layout,
+        buckets,
+        scheduler,
+        programs,
+        runner,
+        startup,
+        reload,
+        on_cpu,
     )
 
 
 def _runner(
+    nodes: OneNode,
     model: LoadedModel,
     vision: LoadedVisionModel | None,
     spec: CacheSpec,
@@ -148,7 +166,7 @@ def _runner(
     *,
     ahead: bool,
     progress: bool,
-) -> Runner:
+) -> tuple[Programs, Runner]:
     """A runner ready for its first step. Compiled programs are kept in `folder`; `ahead`: all of them are
     read or compiled now.
     """
@@ -160,15 +178,17 @@ def _runner(
     formats = tuple(model.skeleton.formats.items())  # arrays alike are multiplied otherwise
     configs = (model.config, None if vision is None else vision.config)
     cache = ProgramCache(folder, devices, kernels, configs, formats, family, *shapes)
-    options = compiler_options(devices[0].platform, model.skeleton.formats.values())
-    programs = Programs(state, partial(read_or_compile, cache=cache), options)
+    check_programs(nodes, cache.fingerprint)
+    options = compiler_options(devices[0].platform, model.skeleton.formats.values(), nodes=nodes.count)
+    how = (state, partial(read_or_compile, cache=cache), options)
+    programs = PublishedPrograms(nodes, *how) if nodes.leads_others else Programs(*how)
     runner = Runner(programs, slots, family(programs, slots, buckets, rows))
     if ahead:
         programs.use(compile_all(programs, cache, progress=progress))
     runner.allocate_caches()
-    if ahead:
+    if ahead and nodes.leads:
         runner.warm_up()
-    return runner
+    return programs, runner
 
 
 def steps_for(platform: str) -> type[Steps]:
@@ -301,54 +321,6 @@ def _encoder_cache(
     )
 
 
-def _plan(
-    config: JaxEngineConfig,
-    model: LoadedModel,
-    vision: LoadedVisionModel | None,
-    mesh: Mesh,
-    buckets: Buckets,
-    session_len: int,
-    layout: CacheLayout,
-    kept_states: int,
-) -> MemoryPlan:
-    shape = model.config
-    size = jnp.dtype(model.dtype).itemsize
-    widest = max(layer.activations(shape.hidden_size) for layer in shape.layers)
-    activations = buckets.max_tokens * (widest + 8 * shape.hidden_size) * size
-    widened = WIDENED_AT_ONCE * model.skeleton.widened_elements * size
-    images = 0 if vision is None else _image_bytes(vision, buckets, shape.hidden_size, size, mesh)
-    states = state_bytes(layout, model.dtype, buckets.max_batch_size + kept_states + 1)
-    logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
-    return plan_memory(
-        layout,
-        page_bytes(layout.paged, model.dtype, mesh.devices.size),
-        share=config.cache_max_entry_count,
-        free=free_bytes(mesh),
-        reserved=activations + logits + widened + _states_in_hand(layout, buckets, size),
-        images=images,
-        states=states,
-        session_len=session_len,
-        sequences=buckets.max_batch_size,
-        on_cpu=mesh.devices.flat[0].platform == "cpu",
-        gain=gain(layout.paged, model.dtype),
-    )
-
-
-def _states_in_hand(layout: CacheLayout, buckets: Buckets, itemsize: int) -> int:
-    """What a step takes of the largest layer's states out of their slots, before and behind its tokens."""
-    largest = max((kind.slot_bytes(itemsize) for kind in layout.states), default=0)
-    return 2 * buckets.max_batch_size * largest
-
-
-def _image_bytes(vision: LoadedVisionModel, buckets: Buckets, width: int, itemsize: int, mesh: Mesh) -> int:
-    """What rows of images and the largest run of the encoder take, on each device the same."""
-    from lmdeploy_jax.engine.core.encoder import run_bytes
-
-    levels = 1 + len(vision.config.tower.deepstack)
-    rows = levels * (buckets.image_rows + 1) * width * itemsize
-    return mesh.devices.size * (rows + run_bytes(vision.config, buckets.encoder[-1], itemsize))
-
-
 def _session_len(config: JaxEngineConfig, model: DecoderConfig) -> int:
     limit = model.exact_length
     if limit is not None and config.session_len is None:
@@ -368,19 +340,6 @@ def _caches_prefixes(config: JaxEngineConfig, model: DecoderConfig) -> bool:
         log.warning("prefix caching is off: this model's RoPE depends on the whole prompt's length")
         return False
     return config.enable_prefix_caching
-
-
-def _kept_states(
-    config: JaxEngineConfig, model: LoadedModel, mesh: Mesh, buckets: Buckets, layout: CacheLayout
-) -> range:
-    """The rows of states behind prefixes, behind those of slots: as many as sequences that run at once, but a
-    power of two where memory is short, since compiled programs know the number.
-    """
-    batch = buckets.max_batch_size
-    if not config.enable_prefix_caching or model.config.depends_on_length or not layout.states:
-        return range(batch, batch)
-    most = int(KEPT_STATES * free_bytes(mesh) // state_bytes(layout, model.dtype, 1))
-    return range(batch, batch + min(batch, 1 << most.bit_length() >> 1))
 
 
 def _cache_manager(

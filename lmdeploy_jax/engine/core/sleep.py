@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from lmdeploy_jax.engine.base import KV_CACHE, TAGS, WEIGHTS
 from lmdeploy_jax.engine.core.runner import Runner
@@ -30,8 +30,7 @@ class SleepMode:
         self._runner = runner
         self._scheduler = scheduler
         self._reload = reload
-        self._host_weights: Any = None  # numpy arrays as `DeviceState.weights` has them
-        self._shardings: Any = ((), ())
+        self._host_weights: tuple[list[_HostArray], ...] | None = None  # as `DeviceState.weights` has them
 
     def sleep(self, level: int) -> None:
         """1: weights move to the host's memory; 2: they are dropped, and read from disk again later."""
@@ -42,8 +41,9 @@ class SleepMode:
                 self._scheduler.encoder_cache.forget()
         if WEIGHTS not in self.released:
             weights = self._runner.state.weights
-            self._shardings = jax.tree.map(lambda leaf: leaf.sharding, weights)
-            self._host_weights = jax.tree.map(np.array, weights) if level == 1 else None
+            self._host_weights = (
+                tuple([_HostArray(x) for x in leaves] for leaves in weights) if level == 1 else None
+            )
             self._runner.state.release_weights()
         if level == 2:
             self._host_weights = None
@@ -65,4 +65,17 @@ class SleepMode:
         if self._host_weights is None:
             return self._reload()
         weights, self._host_weights = self._host_weights, None
-        return jax.tree.map(jax.device_put, weights, self._shardings)
+        decoder, vision = (tuple(array.put() for array in arrays) for arrays in weights)
+        return decoder, vision
+
+
+class _HostArray:
+    """What this process's devices hold of an array."""
+
+    def __init__(self, array: Array) -> None:
+        self._shape, self._sharding = array.shape, array.sharding
+        self._shards = [(np.array(shard.data), shard.device) for shard in array.addressable_shards]
+
+    def put(self) -> Array:
+        shards = [jax.device_put(data, device) for data, device in self._shards]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)

@@ -96,7 +96,11 @@ class DeviceState:
 
     def put(self, array: Any) -> Any:
         """A host array on every device."""
-        return jax.device_put(array, self.replicated)
+        if self.replicated.is_fully_addressable:
+            return jax.device_put(array, self.replicated)
+        # On several nodes `device_put` would ask all of them whether they were given the same.
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, self.replicated, array.__getitem__)
 
     # -- memory, given back and taken again ---------------------------------------------------------------
 

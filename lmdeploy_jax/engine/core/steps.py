@@ -89,7 +89,7 @@ class Steps(ABC):
         self.histories = Histories(programs)
         self.reports = Reports(programs, (buckets.max_batch_size, *buckets.tokens))
         self._programs, self._state, self._slots = programs, programs.state, slots
-        self._masks = Masks(self._state.vocab_size, self._state.put)
+        self._masks = Masks(self._state.vocab_size, programs.put)
 
         def ragged_program(tokens: int) -> Program:
             layout = RaggedLayout(slots, tokens, tile_rows)

@@ -134,7 +134,7 @@ class CpuSteps(Steps):
 
     def _unchanged(self, rows: int) -> Any:
         if rows not in self._no_logits:
-            self._no_logits[rows] = self._state.put(np.zeros((rows, self._state.vocab_size), np.float32))
+            self._no_logits[rows] = self._programs.put(np.zeros((rows, self._state.vocab_size), np.float32))
         return self._no_logits[rows]
 
 

@@ -138,7 +138,7 @@ class GpuSteps(Steps):
         return started(draws, program(rows=rows, packed=packed, mask=mask), errors)
 
     def _draw_full(self, program: Program, draws: Draws, rows: Array) -> Drawn:
-        packed = self._state.put(program.pack(draws))
+        packed = self._programs.put(program.pack(draws))
         raw = self._logits[program.size](rows=rows, packed=packed)
         logits, errors = raw, Errors()
         if any(sequence.params.needs_host for sequence, _ in draws):

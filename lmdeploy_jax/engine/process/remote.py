@@ -188,7 +188,8 @@ class RemoteEngine(EngineBase):
             while True:
                 self._take(receive(self._connection))
         except (EOFError, OSError):
-            self._end(self._reaped())
+            how = self._reaped()
+            self._end(self._state.failure or how)
         except Exception:
             logger.exception("what the engine's process says cannot be read")
             self._process.kill()

@@ -1,0 +1,197 @@
+"""One engine over several nodes, here processes of this machine: the tokens of one, and nobody hangs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmdeploy_jax import JaxEngineConfig
+from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.core.published import Publisher, Result, Run
+from lmdeploy_jax.engine.nodes.channel import Channel
+from lmdeploy_jax.engine.nodes.cluster import _check_alike
+from lmdeploy_jax.engine.nodes.settings import check_leads, check_nodes
+from lmdeploy_jax.engine.process.remote import RemoteEngine
+from lmdeploy_jax.errors import ConfigError, EngineError
+from lmdeploy_jax.text.tokenizer import Tokenizer
+from tests.engine.harness import Collector, config, generate, submit, tokens
+from tests.patience import PATIENCE, wait_until
+
+BOUND = 20.0  # seconds in which everybody learns of a lost node, on a busy machine
+TOKENIZER = Tokenizer(TINY_CHAT)
+PROMPTS = [TOKENIZER.encode(text) for text in ("What is 12 + 30?", "Spell the word cat.")]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of compiled programs."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@contextmanager
+def nodes(folder, count=2):
+    """The leader's engine, and the processes that follow it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    options = config(folder, tp=count, nnodes=count, dist_init_addr=address)
+    command = [sys.executable, "-m", "lmdeploy_jax", "serve", "api_server", str(TINY_CHAT)]
+    for name, default in vars(JaxEngineConfig()).items():
+        if name != "node_rank" and (value := getattr(options, name)) != default:
+            command += [f"--{name}" if value is True else f"--{name}={value}"]
+    followers = [
+        subprocess.Popen([*command, f"--node_rank={rank}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for rank in range(1, count)
+    ]
+    engine = None
+    try:
+        engine = RemoteEngine(TINY_CHAT, options, progress=False)
+        yield engine, followers
+    finally:
+        if engine is not None:
+            engine.close()
+        for follower in followers:
+            with suppress(subprocess.TimeoutExpired):
+                follower.communicate(timeout=BOUND)
+            follower.kill()
+            follower.communicate()
+
+
+def endless(engine):
+    """A request that still runs, and what collects its answer."""
+    collector = Collector()
+    submit(engine, PROMPTS[0], collector, max_new_tokens=400)
+    wait_until(lambda: collector.results[0].outputs)
+    return collector
+
+
+def reported(engine):
+    """What a request is told whose arrays stay on the devices in between."""
+    [[result]] = generate(engine, PROMPTS[:1], max_new_tokens=4, logprobs=2, logits="generated")
+    return np.concatenate([out.logits for out in result.outputs])
+
+
+def test_two_nodes_give_the_tokens_of_one_and_a_lost_follower_ends_in_an_error(folder):
+    engine = Engine(TINY_CHAT, config(folder), progress=False)
+    wanted, logits = tokens(engine, PROMPTS, max_new_tokens=12), reported(engine)
+    engine.close()
+    with nodes(folder) as (engine, [follower]):
+        assert tokens(engine, PROMPTS, max_new_tokens=12) == wanted
+        np.testing.assert_allclose(reported(engine), logits, atol=1e-3)
+        for level in (1, 2):
+            engine.sleep(level)
+            engine.wake()
+            assert tokens(engine, PROMPTS, max_new_tokens=12) == wanted
+        collector = endless(engine)
+        follower.kill()
+        killed = time.monotonic()
+        [result] = collector.wait()
+        assert result.reason == "error"
+        wait_until(lambda: not engine._reader.is_alive())
+        assert time.monotonic() - killed < BOUND
+        with pytest.raises(EngineError, match="node 1"):
+            submit(engine, PROMPTS[0], Collector())
+
+
+@pytest.mark.full
+def test_followers_end_with_their_leader(folder):
+    with nodes(folder) as (engine, [follower]):
+        endless(engine)
+        engine._process.kill()
+        assert follower.wait(BOUND) != 0
+
+
+@pytest.mark.full
+def test_followers_end_well_when_the_leader_closes(folder):
+    with nodes(folder, 3) as (engine, followers):
+        generate(engine, PROMPTS[0], max_new_tokens=4)
+        engine.close()
+        assert [follower.wait(PATIENCE) for follower in followers] == [0, 0]
+
+
+def test_nodes_with_other_options_are_told_which():
+    first, second = ({"max_batch_size": size, "the version of jax": "0.11.2"} for size in (4, 8))
+    with pytest.raises(ConfigError, match="max_batch_size is 8 on node 1 and 4 on node 0"):
+        _check_alike([first, second])
+
+
+def channels(silence, lost):
+    here, there = multiprocessing.Pipe()
+    return Channel(here, "node 1", lost, silence=silence), there
+
+
+def test_a_side_that_says_nothing_is_lost():
+    told = []
+    channel, _there = channels(0.2, told.append)
+    with pytest.raises(EngineError, match="node 1"):
+        channel.receive()
+    wait_until(lambda: told)
+    assert told == ["node 1 said nothing for 0.2 s"]
+
+
+def test_beats_keep_a_silent_side_alive_and_a_closed_one_is_not_lost():
+    told = []
+    channel, there = channels(0.2, told.append)
+    other = Channel(there, "node 0", told.append, silence=0.2)
+    time.sleep(0.6)
+    other.send("still here")
+    assert channel.receive() == "still here"
+    assert not told
+    channel.close()
+    other.close()
+    with pytest.raises(EngineError):
+        channel.receive()
+    assert not told
+
+
+def test_an_array_travels_as_its_number_and_is_forgotten_once_it_is_gone():
+    told = []
+    publisher = Publisher(told.append)
+    array = publisher.numbered(jnp.ones(1))
+    publisher.run(("head", 1), {"rows": array, "packed": [2]})
+    del array
+    publisher.run(("head", 1), {"packed": [3]})
+    publisher.run(("head", 1), {"packed": [4]})
+    key = ("head", 1)
+    assert told == [
+        Run(key, {"rows": Result(0), "packed": [2]}, []),
+        Run(key, {"packed": [3]}, [0]),
+        Run(key, {"packed": [4]}, []),
+    ]
+
+
+GOOD = {"tp": 2, "nnodes": 2, "dist_init_addr": "10.0.0.1:29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"node_rank": 2}, "node_rank=2 is beyond nnodes=2: the ranks are 0 to 1"),
+        ({"tp": 3}, "tp=3 devices do not share out evenly over nnodes=2"),
+        ({"dp": 2}, "dp=2 is not supported with nnodes=2: start a server for each copy"),
+        ({"dist_init_addr": None}, "dist_init_addr=None is no address of node 0"),
+        ({"dist_init_addr": "10.0.0.1"}, "give the same HOST:PORT on every node"),
+        ({"dist_init_addr": "[::1]:29500"}, "a name or IPv4 address"),
+        ({"dist_init_addr": "host:99999"}, "is no address"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(changes, named):
+    with pytest.raises(ConfigError) as raised:
+        check_nodes(JaxEngineConfig(**GOOD | changes))
+    assert named in str(raised.value)
+
+
+def test_a_follower_takes_no_requests():
+    check_nodes(JaxEngineConfig(**GOOD))
+    with pytest.raises(ConfigError, match=r"only node 0 takes requests.*--nnodes 2"):
+        check_leads(JaxEngineConfig(**GOOD, node_rank=1))
