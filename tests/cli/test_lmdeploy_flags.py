@@ -28,12 +28,11 @@ LINE = """
 """
 REFUSED = {
     "adapters": "a=b", "cache_block_seq_len": "32", "cp": "2", "device": "ascend", "dllm_block_length": "4",
-    "dllm_denoising_steps": "4", "logprobs_mode": "raw_logits", "nnodes": "2",
-    "node_rank": "1", "role": "Prefill", "rope_scaling_factor": "2",
+    "dllm_denoising_steps": "4", "logprobs_mode": "raw_logits", "role": "Prefill", "rope_scaling_factor": "2",
     "speculative_algorithm": "eagle3", "speculative_draft_model": "m",
 }  # fmt: skip
 SWITCHES = ("enable_eplb",)
-TUNING = ("enable_microbatch", "dist_init_addr")
+TUNING = ("enable_microbatch",)
 
 
 def parsed(*words: str) -> FlagSet:

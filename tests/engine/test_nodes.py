@@ -33,12 +33,6 @@ PROMPTS = [TOKENIZER.encode(text) for text in ("What is 12 + 30?", "Spell the wo
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of compiled programs."""
-    return tmp_path_factory.mktemp("programs")
-
-
 @contextmanager
 def nodes(folder, count=2):
     """The leader's engine, and the processes that follow it."""
@@ -75,23 +69,18 @@ def endless(engine):
     return collector
 
 
-def reported(engine):
-    """What a request is told whose arrays stay on the devices in between."""
-    [[result]] = generate(engine, PROMPTS[:1], max_new_tokens=4, logprobs=2, logits="generated")
-    return np.concatenate([out.logits for out in result.outputs])
-
-
-def test_two_nodes_give_the_tokens_of_one_and_a_lost_follower_ends_in_an_error(folder):
-    engine = Engine(TINY_CHAT, config(folder), progress=False)
-    wanted, logits = tokens(engine, PROMPTS, max_new_tokens=12), reported(engine)
+@pytest.fixture
+def one(compile_cache):
+    """An engine in this process alone."""
+    engine = Engine(TINY_CHAT, config(compile_cache), progress=False)
+    yield engine
     engine.close()
-    with nodes(folder) as (engine, [follower]):
-        assert tokens(engine, PROMPTS, max_new_tokens=12) == wanted
-        np.testing.assert_allclose(reported(engine), logits, atol=1e-3)
-        for level in (1, 2):
-            engine.sleep(level)
-            engine.wake()
-            assert tokens(engine, PROMPTS, max_new_tokens=12) == wanted
+
+
+def test_two_nodes_give_the_tokens_of_one_and_a_lost_follower_ends_in_an_error(one, compile_cache):
+    wanted = tokens(one, PROMPTS[:1], max_new_tokens=12)
+    with nodes(compile_cache) as (engine, [follower]):
+        assert tokens(engine, PROMPTS[:1], max_new_tokens=12) == wanted
         collector = endless(engine)
         follower.kill()
         killed = time.monotonic()
@@ -103,20 +92,32 @@ def test_two_nodes_give_the_tokens_of_one_and_a_lost_follower_ends_in_an_error(f
             submit(engine, PROMPTS[0], Collector())
 
 
+def reported(engine):
+    """What a request is told whose arrays stay on the devices in between."""
+    [[result]] = generate(engine, PROMPTS[:1], max_new_tokens=4, logprobs=2, logits="generation")
+    return np.concatenate([out.logits for out in result.outputs if out.logits is not None])
+
+
 @pytest.mark.full
-def test_followers_end_with_their_leader(folder):
-    with nodes(folder) as (engine, [follower]):
+def test_nodes_report_sleep_and_end_together(one, compile_cache):
+    wanted, logits = tokens(one, PROMPTS, max_new_tokens=12), reported(one)
+    with nodes(compile_cache, 4) as (engine, followers):
+        assert tokens(engine, PROMPTS, max_new_tokens=12) == wanted
+        np.testing.assert_allclose(reported(engine), logits, atol=1e-3)
+        for level in (1, 2):
+            engine.sleep(level)
+            engine.wake()
+            assert tokens(engine, PROMPTS, max_new_tokens=12) == wanted
+        engine.close()
+        assert [follower.wait(PATIENCE) for follower in followers] == [0, 0, 0]
+
+
+@pytest.mark.full
+def test_followers_end_with_their_leader(compile_cache):
+    with nodes(compile_cache) as (engine, [follower]):
         endless(engine)
         engine._process.kill()
         assert follower.wait(BOUND) != 0
-
-
-@pytest.mark.full
-def test_followers_end_well_when_the_leader_closes(folder):
-    with nodes(folder, 3) as (engine, followers):
-        generate(engine, PROMPTS[0], max_new_tokens=4)
-        engine.close()
-        assert [follower.wait(PATIENCE) for follower in followers] == [0, 0]
 
 
 def test_nodes_with_other_options_are_told_which():
@@ -147,11 +148,22 @@ def test_beats_keep_a_silent_side_alive_and_a_closed_one_is_not_lost():
     other.send("still here")
     assert channel.receive() == "still here"
     assert not told
+    channel.send("the last")
     channel.close()
-    other.close()
+    assert other.receive() == "the last"
+    with pytest.raises(EngineError):
+        other.receive()
+    assert not told
+
+
+def test_a_side_that_fails_is_lost_at_once():
+    told = []
+    channel, there = channels(PATIENCE, told.append)
+    Channel(there, "node 0", told.append).drop()
     with pytest.raises(EngineError):
         channel.receive()
-    assert not told
+    wait_until(lambda: told)
+    assert told == ["node 1 has gone"]
 
 
 def test_an_array_travels_as_its_number_and_is_forgotten_once_it_is_gone():

@@ -17,11 +17,15 @@ REQUESTS = 500
 @pytest.fixture(scope="module")
 def ahead(llama, compile_cache):
     """An engine as users get it, compiled ahead, with a pool too small for all that runs."""
-    size = page_bytes([PagedCache(kv_heads=2, head_dim=16)] * 2, "float32")
-    changes = {"eager_mode": False, "cache_max_entry_count": 11 * size, "max_prefill_token_num": 64}
-    engine = Engine(llama, config(compile_cache, **changes), progress=False)
+    engine = opened(llama, compile_cache)
     yield engine
     engine.close()
+
+
+def opened(llama, compile_cache, tp=1):
+    size = page_bytes([PagedCache(kv_heads=2, head_dim=16)] * 2, "float32")
+    changes = {"eager_mode": False, "cache_max_entry_count": 11 * size, "max_prefill_token_num": 64}
+    return Engine(llama, config(compile_cache, tp=tp, **changes), progress=False)
 
 
 def wish(rnd: random.Random) -> dict[str, object]:
@@ -45,27 +49,32 @@ def wish(rnd: random.Random) -> dict[str, object]:
 
 
 def test_random_requests_and_aborts_leave_nothing_behind(ahead):
+    storm(ahead, REQUESTS)
+
+
+def storm(engine, requests):
+    """Ends once nothing is left of the requests. Fails where a page is, or something was compiled."""
     rnd = random.Random(3)
     counter = CompileCounter()
     waiting = []
-    for _ in range(REQUESTS):
+    for _ in range(requests):
         params = wish(rnd)
         prompt = [rnd.randrange(3, 12)] * rnd.choice([1, 2, 30, 63, 64, 65, 150])
         collector = Collector(int(params.get("n", 1)))
-        request = submit(ahead, prompt, collector, **params)
+        request = submit(engine, prompt, collector, **params)
         waiting.append(collector)
         if rnd.random() < 0.2:
-            ahead.abort(request.request_id)
+            engine.abort(request.request_id)
         if rnd.random() < 0.1:
             time.sleep(0.02)
         if rnd.random() < 0.05:
-            ahead.abort(rnd.choice([request.request_id, 0, 10**9]), index=rnd.choice([0, 1]))
+            engine.abort(rnd.choice([request.request_id, 0, 10**9]), index=rnd.choice([0, 1]))
     reasons = [result.reason for collector in waiting for result in collector.wait()]
     assert set(reasons) == {"stop", "length", "abort"}
     assert reasons.count("abort") < len(reasons) / 2
-    assert ahead.scheduler.preemptions > 0
-    while ahead.scheduler.has_work:
+    assert engine.scheduler.preemptions > 0
+    while engine.scheduler.has_work:
         time.sleep(0.01)
-    ahead.scheduler.check_integrity()
-    assert ahead.scheduler.cache.pool.used == 0
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.cache.pool.used == 0
     assert counter.count == 0, "something was compiled while serving"

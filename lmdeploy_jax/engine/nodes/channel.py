@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -16,6 +17,7 @@ from lmdeploy_jax.errors import EngineError
 
 SILENCE = 30.0  # seconds without a word after which the other side is lost
 _BEATS = 10  # words in that time from a side that has nothing to say
+_BEAT, _END = b"", b"\0"  # what is no pickle
 
 
 class Channel:
@@ -53,10 +55,16 @@ class Channel:
         return pickle.loads(data)
 
     def close(self) -> None:
-        """What was sent still arrives; nobody is told of a loss any more."""
+        """What was sent still arrives, and neither side is told of a loss any more."""
         self._closed.set()
-        with self._sending:
-            self._socket.shutdown(socket.SHUT_WR)
+        with suppress(OSError):  # it has gone
+            self._send(_END)
+
+    def drop(self) -> None:
+        """The other side learns of a loss now, unless it has closed."""
+        self._closed.set()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _send(self, data: bytes) -> None:
         with self._sending:
@@ -64,9 +72,10 @@ class Channel:
 
     def _read(self) -> None:
         try:
-            while True:
-                if data := self._connection.recv_bytes():
+            while (data := self._connection.recv_bytes()) != _END:
+                if data != _BEAT:
                     self._received.put(data)
+            self._closed.set()
         except BlockingIOError:
             cause = f"said nothing for {self._silence:g} s"
         except (EOFError, OSError):
@@ -78,7 +87,7 @@ class Channel:
     def _beat(self) -> None:
         try:
             while not self._closed.wait(self._silence / _BEATS):
-                self._send(b"")
+                self._send(_BEAT)
         except OSError:
             return  # the other thread tells of it
 

@@ -107,9 +107,9 @@ class Leader(OneNode):
 
     def close(self, failure: str | None = None) -> None:
         for channel in self._channels:
-            with suppress(EngineError, OSError):  # it has gone, and so it ends anyway
+            with suppress(EngineError):  # it has gone, and so it ends anyway
                 channel.send(Closed(failure))
-                channel.close()
+            channel.close()
 
 
 class Follower(OneNode):
@@ -135,8 +135,7 @@ class Follower(OneNode):
         return self._channel.receive()
 
     def close(self, failure: str | None = None) -> None:
-        with suppress(OSError):  # the leader has gone
-            self._channel.close()
+        self._channel.drop()
 
     def next_message(self) -> Any:
         """Waits for what the leader tells; None once it has closed. Raises EngineError where it has failed,
