@@ -22,7 +22,7 @@ from lmdeploy_jax.server.http.request_ids import RequestIds
 
 logger = logging.getLogger("lmdeploy_jax")
 
-_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 _ASKED = aiohttp.ClientTimeout(total=10)  # seconds for what the proxy itself asks a node
 _BODY_SECONDS = 60.0
 
@@ -39,7 +39,7 @@ def create_proxy(options: ProxyOptions) -> FastAPI:
     for name in ("add", "remove", "terminate"):
         app.add_api_route(f"/nodes/{name}", getattr(proxy, name), methods=["POST"])
     app.add_api_route("/nodes/terminate_all", proxy.terminate_all, methods=["GET", "POST"])
-    app.add_api_route("/{path:path}", proxy.forward, methods=_METHODS)
+    app.add_api_route("/{path:path}", proxy.forward, methods=METHODS)
     install_handlers(app)
     app.add_middleware(BodyLimit, most=options.max_body_size, seconds=_BODY_SECONDS)
     if options.api_keys:

@@ -19,7 +19,9 @@ from lmdeploy_jax.server.errors import ApiError
 STRIKES = 3  # looks at a node's health, or requests, that fail in a row before it is left out
 OBSERVED = 15  # requests that an observed latency is the mean of
 HYBRID = 1  # LMDeploy's number for a node that does prefill and decode
-_BOUND = 1.25  # how many times the mean of unfinished requests a node may have before a prefix goes elsewhere
+# Unfinished requests that a node may have before a prefix goes elsewhere: times the mean, and beyond that. A few
+# more cost a node little; without them, chance alone would move conversations wherever few are under way.
+_BOUND, _SPARE = 1.25, 8
 
 
 @dataclass(eq=False)
@@ -150,9 +152,9 @@ def _observed(nodes: list[Node], prefix: bytes) -> Node:
     return min(_shuffled(nodes), key=lambda node: sum(node.latencies) / max(len(node.latencies), 1))
 
 
-def _by_prefix(nodes: list[Node], prefix: bytes) -> Node:
+def by_prefix(nodes: list[Node], prefix: bytes) -> Node:
     """Rendezvous hashing with bounded loads: nodes that come or go move only their own conversations."""
-    most = math.ceil(_BOUND * (sum(node.unfinished for node in nodes) + 1) / len(nodes))
+    most = math.ceil(_BOUND * (sum(node.unfinished for node in nodes) + 1) / len(nodes)) + _SPARE
 
     def rank(node: Node) -> tuple[bool, bytes]:
         return node.unfinished >= most, blake2b(prefix + node.url.encode(), digest_size=8).digest()
@@ -169,5 +171,5 @@ _ORDERS: Mapping[Strategy, Callable[[list[Node], bytes], Node]] = {
     "random": _random,
     "min_expected_latency": _expected,
     "min_observed_latency": _observed,
-    "prefix": _by_prefix,
+    "prefix": by_prefix,
 }

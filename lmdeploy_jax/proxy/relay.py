@@ -25,7 +25,7 @@ _HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "upgrade",
      "transfer-encoding", "host", "content-length", "expect")
 )  # fmt: skip
-_ELSEWHERE = (429, 502, 503)  # a node that is full, asleep, draining or not there: another may do it
+ELSEWHERE = (429, 502, 503)  # a node that is full, asleep, draining or not there: another may do it
 _PREFIX_BYTES = 4096
 _FAULTS = (aiohttp.ClientError, OSError, TimeoutError)
 
@@ -107,7 +107,7 @@ class Relay(Response):
         )
         method, headers = self._request.method, self._to_pass()
         async with self._session.request(method, url, data=self._body, headers=headers) as answer:
-            refused = answer.status in _ELSEWHERE or (answer.status == 404 and self._wanted.stored)
+            refused = answer.status in ELSEWHERE or (answer.status == 404 and self._wanted.stored)
             if refused and not last:
                 return False
             await self._relayed(answer, send)

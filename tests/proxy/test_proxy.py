@@ -234,6 +234,8 @@ def test_strategies():
     moved = [prefix.best(prefix.candidates("m"), bytes([i])) for i in range(100)]
     assert all(new is old for new, old in zip(moved, homes, strict=True) if old is not homes[0])
     homes[0].failures, homes[0].unfinished = 0, 8
+    assert prefix.best(prefix.candidates("m"), bytes([0])) is homes[0]
+    homes[0].unfinished = 16
     assert prefix.best(prefix.candidates("m"), bytes([0])) is not homes[0]
 
 
