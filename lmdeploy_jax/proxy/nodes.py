@@ -19,8 +19,8 @@ from lmdeploy_jax.server.errors import ApiError
 STRIKES = 3  # looks at a node's health, or requests, that fail in a row before it is left out
 OBSERVED = 15  # requests that an observed latency is the mean of
 HYBRID = 1  # LMDeploy's number for a node that does prefill and decode
-# Unfinished requests that a node may have before a prefix goes elsewhere: times the mean, and beyond that. A few
-# more cost a node little; without them, chance alone would move conversations wherever few are under way.
+# Unfinished requests that a node may have before a prefix goes elsewhere: times the mean, and beyond that. A
+# few more cost a node little; without them, chance alone would move conversations where few are under way.
 _BOUND, _SPARE = 1.25, 8
 
 
