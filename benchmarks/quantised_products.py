@@ -207,6 +207,12 @@ def measure(
             del timed[best.tiling]
 
 
+def others(known: Tuning, found: list[Measurement]) -> list[Measurement]:
+    """What is known of other numbers of rows of the product that was measured."""
+    shapes, tokens = {new.shape for new in found}, {new.tokens for new in found}
+    return [old for old in known.products if old.shape in shapes and old.tokens not in tokens]
+
+
 def line(name: str, shape_name: str, product: Quantised, best: Measurement, error: float) -> str:
     rate = product.weight_bytes / best.us / 1e3
     expected = dict(zip(EXPECTED_ROWS, EXPECTED.get(name, {}).get(shape_name, ()), strict=False))
@@ -284,8 +290,8 @@ def main() -> None:
         table = replace(table, rounding=print_small(config.hidden_size, products))
     for name, (shape_name, shape) in itertools.product(args.formats.split(","), products.items()):
         product, known = Quantised(shape, FORMATS[name].held(shape.inner), backend), shipped.merged(table)
-        found = measure(name, shape_name, product, tokens, known)
-        table = table.merged(Tuning(tuple(found)))
+        found = list(measure(name, shape_name, product, tokens, known))
+        table = table.merged(Tuning((*others(known, found), *found)))
         if not args.interpret:
             tuning.write(path, table)
     print(f"kept in {path}" if not args.interpret else "nothing kept")

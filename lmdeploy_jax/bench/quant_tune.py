@@ -26,7 +26,7 @@ from lmdeploy_jax.bench.tune import (
     is_hopper,
 )
 from lmdeploy_jax.engine.core.compile import compiler_options
-from lmdeploy_jax.models.formats import INT4, WeightFormat
+from lmdeploy_jax.models.formats import INT4, INT8, WeightFormat
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
@@ -50,10 +50,12 @@ from lmdeploy_jax.pallas_kernels.shapes import Quantised as Operand
 from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
 TOKENS = (1, 16, 32, 64)  # of the kernels of few rows
+MOST_TOKENS = 128  # of those of 8 bits with one scale, where XLA's own product is the only other
 MANY_TOKENS = (128, 256, 1024, 4096)  # of those that stream
 EIGHT_BITS = (  # outputs and inner elements of a tile, warps, stages: those that won somewhere on an H200
     (64, 128, 4, 4),
     (64, 128, 4, 6),
+    (128, 128, 8, 4),
     (128, 256, 8, 3),
 )
 FOUR_BITS = (
@@ -127,6 +129,15 @@ class Quantised:
             return self.held.rounds_activations
         wide = isinstance(candidate, Tiling) and candidate.reads_wide
         return self.held.activations is not None and not wide
+
+    def more_launches(self, candidate: Candidate) -> int:
+        """Kernels beside the product's own that `tune.extra_seconds` knows nothing of: its activations are
+        rounded, XLA's sums are scaled, or what is streamed is gated.
+        """
+        rounds = not self.shape.after_norm and self.reads_rounded(candidate)
+        gated = self.shape.product == "gated"
+        scaled = candidate is None and self.held.rounds_activations and not gated
+        return rounds + scaled + (gated and isinstance(candidate, StreamTiling) and candidate.splits == 1)
 
     def function(self, candidate: Candidate) -> Callable[[Rows, list[jax.Array]], jax.Array]:
         """Of activations and a weight's leaves."""
@@ -203,12 +214,14 @@ def tune(shape: Shape, held: WeightFormat, known: Tuning) -> list[Measurement]:
 
 def tokens_of(held: WeightFormat) -> tuple[int, ...]:
     """Numbers of rows for which there are kernels; many rows of 8 bits with one scale are XLA's."""
+    if held.rounds_activations:
+        return (*TOKENS, MOST_TOKENS)
     return TOKENS + MANY_TOKENS if streamed_here(held) else TOKENS
 
 
 def streamed_here(held: WeightFormat) -> bool:
     """Whether this GPU, and a JAX whose Mosaic the kernel is written for, stream such weights."""
-    return is_hopper() and jax.__version_info__ >= (0, 11) and not held.rounds_activations
+    return is_hopper() and jax.__version_info__ >= (0, 11) and held.element != INT8
 
 
 def measure(
@@ -227,9 +240,7 @@ def measure(
         cases.append(Case(product.function(candidate), arguments, compiler_options=options))
     measured: dict[int, dict[Candidate, float | None]] = {count: {} for count in tokens}
     for (count, candidate), seconds in zip(tried, device_seconds(cases), strict=True):
-        extra = extra_seconds(shape, candidate, count)
-        if not shape.after_norm and product.reads_rounded(candidate):
-            extra += LAUNCH
+        extra = extra_seconds(shape, candidate, count) + LAUNCH * product.more_launches(candidate)
         measured[count][candidate] = None if seconds is None else seconds + extra
     return measured
 
@@ -272,8 +283,11 @@ def norm_tilings(product: Quantised) -> Iterator[Tiling]:
 
 def candidates(product: Quantised, tokens: int) -> Iterator[Tiling | StreamTiling]:
     """Those worth measuring."""
-    alone = not product.shape.after_norm
-    if tokens <= max(TOKENS) and not (alone and tokens <= FEW_ROWS):
+    alone, most = (
+        not product.shape.after_norm,
+        MOST_TOKENS if product.held.rounds_activations else max(TOKENS),
+    )
+    if tokens <= most and not (alone and tokens <= FEW_ROWS):
         yield from tilings(product)
     if tokens <= FEW_ROWS:
         few = [replace(tiling, min_rows=FEW_ROWS) for tiling in tilings(product)]

@@ -33,7 +33,7 @@ PART_RATE = 3e12  # bytes a second at which the next kernel reads parts, about
 EPS = 1e-5
 LINK_RATE = 3e11  # bytes a second between two GPUs, about
 SUM_LAUNCH = 2e-6  # seconds of a kernel that adds parts up before devices sum them, outside of a CUDA graph
-LAUNCH = 5e-7  # seconds that one kernel launch less saves
+LAUNCH = 8.5e-7  # seconds that one kernel launch less saves, as whole decode steps show
 MOSAIC = 1e-6  # seconds that a call costs in a CUDA graph beyond its kernel, from whole decode steps
 BLOCKS = (  # outputs and inner elements of a tile, warps, stages
     (32, 128, 4, 4),

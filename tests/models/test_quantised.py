@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,24 @@ def test_gated_and_normed_products_of_eight_bits() -> None:
         _, got = fused(linear, x, x, norm)
         np.testing.assert_allclose(got, planned(linear, norm(2 * x)), rtol=2e-2, atol=2e-3)
     assert plan(KERNELS, "whole", linear, x)(linear, x).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_sums_of_many_rows_leave_as_the_model_s_own_type(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it is one that holds what is not scaled yet."""
+    held = WeightFormat(E4M3, 256, 1, "float32", activations=E4M3)
+    linear, x = quantised(held, (96,), (256,), dtype), jax.random.normal(jax.random.key(0), (8, 256), dtype)
+
+    def sums() -> tuple[np.ndarray, str]:
+        found, jaxpr = (way(partial(products.RoundedProduct(), linear)) for way in (jax.jit, jax.make_jaxpr))
+        return np.asarray(found(x), np.float64), re.findall("preferred_element_type=(.*)", str(jaxpr(x)))[-1]
+
+    few, narrow = sums()
+    assert narrow == "float32"
+    monkeypatch.setattr("lmdeploy_jax.models.quant_products.MANY_ROWS", 8)
+    many, narrow = sums()
+    assert narrow == dtype
+    assert np.linalg.norm(many - few) <= 2**-8 * np.linalg.norm(few)
 
 
 FEW_ROWS = [  # weights that the kernels read, and how far apart whole products may be
