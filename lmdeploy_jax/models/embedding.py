@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 from jaxtyping import Float, Float32, Int32
 
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.products import plan
-from lmdeploy_jax.models.residual import PartialSum
-from lmdeploy_jax.pallas_kernels.all_reduce_norm import why_not as why_not_peers
+from lmdeploy_jax.models.residual import PartialSum, SumOverDevices
 
 
-class Embedding(Linear):
+class Embedding(Linear, SumOverDevices):
     """A [V, E] table, its rows dealt out over `tp` and padded with zeros to divide evenly."""
 
     def __init__(
@@ -24,16 +22,12 @@ class Embedding(Linear):
         super().__init__((rows,), (hidden_size,), ("vocab", "embed"), bias=bias, dtype=dtype)
         self.kernels = kernels
 
-    peers: nnx.Variable | None = None
-    """See `projections.share_peers`."""
-
     def shares(self, tokens: Int32[Array, "T"]) -> PartialSum | None:
-        """The tokens' rows that are on this device, if peers can add up so many."""
-        dtype, size = self.weight.dense().dtype, self.weight.shape[1]
-        if self.peers is None or why_not_peers(len(tokens), size, dtype) is not None:
+        """The tokens' rows that are on this device, if they can be added up later."""
+        if self.peers is None:
             return None
-        rows = self.kernels.collectives.own_rows(self.weight.dense(), tokens)
-        return PartialSum(rows, self.peers[...])
+        table = self.weight.dense()
+        return self.left_to_norm(self.kernels.collectives.own_rows(table, tokens), table.dtype)
 
     def lookup(self, tokens: Int32[Array, "T"]) -> Float[Array, "T E"]:
         """The tokens' rows, from whichever device holds them."""

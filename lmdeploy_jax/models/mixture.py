@@ -20,7 +20,7 @@ from lmdeploy_jax.models.mlp import GatedMLP, feed_forward
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.products import ACTIVATIONS, dense_product
 from lmdeploy_jax.models.quantised import QuantWeight
-from lmdeploy_jax.models.residual import Delta, summed
+from lmdeploy_jax.models.residual import Delta, NextDelta, SumOverDevices, summed
 from lmdeploy_jax.models.routing import Router, Routes
 from lmdeploy_jax.pallas_kernels.grouped_matmul import (
     Gating,
@@ -67,13 +67,17 @@ class ExpertLinear(Linear):
         return self.weight.dense_at(expert).reshape(out, -1)
 
 
-class Experts(nnx.Module):
+class Experts(nnx.Module, SumOverDevices):
     """The blocks among which a router chooses, cut over devices as an MLP is. `gate_up` [X, 2, I, E] is both
     products of a block that is gated, and [X, 1, I, E] the one of a block that is not.
+    added_up: whether their sum is added to the residual stream as it is.
     """
 
-    def __init__(self, hidden: int, config: MixtureConfig, *, dtype: jnp.dtype, kernels: Kernels) -> None:
+    def __init__(
+        self, hidden: int, config: MixtureConfig, *, added_up: bool, dtype: jnp.dtype, kernels: Kernels
+    ) -> None:
         count, expert = config.router.experts, config.expert
+        self.added_up = added_up
         self.kernels = kernels
         self.gating = gating(expert)
         self.streamed = expert.activation in STREAMED_ACTIVATIONS
@@ -82,7 +86,7 @@ class Experts(nnx.Module):
         self.gate_up = ExpertLinear((count, products, expert.width), (hidden,), inner, **rest)
         self.down = ExpertLinear((count, hidden), (expert.width,), ("experts", "embed", "expert_mlp"), **rest)
 
-    def __call__(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "*parts T E"]:
+    def __call__(self, x: Float[Array, "T E"], routes: Routes) -> NextDelta:
         """The weighted sum of each token's experts, whole or a part for each."""
         routes = self._own(routes)
         if self.kernels.backend != "xla":
@@ -104,10 +108,14 @@ class Experts(nnx.Module):
         held = self.gate_up.weight.shape[0]
         return out if self.kernels.ep == 1 else jnp.where((routes.experts < held)[:, :, None], out, 0)
 
-    def _fused(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "T E"]:
+    def _summed(self, out: Float[Array, "*S T E"], dtype: jnp.dtype) -> NextDelta:
+        left = self.left_to_norm(out, dtype) if self.added_up else None
+        return self.kernels.collectives.all_reduce(out, dtype) if left is None else left
+
+    def _fused(self, x: Float[Array, "T E"], routes: Routes) -> NextDelta:
         weights = self.gate_up.weight.dense(), self.down.weight.dense()
         out = fused_experts(x, *weights, routes.experts, routes.weights, gating=self.gating)
-        return self.kernels.collectives.all_reduce(out, x.dtype)
+        return self._summed(out, x.dtype)
 
     def _fuses(self, x: Float[Array, "T E"], choices: int) -> bool:
         """Whether Mosaic's kernels were faster, and can do it."""
@@ -122,7 +130,7 @@ class Experts(nnx.Module):
 
     def _by_kernels(
         self, x: Float[Array, "T E"], routes: Routes, gate_up: Array | Quantised, down: Array | Quantised
-    ) -> Float[Array, "*parts T E"]:
+    ) -> NextDelta:
         """Parts, which the next norm adds: a token's choices, and the device's share of their bias."""
         if self._fuses(x, routes.experts.shape[1]):
             return self._fused(x, routes)
@@ -144,7 +152,7 @@ class Experts(nnx.Module):
             backend=backend,
         )
         out = self._of_own(out.swapaxes(0, 1), routes).swapaxes(0, 1)
-        return self.kernels.collectives.all_reduce(out, x.dtype)
+        return self._summed(out, x.dtype)
 
     def _by_xla(self, x: Float[Array, "T E"], routes: Routes) -> Float[Array, "T E"]:
         tokens, choices = routes.experts.shape
@@ -183,11 +191,12 @@ class Mixture(nnx.Module):
         self, hidden: int, config: MixtureConfig, *, added_plainly: bool, dtype: jnp.dtype, kernels: Kernels
     ) -> None:
         self.kernels = kernels
-        self.added_plainly = added_plainly
         self.weigh_inputs, self.shared_scale = config.weigh_inputs, config.shared_scale
         self.router = Router(hidden, config.router, dtype=dtype, backend=kernels.backend)
         latent, plain = config.latent_size, partial(Linear, bias=False, dtype=dtype)
-        self.experts = Experts(latent or hidden, config, dtype=dtype, kernels=kernels)
+        alone = config.shared is None and not latent
+        rest: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
+        self.experts = Experts(latent or hidden, config, added_up=added_plainly and alone, **rest)
         self.into_latent = plain((latent,), (hidden,), (None, "embed")) if latent else None
         self.from_latent = plain((hidden,), (latent,), ("embed", None)) if latent else None
         self.shared = (
@@ -201,20 +210,21 @@ class Mixture(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"]]:
+    ) -> tuple[Float[Array, "T E"], NextDelta]:
         """`Kernels.add_norm` of the arguments, and the mixture -> x, what is added to it next."""
         return self.routed(x, delta, norm)[:2]
 
     def routed(
         self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
-    ) -> tuple[Float[Array, "T E"], Float[Array, "*parts T E"], Int32[Array, "T k"]]:
+    ) -> tuple[Float[Array, "T E"], NextDelta, Int32[Array, "T k"]]:
         """The same, and each token's experts."""
         x, normed = self.kernels.add_norm(x, delta, norm)
         routes, inputs = self.router(normed), _through(self.into_latent, normed)
         out = self.experts(*(_weighed(inputs, routes) if self.weigh_inputs else (inputs, routes)))
-        added_up = self.shared is None and self.added_plainly and self.from_latent is None
-        if out.ndim == 3 and not added_up:
-            out = out.sum(0, dtype=jnp.float32).astype(x.dtype)
+        if self.experts.added_up:
+            return x, out, routes.experts
+        out = summed(out)
+        out = out.sum(0, dtype=jnp.float32).astype(x.dtype) if out.ndim == 3 else out
         out = _through(self.from_latent, out)
         return x, out if self.shared is None else out + self._shared(normed), routes.experts
 
@@ -258,7 +268,7 @@ class MixtureBesideMLP(nnx.Module):
         self.router_norm = norm()
         self.router = Router(hidden, config.router, dtype=dtype, backend=kernels.backend)
         self.experts_norm = norm()
-        self.experts = Experts(hidden, config, **how)
+        self.experts = Experts(hidden, config, added_up=False, **how)
         self.experts_post_norm = norm()
 
     def __call__(
@@ -273,7 +283,7 @@ class MixtureBesideMLP(nnx.Module):
         x, normed = self.kernels.add_norm(x, delta, norm)
         shared = summed(self.shared(normed, None, None)[1])
         routes = self.router(self.router_norm(x) * jnp.asarray(x.shape[1] ** -0.5, x.dtype))
-        out = self.experts(self.experts_norm(x), routes)
+        out = summed(self.experts(self.experts_norm(x), routes))
         out = out.sum(0, dtype=jnp.float32).astype(x.dtype) if out.ndim == 3 else out
         return x, self.shared_post_norm(shared) + self.experts_post_norm(out), routes.experts
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int32, Shaped
+from jaxtyping import Float, Shaped
 
-from lmdeploy_jax.models.embedding import Embedding
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Axes, Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.products import Activation, plan, plan_norm, plan_xla
-from lmdeploy_jax.models.residual import Delta, PartialSum
-from lmdeploy_jax.pallas_kernels.all_reduce_norm import why_not as why_not_peers
+from lmdeploy_jax.models.residual import Delta, PartialSum, SumOverDevices
 
 
 class ColumnParallelLinear(Linear):
@@ -48,14 +45,11 @@ class ColumnParallelLinear(Linear):
         return product(self, x, delta, norm)
 
 
-class RowParallelLinear(Linear):
+class RowParallelLinear(Linear, SumOverDevices):
     """Each device has its share of the inner axis: the product is the sum over devices.
 
     added_up: whether what reads it adds it to the residual stream as it is, and so might add up parts.
-    `peers`, if any: the table by which what reads it might add up devices' shares too, see `share_peers`.
     """
-
-    peers: nnx.Variable | None = None
 
     def __init__(
         self,
@@ -76,21 +70,11 @@ class RowParallelLinear(Linear):
         """-> [T, *out], or f32 [S, T, *out], whose sum over S it is, or such a sum of this device alone."""
         product = plan(self.kernels, "parts", self, x) if self.in_parts else plan_xla(self.kernels, self, x)
         out = product(self, x)
-        if self.in_parts and self.peers is not None and self._fits_peers(out, x.dtype):
-            return PartialSum(out, self.peers[...])
+        left = self.left_to_norm(out, x.dtype) if self.in_parts else None
+        if left is not None:
+            return left
         out = self.kernels.collectives.all_reduce(out, x.dtype)
         return out if self.bias is None else out + self.bias[...]
-
-    def _fits_peers(self, out: Float[Array, "*S T E"], dtype: jnp.dtype) -> bool:
-        rows, size = out.shape[-2:]
-        return why_not_peers(rows, size, dtype) is None
-
-
-def share_peers(module: nnx.Module, peers: Int32[Array, "1 K"]) -> None:
-    """Give what sums over devices within `module` the table of peers."""
-    for _, part in nnx.iter_graph(module):
-        if isinstance(part, RowParallelLinear | Embedding):
-            part.peers = nnx.Variable(peers)
 
 
 def whole(

@@ -16,7 +16,7 @@ from lmdeploy_jax.cache.kv import KVCache, cache_spec
 from lmdeploy_jax.models.batch import Batch
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.decoder import Decoder, finish_logits
-from lmdeploy_jax.models.projections import share_peers
+from lmdeploy_jax.models.residual import share_peers
 from lmdeploy_jax.pallas_kernels.all_gather import all_gather
 from lmdeploy_jax.pallas_kernels.all_reduce_norm import why_not as why_not_peers
 from lmdeploy_jax.pallas_kernels.packets import Workspace

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from lmdeploy_jax.bench import tune
 from lmdeploy_jax.converters import orbax
 from lmdeploy_jax.converters.load import LoadedModel, load_model
-from lmdeploy_jax.models import embedding, projections, sharded
+from lmdeploy_jax.models import residual, sharded
 from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.models.tuning import Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.packets import OWN
@@ -103,7 +103,7 @@ def tuned_errors(path: Path, mesh: jax.sharding.Mesh) -> list[float]:
 
 def logits_with_peers(load: Callable[..., LoadedModel], mesh: jax.sharding.Mesh) -> np.ndarray:
     """The same where sums wait for the next norm, whatever a row's size."""
-    for module in (embedding, projections, sharded):
+    for module in (residual, sharded):
         module.why_not_peers = lambda *_: None
     model = load()
     peers = replace(tuned(model, axis_size(mesh, "tp")), all_reduce="pallas")
