@@ -15,8 +15,10 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Container, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Container, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ import numpy as np
 
 from lmdeploy_jax.converters.device import Placement, Progress, load_parallel, spec_sharding
 from lmdeploy_jax.converters.headers import TensorInfo, are_sizes
+from lmdeploy_jax.converters.slicing import Index
 from lmdeploy_jax.converters.zarr import find_array, read_array
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.formats import WeightFormat
@@ -39,6 +42,15 @@ NOT_COPIED = ("*.safetensors.index.json", MANIFEST)
 SAVED_DTYPES = ("float32", "float16", "bfloat16", "float64", "uint16", "int16", "int32", "int8", "uint8",
                 "float8_e4m3fn", "float8_e5m2")  # fmt: skip
 CONVERT_AGAIN = "convert the original checkpoint again"
+
+
+class ReadPart(NamedTuple):
+    """How a weight that was `saved` in one shape is read in another: `read` is given what reads a slice of
+    the saved one, and the slice that is wanted.
+    """
+
+    saved: jax.ShapeDtypeStruct
+    read: Callable[[Callable[[Index], np.ndarray], Index], np.ndarray]
 
 
 def save(
@@ -120,19 +132,22 @@ def load(
     folder: str | os.PathLike[str],
     specs: Mapping[str, jax.ShapeDtypeStruct],
     progress: Progress | None = None,
+    parts: Mapping[str, ReadPart] = MappingProxyType({}),
 ) -> dict[str, jax.Array]:
     """The weights named in `specs`, of their dtypes, straight to their shardings.
 
-    Raises CheckpointError where the checkpoint is damaged or holds other weights than `specs` asks for.
+    parts: how a device's part is read of weights that are stored otherwise than `specs` has them, where the
+    checkpoint `is_plain`. Raises CheckpointError where it is damaged or holds other weights than `specs` asks
+    for.
     """
     root = pathlib.Path(folder).absolute()
     leaves = read_manifest(root)["leaves"]
-    _check_leaves(root, leaves, specs)
+    _check_leaves(root, leaves, {name: parts[name].saved if name in parts else specs[name] for name in specs})
     weights = root / WEIGHTS
     try:
-        found = {n: info for n, leaf in leaves.items() if (info := _find(weights / n, leaf)) is not None}
+        found = _plain(weights, leaves)
         if len(found) == len(leaves):
-            placements = {name: _placement(found[name], spec) for name, spec in specs.items()}
+            placements = {n: _placement(found[n], spec, parts.get(n)) for n, spec in specs.items()}
             return load_parallel(placements, progress=progress)
         return _restore(weights, specs)
     except (CheckpointError, jax.errors.JaxRuntimeError):  # the latter: a device is out of memory
@@ -142,13 +157,28 @@ def load(
         raise CheckpointError(f"{weights}: damaged ({reason}); {CONVERT_AGAIN}") from error
 
 
+def is_plain(folder: str | os.PathLike[str]) -> bool:
+    """Whether each weight is one file of its own bytes, of which any part can be read."""
+    leaves = read_manifest(folder)["leaves"]
+    return len(_plain(pathlib.Path(folder) / WEIGHTS, leaves)) == len(leaves)
+
+
+def _plain(weights: pathlib.Path, leaves: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    return {n: info for n, leaf in leaves.items() if (info := _find(weights / n, leaf)) is not None}
+
+
 def _find(folder: pathlib.Path, leaf: Mapping[str, Any]) -> TensorInfo | None:
     return find_array(folder, tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
 
 
-def _placement(info: TensorInfo, spec: jax.ShapeDtypeStruct) -> Placement:
+def _placement(info: TensorInfo, spec: jax.ShapeDtypeStruct, part: ReadPart | None) -> Placement:
     dtype = np.dtype(spec.dtype)
-    return Placement(spec.shape, dtype, spec_sharding(spec), lambda index: read_array(info, index, dtype))
+
+    def read(index: Index) -> np.ndarray:
+        return read_array(info, index, dtype)
+
+    fetch = read if part is None else partial(part.read, read)
+    return Placement(spec.shape, dtype, spec_sharding(spec), fetch)
 
 
 def _restore(weights: pathlib.Path, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

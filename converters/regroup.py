@@ -1,7 +1,8 @@
 """Converted weights for more tensor parallelism than they were saved for.
 
 A converted checkpoint holds each KV head once and no padding. Where `tp` exceeds the KV heads, or does not
-divide the vocabulary, the few weights concerned are read whole and rearranged on the devices.
+divide the vocabulary, each device reads of the few weights concerned what its own part is made of. Quantised
+ones, and all where Orbax itself must read them, are read whole and rearranged on the devices.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmdeploy_jax.converters import orbax
+from lmdeploy_jax.converters.slicing import Index, as_ranges
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.formats import WeightFormat
 from lmdeploy_jax.models.quantised import QuantArrays, dequantise
@@ -28,6 +31,9 @@ GROUPED = ("scales", "zeros")  # of quantised weights: their first axis counts g
 Specs = Mapping[str, jax.ShapeDtypeStruct]
 Formats = Mapping[str, WeightFormat]
 Rearrange = Callable[[Array], Array]
+Shape = tuple[int, ...]
+Read = Callable[[Index], np.ndarray]
+AnyArray = Any  # jax's or numpy's
 
 
 class Cut(NamedTuple):
@@ -49,8 +55,16 @@ def load_converted(
     Raises CheckpointError as `orbax.load` does.
     """
     changes = {name: _changes(name, saved[name], spec, cuts) for name, spec in specs.items()}
+    parts: dict[str, orbax.ReadPart] = {}
+    if any(changes.values()) and orbax.is_plain(folder):
+        plain = [name for name in specs if changes[name] and name.rpartition(".")[0] not in cuts]
+        parts = {
+            name: orbax.ReadPart(saved[name], _part(name, saved[name].shape, specs[name].shape))
+            for name in plain
+        }
+        changes |= {name: [] for name in parts}
     read = {name: _replicated(saved[name], spec) if changes[name] else spec for name, spec in specs.items()}
-    arrays = orbax.load(folder, read)
+    arrays = orbax.load(folder, read, parts=parts)
     for name, steps in changes.items():
         for step in steps:
             arrays[name] = jax.jit(step)(arrays[name])
@@ -114,12 +128,44 @@ def _rearrangement(name: str, shape: tuple[int, ...]) -> Callable[[Array], Array
     return lambda x: jnp.pad(x, [(0, shape[0] - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
-def repeat_kv_heads(qkv: Array, kv_heads: int) -> Array:
+def repeat_kv_heads(qkv: AnyArray, kv_heads: int) -> AnyArray:
     """[KH, G + 2, D, ...] -> [kv_heads, G' + 2, D, ...]: copies of each k and v head share its queries."""
     count, width, *rest = qkv.shape
-    copies = kv_heads // count
+    copies, np_or_jnp = kv_heads // count, qkv.__array_namespace__()
     queries = qkv[:, :-2].reshape(kv_heads, (width - 2) // copies, *rest)
-    return jnp.concatenate([queries, jnp.repeat(qkv[:, -2:], copies, axis=0)], axis=1)
+    return np_or_jnp.concat([queries, np_or_jnp.repeat(qkv[:, -2:], copies, axis=0)], axis=1)
+
+
+def _part(name: str, saved: Shape, shape: Shape) -> Callable[[Read, Index], np.ndarray]:
+    """What `_rearrangement` does to the whole, for a slice of the result that cuts one axis alone."""
+    if ".attention.qkv." in name:
+        return partial(_heads, saved, shape, 0, repeat_kv_heads)
+    if ".attention.o." in name:
+        return partial(_heads, saved, shape, 1, lambda o, kv_heads: o.reshape(len(o), kv_heads, *shape[2:]))
+    return partial(_padded, saved, shape)
+
+
+def _heads(
+    saved: Shape,
+    shape: Shape,
+    axis: int,
+    rearrange: Callable[[np.ndarray, int], np.ndarray],
+    read: Read,
+    index: Index,
+) -> np.ndarray:
+    """Of the KV heads along `axis`, those that have a part in it."""
+    own, copies, whole = as_ranges(index, shape)[axis], shape[axis] // saved[axis], (slice(None),) * axis
+    first, last = own.start // copies, -(-own.stop // copies)
+    heads = rearrange(read((*whole, slice(first, last))), (last - first) * copies)
+    start = own.start - first * copies
+    return heads[(*whole, slice(start, start + len(own)))]
+
+
+def _padded(saved: Shape, shape: Shape, read: Read, index: Index) -> np.ndarray:
+    rows = as_ranges(index, shape)[0]
+    first, last = (min(row, saved[0]) for row in (rows.start, rows.stop))
+    stored = read((slice(first, last), *index[1:]))
+    return np.pad(stored, [(0, len(rows) - len(stored))] + [(0, 0)] * (stored.ndim - 1))
 
 
 def widened(

@@ -15,31 +15,26 @@ import numpy as np
 import pytest
 
 from lmdeploy_jax import JaxEngineConfig
-from lmdeploy_jax.assets import TINY_CHAT
-from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.core.published import Publisher, Result, Run
 from lmdeploy_jax.engine.nodes.channel import Channel
 from lmdeploy_jax.engine.nodes.cluster import _check_alike
 from lmdeploy_jax.engine.nodes.settings import check_leads, check_nodes
 from lmdeploy_jax.engine.process.remote import RemoteEngine
 from lmdeploy_jax.errors import ConfigError, EngineError
-from lmdeploy_jax.text.tokenizer import Tokenizer
 from tests.engine.harness import Collector, config, generate, submit, tokens
 from tests.patience import PATIENCE, wait_until
 
 BOUND = 20.0  # seconds in which everybody learns of a lost node, on a busy machine
-TOKENIZER = Tokenizer(TINY_CHAT)
-PROMPTS = [TOKENIZER.encode(text) for text in ("What is 12 + 30?", "Spell the word cat.")]
 ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def nodes(folder, count=2):
+def nodes(model, folder, count=2):
     """The leader's engine, and the processes that follow it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     options = config(folder, tp=count, nnodes=count, dist_init_addr=address)
-    command = [sys.executable, "-m", "lmdeploy_jax", "serve", "api_server", str(TINY_CHAT)]
+    command = [sys.executable, "-m", "lmdeploy_jax", "serve", "api_server", str(model)]
     for name, default in vars(JaxEngineConfig()).items():
         if name != "node_rank" and (value := getattr(options, name)) != default:
             command += [f"--{name}" if value is True else f"--{name}={value}"]
@@ -49,7 +44,7 @@ def nodes(folder, count=2):
     ]
     engine = None
     try:
-        engine = RemoteEngine(TINY_CHAT, options, progress=False)
+        engine = RemoteEngine(model, options, progress=False)
         yield engine, followers
     finally:
         if engine is not None:
@@ -62,25 +57,18 @@ def nodes(folder, count=2):
 
 
 def endless(engine):
-    """A request that still runs, and what collects its answer."""
+    """What collects the answer of a request that still runs."""
     collector = Collector()
-    submit(engine, PROMPTS[0], collector, max_new_tokens=400)
+    submit(engine, [5], collector, max_new_tokens=500)
     wait_until(lambda: collector.results[0].outputs)
     return collector
 
 
-@pytest.fixture
-def one(compile_cache):
-    """An engine in this process alone."""
-    engine = Engine(TINY_CHAT, config(compile_cache), progress=False)
-    yield engine
-    engine.close()
-
-
-def test_two_nodes_give_the_tokens_of_one_and_a_lost_follower_ends_in_an_error(one, compile_cache):
-    wanted = tokens(one, PROMPTS[:1], max_new_tokens=12)
-    with nodes(compile_cache) as (engine, [follower]):
-        assert tokens(engine, PROMPTS[:1], max_new_tokens=12) == wanted
+def test_two_nodes_give_the_model_s_tokens_and_a_lost_follower_ends_in_an_error(
+    llama, prompts, expected, compile_cache
+):
+    with nodes(llama, compile_cache) as (engine, [follower]):
+        assert tokens(engine, prompts[:1], max_new_tokens=len(expected[0])) == expected[:1]
         collector = endless(engine)
         follower.kill()
         killed = time.monotonic()
@@ -89,32 +77,32 @@ def test_two_nodes_give_the_tokens_of_one_and_a_lost_follower_ends_in_an_error(o
         wait_until(lambda: not engine._reader.is_alive())
         assert time.monotonic() - killed < BOUND
         with pytest.raises(EngineError, match="node 1"):
-            submit(engine, PROMPTS[0], Collector())
+            submit(engine, [5], Collector())
 
 
 def reported(engine):
     """What a request is told whose arrays stay on the devices in between."""
-    [[result]] = generate(engine, PROMPTS[:1], max_new_tokens=4, logprobs=2, logits="generation")
+    [[result]] = generate(engine, [[5, 6, 7]], max_new_tokens=4, logprobs=2, logits="generation")
     return np.concatenate([out.logits for out in result.outputs if out.logits is not None])
 
 
 @pytest.mark.full
-def test_nodes_report_sleep_and_end_together(one, compile_cache):
-    wanted, logits = tokens(one, PROMPTS, max_new_tokens=12), reported(one)
-    with nodes(compile_cache, 4) as (engine, followers):
-        assert tokens(engine, PROMPTS, max_new_tokens=12) == wanted
+def test_nodes_report_sleep_and_end_together(llama, engine, prompts, expected, compile_cache):
+    count, logits = len(expected[0]), reported(engine)
+    with nodes(llama, compile_cache, 4) as (engine, followers):
+        assert tokens(engine, prompts, max_new_tokens=count) == expected
         np.testing.assert_allclose(reported(engine), logits, atol=1e-3)
         for level in (1, 2):
             engine.sleep(level)
             engine.wake()
-            assert tokens(engine, PROMPTS, max_new_tokens=12) == wanted
+            assert tokens(engine, prompts, max_new_tokens=count) == expected
         engine.close()
         assert [follower.wait(PATIENCE) for follower in followers] == [0, 0, 0]
 
 
 @pytest.mark.full
-def test_followers_end_with_their_leader(compile_cache):
-    with nodes(compile_cache) as (engine, [follower]):
+def test_followers_end_with_their_leader(llama, compile_cache):
+    with nodes(llama, compile_cache) as (engine, [follower]):
         endless(engine)
         engine._process.kill()
         assert follower.wait(BOUND) != 0

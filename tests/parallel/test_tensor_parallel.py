@@ -40,6 +40,13 @@ def test_a_converted_checkpoint_loads_alike(found, tp):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
+def test_of_a_converted_checkpoint_each_device_reads_its_own_part(found, tp):
+    """What all devices have whole is read once."""
+    assert found[tp]["read"] == pytest.approx(1, abs=1e-6)
+    assert found[tp]["largest_read"] <= 1.01 / tp
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
 def test_a_head_that_differs_from_a_tied_embedding_is_kept(found, tp):
     assert found[tp]["head_kept"]
 

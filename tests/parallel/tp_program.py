@@ -7,7 +7,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,22 @@ def add_head(path: Path, folder: str) -> tuple[Path, np.ndarray]:
     return orbax.save(f"{folder}/converted", named_leaves(load_model(copy)), {}, copy), rows
 
 
+@contextmanager
+def bytes_read() -> Iterator[list[int]]:
+    """The size of each piece that is read of converted weights meanwhile."""
+    found: list[int] = []
+    original = orbax.read_array
+
+    def counted(*args: object) -> np.ndarray:
+        piece = original(*args)
+        found.append(piece.nbytes)
+        return piece
+
+    orbax.read_array = counted
+    yield found
+    orbax.read_array = original
+
+
 def compare(name: str, folder: str) -> None:
     path = save_checkpoint(name, f"{folder}/hf")
     ids = np.random.default_rng(0).integers(3, 257, TOTAL).tolist()
@@ -145,7 +162,8 @@ def compare(name: str, folder: str) -> None:
         mesh = make_mesh(tp)
         model = load_model(path, mesh=mesh)
         got, runner = logits(model, ids, mesh)
-        again = load_model(converted, mesh=mesh)
+        with bytes_read() as read:
+            again = load_model(converted, mesh=mesh)
         alike = [
             x.sharding == y.sharding and np.array_equal(x, y)
             for x, y in zip(model.leaves, again.leaves, strict=True)
@@ -157,6 +175,8 @@ def compare(name: str, folder: str) -> None:
             "kv_heads": model.config.layers[0].mixer.held_kv_heads(tp),
             "error": float(np.abs(got - want).max() / np.abs(want).max()),
             "converted_alike": all(alike),
+            "read": sum(read) / sum(leaf.nbytes for leaf in single.leaves),
+            "largest_read": max(read) / max(leaf.nbytes for leaf in single.leaves),
             "collectives": collectives(runner) if tp == 4 else [],
             "tunable": products_asked_for(path, mesh),
             "tuned_errors": tuned_errors(path, mesh) if tp == 2 else [],
