@@ -16,14 +16,18 @@ from typing import Any
 import pytest
 
 import lmdeploy_jax
-from lmdeploy_jax.cli import chat, serve
+from lmdeploy_jax.cli import chat, proxy, serve
+from lmdeploy_jax.cli.engine_flags import engine_config
 from lmdeploy_jax.cli.flags import FlagSet
 from lmdeploy_jax.cli.main import main
+from tests.patience import get, post, wait_until
+from tests.proxy.test_proxy import proxied
 from tests.server.live import serving
 
 ROOT = Path(lmdeploy_jax.__file__).parent.parent
 ENGLISH, CHINESE = (ROOT / "docs" / f"quick_start{language}.md" for language in ("", "_zh-CN"))
-SERVER = "http://localhost:23333"
+HOST = "http://localhost:"
+SEVERAL = "--tp 2 --dp 2"  # begins the part that needs several devices
 
 
 @dataclass
@@ -52,13 +56,17 @@ class Reader:
 
     names: dict[str, Any] = field(default_factory=lambda: {"__name__": "quick_start"})
     stack: ExitStack = field(default_factory=ExitStack)
-    url: str = SERVER
+    urls: dict[str, str] = field(default_factory=dict)
+    """Where what the page calls so is."""
 
     def run(self, block: Block) -> str:
         """What the block prints."""
+        code = block.code
+        for shown, url in self.urls.items():
+            code = code.replace(shown, url)
         if block.language == "python":
-            return self._printed(lambda: exec(block.code.replace(SERVER, self.url), self.names))
-        words = shlex.split(block.code, comments=True)
+            return self._printed(lambda: exec(code, self.names))
+        words = shlex.split(code, comments=True)
         return self._install(words) if words[0] == "pip" else self._command(words)
 
     def _command(self, words: list[str]) -> str:
@@ -69,14 +77,30 @@ class Reader:
 
     def _serve(self, words: list[str]) -> str:
         """The server of the command, in this process and on a port of its own."""
+        if words[0] == "proxy":
+            return self._proxy(words[1:])
         flags = FlagSet()
         serve.define(flags)
         _, model = flags.parse(words)
-        assert f":{flags['server_port']}" in SERVER
-        pipe = self.stack.enter_context(sys.modules["lmdeploy_jax.pipeline"].pipeline(model, progress=False))
-        live = self.stack.enter_context(serving(pipe.frontend, model_name=model))
-        self.url = live.url
-        return f"Serving {live.service.models[0]} at {SERVER}\n"
+        options = {"backend_config": engine_config(flags), "progress": False}
+        pipe = self.stack.enter_context(sys.modules["lmdeploy_jax.pipeline"].pipeline(model, **options))
+        live = self.stack.enter_context(
+            serving(pipe.frontend, model_name=model, proxy_url=flags["proxy_url"])
+        )
+        shown = f"{HOST}{flags['server_port']}"
+        self.urls[shown] = live.url
+        if flags["proxy_url"]:  # the server is in use once the proxy knows it
+            wait_until(lambda: get(flags["proxy_url"] + "/health").status_code == 200)
+        return f"Serving {live.service.models[0]} at {shown}\n"
+
+    def _proxy(self, words: list[str]) -> str:
+        flags = FlagSet()
+        proxy.define(flags)
+        flags.parse(words)
+        shown = f"{HOST}{flags['server_port']}"
+        url = self.stack.enter_context(proxied(routing_strategy=flags["routing_strategy"]))
+        self.urls[shown] = url
+        return f"Proxy at {shown}\n"
 
     @staticmethod
     def _install(words: list[str]) -> str:
@@ -112,8 +136,34 @@ def pattern(output: str) -> str:
     return "(?:.*\n)*?".join(f"{line}\n" for line in lines) + "(?:.*\n)*"
 
 
+def in_several() -> tuple[list[Block], list[Block]]:
+    """The page's blocks but for those of the part about several devices, and these."""
+    found = blocks(ENGLISH)
+    first = next(i for i, block in enumerate(found) if SEVERAL in block.code)
+    return found[:first] + found[first + 4 :], found[first : first + 4]
+
+
 def test_every_block_prints_what_the_page_says(reader: Reader) -> None:
-    for block in blocks(ENGLISH):
+    follow(reader, in_several()[0])
+
+
+@pytest.mark.full
+def test_several_devices_and_servers_do_what_the_page_says(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each copy's process sees two devices."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    follow(reader, in_several()[1])
+    asked = {
+        "model": "tiny-chat",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    answer = post(reader.urls[f"{HOST}23333"] + "/v1/chat/completions", json=asked | {"temperature": 0})
+    assert answer.json()["choices"][0]["message"]["content"] == "Paris"
+
+
+def follow(reader: Reader, page: list[Block]) -> None:
+    for block in page:
         printed = reader.run(block)
         if block.output is None:
             assert printed == "", block.code
@@ -125,7 +175,7 @@ def test_every_block_prints_what_the_page_says(reader: Reader) -> None:
 
 def test_the_pages_have_the_same_blocks_and_parts() -> None:
     assert blocks(ENGLISH) == blocks(CHINESE)
-    assert headings(ENGLISH) == [1, 2, 3, 3, 3, 3, 3, 2, 3, 3, 2, 2]
+    assert headings(ENGLISH) == [1, 2, 3, 3, 3, 3, 3, 2, 3, 3, 3, 2, 2]
 
 
 @pytest.mark.parametrize("page", ["README", "docs/quick_start"])
