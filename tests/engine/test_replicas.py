@@ -12,18 +12,14 @@ from lmdeploy_jax import GenerationConfig, pipeline
 from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.config import JaxEngineConfig
-from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.process.replicas import REQUEST_TOKENS, KnownPrefixes, Replicas
 from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.prompt import EncodedPrompt
-from lmdeploy_jax.text.tokenizer import Tokenizer
-from tests.engine.harness import Collector, config, generate, submit
+from tests.engine.harness import Collector, config, generate, submit, tokens
 from tests.fake_engine import FakeEngine
 from tests.patience import wait_until
 
 FATAL = 999  # a prompt that ends its engine's process
-TOKENIZER = Tokenizer(TINY_CHAT)
-PROMPTS = [TOKENIZER.encode(text) for text in ("What is 12 + 30?", "Spell the word cat.")]
 PAGES = 4  # of a prompt
 ANSWER = 10**6  # more tokens than a test waits for
 
@@ -163,17 +159,10 @@ def test_a_salt_keeps_prefixes_apart_and_no_cache_knows_none():
     assert KnownPrefixes(0).hashes(EncodedPrompt(text(1))) == []
 
 
-def test_two_copies_answer_as_one_engine_does(compile_cache):
-    engines = [
-        Engine(TINY_CHAT, config(compile_cache), progress=False),
-        Replicas(TINY_CHAT, config(compile_cache, dp=2), progress=False),
-    ]
-    one, two = (
-        [[result.tokens for result in generate(each, [prompt])[0]] for prompt in PROMPTS] for each in engines
-    )
-    for engine in engines:
-        engine.close()
-    assert one == two
+def test_two_copies_answer_as_one_engine_does(llama, prompts, expected, compile_cache):
+    two = Replicas(llama, config(compile_cache, dp=2), progress=False)
+    assert tokens(two, prompts[:2], max_new_tokens=len(expected[0])) == expected[:2]
+    two.close()
 
 
 @pytest.mark.full
