@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from lmdeploy_jax.bench import shapes
 from lmdeploy_jax.cache.kv import CacheSpec
@@ -56,19 +58,21 @@ def programs_of(shape: str, tp: int, options: dict[str, object]) -> Programs:
     backend = choose_backend("auto", device, config)
     kernels = Kernels(backend, mesh, tuning.load(device.device_kind))
     skeleton = build_skeleton(config, dtype, kernels)
-    leaves = tuple(zeros(spec) for spec in skeleton.specs.values())
+    leaves = tuple(zeros(spec.shape, spec.dtype, spec.sharding)() for spec in skeleton.specs.values())
     sizes = buckets.plan("gpu", BATCH, TOKENS)
     layout = config.cache_layout(tp, session_len=SESSION, step_tokens=TOKENS)
-    cache = CacheSpec(layout, PAGES, dtype, mesh, 2 * BATCH + 1)
-    state = DeviceState(LoadedModel(skeleton, leaves, dtype), cache, BATCH)
+    pages = CacheSpec(layout, PAGES, dtype, mesh, 2 * BATCH + 1)
+    state = DeviceState(LoadedModel(skeleton, leaves, dtype), pages, BATCH)
     programs = Programs(state, lambda program: program.lower().compile(options), options)
     slots = Slots(PageTables(SESSION, layout.groups, sizes), config.vocab_size)
     steps_for(device.platform)(programs, slots, sizes, tile_rows(backend))
     return programs
 
 
-def zeros(spec: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=spec.sharding)()
+@cache
+def zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> Callable[[], jax.Array]:
+    """Layers alike share what makes their weights."""
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
 
 
 def alone(programs: Programs) -> Iterator[str]:
@@ -109,17 +113,17 @@ def everything(programs: Programs) -> Iterator[str]:
     begun, original = time.perf_counter(), compile._compile_and_store
     lines: list[tuple[float, float, str]] = []
 
-    def timed(lowered: jax.stages.Lowered, program: Program, cache: ProgramCache) -> jax.stages.Compiled:
+    def timed(lowered: jax.stages.Lowered, program: Program, kept: ProgramCache) -> jax.stages.Compiled:
         first = time.perf_counter() - begun
         try:
-            return original(lowered, program, cache)
+            return original(lowered, program, kept)
         finally:
             lines.append((first, time.perf_counter() - begun, f"{program.key[0]}-{program.key[1]}"))
             print(f"{lines[-1][0]:7.1f} {lines[-1][1]:7.1f}  {lines[-1][2]}", flush=True)
 
     compile._compile_and_store = timed
-    cache = ProgramCache(None, list(programs.state.replicated.mesh.devices.flat))
-    compile.compile_all(programs, cache, progress=False)
+    nothing_kept = ProgramCache(None, list(programs.state.replicated.mesh.devices.flat))
+    compile.compile_all(programs, nothing_kept, progress=False)
     yield f"{len(lines)} programs in {time.perf_counter() - begun:.1f} s"
 
 
