@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,6 @@ Formats = Mapping[str, WeightFormat]
 Rearrange = Callable[[Array], Array]
 Shape = tuple[int, ...]
 Read = Callable[[Index], np.ndarray]
-AnyArray = Any  # jax's or numpy's
 
 
 class Cut(NamedTuple):
@@ -128,37 +127,34 @@ def _rearrangement(name: str, shape: tuple[int, ...]) -> Callable[[Array], Array
     return lambda x: jnp.pad(x, [(0, shape[0] - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
-def repeat_kv_heads(qkv: AnyArray, kv_heads: int) -> AnyArray:
+def repeat_kv_heads(qkv: Array, kv_heads: int) -> Array:
     """[KH, G + 2, D, ...] -> [kv_heads, G' + 2, D, ...]: copies of each k and v head share its queries."""
     count, width, *rest = qkv.shape
-    copies, np_or_jnp = kv_heads // count, qkv.__array_namespace__()
+    copies = kv_heads // count
     queries = qkv[:, :-2].reshape(kv_heads, (width - 2) // copies, *rest)
-    return np_or_jnp.concat([queries, np_or_jnp.repeat(qkv[:, -2:], copies, axis=0)], axis=1)
+    return jnp.concatenate([queries, jnp.repeat(qkv[:, -2:], copies, axis=0)], axis=1)
 
 
 def _part(name: str, saved: Shape, shape: Shape) -> Callable[[Read, Index], np.ndarray]:
-    """What `_rearrangement` does to the whole, for a slice of the result that cuts one axis alone."""
+    """What `_rearrangement` does to the whole, for a slice that cuts no other axis than that of devices."""
     if ".attention.qkv." in name:
-        return partial(_heads, saved, shape, 0, repeat_kv_heads)
+        return partial(_heads, saved, shape, 0, 2)
     if ".attention.o." in name:
-        return partial(_heads, saved, shape, 1, lambda o, kv_heads: o.reshape(len(o), kv_heads, *shape[2:]))
+        return partial(_heads, saved, shape, 1, 0)
     return partial(_padded, saved, shape)
 
 
-def _heads(
-    saved: Shape,
-    shape: Shape,
-    axis: int,
-    rearrange: Callable[[np.ndarray, int], np.ndarray],
-    read: Read,
-    index: Index,
-) -> np.ndarray:
-    """Of the KV heads along `axis`, those that have a part in it."""
-    own, copies, whole = as_ranges(index, shape)[axis], shape[axis] // saved[axis], (slice(None),) * axis
-    first, last = own.start // copies, -(-own.stop // copies)
-    heads = rearrange(read((*whole, slice(first, last))), (last - first) * copies)
-    start = own.start - first * copies
-    return heads[(*whole, slice(start, start + len(own)))]
+def _heads(saved: Shape, shape: Shape, axis: int, kv: int, read: Read, index: Index) -> np.ndarray:
+    """KV heads along `axis`, each with its share of a stored head's queries and the `kv` rows behind these."""
+    copies, queries = shape[axis] // saved[axis], shape[axis + 1] - kv
+
+    def head(number: int) -> np.ndarray:
+        stored, share = divmod(number, copies)
+        there = (*(slice(None),) * axis, slice(stored, stored + 1))
+        rows = [slice(share * queries, (share + 1) * queries), slice(copies * queries, copies * queries + kv)]
+        return np.concatenate([read((*there, each)) for each in rows if each.start < each.stop], axis + 1)
+
+    return np.concatenate([head(number) for number in as_ranges(index, shape)[axis]], axis)
 
 
 def _padded(saved: Shape, shape: Shape, read: Read, index: Index) -> np.ndarray:

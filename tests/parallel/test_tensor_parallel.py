@@ -41,8 +41,8 @@ def test_a_converted_checkpoint_loads_alike(found, tp):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_of_a_converted_checkpoint_each_device_reads_its_own_part(found, tp):
-    """What all devices have whole is read once."""
-    assert found[tp]["read"] == pytest.approx(1, abs=1e-6)
+    """What all devices have whole is read once, KV heads that several have as often."""
+    assert 1 <= found[tp]["read"] <= found[tp]["held"] <= (1 if tp == 1 else 1.2)
     assert found[tp]["largest_read"] <= 1.01 / tp
 
 

@@ -176,6 +176,7 @@ def compare(name: str, folder: str) -> None:
             "error": float(np.abs(got - want).max() / np.abs(want).max()),
             "converted_alike": all(alike),
             "read": sum(read) / sum(leaf.nbytes for leaf in single.leaves),
+            "held": sum(leaf.nbytes for leaf in again.leaves) / sum(leaf.nbytes for leaf in single.leaves),
             "largest_read": max(read) / max(leaf.nbytes for leaf in single.leaves),
             "collectives": collectives(runner) if tp == 4 else [],
             "tunable": products_asked_for(path, mesh),
