@@ -145,7 +145,7 @@ def _part(name: str, saved: Shape, shape: Shape) -> Callable[[Read, Index], np.n
 
 
 def _heads(saved: Shape, shape: Shape, axis: int, kv: int, read: Read, index: Index) -> np.ndarray:
-    """KV heads along `axis`, each with its share of a stored head's queries and the `kv` rows behind these."""
+    """KV heads along `axis`, each with its share of a stored one's queries and the `kv` rows behind these."""
     copies, queries = shape[axis] // saved[axis], shape[axis + 1] - kv
 
     def head(number: int) -> np.ndarray:
