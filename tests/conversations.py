@@ -36,7 +36,7 @@ def share_cached(url: str, conversations: int = CONVERSATIONS) -> float:
     """Of what could have been cached, of so many conversations at once."""
 
     async def all_at_once() -> list[tuple[int, int]]:
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # which a server may close
         async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as client:
             return await asyncio.gather(*(_converse(client, seed) for seed in range(conversations)))
 

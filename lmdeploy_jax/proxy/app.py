@@ -25,6 +25,7 @@ logger = logging.getLogger("lmdeploy_jax")
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 _ASKED = aiohttp.ClientTimeout(total=10)  # seconds for what the proxy itself asks a node
 _BODY_SECONDS = 60.0
+_KEPT = 3.0  # seconds that an idle connection is kept, before the node, as uvicorn does after 5, closes it
 
 
 def create_proxy(options: ProxyOptions) -> FastAPI:
@@ -62,7 +63,7 @@ class _Proxy:
         """Part of starlette's interface: what runs as long as the application does."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._options.connect_timeout)
         # As many connections as there are requests; what is compressed stays so; no proxy of the environment.
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT)
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, auto_decompress=False
         ) as session:

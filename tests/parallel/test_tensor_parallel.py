@@ -43,7 +43,7 @@ def test_a_converted_checkpoint_loads_alike(found, tp):
 def test_of_a_converted_checkpoint_each_device_reads_its_own_part(found, tp):
     """What all devices have whole is read once, KV heads that several have as often."""
     assert 1 <= found[tp]["read"] <= found[tp]["held"] <= (1 if tp == 1 else 1.2)
-    assert found[tp]["largest_read"] <= 1.01 / tp
+    assert found[tp]["largest_read"] <= 1.02 / tp  # a row more of what is padded
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
