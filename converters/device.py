@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from lmdeploy_jax.converters.slicing import Index, as_ranges
+from lmdeploy_jax.converters.slicing import Index, aligned_empty, as_ranges, sizes
 
 
 class Readable(Protocol):
@@ -48,6 +48,7 @@ Progress = Callable[[int, int], None]
 
 THREADS = 8
 BYTES_IN_FLIGHT = 512 << 20
+PIECE_BYTES = 32 << 20  # of a shard, from twice which on it is read in several pieces at once
 
 
 @dataclass(frozen=True)
@@ -127,20 +128,38 @@ def load_leaves(
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """Every bound leaf as an array of its spec's dtype and sharding."""
-    return load_parallel(
-        {name: _placement(leaf, specs[name]) for name, leaf in leaves.items()}, progress=progress
-    )
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="read") as readers:
+        placements = {name: _placement(leaf, specs[name], readers) for name, leaf in leaves.items()}
+        return load_parallel(placements, progress=progress)
 
 
-def _placement(leaf: Readable, spec: jax.ShapeDtypeStruct) -> Placement:
+def _placement(leaf: Readable, spec: jax.ShapeDtypeStruct, readers: ThreadPoolExecutor) -> Placement:
     dtype, sharding = np.dtype(spec.dtype), spec_sharding(spec)
     source = leaf if isinstance(leaf, Uploadable) and not _on_cpu(sharding) else None
 
     def fetch(index: Index) -> np.ndarray | Upload:
         found = None if source is None else source.upload(index)
-        return leaf.read(index, dtype) if found is None else found
+        return _read(leaf, index, dtype, readers) if found is None else found
 
     return Placement(leaf.shape, dtype, sharding, fetch)
+
+
+def _read(leaf: Readable, index: Index, dtype: np.dtype, readers: ThreadPoolExecutor) -> np.ndarray:
+    """`leaf.read`, of a large slice in runs of its first axis: a layer's experts are one array."""
+    ranges = as_ranges(index, leaf.shape)
+    shape = sizes(ranges)
+    pieces = min(math.prod(shape) * dtype.itemsize // PIECE_BYTES, shape[0] if shape else 1)
+    if pieces < 2:
+        return leaf.read(index, dtype)
+    out = aligned_empty(shape, dtype)
+    ends = [shape[0] * piece // pieces for piece in range(pieces + 1)]
+
+    def read(begin: int, end: int) -> None:
+        rows = slice(ranges[0].start + begin, ranges[0].start + end)
+        out[begin:end] = leaf.read((rows, *index[1:]), dtype)
+
+    list(readers.map(read, ends[:-1], ends[1:]))
+    return out
 
 
 def _on_cpu(sharding: Sharding) -> bool:

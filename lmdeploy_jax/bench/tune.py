@@ -43,7 +43,7 @@ BLOCKS = (  # outputs and inner elements of a tile, warps, stages
     (64, 128, 4, 4),
     (128, 64, 8, 4),
 )
-SPLITS = (1, 2, 4, 7, 8)
+SPLITS = (1, 2, 3, 4, 5, 7, 8, 9)
 NORM_BLOCKS = (  # also for products with a norm, which are not split: more programs, or more stages
     *BLOCKS,
     (16, 128, 4, 6),

@@ -86,13 +86,22 @@ class Experts(nnx.Module, SumOverDevices):
         self.gate_up = ExpertLinear((count, products, expert.width), (hidden,), inner, **rest)
         self.down = ExpertLinear((count, hidden), (expert.width,), ("experts", "embed", "expert_mlp"), **rest)
 
-    def __call__(self, x: Float[Array, "T E"], routes: Routes) -> NextDelta:
-        """The weighted sum of each token's experts, whole or a part for each."""
-        routes = self._own(routes)
+    def __call__(
+        self, x: Float[Array, "T E"], routes: Routes, beside: Float[Array, "T E"] | None = None
+    ) -> NextDelta:
+        """The weighted sum of each token's experts, whole or a part for each, and what one device adds to it."""
+        out = self._mixed(x, self._own(routes), beside)
+        if beside is None:
+            return out
+        whole = summed(out)
+        return whole if whole.ndim == 3 else whole + beside
+
+    def _mixed(self, x: Float[Array, "T E"], routes: Routes, beside: Float[Array, "T E"] | None) -> NextDelta:
+        """`beside` is in parts alone."""
         if self.kernels.backend != "xla":
             gate_up, down = self.gate_up.operand(), self.down.operand()
             if gate_up is not None and down is not None:
-                return self._by_kernels(x, routes, gate_up, down)
+                return self._by_kernels(x, routes, gate_up, down, beside)
         return self._by_xla(x, routes)
 
     def _own(self, routes: Routes) -> Routes:
@@ -129,13 +138,19 @@ class Experts(nnx.Module, SumOverDevices):
         return why_not_fused(x.shape[0], choices, shape, x.dtype, biased=biased) is None
 
     def _by_kernels(
-        self, x: Float[Array, "T E"], routes: Routes, gate_up: Array | Quantised, down: Array | Quantised
+        self,
+        x: Float[Array, "T E"],
+        routes: Routes,
+        gate_up: Array | Quantised,
+        down: Array | Quantised,
+        beside: Float[Array, "T E"] | None,
     ) -> NextDelta:
         """Parts, which the next norm adds: a token's choices, and the device's share of their bias."""
         if self._fuses(x, routes.experts.shape[1]):
             return self._fused(x, routes)
         backend = self.kernels.backend
-        groups = group_rows(routes.experts.reshape(-1), self.gate_up.weight.shape[0], backend=backend)
+        held, alone = self.gate_up.weight.shape[0], x.shape[0] == 1
+        groups = group_rows(routes.experts.reshape(-1), held, different=alone, backend=backend)
         bias = None if self.gate_up.bias is None else self.gate_up.bias[...]
         inner = gated_grouped_matmul(x, gate_up, groups, gating=self.gating, bias=bias, backend=backend)
         bias = None if self.down.bias is None else self.down.bias[...]
@@ -148,6 +163,7 @@ class Experts(nnx.Module, SumOverDevices):
             groups,
             routes.weights,
             bias=bias,
+            beside=beside,
             out_dtype=x.dtype if wide else jnp.float32,
             backend=backend,
         )
@@ -194,7 +210,7 @@ class Mixture(nnx.Module):
         self.weigh_inputs, self.shared_scale = config.weigh_inputs, config.shared_scale
         self.router = Router(hidden, config.router, dtype=dtype, backend=kernels.backend)
         latent, plain = config.latent_size, partial(Linear, bias=False, dtype=dtype)
-        alone = config.shared is None and not latent
+        alone = not latent and (config.shared is None or kernels.tp == 1)
         rest: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
         self.experts = Experts(latent or hidden, config, added_up=added_plainly and alone, **rest)
         self.into_latent = plain((latent,), (hidden,), (None, "embed")) if latent else None
@@ -220,13 +236,15 @@ class Mixture(nnx.Module):
         """The same, and each token's experts."""
         x, normed = self.kernels.add_norm(x, delta, norm)
         routes, inputs = self.router(normed), _through(self.into_latent, normed)
-        out = self.experts(*(_weighed(inputs, routes) if self.weigh_inputs else (inputs, routes)))
+        shared = None if self.shared is None else self._shared(normed)
+        beside = shared if self.experts.added_up else None
+        out = self.experts(*(_weighed(inputs, routes) if self.weigh_inputs else (inputs, routes)), beside)
         if self.experts.added_up:
             return x, out, routes.experts
         out = summed(out)
         out = out.sum(0, dtype=jnp.float32).astype(x.dtype) if out.ndim == 3 else out
         out = _through(self.from_latent, out)
-        return x, out if self.shared is None else out + self._shared(normed), routes.experts
+        return x, out if shared is None else out + shared, routes.experts
 
     def _shared(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
         assert self.shared is not None

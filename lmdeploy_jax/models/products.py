@@ -108,11 +108,13 @@ class SkinnyProduct:
     tiling: Tiling
     backend: str
     in_parts: bool = True
+    biased: bool = False  # whether the linear layer's bias is a summand
 
     def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
         rows = x.reshape(x.shape[0], -1)
         weight = linear.weight.dense().reshape(-1, rows.shape[1])
-        parts = skinny_gemm(rows, weight, self.tiling, out_dtype=jnp.float32, backend=self.backend)
+        bias = linear.bias[...] if self.biased and linear.bias is not None else None
+        parts = skinny_gemm(rows, weight, self.tiling, bias=bias, out_dtype=jnp.float32, backend=self.backend)
         parts = parts.reshape(*parts.shape[:2], *linear.out_shape(x))
         return parts if self.in_parts else parts[0]
 

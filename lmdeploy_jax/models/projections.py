@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Shaped
@@ -9,7 +11,7 @@ from jaxtyping import Float, Shaped
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Axes, Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
-from lmdeploy_jax.models.products import Activation, plan, plan_norm, plan_xla
+from lmdeploy_jax.models.products import Activation, Product, SkinnyProduct, plan, plan_norm, plan_xla
 from lmdeploy_jax.models.residual import Delta, PartialSum, SumOverDevices
 
 
@@ -64,17 +66,29 @@ class RowParallelLinear(Linear, SumOverDevices):
     ) -> None:
         super().__init__(out, inner, axes, bias=bias, dtype=dtype)
         self.kernels = kernels
-        self.in_parts = added_up and not bias
+        self.in_parts = added_up and (not bias or kernels.tp == 1)
 
     def __call__(self, x: Float[Array, "T *inner"]) -> Float[Array, "..."] | PartialSum:
         """-> [T, *out], or f32 [S, T, *out], whose sum over S it is, or such a sum of this device alone."""
-        product = plan(self.kernels, "parts", self, x) if self.in_parts else plan_xla(self.kernels, self, x)
+        product = self._plan(x)
         out = product(self, x)
         left = self.left_to_norm(out, x.dtype) if self.in_parts else None
         if left is not None:
             return left
         out = self.kernels.collectives.all_reduce(out, x.dtype)
-        return out if self.bias is None else out + self.bias[...]
+        if self.bias is None or (isinstance(product, SkinnyProduct) and product.biased):
+            return out
+        return out + self.bias[...]
+
+    def _plan(self, x: Float[Array, "T *inner"]) -> Product:
+        if not self.in_parts:
+            return plan_xla(self.kernels, self, x)
+        product = plan(self.kernels, "parts", self, x)
+        if self.bias is None:
+            return product
+        if isinstance(product, SkinnyProduct):
+            return replace(product, biased=True)
+        return plan_xla(self.kernels, self, x)  # a bias would be a launch more beside parts
 
 
 def whole(

@@ -38,9 +38,8 @@ class Router(nnx.Module):
     def __call__(self, x: Float[Array, "T E"]) -> Routes:
         weight = self.weight[...]
         logits = dense_product(x.astype(weight.dtype), weight, out_dtype=jnp.float32)
-        logits = logits if self.bias is None else logits + self.bias[...]
-        correction = None if self.correction is None else self.correction[...]
-        routes = choose(self.config, logits, correction, self.backend)
+        bias, correction = (None if each is None else each[...] for each in (self.bias, self.correction))
+        routes = choose(self.config, logits, correction, self.backend, bias=bias)
         if self.expert_scale is None:
             return routes
         return routes._replace(weights=routes.weights * self.expert_scale[...][routes.experts])
@@ -51,10 +50,14 @@ def choose(
     logits: Float32[Array, "T X"],
     correction: Float32[Array, "X"] | None,
     backend: str = "xla",
+    *,
+    bias: Float32[Array, "X"] | None = None,
 ) -> Routes:
-    """The routes of tokens with such logits; among equals the expert of the lowest number goes first."""
+    """The routes of tokens with such logits, to which `bias` is added; among equals the expert of the lowest
+    number goes first.
+    """
     if config.scores == "sparsemixer":
-        return _sparsemixer(logits, config.jitter)
+        return _sparsemixer(logits if bias is None else logits + bias, config.jitter)
     options = TopK(
         config.per_token,
         config.scores,
@@ -64,7 +67,7 @@ def choose(
         config.top_groups,
         config.group_score,
     )
-    return Routes(*topk_routing(logits, correction, options, backend=backend))
+    return Routes(*topk_routing(logits, correction, options, bias=bias, backend=backend))
 
 
 def _sparsemixer(logits: Float32[Array, "T X"], jitter: float) -> Routes:

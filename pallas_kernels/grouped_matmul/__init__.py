@@ -39,15 +39,21 @@ LEAST_COLUMNS = 16  # of a tensor-core product
 CHUNKED_ROWS = 32768  # from which on chunks are sorted by programs of their own
 
 
-def group_rows(groups: Int32[Array, "M"], count: int, *, backend: str = "xla") -> RowGroups:
+def group_rows(
+    groups: Int32[Array, "M"], count: int, *, different: bool = False, backend: str = "xla"
+) -> RowGroups:
     """The rows of `groups`, numbers from 0 to `count` - 1, laid together for products of that backend.
 
     Rows of number `count` are in no group: no tile has them, and products give anything in their places.
+    different: whether no group has two rows, as those of one token: nothing is sorted for kernels then.
     """
     check_backend(backend)
     height = tile_rows(groups.shape[0], count, backend)
     if backend == "xla":
         return xla_groups.group_rows(groups, count, height)
+    if different:
+        row = jnp.arange(groups.shape[0], dtype=jnp.int32)
+        return RowGroups(row, row, groups, groups)
     from lmdeploy_jax.pallas_kernels.grouped_matmul import chunks, sorting  # CPUs never need it
 
     if groups.shape[0] >= CHUNKED_ROWS:
@@ -97,11 +103,12 @@ def weighted_grouped_matmul(
     scales: Float32[Array, "T k"],
     *,
     bias: Float[Array, "X N"] | None = None,
+    beside: Float[Array, "T N"] | None = None,
     out_dtype: DTypeLike,
     backend: str,
 ) -> Float[Array, "k T N"]:
     """The products of sorted rows, each times its scale, where its token has them: parts that sum to a
-    mixture's output.
+    mixture's output, with what `beside` has for each token in the first.
 
     rows are in the order of `groups.source`; row m of those that were grouped is choice `m % k` of token
     `m // k`, M = T k. Raises ValueError for shapes that do not fit.
@@ -113,10 +120,10 @@ def weighted_grouped_matmul(
         raise ValueError(f"{rows.shape[0]} rows need a scale each; scales are {scales.shape}")
     height = _height(groups, weight, backend)
     if backend == "xla":
-        return xla.weighted_grouped_matmul(rows, weight, bias, groups, scales, height, out_dtype)
+        return xla.weighted_grouped_matmul(rows, weight, bias, groups, scales, beside, height, out_dtype)
     from lmdeploy_jax.pallas_kernels.grouped_matmul import pallas  # CPUs never need it
 
-    arrays = (rows, weight, bias, groups, scales, height, out_dtype)
+    arrays = (rows, weight, bias, groups, scales, beside, height, out_dtype)
     return pallas.weighted_grouped_matmul(*arrays, interpret=backend == "pallas_interpret")
 
 

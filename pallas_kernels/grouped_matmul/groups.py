@@ -15,13 +15,14 @@ class RowGroups(NamedTuple):
 
     source: of each sorted row, its place before sorting; place: of each row before sorting, its sorted place.
     tiles: the work list: group, first sorted row, and how many rows of that group from there on, in the order
-    of the rows; slots that are not in use have no rows, and come last for the loop of `xla.py`.
+    of the rows; slots that are not in use have no rows, and come last for the loop of `xla.py`. Of rows that
+    all have different groups it may be these alone, for the kernels.
     """
 
     source: Int32[Array, "M"]
     place: Int32[Array, "M"]
     group: Int32[Array, "M"]  # of each sorted row
-    tiles: Int32[Array, "W 3"]
+    tiles: Int32[Array, "W 3"] | Int32[Array, "M"]
 
 
 def tile_rows(rows: int, groups: int, backend: str) -> int:

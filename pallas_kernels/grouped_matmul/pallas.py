@@ -57,6 +57,7 @@ def weighted_grouped_matmul(
     bias: Float[Array, "X N"] | None,
     groups: RowGroups,
     scales: Float32[Array, "T k"],
+    beside: Float[Array, "T N"] | None,
     height: int,
     out_dtype: DTypeLike,
     *,
@@ -70,7 +71,7 @@ def weighted_grouped_matmul(
     kernel = functools.partial(_weighted_kernel, height=height, tuning=tuning, interpret=interpret)
     how = _launch("weighted_grouped_matmul", outputs, groups, tuning)
     out = jax.ShapeDtypeStruct((choices, tokens, outputs), out_dtype)
-    inputs = (rows, *weights, bias, groups.source, groups.tiles, scales.reshape(-1))
+    inputs = (rows, *weights, bias, groups.source, groups.tiles, scales.reshape(-1), beside)
     return launch(kernel, how, out, *inputs, interpret=interpret)
 
 
@@ -135,7 +136,7 @@ def _gated_kernel(
     tuning: Tuning,
     interpret: bool,
 ) -> None:
-    tile = Tile(tiles_ref, height, out_ref.shape[1], tuning)
+    tile = Tile(tiles_ref, height, values_ref.shape[0], out_ref.shape[1], tuning)
     weight = values_ref, weight_scales_ref, zeros_ref
 
     @pl.when(tile.count > 0)
@@ -156,6 +157,7 @@ def _weighted_kernel(
     source_ref: jax.Ref,
     tiles_ref: jax.Ref,
     scales_ref: jax.Ref,
+    beside_ref: jax.Ref | None,
     out_ref: jax.Ref,
     *,
     height: int,
@@ -163,7 +165,7 @@ def _weighted_kernel(
     interpret: bool,
 ) -> None:
     choices, tokens, outputs = out_ref.shape
-    tile = Tile(tiles_ref, height, outputs, tuning)
+    tile = Tile(tiles_ref, height, values_ref.shape[0], outputs, tuning)
     weight = values_ref, weight_scales_ref, zeros_ref
 
     @pl.when(tile.count > 0)
@@ -174,5 +176,8 @@ def _weighted_kernel(
         total = tile.biased(total, bias_ref) * scale[None, :]
         # Nothing is masked at another row's place: the interpreter stores what was there before.
         token, choice = jnp.where(tile.valid, lax.div(source, choices), tokens), lax.rem(source, choices)
+        if beside_ref is not None:
+            first = tile.mask & (choice == 0)[None, :]
+            total += plt.load(beside_ref.at[token[None, :], tile.out[:, None]], mask=first, other=0)
         at = out_ref.at[choice[None, :], token[None, :], tile.out[:, None]]
         plt.store(at, total.astype(out_ref.dtype), mask=tile.mask)

@@ -31,10 +31,15 @@ class Tuning:
 class Tile:
     """The rows and outputs of this program; blocks are [outputs, rows]."""
 
-    def __init__(self, tiles_ref: jax.Ref, height: int, outputs: int, tuning: Tuning) -> None:
+    def __init__(self, tiles_ref: jax.Ref, height: int, groups: int, outputs: int, tuning: Tuning) -> None:
+        """tiles_ref: as in `RowGroups`; groups: how many there are."""
         block, slot = pl.program_id(0), pl.program_id(1)
         self.tuning, self.outputs = tuning, outputs
-        self.group, first, self.count = (tiles_ref[slot, column] for column in range(3))
+        if len(tiles_ref.shape) == 1:
+            self.group, first = tiles_ref[slot], slot
+            self.count = (self.group < groups).astype(jnp.int32)
+        else:
+            self.group, first, self.count = (tiles_ref[slot, column] for column in range(3))
         number = jnp.arange(height, dtype=jnp.int32)
         self.row, self.valid = first + number, number < self.count
         self.out = block * tuning.block_out + jnp.arange(tuning.block_out, dtype=jnp.int32)

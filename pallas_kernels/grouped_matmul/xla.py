@@ -70,6 +70,7 @@ def weighted_grouped_matmul(
     bias: Float[Array, "X N"] | None,
     groups: RowGroups,
     scales: Float32[Array, "T k"],
+    beside: Float[Array, "T N"] | None,
     height: int,
     out_dtype: DTypeLike,
 ) -> Float[Array, "k T N"]:
@@ -77,7 +78,8 @@ def weighted_grouped_matmul(
     product = _multiplied(rows, weight, groups, height)
     product = product if bias is None else product + bias[groups.group].astype(jnp.float32)
     parts = product[groups.place].reshape(*scales.shape, -1) * scales[:, :, None]
-    return parts.swapaxes(0, 1).astype(out_dtype)
+    parts = parts.swapaxes(0, 1)
+    return (parts if beside is None else parts.at[0].add(beside)).astype(out_dtype)
 
 
 def _multiplied(

@@ -29,20 +29,23 @@ def skinny_gemm(
     weight: Float[Array, "N K"],
     tiling: Tiling,
     *,
+    bias: Float[Array, "N"] | None = None,
     out_dtype: DTypeLike,
     backend: str,
 ) -> Float[Array, "{tiling.splits} T N"]:
     """x [T, K] @ weight [N, K]^T in parts: -> [splits, T, N] in `out_dtype`, whose sum over parts it is.
 
-    T is at most MAX_TOKENS. Accumulates in f32. Raises ValueError for shapes that do not fit.
+    `bias` is a summand of the first part. T is at most MAX_TOKENS. Accumulates in f32. Raises ValueError for
+    shapes that do not fit.
     """
     check_backend(backend)
     _check(x, weight.shape, tiling)
     if backend == "xla":
-        return xla.skinny_gemm(x, weight, tiling.splits, out_dtype)
+        return xla.skinny_gemm(x, weight, bias, tiling.splits, out_dtype)
     from lmdeploy_jax.pallas_kernels.skinny_gemm import pallas  # CPUs never need it
 
-    return pallas.skinny_gemm(x, weight, tiling, out_dtype, interpret=backend == "pallas_interpret")
+    interpret = backend == "pallas_interpret"
+    return pallas.skinny_gemm(x, weight, bias, tiling, out_dtype, interpret=interpret)
 
 
 def gated_skinny_gemm(

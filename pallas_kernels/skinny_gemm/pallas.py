@@ -25,6 +25,7 @@ from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import Tiling
 def skinny_gemm(
     x: Float[Array, "T K"],
     weight: Float[Array, "N K"],
+    bias: Float[Array, "N"] | None,
     tiling: Tiling,
     out_dtype: DTypeLike,
     *,
@@ -34,7 +35,7 @@ def skinny_gemm(
     (tokens, _), outputs = x.shape, weight.shape[0]
     how = launch_of("skinny_gemm", outputs, tiling)
     out = jax.ShapeDtypeStruct((tiling.splits, tokens, outputs), out_dtype)
-    return launch(functools.partial(_kernel, tiling=tiling), how, out, x, weight, interpret=interpret)
+    return launch(functools.partial(_kernel, tiling=tiling), how, out, x, weight, bias, interpret=interpret)
 
 
 def gated_skinny_gemm(
@@ -60,7 +61,9 @@ def launch_of(name: str, outputs: int, tiling: Tiling) -> Launch:
     return Launch(name, grid, tiling.num_warps, tiling.num_stages)
 
 
-def _kernel(x_ref: jax.Ref, weight_ref: jax.Ref, out_ref: jax.Ref, *, tiling: Tiling) -> None:
+def _kernel(
+    x_ref: jax.Ref, weight_ref: jax.Ref, bias_ref: jax.Ref | None, out_ref: jax.Ref, *, tiling: Tiling
+) -> None:
     split, tile = pl.program_id(1), WeightTile(x_ref.shape[0], out_ref.shape[2], tiling)
     share = x_ref.shape[1] // tiling.splits
 
@@ -69,6 +72,9 @@ def _kernel(x_ref: jax.Ref, weight_ref: jax.Ref, out_ref: jax.Ref, *, tiling: Ti
         return total + dot(tile.read(weight_ref, inner), tile.x(x_ref, inner).T)
 
     total = lax.fori_loop(0, share // tiling.block_in, step, tile.zeros())
+    if bias_ref is not None:
+        bias = plt.load(bias_ref.at[tile.out], mask=(tile.out < tile.outputs) & (split == 0), other=0)
+        total += bias.astype(jnp.float32)[:, None]
     plt.store(out_ref.at[split, *tile.place], total.astype(out_ref.dtype), mask=tile.mask)
 
 

@@ -14,7 +14,11 @@ from lmdeploy_jax.pallas_kernels.norm.xla import add_rms_norm
 
 
 def skinny_gemm(
-    x: Float[Array, "T K"], weight: Float[Array, "N K"], splits: int, out_dtype: DTypeLike
+    x: Float[Array, "T K"],
+    weight: Float[Array, "N K"],
+    bias: Float[Array, "N"] | None,
+    splits: int,
+    out_dtype: DTypeLike,
 ) -> Float[Array, "{splits} T N"]:
     """See `lmdeploy_jax.pallas_kernels.skinny_gemm`."""
     parts = lax.dot_general(
@@ -24,7 +28,7 @@ def skinny_gemm(
         precision=_precision(x),
         preferred_element_type=jnp.float32,
     )
-    return parts.astype(out_dtype)
+    return (parts if bias is None else parts.at[0].add(bias)).astype(out_dtype)
 
 
 def gated_skinny_gemm(
@@ -49,7 +53,7 @@ def norm_skinny_gemm(
     """See `lmdeploy_jax.pallas_kernels.skinny_gemm`; one or two halves."""
     added, normed = add_rms_norm(x, parts, norm, eps=eps, offset=offset)
     if activation is None:
-        return added, skinny_gemm(normed, weight[0], 1, out_dtype)[0]
+        return added, skinny_gemm(normed, weight[0], None, 1, out_dtype)[0]
     return added, gated_skinny_gemm(normed, weight, activation).astype(out_dtype)
 
 

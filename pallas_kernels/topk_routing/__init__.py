@@ -12,12 +12,17 @@ __all__ = ["TopK", "topk_routing"]
 
 
 def topk_routing(
-    logits: Float32[Array, "T X"], correction: Float32[Array, "X"] | None, options: TopK, *, backend: str
+    logits: Float32[Array, "T X"],
+    correction: Float32[Array, "X"] | None,
+    options: TopK,
+    *,
+    bias: Float32[Array, "X"] | None = None,
+    backend: str,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
     """The experts of each token, best first, and their weights.
 
-    `correction` is added to the scores for the choice alone. Among equals the expert of the lowest number
-    goes first. Raises ValueError where there are fewer experts than each token is to have.
+    `bias` is added to the logits, `correction` to the scores for the choice alone. Among equals the expert of
+    the lowest number goes first. Raises ValueError where there are fewer experts than each token is to have.
     """
     check_backend(backend)
     if not 1 <= options.count <= logits.shape[1] or logits.shape[1] % options.groups:
@@ -26,7 +31,7 @@ def topk_routing(
             "equal groups"
         )
     if backend == "xla":
-        return xla.topk_routing(logits, correction, options)
+        return xla.topk_routing(logits if bias is None else logits + bias, correction, options)
     from lmdeploy_jax.pallas_kernels.topk_routing import pallas  # CPUs never need it
 
-    return pallas.topk_routing(logits, correction, options, interpret=backend == "pallas_interpret")
+    return pallas.topk_routing(logits, bias, correction, options, interpret=backend == "pallas_interpret")

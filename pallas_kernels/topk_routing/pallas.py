@@ -18,6 +18,7 @@ Number = Float32[Array, ""]
 
 def topk_routing(
     logits: Float32[Array, "T X"],
+    bias: Float32[Array, "X"] | None,
     correction: Float32[Array, "X"] | None,
     options: TopK,
     *,
@@ -28,12 +29,13 @@ def topk_routing(
     out = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32)]
     how = Launch("topk_routing", shape[:1], num_warps=1, num_stages=1)
     kernel = functools.partial(_kernel, options=options)
-    experts, weights = launch(kernel, how, out, logits, correction, interpret=interpret)
+    experts, weights = launch(kernel, how, out, logits, bias, correction, interpret=interpret)
     return experts, weights
 
 
 def _kernel(
     logits_ref: jax.Ref,
+    bias_ref: jax.Ref | None,
     correction_ref: jax.Ref | None,
     experts_ref: jax.Ref,
     weights_ref: jax.Ref,
@@ -43,7 +45,10 @@ def _kernel(
     token, count = pl.program_id(0), logits_ref.shape[1]
     expert = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
     present = expert < count
-    scores = _scores(plt.load(logits_ref.at[token, expert], mask=present, other=-jnp.inf), options)
+    logits = plt.load(logits_ref.at[token, expert], mask=present, other=-jnp.inf)
+    if bias_ref is not None:
+        logits += plt.load(bias_ref.at[expert], mask=present, other=0.0)
+    scores = _scores(logits, options)
     ranked = scores
     if correction_ref is not None:
         ranked += plt.load(correction_ref.at[expert], mask=present, other=0.0)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from lmdeploy_jax.converters import device
 from lmdeploy_jax.converters.device import Placement, load_parallel, place
 from lmdeploy_jax.converters.slicing import Index, aligned_empty
 
@@ -48,6 +49,23 @@ def test_the_cpu_takes_the_buffer_over() -> None:
     buffer[...] = ARRAY
     array = place(ARRAY.shape, ARRAY.dtype, single(), lambda _: buffer)
     assert array.unsafe_buffer_pointer() == buffer.ctypes.data
+
+
+def test_a_large_weight_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "PIECE_BYTES", 100)
+    asked: list[Index] = []
+
+    class Weight:
+        shape = ARRAY.shape
+
+        def read(self, index: Index, dtype: np.dtype) -> np.ndarray:
+            asked.append(index)
+            return ARRAY[index].astype(dtype)
+
+    spec = jax.ShapeDtypeStruct(ARRAY.shape, ARRAY.dtype, sharding=single())
+    found = device.load_leaves({"weight": Weight()}, {"weight": spec})
+    np.testing.assert_array_equal(np.asarray(found["weight"]), ARRAY)
+    assert len(asked) == ARRAY.nbytes // 100
 
 
 def test_many_arrays_within_the_budget() -> None:

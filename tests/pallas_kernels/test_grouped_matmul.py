@@ -88,7 +88,7 @@ def chosen_of(tokens: int, experts: int, choices: int, spread: str) -> np.ndarra
 def test_the_kernels_do_what_xla_does(
     tokens, experts, choices, columns, outputs, dtype, spread, products, backend
 ):
-    """With biases, and with what is no block's multiple."""
+    """With biases, with what stands beside the experts, and with what is no block's multiple."""
     if backend == "pallas" and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
     rng = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def test_the_kernels_do_what_xla_does(
         groups = group_rows(chosen.reshape(-1), experts, backend=backend)
         how = {"gating": gated, "bias": biases.astype(dtype), "backend": backend}
         inner = gated_grouped_matmul(x.astype(dtype), gate_up.astype(dtype), groups, **how)
-        how = {"bias": None, "out_dtype": jnp.float32, "backend": backend}
+        how = {"beside": x.astype(dtype), "out_dtype": jnp.float32, "backend": backend}
         return groups, weighted_grouped_matmul(inner, down.astype(dtype), groups, scales, **how)
 
     arrays = (chosen, scales, x, gate_up, down, biases)
@@ -154,7 +154,7 @@ def drawn(kind: str, *out: int, columns: int, rng: np.random.Generator) -> Quant
 def test_weights_of_few_bits_are_multiplied_as_what_they_stand_for(
     tokens, experts, choices, columns, outputs, dtype, spread, products, kind, backend
 ):
-    """One token, experts that nobody chose, biases."""
+    """One token, whose experts are not sorted, experts that nobody chose, biases."""
     if backend == "pallas" and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
     rng = np.random.default_rng(0)
@@ -166,7 +166,7 @@ def test_weights_of_few_bits_are_multiplied_as_what_they_stand_for(
     biases = jnp.asarray(rng.normal(size=(experts, products, outputs)), dtype)
 
     def run(backend, gate_up, down, chosen, x, scales, biases):
-        groups = group_rows(chosen.reshape(-1), experts, backend=backend)
+        groups = group_rows(chosen.reshape(-1), experts, different=tokens == 1, backend=backend)
         how = {"gating": gated, "bias": biases, "backend": backend}
         inner = gated_grouped_matmul(x.astype(dtype), gate_up, groups, **how)
         how = {"bias": biases.reshape(experts, -1)[:, :1] * jnp.ones((1, columns), dtype), "backend": backend}

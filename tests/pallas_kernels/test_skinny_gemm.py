@@ -52,9 +52,10 @@ def sigmoid_times(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 @parametrize
 def test_the_parts_sum_to_the_product(backend, tokens, outputs, inner, tiling, dtype):
     x, weight = drawn(backend, dtype, (tokens, inner), (outputs, inner))
-    parts = skinny_gemm(x, weight, tiling, out_dtype=jnp.float32, backend=backend)
+    bias = jnp.arange(outputs, dtype=dtype) / outputs
+    parts = skinny_gemm(x, weight, tiling, bias=bias, out_dtype=jnp.float32, backend=backend)
     assert parts.shape[0] == tiling.splits
-    want = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    want = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T + np.asarray(bias, np.float64)
     assert error(parts.sum(axis=0), want) < TOLERANCE["float32"]
 
 

@@ -10,19 +10,19 @@ import pytest
 from lmdeploy_jax.pallas_kernels.topk_routing import TopK, topk_routing
 
 BACKENDS = ["pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
-CASES = [  # experts, with a correction, options
-    (8, False, TopK(1)),
-    (128, False, TopK(8, normalise=True)),
-    (32, False, TopK(4, "chosen")),
-    (40, True, TopK(6, "sigmoid", normalise=True, scale=2.5, groups=5, top_groups=2)),
-    (160, False, TopK(6, scale=16.0, groups=8, top_groups=3, group_score="max")),
-    (6, True, TopK(3, "sigmoid", groups=3)),  # more than the groups that count have
+CASES = [  # experts, with a correction, with a bias, options
+    (8, False, False, TopK(1)),
+    (128, False, False, TopK(8, normalise=True)),
+    (32, False, True, TopK(4, "chosen")),
+    (40, True, True, TopK(6, "sigmoid", normalise=True, scale=2.5, groups=5, top_groups=2)),
+    (160, False, False, TopK(6, scale=16.0, groups=8, top_groups=3, group_score="max")),
+    (6, True, False, TopK(3, "sigmoid", groups=3)),  # more than the groups that count have
 ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("experts", "corrected", "options"), CASES, ids=str)
-def test_the_kernel_chooses_what_xla_chooses(experts, corrected, options, backend):
+@pytest.mark.parametrize(("experts", "corrected", "biased", "options"), CASES, ids=str)
+def test_the_kernel_chooses_what_xla_chooses(experts, corrected, biased, options, backend):
     if backend == "pallas" and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
     rng = np.random.default_rng(0)
@@ -31,8 +31,10 @@ def test_the_kernel_chooses_what_xla_chooses(experts, corrected, options, backen
     logits[2, ::2] = logits[2, 1::2]  # pairs of equals
     logits[3] = 300 * logits[3]  # most weights vanish
     correction = jnp.asarray(rng.normal(size=experts), jnp.float32) if corrected else None
+    bias = jnp.asarray(rng.normal(size=experts), jnp.float32) if biased else None
     found, wanted = (
-        topk_routing(jnp.asarray(logits), correction, options, backend=each) for each in (backend, "xla")
+        topk_routing(jnp.asarray(logits), correction, options, bias=bias, backend=each)
+        for each in (backend, "xla")
     )
     np.testing.assert_array_equal(found[0], wanted[0])
     np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-30)
