@@ -313,7 +313,7 @@ def other_cuts(layer: Layer, routes: list[Any], weights: tuple[Weight, Weight]) 
 
         def down(inner: jax.Array, each: Any, scales: jax.Array, weight: Weight, cut: Any = cut) -> Any:
             dtype = jnp.float32 if layer.tokens <= EXACT_PARTS else jnp.bfloat16
-            arrays = (inner, weight, None, each, scales, height, dtype)
+            arrays = (inner, weight, None, each, scales, None, height, dtype)
             return pallas.weighted_grouped_matmul(*arrays, tuning=cut, interpret=False)
 
         pairs = list(zip(groups, (scales for _, scales in routes), strict=True))
