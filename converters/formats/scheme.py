@@ -55,10 +55,9 @@ def pack_words(codes: np.ndarray, tile: int) -> np.ndarray:
     rows, columns = codes.shape
     width = tile // PER_WORD
     words = np.empty((rows, columns // tile, width), np.uint16)
-    together = np.uint64 if width % 8 == 0 else np.uint8  # codes: numpy takes as long for one as for eight
-    size = np.dtype(together).itemsize
+    together = np.dtype(np.uint64 if width % 8 == 0 else np.uint8)  # numpy takes as long for one as for eight
+    size, four = together.itemsize, together.type(4)
     quarters = np.ascontiguousarray(codes).view(together).reshape(rows, -1, PER_WORD, width // size)
-    four = together(4)
     for index in range(width // size):
         first, second, third, fourth = (quarters[:, :, part, index] for part in range(PER_WORD))
         low, high = ((a | b << four).view(np.uint8) for a, b in ((first, second), (third, fourth)))
