@@ -17,14 +17,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, BFloat16, Float32, Int32, Shaped, UInt16
+from jaxtyping import Array, BFloat16, Bool, Float32, Int32, Shaped, UInt8, UInt16
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.grouped_matmul.tile import FEW_ROWS, Tile, Tuning, block
-from lmdeploy_jax.pallas_kernels.quant_gemm.blocks import OFFSET, exponents, unpacked, unpacked_e2m1
+from lmdeploy_jax.pallas_kernels.quant_gemm.blocks import (
+    LIFTED,
+    OFFSET,
+    exponents,
+    scaled_e2m1,
+    unpacked,
+    unpacked_e2m1,
+)
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, tile_of
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
+SUBNORMAL = 126  # power of two by which the bits of E2M1, as a bfloat16's, mean less
+LARGEST_EXPONENT = 254  # of a bfloat16, as it is stored
 FEW_TILES = 32  # with which larger blocks leave cores without work
 Index = Int32[Array, ""]
 Half = tuple[int, ...]  # what stands between a group's number and the outputs
@@ -65,7 +74,7 @@ def tuning(height: int, tiles: int, weight: Quantised) -> Tuning:
     if weight.values.dtype != jnp.uint16:
         return Tuning(32, 128, 2, 4)
     if weight.scales.dtype == jnp.uint8:
-        return Tuning(32, 192, 2, 4)
+        return Tuning(64, 256, 2, 3)
     return Tuning(32 if tiles <= FEW_TILES else 64, 256, 2, 3)
 
 
@@ -76,8 +85,7 @@ def sums(
 
     Scales are read a step ahead: unlike blocks, Triton would not read them before they are needed.
     """
-    words = weight.values.dtype == jnp.uint16
-    blocks = (_Words if words else _Bytes)(tile, x_ref, rows, weight, halves, interpret)
+    blocks = _way(x_ref, weight)(tile, x_ref, rows, weight, halves, interpret)
 
     def step(index: Index, carry: tuple[Totals, Fetched]) -> tuple[Totals, Fetched]:
         totals, fetched = carry
@@ -86,9 +94,15 @@ def sums(
 
     totals = (jnp.zeros(tile.mask.shape, jnp.float32),) * len(halves)
     totals, fetched = lax.fori_loop(0, blocks.steps, step, (totals, blocks.fetch(jnp.int32(0))))
-    if not blocks.whole:
-        return totals
-    return tuple(total * each.scale[:, None] for total, each in zip(totals, fetched[0], strict=True))
+    return blocks.finished(totals, fetched)
+
+
+def _way(x_ref: jax.Ref, weight: WeightRefs) -> type[_Bytes | _Words | _PowerWords]:
+    """float16 has no room for elements that their scales have been multiplied with."""
+    if weight.values.dtype != jnp.uint16:
+        return _Bytes
+    powers = weight.scales.dtype == jnp.uint8 and x_ref.dtype != jnp.float16
+    return _PowerWords if powers else _Words
 
 
 class _Blocks:
@@ -132,6 +146,11 @@ class _Blocks:
         """A group's row of an array [G, X, *half, N]."""
         at, mask = ref.at[(group, self.tile.group, *half, self.tile.out)], self.tile.out_mask
         return plt.load(at) if mask is None else plt.load(at, mask=mask, other=0)
+
+    def finished(self, totals: Totals, fetched: Fetched) -> Totals:
+        if not self.whole:
+            return totals
+        return tuple(total * each.scale[:, None] for total, each in zip(totals, fetched[0], strict=True))
 
     def scaled(self, product: Total, factors: _Factors) -> Total:
         return product if self.whole else product * factors.scale[:, None]
@@ -224,6 +243,82 @@ class _Words(_Blocks):
         if zero is None:
             return unpacked_e2m1(words, part, self.interpret)
         return unpacked(words, part, zero, self.interpret)
+
+
+class _PowerWords(_Words):
+    """Of E2M1 with powers of two as scales: elements are multiplied by them, so that a product has columns of
+    several groups. A step has the words of several tiles; each nibble of theirs gives a product.
+    """
+
+    @property
+    def tiles(self) -> int:
+        return max(self.tile.tuning.block_in // self.tile_columns, 1)
+
+    @property
+    def steps(self) -> int:
+        return pl.cdiv(self.columns // self.tile_columns, self.tiles)
+
+    def fetch(self, index: Index) -> Fetched:
+        number = index * self.tiles + jnp.arange(self.tiles, dtype=jnp.int32)
+        firsts = (number * self.tile_columns + start for start in self.starts)
+        return tuple(self._factors(lax.div(first, self.width), number) for first in firsts)
+
+    def _factors(self, group: Int32[Array, "tiles"], number: Int32[Array, "tiles"]) -> tuple[_Factors, ...]:
+        """[out, tiles] of each half."""
+        mask = jnp.broadcast_to((number < self.columns // self.tile_columns)[None], self.factors_shape)
+        mask = mask if self.tile.out_mask is None else mask & self.tile.out_mask[:, None]
+        at = group[None], self.tile.group
+        places = ((*at, *half, self.tile.out[:, None]) for half in self.halves)
+        ref = self.weight.scales
+        return tuple(_Factors(plt.load(ref.at[place], mask=mask, other=0), None) for place in places)
+
+    @property
+    def factors_shape(self) -> tuple[int, int]:
+        return self.tile.out.size, self.tiles
+
+    def add(self, totals: Totals, index: Index, fetched: Fetched) -> Totals:
+        quarter = self.tile_columns // PER_WORD
+        word = index * self.tiles * quarter + jnp.arange(self.tiles * quarter, dtype=jnp.int32)
+        count = self.columns // PER_WORD
+        inside = None if count % word.size == 0 else word < count
+        first = lax.div(word, quarter) * self.tile_columns + lax.rem(word, quarter)
+        x = [self.x(first + part * quarter, inside) for part in range(PER_WORD)]
+        return tuple(
+            total + self._products(half, number, word, inside, x, fetched)
+            for number, (total, half) in enumerate(zip(totals, self.halves, strict=True))
+        )
+
+    def _products(
+        self,
+        half: Half,
+        number: int,
+        word: Int32[Array, "words"],
+        inside: Bool[Array, "words"] | None,
+        x: list[Shaped[Array, "words rows"]],
+        fetched: Fetched,
+    ) -> Total:
+        """Of a step's words of half `number`."""
+        words = self.values(half, word, inside)
+        scales = (factors[number].scales for factors in fetched)
+        spread = [self._spread(scale, words.shape) for scale in scales]
+        each = PER_WORD // len(spread)  # quarters of a group, or of what a tile has of it
+        products = (
+            dot(scaled_e2m1(words, part, spread[part // each], self.interpret).astype(x[part].dtype), x[part])
+            for part in range(PER_WORD)
+        )
+        return functools.reduce(operator.add, products)
+
+    def _spread(
+        self, scales: UInt8[Array, "out tiles"], shape: tuple[int, ...]
+    ) -> BFloat16[Array, "out words"]:
+        """2^LIFTED times what they stand for, of each word."""
+        bits = jnp.minimum(scales.astype(jnp.int32) + LIFTED, LARGEST_EXPONENT) << 7
+        powers = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)[:, :, None]
+        return jnp.broadcast_to(powers, (*scales.shape, self.tile_columns // PER_WORD)).reshape(shape)
+
+    def finished(self, totals: Totals, fetched: Fetched) -> Totals:
+        power = 2.0 ** ((0 if self.interpret else SUBNORMAL) - LIFTED)
+        return tuple(total * power for total in totals)
 
 
 def _broadcast(zeros: Shaped[Array, "out"] | None, shape: tuple[int, ...]) -> BFloat16[Array, "out quarter"]:

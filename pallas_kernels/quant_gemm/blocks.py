@@ -281,15 +281,28 @@ def unpacked_e2m1(
         exponent, mantissa = ((code >> 1) & 3).astype(jnp.float32), (code & 1).astype(jnp.float32)
         size = jnp.where(exponent == 0, mantissa / 2, jnp.exp2(exponent - 1) * (1 + mantissa / 2))
         return jnp.where(code > 7, -size, size).astype(jnp.bfloat16)
+    factor = jnp.full(words.shape, 2.0**126, jnp.bfloat16)
+    return scaled_e2m1(words, quarter, factor, interpret)
+
+
+def scaled_e2m1(
+    words: UInt16[Array, "out columns"],
+    quarter: int,
+    factors: BFloat16[Array, "out columns"],
+    interpret: bool,
+) -> BFloat16[Array, "out columns"]:
+    """2^-126 of the same, or in interpreted kernels the same, times factors, which are powers of two."""
+    if interpret:
+        return unpacked_e2m1(words, quarter, interpret) * factors
     shape = jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)
     text = (
         "{ .reg .b32 t, s, m; "
         f"{_shifted('t', 6 - 4 * quarter)} and.b32 t, t, 0x01c001c0; "
         f"{_shifted('s', 12 - 4 * quarter)} lop3.b32 t, s, 0x80008000, t, 0xea; "
-        "mov.b32 s, 0x7e807e80; mov.b32 m, 0x80008000; fma.rn.bf16x2 $0, t, s, m; }"  # 2^126, and -0
+        "mov.b32 m, 0x80008000; fma.rn.bf16x2 $0, t, $2, m; }"  # less 0
     )
     (out,) = plt.elementwise_inline_asm(
-        text, args=[words], constraints="=r,r", pack=2, result_shape_dtypes=[shape]
+        text, args=[words, factors], constraints="=r,r,r", pack=2, result_shape_dtypes=[shape]
     )
     return out
 
