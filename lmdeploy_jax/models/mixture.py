@@ -89,7 +89,7 @@ class Experts(nnx.Module, SumOverDevices):
     def __call__(
         self, x: Float[Array, "T E"], routes: Routes, beside: Float[Array, "T E"] | None = None
     ) -> NextDelta:
-        """The weighted sum of each token's experts, whole or a part for each, and what one device adds to it."""
+        """The weighted sum of each token's experts, whole or a part for each; one device adds `beside`."""
         out = self._mixed(x, self._own(routes), beside)
         if beside is None:
             return out
