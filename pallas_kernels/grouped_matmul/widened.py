@@ -69,11 +69,12 @@ def tuning(height: int, tiles: int, weight: Quantised) -> Tuning:
     """As measured on an H200 for 4 bits and few rows, where unpacking takes longer than reading: warps that
     share a block of outputs would do some of it twice. Those of 8 bits, and many rows, are not measured.
     """
+    powers = weight.scales.dtype == jnp.uint8  # as elements are multiplied by, which takes registers
     if height > FEW_ROWS:
-        return Tuning(64, 128, 4, 3) if height <= 64 else Tuning(128, 128, 8, 3)
+        return Tuning(64, 128, 4, 3) if height <= 64 else Tuning(64 if powers else 128, 128, 8, 3)
     if weight.values.dtype != jnp.uint16:
         return Tuning(32, 128, 2, 4)
-    if weight.scales.dtype == jnp.uint8:
+    if powers:
         return Tuning(64, 256, 2, 3)
     return Tuning(32 if tiles <= FEW_TILES else 64, 256, 2, 3)
 
