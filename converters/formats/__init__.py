@@ -53,7 +53,12 @@ class Quantisation:
     format: Format
     settings: Settings
     on_load: bool = False
-    """Whether plain weights are to be quantised as they are read."""
+    """Whether the weights are to be quantised as they are read, if none of them is."""
+
+    @property
+    def rounds_head(self) -> bool:
+        """Whether a plain output head is, whatever the others are."""
+        return self.settings.flag("lm_head_quantized", default=False)
 
 
 def recognise(
@@ -87,4 +92,4 @@ def recognise(
             f"{settings.where}: checkpoints quantised with {settings.method} cannot be loaded; {ELSEWHERE}"
         )
     FORMATS[method].check(settings)
-    return Quantisation(FORMATS[method], settings)
+    return Quantisation(FORMATS[method], settings, on_load=asked == ON_LOAD)

@@ -17,9 +17,10 @@ from lmdeploy_jax.converters.formats.tensor import QuantTensor, dequantise
 from lmdeploy_jax.converters.headers import TensorInfo
 from lmdeploy_jax.converters.keytable import Rule, has_place
 from lmdeploy_jax.converters.layouts import Shape
+from lmdeploy_jax.converters.published import HEAD
 from lmdeploy_jax.converters.reader import TensorReader
 from lmdeploy_jax.converters.slicing import Index, as_ranges, sizes
-from lmdeploy_jax.errors import CheckpointError
+from lmdeploy_jax.errors import CheckpointError, ConfigError
 
 log = logging.getLogger("lmdeploy_jax")
 FLOAT32 = np.dtype(np.float32)
@@ -51,9 +52,10 @@ class QuantReader:
                 self._open(weight, modules[weight])
             elif role in ("", "weight") and weight not in self.tensors:
                 self._names[name] = None
-                if round_all and is_linear(name, info := reader.info(name)):
-                    parts = Parts(reader, name.removesuffix(".weight"), {"weight": name})
-                    self.tensors[name] = RoundedTensor(parts, (info.shape[0], info.shape[1]))
+                if round_all and is_linear(name, reader.info(name)):
+                    self._round(name)
+        if quantisation.rounds_head:
+            self._round_head()
         self._tell(cache_scales)
 
     @property
@@ -122,6 +124,22 @@ class QuantReader:
             )
         self.tensors[weight] = self._quantisation.format.open_tensor(parts, self._quantisation.settings)
         self._names[weight] = None
+
+    def _round(self, name: str) -> None:
+        parts, shape = (
+            Parts(self._reader, name.removesuffix(".weight"), {"weight": name}),
+            self.info(name).shape,
+        )
+        self.tensors[name] = RoundedTensor(parts, (shape[0], shape[1]))
+
+    def _round_head(self) -> None:
+        if HEAD not in self._names:
+            raise ConfigError(
+                f"{self._quantisation.settings.where}: lm_head_quantized is true, but {self.folder} has no "
+                f"{HEAD}: the embedding is the head too, and stays as it is; leave lm_head_quantized out"
+            )
+        if HEAD not in self.tensors:
+            self._round(HEAD)
 
     def _tell(self, cache_scales: list[str]) -> None:
         if cache_scales:

@@ -68,7 +68,8 @@ GATED_SPLITS = (1, 2, 4)  # of 4 bits, whose programs are few; 8 bits have one s
 STREAM_SPLITS = (1, 2, 4, 8)
 FEW_ROWS = 8  # of the smallest tile that tensor cores take
 QUANTISED = ("qkv", "o", "gate_up", "down", "norm_qkv", "norm_gate_up")  # of `tune.products`, products with
-# a norm after those without; a head is of 16 bits
+# a norm after those without; a head is of 16 bits, or of those of `HEAD_FORMAT`
+HEAD_FORMAT = "w8a8_float8_e4m3fn"
 NORM_EIGHT_BITS = (  # also for products of one row with a norm, which are not split
     (64, 128, 4, 4),
     (64, 128, 4, 6),
@@ -212,6 +213,11 @@ def tune(shape: Shape, held: WeightFormat, known: Tuning) -> list[Measurement]:
     return fastest(held.name, shape, measure(shape, held, tokens_of(held)))
 
 
+def products_of(held: WeightFormat) -> tuple[str, ...]:
+    """The names of the products that weights in such a format have."""
+    return (*QUANTISED, "head") if held.name == HEAD_FORMAT else QUANTISED
+
+
 def tokens_of(held: WeightFormat) -> tuple[int, ...]:
     """Numbers of rows for which there are kernels; many rows of 8 bits with one scale are XLA's."""
     if held.rounds_activations:
@@ -294,7 +300,7 @@ def candidates(product: Quantised, tokens: int) -> Iterator[Tiling | StreamTilin
         yield from few
         if product.held.activations is not None and alone:
             yield from (replace(tiling, **{how: True}) for tiling in few for how in ("rounds", "widens"))
-    if streamed_here(product.held):
+    if streamed_here(product.held) and product.shape.kind != "whole":
         yield from streams(product, tokens)
 
 

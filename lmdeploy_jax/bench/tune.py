@@ -106,7 +106,7 @@ def products(config: DecoderConfig, tp: int = 1, *, peers: bool = False) -> dict
     plain = {
         "qkv": Shape(qkv, hidden, "parts"),
         "o": Shape(hidden, heads, "parts", summed=summed, after_norm=False),
-        "head": Shape(-(-config.vocab_size // tp), hidden, "whole"),
+        "head": Shape(-(-config.vocab_size // tp), hidden, "whole", after_norm=False),
     }
     if layer.pre_norm and not in_kernel:
         plain["norm_qkv"] = Shape(qkv, hidden, "norm_parts")

@@ -184,7 +184,7 @@ def _tune(flags: FlagSet, args: list[str]) -> int:
     if form is not None and (activations := form.held(config.hidden_size).activations):
         table = replace(table, rounding=quant_tune.rounding(config.hidden_size, activations))
     for name, shape in products(config, flags["tp"], peers=peers).items():
-        if form is not None and name not in quant_tune.QUANTISED:
+        if form is not None and name not in quant_tune.products_of(form.held(shape.inner)):
             continue
         found = tune(shape, table) if form is None else quant_tune.tune(shape, form.held(shape.inner), table)
         table = table.merged(tuning.Tuning(tuple(found)))

@@ -11,7 +11,7 @@ from lmdeploy_jax.bench.quantised import FORMATS, FP8_BLOCKS
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
-from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
 
 def config(name: str) -> DecoderConfig:
@@ -52,6 +52,21 @@ def test_parts_that_travel_between_devices_cost_what_they_weigh():
     assert tune.extra_seconds(shared, parts, 128) - tune.extra_seconds(alone, parts, 128) == pytest.approx(
         2e-6
     )
+
+
+def test_what_a_product_launches_beside_itself_is_counted():
+    """XLA scales its sums in a kernel of their own, what no norm rounds is rounded in another."""
+    named = tune.products(config("llama3-8b"))
+    held, few, streams = FORMATS["fp8"].held, Tiling(64, 128, 4, 4, 4), StreamTiling(128, 132, 4)
+    launches = {
+        name: [
+            quant_tune.Quantised(named[name], held(4096)).more_launches(way) for way in (None, few, streams)
+        ]
+        for name in ("qkv", "o", "gate_up", "head")
+    }
+    assert launches == {"qkv": [1, 0, 0], "o": [2, 1, 1], "gate_up": [0, 0, 1], "head": [2, 1, 1]}
+    assert "head" in quant_tune.products_of(held(4096))
+    assert "head" not in quant_tune.products_of(FORMATS["awq"].held(4096))
 
 
 DENSE = [*(form for name, form in FORMATS.items() if name != "mxfp4"), FP8_BLOCKS]

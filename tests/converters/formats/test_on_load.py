@@ -7,11 +7,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lmdeploy_jax.converters.formats.on_load import PIECE
 from lmdeploy_jax.converters.load import load_model
+from lmdeploy_jax.converters.published import HEAD
+from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.quantised import dequantise
+from tests.converters.formats.packers import CASES, quantise_folder
 from tests.converters.formats.test_held import WEIGHTS, arrays_of
 from tests.models.paged import PagedRunner, named_leaves
 from tests.oracle import save_checkpoint
@@ -62,3 +65,22 @@ def test_logits_are_near_those_of_the_plain_model(llama: Path) -> None:
     ]
     print(f"logits differ by {distances[0]:.4f} with weights in FP8, {distances[1]:.4f} with activations too")
     assert 0 < distances[0] < distances[1] < 0.15
+
+
+def test_a_plain_head_may_be_rounded_with_the_rest(llama: Path, tmp_path: Path) -> None:
+    """Beside whatever the other weights are; where the embedding is the head, that is refused."""
+    asked = {"quantization_config": {"quant_method": "fp8", "lm_head_quantized": True}}
+    held = load_model(llama, model_format="fp8", hf_overrides=asked, dequantise=False)
+    assert len(held.skeleton.formats) == 2 * len(WEIGHTS) + 1
+    head = load_file(llama / "model.safetensors")["lm_head.weight"]
+    ours = dequantise(held.skeleton.formats[HEAD], arrays_of(held, HEAD), jnp.float32)
+    assert 0 < np.linalg.norm(ours - head) < 0.03 * np.linalg.norm(head)
+    quantise_folder(llama, tmp_path / "awq", tmp_path / "dense", CASES["awq"])
+    asked = {"quantization_config": {"lm_head_quantized": True}}
+    mixed = load_model(tmp_path / "awq", hf_overrides=asked, dequantise=False)
+    assert mixed.skeleton.formats[HEAD] == held.skeleton.formats[HEAD]
+    np.testing.assert_array_equal(arrays_of(mixed, HEAD).values, arrays_of(held, HEAD).values)
+    file = tmp_path / "awq" / "model.safetensors"
+    save_file({name: array for name, array in load_file(file).items() if name != HEAD}, file)
+    with pytest.raises(ConfigError, match=r"lm_head_quantized is true, but .* has no lm_head.weight"):
+        load_model(tmp_path / "awq", hf_overrides=asked)
