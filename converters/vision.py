@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from lmdeploy_jax.converters.device import load_leaves
 from lmdeploy_jax.converters.keytable import bind
+from lmdeploy_jax.converters.layer_scale import folded, scale_shapes
 from lmdeploy_jax.converters.load import pick_dtype, stored_dtype
 from lmdeploy_jax.converters.safetensors import CheckpointReader
 from lmdeploy_jax.converters.vision_config import read_vision
@@ -58,10 +59,11 @@ def load_vision(
     specs = _specs(state, sharding)
     with CheckpointReader(folder) as reader:
         rules = family.rules(config, reader.names())
-        leaves = bind(rules, reader, {name: spec.shape for name, spec in specs.items()})
+        scales = scale_shapes(config.tower)
+        leaves = bind(rules, reader, {name: spec.shape for name, spec in specs.items()} | scales)
         for leaf in leaves.values():
             leaf.check_dtypes(wanted)
-        arrays = load_leaves(leaves, specs)
+        arrays = load_leaves(folded(leaves, scales), specs)
     return LoadedVisionModel(
         family, config, graphdef, jax.tree.structure(state), tuple(arrays[name] for name in specs)
     )

@@ -72,7 +72,8 @@ class TowerConfig:
     grid: patches along a view's edge where all views are squares of one size; None: views of any size.
     class_token: stands before the patches, and is dropped after the last layer.
     patch_norm: on patches before positions are added; pre_norm: after that; post_norm: after the last layer.
-    layer_scale: a learned factor for each channel of what attention and MLP add.
+    layer_scale: a learned factor for each channel of what attention and MLP add, which is multiplied into
+        their last products as they are loaded.
     qk_norm: over all heads together. head_norms: over each head of q and k, and of v without a weight; scores
         are then not scaled.
     post_norms: on what attention and MLP add.

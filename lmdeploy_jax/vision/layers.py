@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import prod
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +14,7 @@ from lmdeploy_jax.models.linear import Linear, param
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.products import ACTIVATIONS as DECODER_ACTIVATIONS
 from lmdeploy_jax.models.products import dense_product
+from lmdeploy_jax.pallas_kernels.fused_dense import fused_dense, gelu, why_not_mosaic
 from lmdeploy_jax.vision.config import NormConfig
 
 
@@ -19,13 +23,19 @@ def _quick_gelu(x: Array) -> Array:
 
 
 def _gelu(x: Array) -> Array:
-    """Exact. `jax.nn.gelu` takes erfc, 2.6 times the instructions, for a tail that 16 bits don't have."""
+    """Exact but for bfloat16. `jax.nn.gelu` takes erfc, 2.6 times the instructions, for a tail that 16 bits
+    don't have.
+    """
     wide = x.astype(jnp.float32)
+    if x.dtype == jnp.bfloat16:
+        return gelu(wide).astype(x.dtype)
     return (0.5 * wide * (1 + lax.erf(wide * SQRT_HALF))).astype(x.dtype)
 
 
 SQRT_HALF = 0.5**0.5
 ACTIVATIONS = {**DECODER_ACTIVATIONS, "gelu": _gelu, "quick_gelu": _quick_gelu}
+FUSED = {None: None, "gelu": gelu}  # activations that a product's kernel has
+FUSED_ROWS = 4096  # of which on it was measured faster
 
 
 class LayerNorm(nnx.Module):
@@ -68,13 +78,42 @@ def make_norm(config: NormConfig, *, dtype: jnp.dtype) -> LayerNorm | RMSNorm | 
 class Dense(Linear):
     """A product whose weight [*out, *inner] every device holds whole."""
 
-    def __init__(self, out: tuple[int, ...], inner: tuple[int, ...], *, bias: bool, dtype: jnp.dtype) -> None:
+    def __init__(
+        self,
+        out: tuple[int, ...],
+        inner: tuple[int, ...],
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        backend: str = "xla",
+    ) -> None:
         super().__init__(out, inner, (None,) * (len(out) + len(inner)), bias=bias, dtype=dtype)
+        self.backend = backend
 
-    def __call__(self, x: Array) -> Array:
-        """x [T, *inner] -> [T, *out]."""
+    def __call__(self, x: Array, *, activation: str | None = None, residual: Array | None = None) -> Array:
+        """x [T, *inner] -> [T, *out], the residual added to what is activated."""
+        if self.bias is not None and self._fuses(x, activation, residual):
+            return self._fused(x, self.bias[...], activation, residual)
         y = dense_product(x, self.weight.dense())
-        return y if self.bias is None else y + self.bias[...]
+        y = y if self.bias is None else y + self.bias[...]
+        y = y if activation is None else ACTIVATIONS[activation](y)
+        return y if residual is None else residual + y
+
+    def _fuses(self, x: Array, activation: str | None, residual: Array | None) -> bool:
+        """Where one kernel does all of it: of few rows, XLA's products leave it behind."""
+        if self.backend != "mosaic" or activation not in FUSED or x.shape[0] < FUSED_ROWS:
+            return False
+        if activation is None and residual is None:
+            return False
+        weight = self.weight.dense()
+        columns = prod(x.shape[1:])
+        return why_not_mosaic(x.shape[0], (weight.size // columns, columns), x.dtype) is None
+
+    def _fused(self, x: Array, bias: Array, activation: str | None, residual: Array | None) -> Array:
+        rows = x.reshape(x.shape[0], -1)
+        weight = self.weight.dense().reshape(-1, rows.shape[1])
+        how: dict[str, Any] = {"activation": FUSED[activation], "backend": self.backend}
+        return fused_dense(rows, weight, bias.reshape(-1), residual, **how).reshape(-1, *bias.shape)
 
 
 class ClippedDense(Dense):
@@ -82,17 +121,19 @@ class ClippedDense(Dense):
     [parts, 4], least and most before, least and most behind it.
     """
 
-    def __init__(self, out: tuple[int, ...], inner: tuple[int, ...], *, bias: bool, dtype: jnp.dtype) -> None:
-        super().__init__(out, inner, bias=bias, dtype=dtype)
+    def __init__(self, out: tuple[int, ...], inner: tuple[int, ...], **how: Any) -> None:
+        super().__init__(out, inner, **how)
         self.parts = out[0] if len(out) > 1 else 1
         self.bounds = param((self.parts, 4), jnp.dtype("float32"), (None, None))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, activation: str | None = None, residual: Array | None = None) -> Array:
         """x [T, *inner] -> [T, *out]."""
         weight = self.weight.dense()
         weights = weight if self.parts > 1 else weight[None]
         done = [self._clipped(x, weights[part], self.bounds[part]) for part in range(self.parts)]
-        return jnp.stack(done, axis=1) if self.parts > 1 else done[0]
+        y = jnp.stack(done, axis=1) if self.parts > 1 else done[0]
+        y = y if activation is None else ACTIVATIONS[activation](y)
+        return y if residual is None else residual + y
 
     @staticmethod
     def _clipped(x: Array, weight: Array, bounds: Array) -> Array:
@@ -108,14 +149,14 @@ def product(clipped: bool) -> type[Dense]:
 class MLP(nnx.Module):
     """`down(activation(up(x)))`."""
 
-    def __init__(self, width: int, inner: int, activation: str, *, bias: bool, dtype: jnp.dtype) -> None:
+    def __init__(self, width: int, inner: int, activation: str, **how: Any) -> None:
         self.activation = activation
-        self.up = Dense((inner,), (width,), bias=bias, dtype=dtype)
-        self.down = Dense((width,), (inner,), bias=bias, dtype=dtype)
+        self.up = Dense((inner,), (width,), **how)
+        self.down = Dense((width,), (inner,), **how)
 
-    def __call__(self, x: Array) -> Array:
-        """x [T, width] -> the same."""
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+        """x [T, width] -> the same, added to the residual."""
+        return self.down(self.up(x, activation=self.activation), residual=residual)
 
 
 class GatedMLP(nnx.Module):
@@ -128,15 +169,14 @@ class GatedMLP(nnx.Module):
         out: int,
         activation: str,
         *,
-        bias: bool,
-        dtype: jnp.dtype,
         clipped: bool = False,
+        **how: Any,
     ) -> None:
         self.activation = activation
-        self.gate_up = product(clipped)((2, inner), (width,), bias=bias, dtype=dtype)
-        self.down = product(clipped)((out,), (inner,), bias=bias, dtype=dtype)
+        self.gate_up = product(clipped)((2, inner), (width,), **how)
+        self.down = product(clipped)((out,), (inner,), **how)
 
-    def __call__(self, x: Array) -> Array:
-        """x [T, width] -> [T, out]."""
+    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+        """x [T, width] -> [T, out], added to the residual."""
         gate_up = self.gate_up(x)
-        return self.down(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1])
+        return self.down(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1], residual=residual)

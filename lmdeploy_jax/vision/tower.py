@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from lmdeploy_jax.models.linear import param
-from lmdeploy_jax.pallas_kernels.encoder_attention import encoder_attention
+from lmdeploy_jax.pallas_kernels.encoder_attention import encoder_attention, why_not_mosaic
 from lmdeploy_jax.vision.attention import rotate, rotation
 from lmdeploy_jax.vision.config import NormConfig, TowerConfig
 from lmdeploy_jax.vision.inputs import VisionInputs
@@ -23,15 +24,29 @@ from lmdeploy_jax.vision.processor import ImageProcessor
 Rotation = tuple[Array, Array]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Places:
+    """What attention knows of patches: whose they are, how their heads turn.
+
+    count: of each sequence, where padding stands behind them that their tensor cores want; None: there is
+    none.
+    """
+
+    segments: Array | None
+    turn: Rotation | None
+    count: int | None = field(default=None, metadata={"static": True})
+
+
 class TowerAttention(nnx.Module):
     """Multi-head attention, q, k and v in one product."""
 
     def __init__(self, config: TowerConfig, *, dtype: jnp.dtype, backend: str) -> None:
         heads, size, width = config.heads, config.head_dim, config.width
         self.backend = backend
-        kind = product(config.clipped)
-        self.qkv = kind((3, heads, size), (width,), bias=config.qkv_bias, dtype=dtype)
-        self.out = kind((width,), (heads, size), bias=config.out_bias, dtype=dtype)
+        kind = partial(product(config.clipped), dtype=dtype, backend=backend)
+        self.qkv = kind((3, heads, size), (width,), bias=config.qkv_bias)
+        self.out = kind((width,), (heads, size), bias=config.out_bias)
         self.head_norms = config.head_norms
         norm = NormConfig(size if config.head_norms else width, "rms", config.norm_eps)
         normed = config.qk_norm or config.head_norms
@@ -39,15 +54,17 @@ class TowerAttention(nnx.Module):
         self.k_norm = make_norm(norm, dtype=dtype) if normed else None
         self.v_norm = PlainRMSNorm(config.norm_eps) if config.head_norms else None
 
-    def __call__(self, x: Array, segments: Array | None, turn: Rotation | None) -> Array:
-        """x [B, N, E] -> the same."""
+    def __call__(self, x: Array, place: Places, residual: Array | None = None) -> Array:
+        """x [B, N, E] -> the same, added to the residual."""
         batch, count, width = x.shape
         qkv = self.qkv(x.reshape(batch * count, width))
         qkv = qkv.reshape(batch, count, *qkv.shape[1:])
-        if self.q_norm is not None or turn is not None:
-            qkv = self._prepared(qkv, turn)
-        attended = encoder_attention(qkv, segments, backend=self.backend)
-        return self.out(attended.reshape(batch * count, *attended.shape[2:])).reshape(x.shape)
+        if self.q_norm is not None or place.turn is not None:
+            qkv = self._prepared(qkv, place.turn)
+        attended = encoder_attention(qkv, place.segments, count=place.count, backend=self.backend)
+        flat = attended.reshape(batch * count, *attended.shape[2:])
+        added = None if residual is None else _flat(residual)
+        return self.out(flat, residual=added).reshape(x.shape)
 
     def _prepared(self, qkv: Array, turn: Rotation | None) -> Array:
         """Normalised and turned."""
@@ -75,32 +92,37 @@ class TowerLayer(nnx.Module):
         self.attention_norm = make_norm(config.norm_config(), dtype=dtype)
         self.attention = TowerAttention(config, dtype=dtype, backend=backend)
         self.mlp_norm = make_norm(config.norm_config(), dtype=dtype)
-        self.mlp = _mlp(config, dtype)
-        scaled = config.layer_scale
-        self.attention_scale = param((config.width,), dtype, (None,)) if scaled else None
-        self.mlp_scale = param((config.width,), dtype, (None,)) if scaled else None
+        self.mlp = _mlp(config, dtype, backend)
         after = config.post_norms
         self.attention_post_norm = make_norm(config.norm_config(), dtype=dtype) if after else None
         self.mlp_post_norm = make_norm(config.norm_config(), dtype=dtype) if after else None
 
-    def __call__(self, x: Array, segments: Array | None, turn: Rotation | None) -> Array:
+    def __call__(self, x: Array, place: Places) -> Array:
         """x [B, N, E] -> the same."""
-        attended = _applied(self.attention_post_norm, self.attention(self.attention_norm(x), segments, turn))
-        x = x + _scaled(self.attention_scale, attended)
-        out = _applied(self.mlp_post_norm, self.mlp(self.mlp_norm(x).reshape(-1, x.shape[-1])))
-        return x + _scaled(self.mlp_scale, out.reshape(x.shape))
+        x = self._attended(x, self.attention_norm(x), place)
+        flat, norm = _flat(x), self.mlp_post_norm
+        normed = self.mlp_norm(flat)
+        out = self.mlp(normed, residual=flat) if norm is None else flat + norm(self.mlp(normed))
+        return out.reshape(x.shape)
+
+    def _attended(self, x: Array, normed: Array, place: Places) -> Array:
+        norm = self.attention_post_norm
+        if norm is None:
+            return self.attention(normed, place, residual=x)
+        return x + norm(self.attention(normed, place))
 
 
-def _mlp(config: TowerConfig, dtype: jnp.dtype) -> nnx.Module:
-    width, inner, bias = config.width, config.mlp_width, config.mlp_bias
+def _flat(x: Array) -> Array:
+    """[B, N, E] -> [B N, E]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _mlp(config: TowerConfig, dtype: jnp.dtype, backend: str) -> nnx.Module:
+    width, inner = config.width, config.mlp_width
+    how: dict[str, Any] = {"bias": config.mlp_bias, "dtype": dtype, "backend": backend}
     if config.gated:
-        how: dict[str, Any] = {"bias": bias, "dtype": dtype, "clipped": config.clipped}
-        return GatedMLP(width, inner, width, config.activation, **how)
-    return MLP(width, inner, config.activation, bias=bias, dtype=dtype)
-
-
-def _scaled(scale: nnx.Param | None, x: Array) -> Array:
-    return x if scale is None else x * scale[...]
+        return GatedMLP(width, inner, width, config.activation, clipped=config.clipped, **how)
+    return MLP(width, inner, config.activation, **how)
 
 
 class Tower(nnx.Module):
@@ -111,6 +133,7 @@ class Tower(nnx.Module):
     ) -> None:
         self.config = config
         self.processor = processor
+        self.backend = backend
         shape = config.patch_shape
         inner = (*shape[1:], shape[0]) if config.channels_last else shape
         self.patch = Dense((config.width,), inner, bias=config.patch_bias, dtype=dtype)
@@ -125,15 +148,23 @@ class Tower(nnx.Module):
 
     def __call__(self, inputs: VisionInputs) -> tuple[Array, list[Array]]:
         """-> features [B, N, E], and those of the layers in `TowerConfig.deepstack`."""
-        x = self._embedded(inputs)
-        turn, taken = self._turn(inputs), []
+        x, taken = self._embedded(inputs), []
+        x, place = self._padded(x, Places(inputs.segments, self._turn(inputs)))
         for number, layer in enumerate(self.layers):
-            x = self._run(number, layer, x, inputs.segments, turn)
+            x = self._run(number, layer, x, place)
             if number in self.config.deepstack:
-                taken.append(x)
-        if self.class_token is not None:
-            x = x[:, 1:]
+                taken.append(x[:, : place.count])
+        x = x[:, 0 if self.class_token is None else 1 : place.count]
         return _applied(self.post_norm, x), taken
+
+    def _padded(self, x: Array, place: Places) -> tuple[Array, Places]:
+        """With rows behind each sequence where TMA reads multiples of eight."""
+        count, segments = x.shape[1], place.segments is not None
+        short = -count % 8
+        plain = not short or why_not_mosaic(x.dtype, self.config.head_dim, segments=segments) is not None
+        if self.backend != "mosaic" or plain or place.turn is not None:
+            return x, place
+        return jnp.pad(x, ((0, 0), (0, short), (0, 0))), replace(place, count=count)
 
     def _turn(self, inputs: VisionInputs) -> Rotation | None:
         if self.config.rotary is None:
@@ -146,15 +177,13 @@ class Tower(nnx.Module):
             places = jnp.pad(places, ((0, 0), (1, 0), (0, 0)), constant_values=-1)
         return rotation(self.config.rotary, self.config.head_dim, places)
 
-    def _run(
-        self, number: int, layer: TowerLayer, x: Array, segments: Array | None, turn: Rotation | None
-    ) -> Array:
+    def _run(self, number: int, layer: TowerLayer, x: Array, place: Places) -> Array:
         """One layer; where it looks no further than a window, windows are sequences of their own."""
         graph, state = nnx.split(layer)
         window = self.config.window
         if window is None or number in self.config.full_layers:
-            return _run_layer(graph, state, x, segments, turn)
-        cut = jax.tree.map(partial(_windows, window=window), (x, segments, turn))
+            return _run_layer(graph, state, x, place)
+        cut = jax.tree.map(partial(_windows, window=window), (x, place))
         return _run_layer(graph, state, *cut).reshape(x.shape)
 
     def _embedded(self, inputs: VisionInputs) -> Array:
@@ -203,11 +232,9 @@ class Tower(nnx.Module):
 
 
 @partial(jax.jit, static_argnums=0)
-def _run_layer(
-    graph: nnx.GraphDef, state: nnx.State, x: Array, segments: Array | None, turn: Rotation | None
-) -> Array:
+def _run_layer(graph: nnx.GraphDef, state: nnx.State, x: Array, place: Places) -> Array:
     """A jitted function of its own, so that layers alike are traced once; XLA inlines the calls."""
-    return nnx.merge(graph, state)(x, segments, turn)
+    return nnx.merge(graph, state)(x, place)
 
 
 def _table(config: TowerConfig, dtype: jnp.dtype) -> nnx.Param | None:
