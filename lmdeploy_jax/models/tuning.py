@@ -13,7 +13,7 @@ from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.pallas_kernels.skinny_gemm import MAX_TOKENS, StreamTiling, Tiling
 
 FOLDER = Path(lmdeploy_jax.__file__).parent / "configs" / "kernels"
-
+OPS = ("prefill_attention", "rounding", "experts", "all_reduce", "encoder")  # whose faster backend is told
 
 Kind = Literal["parts", "gated", "whole", "norm_parts", "norm_gated"]
 
@@ -53,6 +53,7 @@ class Tuning:
     experts: that of mixtures of many tokens, "mosaic" where fused ones are faster; None: not measured.
     all_reduce: that of small sums over devices, "pallas" where GPUs that store for each other are faster.
     rounding: that of activations that XLA's products of 8 bits read; those of kernels round in kernels.
+    encoder: that of vision towers, "mosaic" where Hopper's own kernels are faster; None: not measured.
     """
 
     products: tuple[Measurement, ...] = ()
@@ -60,6 +61,7 @@ class Tuning:
     rounding: str | None = None
     experts: str | None = None
     all_reduce: str | None = None
+    encoder: str | None = None
 
     def find(
         self, format: str, kind: Kind, weight: tuple[int, int], tokens: int, *, streams: bool = True
@@ -87,17 +89,11 @@ class Tuning:
         """With `newer` products in place of those of the same shape."""
         replaced = {p.shape for p in newer.products}
         others = tuple(p for p in self.products if p.shape not in replaced)
-        return Tuning(
-            others + newer.products,
-            newer.prefill_attention or self.prefill_attention,
-            newer.rounding or self.rounding,
-            newer.experts or self.experts,
-            newer.all_reduce or self.all_reduce,
-        )
+        ops = {name: getattr(newer, name) or getattr(self, name) for name in OPS}
+        return Tuning(others + newer.products, **ops)
 
 
 UNTUNED = Tuning()
-OPS = ("prefill_attention", "rounding", "experts", "all_reduce")
 
 
 def file_name(device_kind: str) -> str:

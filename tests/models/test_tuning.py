@@ -33,9 +33,9 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     assert path.name == "nvidia-h200.json"
     assert set(tuning.read(path).products) == set(TABLE.products)
     assert tuning.read(path).prefill_attention is None
-    tuning.write(path, replace(TABLE, rounding="pallas", experts="mosaic"))
+    tuning.write(path, replace(TABLE, rounding="pallas", experts="mosaic", encoder="mosaic"))
     read = tuning.read(path).merged(TABLE)
-    assert (read.rounding, read.experts) == ("pallas", "mosaic")
+    assert (read.rounding, read.experts, read.encoder) == ("pallas", "mosaic", "mosaic")
 
 
 def test_the_machine_s_own_table_wins(tmp_path):

@@ -260,9 +260,8 @@ def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str
         return None
     from lmdeploy_jax.converters.vision import load_vision
 
-    loaded = load_vision(
-        folder, dtype=config.dtype, mesh=mesh, backend=backend, hf_overrides=config.hf_overrides
-    )
+    tower, dtype = _tuning(mesh, backend).encoder or backend, config.dtype
+    loaded = load_vision(folder, dtype=dtype, mesh=mesh, backend=tower, hf_overrides=config.hf_overrides)
     jax.block_until_ready(loaded.leaves)
     return loaded
 
