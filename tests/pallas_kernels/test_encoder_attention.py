@@ -89,3 +89,11 @@ def test_a_patch_sees_its_own_segment_alone() -> None:
     whole = encoder_attention(qkv, segments, backend="xla")
     parts = [encoder_attention(qkv[:, at], None, backend="xla") for at in (slice(0, 5), slice(5, 12))]
     np.testing.assert_allclose(whole, np.concatenate(parts, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas_interpret"])
+def test_padding_behind_a_sequence_is_seen_by_nobody(backend: str) -> None:
+    qkv = drawn((2, 24, 2, 8), "float32").at[:, 21:].set(50.0)
+    got = encoder_attention(qkv, None, count=21, backend=backend)
+    assert got.shape == (2, 24, 2, 8)
+    np.testing.assert_allclose(got[:, :21], encoder_attention(qkv[:, :21], None, backend="xla"), atol=1e-5)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import lcm
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -260,8 +260,9 @@ def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str
         return None
     from lmdeploy_jax.converters.vision import load_vision
 
-    tower, dtype = _tuning(mesh, backend).encoder or backend, config.dtype
-    loaded = load_vision(folder, dtype=dtype, mesh=mesh, backend=tower, hf_overrides=config.hf_overrides)
+    best = _tuning(mesh, backend).encoder if mesh.size == 1 else None  # Mosaic's calls know one device
+    how: dict[str, Any] = {"dtype": config.dtype, "mesh": mesh, "hf_overrides": config.hf_overrides}
+    loaded = load_vision(folder, backend=best or backend, **how)
     jax.block_until_ready(loaded.leaves)
     return loaded
 
