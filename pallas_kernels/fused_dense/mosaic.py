@@ -9,6 +9,7 @@ other has the tensor cores to itself.
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,13 @@ def fused_dense(
         ),
     )
     return kernel(x, weight, bias, residual)
+
+
+def _load(ref: Any) -> jax.Array:
+    """A vector by outputs, each thread its own; JAX 0.10 asks for an index beside the reference's own."""
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    needed = [()] if index is not None and index.default is index.empty else []
+    return plgpu.load(ref, *needed, layout=BY_OUTPUT, optimized=False)
 
 
 @dataclass(frozen=True)
@@ -192,7 +200,7 @@ def _kernel(
             for first in range(0, tuning.outputs, tuning.stored):
                 place = pl.ds(row, ROWS), pl.ds(output + first, tuning.stored)
                 value = total[:, first : first + tuning.stored]
-                bias = plgpu.load(bias_ref.at[place[1]], layout=BY_OUTPUT, optimized=False)  # type: ignore[call-arg]
+                bias = _load(bias_ref.at[place[1]])
                 value += lax.broadcast_in_dim(bias.astype(jnp.float32), value.shape, [1])
                 if activation is not None:
                     value = activation(value)

@@ -260,7 +260,7 @@ def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str
         return None
     from lmdeploy_jax.converters.vision import load_vision
 
-    best = _tuning(mesh, backend).encoder if mesh.size == 1 else None  # Mosaic's calls know one device
+    best = tuning_of(mesh, backend).encoder if mesh.size == 1 else None  # Mosaic's calls know one device
     how: dict[str, Any] = {"dtype": config.dtype, "mesh": mesh, "hf_overrides": config.hf_overrides}
     loaded = load_vision(folder, backend=best or backend, **how)
     jax.block_until_ready(loaded.leaves)
