@@ -27,7 +27,7 @@ PATCHES, PADDED, HEADS, SIZE, WIDTH, INNER = 1025, 1032, 16, 64, 1024, 4096
 CALLS = 8
 ATTENTION = [mosaic.Tuning(*cut) for cut in (
     (2, 128, 4, 132, True), (2, 128, 4, 132, False), (3, 128, 4, 132, False), (2, 192, 3, 132, True),
-    (2, 64, 6, 132, True))]  # fmt: skip
+    (2, 128, 4, 132, False, True), (3, 128, 4, 132, False, True), (3, 64, 8, 132, False, True))]  # fmt: skip
 DENSE = [dense_mosaic.Tuning(*cut) for cut in (
     (256, 128, 4, 66, True), (256, 128, 4, 66, False), (256, 64, 4, 66, True), (128, 128, 8, 66, True),
     )]  # fmt: skip
@@ -77,7 +77,8 @@ def attention(tiles: int) -> Iterator[Candidate]:
     yield Candidate(name + "Triton", call, (real,), wanted, flops)
     for cut in ATTENTION:
         call = partial(mosaic.encoder_attention, count=PATCHES, tuning=cut)
-        short = f"{cut.groups} x 64, {cut.keys} keys, {cut.num_stages} stages, by turns {cut.ping_pong}"
+        how = "by turns" if cut.ping_pong else "ahead" if cut.ahead else ""
+        short = f"{cut.groups} x 64, {cut.keys} keys, {cut.num_stages} stages {how}"
         yield Candidate(name + short, call, (qkv,), wanted, flops)
 
 

@@ -40,6 +40,7 @@ class Tuning:
     num_stages: int = 4
     programs: int = 132
     ping_pong: bool = True
+    ahead: bool = False
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -205,9 +206,11 @@ def _kernel(
             @pl.when(first < work.count)
             def _some() -> None:
                 q = q_smem.at[slot, group]
-
-                step = functools.partial(_attend, ring, wait_for_turn, q, done)
-                state = work.over_keys(step, _initial(q))
+                if tuning.ahead:
+                    state = _attend_ahead(ring, work, q, done)
+                else:
+                    step = functools.partial(_attend, ring, wait_for_turn, q, done)
+                    state = work.over_keys(step, _initial(q))
                 plgpu.barrier_arrive(q_empty.at[slot])
                 pl.when(group == 0)(wait_for_turn)
                 _store(state, out_smem.at[group], out_ref.at[item.sequence, pl.ds(first, ROWS), item.head])
@@ -270,7 +273,6 @@ def _attend(
     state: State,
 ) -> State:
     """Adds a block of keys to the softmax, whose maximum is of logits that are scaled, in base 2."""
-    out, maximum, denominator = state
     stage, some = lax.rem(done + keys.block, ring.num_stages), pl.ds(0, keys.size)
     plgpu.barrier_wait(ring.k_full.at[stage])
 
@@ -281,6 +283,19 @@ def _attend(
 
     logits = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, keys.size), jnp.float32))
     plgpu.barrier_arrive(ring.k_empty.at[stage])
+    out, maximum, denominator, weights = _weighed(ring, keys, state, logits)
+    plgpu.barrier_wait(ring.v_full.at[stage])
+    wait_for_turn()
+    out = _multiply_values(ring, weights, stage, some, out)
+    plgpu.barrier_arrive(ring.v_empty.at[stage])
+    return out, maximum, denominator
+
+
+def _weighed(
+    ring: _Ring, keys: _Keys, state: State, logits: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The state before the block's values are added, and their weights."""
+    out, maximum, denominator = state
     if keys.valid < keys.size:
         key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
         logits = jnp.where(key < keys.valid, logits, LOWEST)
@@ -289,16 +304,60 @@ def _attend(
     weights = jnp.exp2(logits * ring.scale - lax.broadcast_in_dim(new_maximum, logits.shape, [0]))
     denominator = denominator * decay + weights.sum(axis=1)
     out = out * lax.broadcast_in_dim(decay, out.shape, [0])
-    rounded = weights.astype(ring.v_smem.dtype)
-    plgpu.barrier_wait(ring.v_full.at[stage])
-    wait_for_turn()
+    return out, new_maximum, denominator, weights.astype(ring.v_smem.dtype)
 
-    def multiply_values(acc: Scratch) -> None:
-        plgpu.wgmma(acc, rounded, ring.v_smem.at[stage, some])
 
-    out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
-    plgpu.barrier_arrive(ring.v_empty.at[stage])
-    return out, new_maximum, denominator
+def _multiply_values(ring: _Ring, weights: jax.Array, stage: Any, some: Any, out: jax.Array) -> jax.Array:
+    def multiply(acc: Scratch) -> None:
+        plgpu.wgmma(acc, weights, ring.v_smem.at[stage, some])
+
+    return pl.run_state(multiply)(plgpu.ACC.init(out))
+
+
+def _attend_ahead(ring: _Ring, work: _Work, q_smem: Scratch, done: jax.Array) -> State:
+    """All blocks, each one's logits made while the block before is at its softmax."""
+    size, whole = work.tuning.keys, work.count // work.tuning.keys
+    last = _Keys(jnp.int32(whole), -(-work.rest // 64) * 64, work.rest)
+
+    def advance(keys: _Keys, following: _Keys | None, state: State, logits: jax.Array) -> Any:
+        stage, some = lax.rem(done + keys.block, ring.num_stages), pl.ds(0, keys.size)
+
+        def scope(acc: Scratch | None = None) -> Any:
+            if following is not None:
+                ahead = lax.rem(done + following.block, ring.num_stages)
+                plgpu.barrier_wait(ring.k_full.at[ahead])
+                plgpu.wgmma(acc, q_smem, ring.k_smem.at[ahead, pl.ds(0, following.size)].T)
+            out, maximum, denominator, weights = _weighed(ring, keys, state, logits)
+            plgpu.barrier_wait(ring.v_full.at[stage])
+            out = _multiply_values(ring, weights, stage, some, out)
+            plgpu.barrier_arrive(ring.v_empty.at[stage])
+            if following is None:
+                return out, maximum, denominator
+            made = acc[...]
+            plgpu.barrier_arrive(ring.k_empty.at[ahead])
+            return (out, maximum, denominator), made
+
+        if following is None:
+            return scope()
+        return pl.run_scoped(scope, plgpu.ACC((ROWS, following.size), jnp.float32))
+
+    def first(acc: Scratch) -> jax.Array:
+        stage = lax.rem(done, ring.num_stages)
+        plgpu.barrier_wait(ring.k_full.at[stage])
+        plgpu.wgmma(acc, q_smem, ring.k_smem.at[stage, pl.ds(0, size)].T)
+        made = acc[...]
+        plgpu.barrier_arrive(ring.k_empty.at[stage])
+        return made
+
+    def step(block: jax.Array, carry: Any) -> Any:
+        return advance(_Keys(block, size, size), _Keys(block + 1, size, size), *carry)
+
+    carry = _initial(q_smem), pl.run_scoped(first, plgpu.ACC((ROWS, size), jnp.float32))
+    carry = lax.fori_loop(0, whole - 1, step, carry)
+    final = _Keys(jnp.int32(whole - 1), size, size)
+    if work.rest:
+        carry, final = advance(final, last, *carry), last
+    return advance(final, None, *carry)
 
 
 def _store(state: State, smem: Scratch, target: Any) -> None:
