@@ -322,7 +322,7 @@ def _attend_ahead(ring: _Ring, work: _Work, q_smem: Scratch, done: jax.Array) ->
     def advance(keys: _Keys, following: _Keys | None, state: State, logits: jax.Array) -> Any:
         stage, some = lax.rem(done + keys.block, ring.num_stages), pl.ds(0, keys.size)
 
-        def scope(acc: Scratch | None = None) -> Any:
+        def scope(acc: Scratch = None) -> Any:
             if following is not None:
                 ahead = lax.rem(done + following.block, ring.num_stages)
                 plgpu.barrier_wait(ring.k_full.at[ahead])
