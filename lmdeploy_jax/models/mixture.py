@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
@@ -237,6 +237,8 @@ class Mixture(nnx.Module):
         x, normed = self.kernels.add_norm(x, delta, norm)
         routes, inputs = self.router(normed), _through(self.into_latent, normed)
         shared = None if self.shared is None else self._shared(normed)
+        if shared is not None:  # goes before the experts, so that a CUDA graph does it beside them
+            shared, inputs = lax.optimization_barrier((shared, inputs))
         beside = shared if self.experts.added_up else None
         out = self.experts(*(_weighed(inputs, routes) if self.weigh_inputs else (inputs, routes)), beside)
         if self.experts.added_up:

@@ -45,7 +45,7 @@ def gated_grouped_matmul(
     tuning = tuning or _tuning(height, groups, x, weight, gated=True)
     how: dict[str, Any] = {"height": height, "tuning": tuning, "interpret": interpret}
     kernel = functools.partial(_gated_kernel, choices=rows // x.shape[0], halves=halves, gating=gating, **how)
-    inputs = (x, *weights, bias, groups.source, groups.tiles)
+    inputs = (x, *weights, bias, _source(groups), groups.tiles)
     out = jax.ShapeDtypeStruct((rows, outputs), x.dtype)
     grid = _launch("gated_grouped_matmul", outputs, groups, tuning)
     return launch(kernel, grid, out, *inputs, interpret=interpret)
@@ -71,8 +71,13 @@ def weighted_grouped_matmul(
     kernel = functools.partial(_weighted_kernel, height=height, tuning=tuning, interpret=interpret)
     how = _launch("weighted_grouped_matmul", outputs, groups, tuning)
     out = jax.ShapeDtypeStruct((choices, tokens, outputs), out_dtype)
-    inputs = (rows, *weights, bias, groups.source, groups.tiles, scales.reshape(-1), beside)
+    inputs = (rows, *weights, bias, _source(groups), groups.tiles, scales.reshape(-1), beside)
     return launch(kernel, how, out, *inputs, interpret=interpret)
+
+
+def _source(groups: RowGroups) -> jax.Array | None:
+    """None: rows lie as before, and XLA need not make a kernel that counts them."""
+    return None if groups.tiles.ndim == 1 else groups.source
 
 
 def _arrays(weight: jax.Array | Quantised) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
@@ -125,7 +130,7 @@ def _gated_kernel(
     weight_scales_ref: jax.Ref | None,
     zeros_ref: jax.Ref | None,
     bias_ref: jax.Ref | None,
-    source_ref: jax.Ref,
+    source_ref: jax.Ref | None,
     tiles_ref: jax.Ref,
     out_ref: jax.Ref,
     *,
@@ -141,7 +146,7 @@ def _gated_kernel(
 
     @pl.when(tile.count > 0)
     def _multiply() -> None:
-        token = lax.div(tile.read(source_ref), choices)
+        token = lax.div(tile.source(source_ref), choices)
         totals = _sums(tile, x_ref, token, weight, *((half,) for half in range(halves)), interpret=interpret)
         biased = (tile.biased(total, bias_ref, half) for half, total in enumerate(totals))
         rounded = (half.astype(out_ref.dtype).astype(jnp.float32) for half in biased)
@@ -154,7 +159,7 @@ def _weighted_kernel(
     weight_scales_ref: jax.Ref | None,
     zeros_ref: jax.Ref | None,
     bias_ref: jax.Ref | None,
-    source_ref: jax.Ref,
+    source_ref: jax.Ref | None,
     tiles_ref: jax.Ref,
     scales_ref: jax.Ref,
     beside_ref: jax.Ref | None,
@@ -171,7 +176,7 @@ def _weighted_kernel(
     @pl.when(tile.count > 0)
     def _multiply() -> None:
         (total,) = _sums(tile, rows_ref, tile.row, weight, (), interpret=interpret)
-        source = tile.read(source_ref)
+        source = tile.source(source_ref)
         scale = plt.load(scales_ref.at[source], mask=tile.valid, other=0.0)
         total = tile.biased(total, bias_ref) * scale[None, :]
         # Nothing is masked at another row's place: the interpreter stores what was there before.

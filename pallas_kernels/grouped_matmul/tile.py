@@ -55,9 +55,9 @@ class Tile:
         """In [M, N]."""
         return self.row[None, :], self.out[:, None]
 
-    def read(self, ref: jax.Ref) -> Shaped[Array, "M"]:
-        """A number of each row."""
-        return plt.load(ref.at[self.row], mask=self.valid, other=0)
+    def source(self, ref: jax.Ref | None) -> Int32[Array, "M"]:
+        """The place before sorting of each row; None: its own."""
+        return self.row if ref is None else plt.load(ref.at[self.row], mask=self.valid, other=0)
 
     def biased(self, total: Float32[Array, "N M"], ref: jax.Ref | None, *half: int) -> Float32[Array, "N M"]:
         """The sums with their group's bias."""
