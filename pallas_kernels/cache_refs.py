@@ -171,6 +171,15 @@ class QuantRefs:
         maximum, denominator, out = state
         return maximum, denominator, scale_output(out, jnp.float32(1 / self.form.gain))
 
+    def widened(self, pages: QuantPages, page: Index, head: Index) -> list[Float32[Array, "P words"]]:
+        """The numbers of K's or V's page by columns; 0 where there is none, as unused slots may have it."""
+        held = self._load(pages, page, head, None)
+        blocks = [self._code(held.words, i).astype(jnp.float32) for i in range(self.form.per_word)]
+        if held.zeros is not None:
+            blocks = [block - held.zeros[:, None] for block in blocks]
+        values = [block * held.scales[:, None] for block in blocks]
+        return [jnp.where(jnp.abs(x) < jnp.inf, x, 0.0) for x in values]
+
     def _load(self, pages: QuantPages, page: Index, head: Index, valid: Index | None) -> _Page:
         """What scales an unused slot holds never counts: its weight would be 0, but times NaN."""
         words = pages.words[page, head]

@@ -5,6 +5,7 @@ Arrays here are what one device sees: the decoder runs inside one `shard_map` (`
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,14 @@ from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.pallas_kernels.all_reduce_norm import all_reduce_add_rms_norm
 from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
+from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
-from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention, tile_rows, why_not_mosaic
+from lmdeploy_jax.pallas_kernels.prefill_attention import (
+    prefill_attention,
+    scratch_pages,
+    tile_rows,
+    why_not_mosaic,
+)
 from lmdeploy_jax.pallas_kernels.quant_pages import as_pages
 from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
@@ -177,12 +184,24 @@ class Kernels:
         )
         return out, (pages, *rest)
 
+    def scratch_elements(self, mixers: Iterable[MixerConfig], tokens: int, session_len: int) -> int:
+        """Of pages of codes that a step of `tokens` tokens widens: the largest layer's, on all devices."""
+        coded = (x for x in mixers if isinstance(x, AttentionConfig) and x.kv_format is not None)
+        taken = {x.held_kv_heads(self.tp) * x.head_dim for x in coded if self._mosaic(x, tokens)}
+        pages = scratch_pages(tokens, -(-session_len // PAGE_SIZE))
+        return 2 * pages * PAGE_SIZE * max(taken, default=0)
+
     def _prefill_backend(
         self, q: Array, k_pages: Pages, mixer: AttentionConfig, metadata: AttentionMetadata
     ) -> str:
+        causal = mixer.causal or metadata.lookahead is None
+        held = q.dtype if mixer.kv_format else k_pages.dtype  # codes are widened
+        fits = causal and why_not_mosaic(q.dtype, held, q.shape[-1]) is None
+        return "mosaic" if fits and self._mosaic(mixer, q.shape[0]) else "pallas"
+
+    def _mosaic(self, mixer: AttentionConfig, tokens: int) -> bool:
         """Mosaic's calls take the host longer than a short step lasts: they are for long ones."""
-        long = self.tuning.prefill_attention == "mosaic" and q.shape[0] >= MOSAIC_TOKENS
+        long = self.tuning.prefill_attention == "mosaic" and tokens >= MOSAIC_TOKENS
         options = mixer.options
-        causal = long and (mixer.causal or metadata.lookahead is None) and not mixer.sinks
-        plain = causal and options.window is None and options.chunk is None and options.soft_cap is None
-        return "mosaic" if plain and why_not_mosaic(q.dtype, k_pages.dtype, q.shape[-1]) is None else "pallas"
+        plain = options.window is None and options.chunk is None and options.soft_cap is None
+        return long and plain and not mixer.sinks

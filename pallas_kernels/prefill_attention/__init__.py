@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions, check_cache, check_heads
 from lmdeploy_jax.pallas_kernels.prefill_attention import xla
-from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import TILE_ROWS, build_tiles, max_tiles, tile_rows
+from lmdeploy_jax.pallas_kernels.prefill_attention.tiles import (
+    TILE_ROWS,
+    build_tiles,
+    max_tiles,
+    scratch_pages,
+    tile_rows,
+)
 from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.shapes import Pages, Sinks, Tiles
 
-__all__ = ["build_tiles", "max_tiles", "prefill_attention", "tile_rows", "why_not_mosaic"]
+__all__ = ["build_tiles", "max_tiles", "prefill_attention", "scratch_pages", "tile_rows", "why_not_mosaic"]
 
 
 def why_not_mosaic(dtype: DTypeLike, cache_dtype: DTypeLike, head_dim: int) -> str | None:
     """Why backend "mosaic" cannot do it, or None. It knows no sinks, lookahead, window, chunk or soft cap
-    either.
+    either. Pages of codes are widened to `dtype`, and count as such.
     """
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16) or jnp.dtype(cache_dtype) != jnp.dtype(dtype):
         return f"it multiplies 16-bit numbers, not {dtype} with {cache_dtype}"
@@ -63,12 +71,16 @@ def prefill_attention(
     arrays = (q, k_pages, v_pages, page_table, tiles, sinks, lookahead)
     if backend != "mosaic":
         return pallas.prefill_attention(*arrays, options, interpret=backend == "pallas_interpret")
-    reason = why_not_mosaic(q.dtype, k_pages.dtype, q.shape[2])
+    cache: tuple[Any, Any] = k_pages, v_pages
+    coded = isinstance(k_pages, QuantPages)
+    reason = why_not_mosaic(q.dtype, q.dtype if coded else k_pages.dtype, q.shape[2])
     if any(x is not None for x in (sinks, lookahead, options.window, options.chunk, options.soft_cap)):
         reason = "it knows no sinks, lookahead, window, chunk or soft cap"
-    if reason or isinstance(k_pages, QuantPages) or isinstance(v_pages, QuantPages):
+    if reason:
         raise ValueError(f"backend 'mosaic' cannot do this prefill attention: {reason}; take 'pallas'")
-    from lmdeploy_jax.pallas_kernels.prefill_attention import mosaic
+    from lmdeploy_jax.pallas_kernels.prefill_attention import mosaic, widened
 
+    if coded:
+        return widened.prefill_attention(q, *cache, page_table, tiles, options)
     some = pallas.prefill_attention(*arrays, options, only_short=True, interpret=False)
-    return mosaic.prefill_attention(some, k_pages, v_pages, page_table, tiles, options)
+    return mosaic.prefill_attention(some, *cache, page_table, tiles, options)

@@ -51,13 +51,16 @@ def prefill_attention(
     tiles: Tiles,
     options: AttentionOptions,
     tuning: Tuning = Tuning(),
+    live: Int32[Array, ""] | None = None,
 ) -> Float[Array, "T H D"]:
-    """q with the outputs of all tiles that are not short in their rows; those come first in `tiles`."""
+    """q with the outputs of all tiles that are not short in their rows. Those come first in `tiles`; where
+    tiles of zeros, which nothing is done for, stand among them, `live` says where the last one is.
+    """
     # XLA would make a call with slices of one array a graph of its own, recorded anew at every run.
     page_table, tiles = jnp.maximum(page_table, 0), jnp.maximum(tiles, 0)
     head_dim, stages = q.shape[2], tuning.num_stages
     keys = PAGES * k_pages.shape[2]
-    live = jnp.sum(tiles[:, 2] > SHORT, dtype=jnp.int32)[None]
+    live = (jnp.sum(tiles[:, 2] > SHORT, dtype=jnp.int32) if live is None else live)[None]
     body = functools.partial(_kernel, scale=options.scale, tuning=tuning)
     body.__name__ = "prefill_attention"  # type: ignore[attr-defined]  # what profiles call it
     kernel = plgpu.kernel(

@@ -49,9 +49,12 @@ def prefill_attention(
     *,
     tuning: Tuning | None = None,
     only_short: bool = False,
+    few_long: bool = False,
     interpret: bool,
 ) -> Float[Array, "T H D"]:
-    """See `lmdeploy_jax.pallas_kernels.prefill_attention`; the rows of long tiles may be left alone."""
+    """See `lmdeploy_jax.pallas_kernels.prefill_attention`; the rows of long tiles may be left alone. Where
+    there are `few_long`, a program takes all blocks of its tile: most would have nothing to do.
+    """
     kv_heads = k_pages.shape[1]
     group = q.shape[1] // kv_heads
     tuning = tuning or _tuning(q.shape[2], k_pages.dtype)
@@ -59,7 +62,7 @@ def prefill_attention(
     rows = SHORT if only_short else TILE_ROWS["pallas"]
     blocks = pl.cdiv(rows, (SMALL_BLOCK if only_short else block) // group)
     # The output takes the queries' place: a program reads and writes the same rows and heads.
-    grid = (blocks, kv_heads, tiles.shape[0])
+    grid = (1 if few_long else blocks, kv_heads, tiles.shape[0])
     how = Launch("prefill_attention", grid, tuning.num_warps, tuning.num_stages, aliases={0: 0})
     cache, structure = jax.tree.flatten((k_pages, v_pages))
     kernel = functools.partial(
@@ -67,6 +70,7 @@ def prefill_attention(
         cache=structure,
         block=None if only_short else block,
         group=group,
+        whole_tiles=few_long,
         options=options,
         interpret=interpret,
     )
@@ -100,11 +104,12 @@ def _kernel(
     cache: Any,
     block: int | None,
     group: int,
+    whole_tiles: bool,
     options: AttentionOptions,
     interpret: bool,
 ) -> None:
-    """`block` rows for long tiles; None: they are not done. `cache`: the structure of K and V, whose arrays
-    come first.
+    """`block` rows for long tiles; None: they are not done. With `whole_tiles` a program takes block after
+    block. `cache`: the structure of K and V, whose arrays come first.
     """
     held = cache_refs(jax.tree.unflatten(cache, refs[: cache.num_leaves]), interpret)
     table_ref, tiles_ref, sinks_ref, ahead_ref, o_ref = refs[cache.num_leaves :]
@@ -112,10 +117,17 @@ def _kernel(
     table_row, start, count, position = (tiles_ref[tile, column] for column in range(4))
 
     def run(size: int, enabled: jax.Array) -> None:
-        first = index * (size // group)
-        part = _Block(size, group, kv_head, table_row, start, count, position, first)
-        attend = functools.partial(_attend_block, q_ref, held, table_ref, sinks_ref, ahead_ref, o_ref)
-        pl.when(enabled & (first < count))(lambda: attend(part, options))
+        queries = size // group
+
+        def attend(block: jax.Array, _: None) -> None:
+            part = _Block(size, group, kv_head, table_row, start, count, position, block * queries)
+            _attend_block(q_ref, held, table_ref, sinks_ref, ahead_ref, o_ref, part, options)
+
+        if whole_tiles:
+            blocks = lax.div(jnp.where(enabled, count, 0) + queries - 1, queries)
+            lax.fori_loop(0, blocks, attend, None)
+        else:
+            pl.when(enabled & (index * queries < count))(lambda: attend(index, None))
 
     if block is not None:
         run(block, count > SHORT)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 
 TILE_ROWS = {"xla": 8, "pallas": 128, "pallas_interpret": 128, "mosaic": 128}
@@ -21,6 +22,13 @@ def tile_rows(backend: str) -> int:
 def max_tiles(tokens: int, sequences: int, tile_rows: int) -> int:
     """An upper bound of the tiles that `tokens` packed query rows of at most `sequences` chunks need."""
     return tokens // tile_rows + min(sequences, tokens)
+
+
+def scratch_pages(tokens: int, table_width: int) -> int:
+    """Pages of 16 bits beside a quantised cache, where a step of so many tokens attends through Mosaic: the
+    longest sequence fits, and four times the tokens of the step.
+    """
+    return max(4 * tokens // PAGE_SIZE, table_width)
 
 
 def build_tiles(

@@ -14,7 +14,9 @@ from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LatentCon
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, RouterConfig
 from lmdeploy_jax.models.recurrent_config import DeltaConfig, Mamba2Config, ShortConvConfig
-from lmdeploy_jax.pallas_kernels.options import AttentionOptions
+from lmdeploy_jax.models.tuning import Tuning
+from lmdeploy_jax.pallas_kernels.kv_formats import INT8
+from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import MAX_GROUP
 from tests.models.paged import PagedRunner
 from tests.models.test_program import CONFIG
@@ -37,6 +39,19 @@ def test_each_kind_of_layer_has_its_own_backend():
     kernels = Kernels("pallas")
     assert [kernels.mixer_backend(mixer) for mixer in MIXERS] == ["pallas", "xla"]
     assert [Kernels("xla").mixer_backend(mixer) for mixer in MIXERS] == ["xla", "xla"]
+
+
+def test_room_is_planned_for_pages_of_codes_that_prompts_read_widened():
+    """K and V of the largest layer that attends through Mosaic, as many pages as `scratch_pages` says."""
+    kernels = Kernels("pallas", tuning=Tuning(prefill_attention="mosaic"))
+    plain = AttentionConfig(8, 2, 64, AttentionOptions(0.1), None)
+    coded = replace(plain, kv_format=INT8)
+    windowed = replace(coded, kv_heads=4, options=AttentionOptions(0.1, window=100))
+    elements = kernels.scratch_elements
+    assert elements([plain, coded, windowed], 4096, 1000) == 2 * 256 * PAGE_SIZE * 2 * 64
+    assert elements([coded], 4096, 64 * 300 - 1) == 2 * 300 * PAGE_SIZE * 2 * 64
+    assert elements([plain, windowed], 4096, 1000) == elements([coded], 1024, 1000) == 0
+    assert Kernels("pallas").scratch_elements([coded], 4096, 1000) == 0
 
 
 def test_layers_of_both_kinds_share_a_batch():

@@ -5,6 +5,7 @@ of what is left of keys and values. Unused slots hold scales that are NaN.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ import pytest
 
 from lmdeploy_jax.pallas_kernels.kv_formats import E4M3, E5M2, INT4, INT8, KV_FORMATS, KVFormat
 from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention
-from lmdeploy_jax.pallas_kernels.prefill_attention import prefill_attention
-from lmdeploy_jax.pallas_kernels.quant_pages import dequantised, quantised
+from lmdeploy_jax.pallas_kernels.prefill_attention import pallas, prefill_attention, widened, xla
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages, dequantised, quantised
 from tests.pallas_kernels import kv_reference
 from tests.pallas_kernels.reference import PagedBatch, Shape, decode_case, prefill_case, relative_error
 
@@ -79,3 +80,36 @@ def test_attention_equals_full_softmax(op: object, backend: str, shape: Shape) -
     tolerance = 1e-5 if backend == "xla" else 1e-3  # kernels multiply in float16
     assert relative_error(out, expected) < (5e-3 if shape.dtype == "bfloat16" else tolerance)
     assert not out[np.all(expected == 0, axis=(1, 2))].any(), "a row that sees nothing is not zero"
+
+
+def test_prompts_read_pages_that_were_widened() -> None:
+    """What Mosaic is given, read by XLA in its place; what finds no room goes through Triton."""
+    lengths = (0, 200, 3, 130, 64)
+    shape = Shape(
+        "int8", 4, head_dim=32, dtype="bfloat16", lengths=lengths, options={"scale": 0.2}, form=INT8
+    )
+    out, expected = prefill_case(_through_scratch, PagedBatch(shape), "pallas_interpret")
+    assert relative_error(out, expected) < 5e-3
+
+
+def _through_scratch(
+    q: jax.Array, k: QuantPages, v: QuantPages, table: jax.Array, tiles: jax.Array, **how: Any
+) -> jax.Array:
+    plan, options = widened.plan_scratch(table, tiles, room=5), how["options"]
+    args = (q, k, v, table, plan.others, None, None, options)
+    some = pallas.prefill_attention(*args, few_long=True, interpret=True)
+    wide = widened.widen(k, v, plan.sources, q.dtype, interpret=True)
+    rest = xla.prefill_attention(q, *wide, plan.page_table, plan.widened, None, options, 128)
+    done = jnp.any(rest != 0, axis=(1, 2), keepdims=True)
+    return jnp.where(done, rest, some)
+
+
+def test_pages_are_widened_for_sequences_that_fit_whole() -> None:
+    table = 10 * np.arange(1, 5)[:, None] + np.arange(4)
+    tiles = [[1, 8, 128, 64], [0, 0, 70, 0], [2, 200, 9, 60], [3, 300, 4, 200], [0, 0, 0, 0]]
+    plan_scratch = jax.jit(partial(widened.plan_scratch, room=6))
+    plan = plan_scratch(jnp.asarray(table, jnp.int32), jnp.asarray(tiles, jnp.int32))
+    assert plan.sources.tolist() == [10, 11, 20, 21, 22, 30]  # the third sequence has no room for its second
+    assert plan.page_table[:2].tolist() == [[0, 1, 1, 1], [2, 3, 4, 4]]
+    assert plan.widened.tolist() == [*tiles[:2], *[[0] * 4] * 3]
+    assert plan.others.tolist() == [*[[0] * 4] * 2, *tiles[2:]]

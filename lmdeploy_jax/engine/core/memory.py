@@ -36,7 +36,8 @@ def plan(
     size = jnp.dtype(model.dtype).itemsize
     widest = max(layer.activations(shape.hidden_size) for layer in shape.layers)
     activations = buckets.max_tokens * (widest + 8 * shape.hidden_size) * size
-    widened = WIDENED_AT_ONCE * model.skeleton.widened_elements * size
+    scratch = model.skeleton.kernels.scratch_elements(shape.mixers, buckets.max_tokens, session_len)
+    widened = (WIDENED_AT_ONCE * model.skeleton.widened_elements + scratch) * size
     images = 0 if vision is None else _image_bytes(vision, buckets, shape.hidden_size, size, mesh)
     states = state_bytes(layout, model.dtype, buckets.max_batch_size + kept_states + 1)
     logits = 6 * buckets.max_batch_size * shape.vocab_size * 4  # several f32 copies, and the histories
