@@ -2,8 +2,9 @@
 
     python -m benchmarks.kv_attention llama3-8b
 
-The kernels' outputs are first held against `xla.py` on the same cache. Then microseconds by the profiler, of
-each way to hold the cache and each cut of the work, and how many times as fast it is as 16 bits.
+The kernels' outputs are first held against `xla.py` on the same cache; some prompts find no room among the
+pages that are widened. Then microseconds by the profiler, of each way to hold the cache and each cut of the
+work, and how many times as fast it is as 16 bits.
 `--interpret` runs the checks alone, on a CPU, for shapes cut small.
 """
 
@@ -22,15 +23,16 @@ import numpy as np
 from lmdeploy_jax.bench import shapes
 from lmdeploy_jax.bench.device_time import device_seconds
 from lmdeploy_jax.bench.kernels import DECODE, PREFILL, Attention
+from lmdeploy_jax.cache.pages import pages_for
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.models.config import AttentionConfig
 from lmdeploy_jax.pallas_kernels.kv_formats import KV_FORMATS
-from lmdeploy_jax.pallas_kernels.paged_attention import paged_attention, pallas
+from lmdeploy_jax.pallas_kernels.paged_attention import pallas
 from lmdeploy_jax.pallas_kernels.paged_attention.pallas import Tuning
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, prefill_attention, tile_rows
 
 MOST_ERROR = 5e-3  # of bfloat16, as a share of the whole
-CUTS = [Tuning(128, warps, stages) for warps, stages in itertools.product((1, 2, 4), (3, 5, 7))]
+CUTS = [Tuning(*cut) for cut in itertools.product((128, 256, 512, 1024), (2, 4), (3, 5))]
 FORMATS = {"bf16": None} | {form.name: form for form in KV_FORMATS.values()}
 
 
@@ -49,29 +51,34 @@ def cut_as(tuning: Tuning) -> Callable[..., Any]:
 
 def check(name: str, config: AttentionConfig, backend: str, lengths: Sequence[int]) -> bool:
     """Whether decode and prefill attention give what they give through XLA, over the same cache."""
-    found = []
+    found: dict[str, list[jax.Array]] = {}
     for each in (backend, "xla"):
         bench = Attention(config, each)
         case = bench.decode_case(lengths)
         *cache, _, out = jax.jit(case.function)(*case.state, *case.arguments[0])
-        found.append([out, _prefilled(config, cache, each)])
-    right = True
-    for op, got, want in zip(("decode", "prefill"), *found, strict=True):
-        got, want = (np.asarray(x, np.float64) for x in (got, want))
-        error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
-        right &= error < MOST_ERROR
-        print(
-            f"{'right' if error < MOST_ERROR else 'WRONG'}: {op} over {name}, error {error:.1e}", flush=True
-        )
-    return right
+        ways = (each, "mosaic") if each == "pallas" else (each,)
+        found[each] = [out, *(_prefilled(config, cache, way) for way in ways)]
+    decode, prefill = found["xla"]
+    names = ("decode", "prefill", "prefill through Mosaic")
+    wanted = zip(names, found[backend], (decode, prefill, prefill), strict=False)
+    right = [_is_right(f"{op} over {name}", got, want) for op, got, want in wanted]
+    return all(right)
+
+
+def _is_right(name: str, *arrays: jax.Array) -> bool:
+    got, want = (np.asarray(x, np.float64) for x in arrays)
+    error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    print(f"{'right' if error < MOST_ERROR else 'WRONG'}: {name}, error {error:.1e}", flush=True)
+    return error < MOST_ERROR
 
 
 def _prefilled(config: AttentionConfig, cache: list[Any], backend: str) -> jax.Array:
-    """A chunk behind a prefix, and a short one."""
-    counts, firsts = [150, 3], [70, 0]
-    tiles = build_tiles([0, 1], [0, 150], counts, firsts, tile_rows(backend), 24)
-    table = jnp.asarray(np.arange(1, 9, dtype=np.int32).reshape(2, 4))
-    q = jax.random.normal(jax.random.key(5), (153, config.heads, config.head_dim), jnp.bfloat16)
+    """Chunks behind prefixes, and a short one; the last one finds no room where pages are widened."""
+    counts, firsts = [150, 3, 30, 30, 30], [70, 0, 200, 200, 200]
+    starts = np.cumsum([0, *counts[:-1]])
+    tiles = build_tiles(range(5), starts, counts, firsts, tile_rows(backend), 24 * len(counts))
+    table = jnp.asarray(np.arange(1, 21, dtype=np.int32).reshape(5, 4))
+    q = jax.random.normal(jax.random.key(5), (sum(counts), config.heads, config.head_dim), jnp.bfloat16)
     args = (q, *cache, table, jnp.asarray(tiles))
     how = {"options": config.options, "backend": backend}
     return jax.jit(lambda *args: prefill_attention(*args, **how))(*args)
@@ -80,27 +87,37 @@ def _prefilled(config: AttentionConfig, cache: list[Any], backend: str) -> jax.A
 def decode_times(configs: dict[str, AttentionConfig], names: Sequence[str]) -> Iterator[str]:
     """A line for each case, way to hold the cache and cut."""
     for name in names:
-        base = None
+        base, lengths = None, DECODE[name]
         for form, config in configs.items():
-            cuts: list[Tuning | None] = [None] if form in ("bf16", "fp8_e5m2") else [None, *CUTS]
-            for cut in cuts:
-                bench = Attention(config, "pallas", paged_attention if cut is None else cut_as(cut))
-                (seconds,) = device_seconds([bench.decode_case(DECODE[name])])
+            bench = Attention(config, "pallas")
+            shipped = bench.decode_case(lengths)
+            cuts = _cuts(config, lengths) if form == "int8" else []
+            others = [bench.decode_case(lengths, cut_as(cut)) for cut in cuts]
+            cases = [shipped, *(replace(case, state=shipped.state) for case in others)]
+            size = sum(config.read_bytes(length, 2, 1) for length in lengths)
+            for cut, seconds in zip(["shipped", *cuts], device_seconds(cases), strict=True):
                 base = base or seconds
-                told = f"decode {name}, {form}, {'shipped' if cut is None else cut}"
-                size = sum(config.read_bytes(length, 2, 1) for length in DECODE[name])
-                yield f"{told:75} {_rate(seconds, size, base)}"
+                yield f"{f'decode {name}, {form}, {cut}':75} {_rate(seconds, size, base)}"
+
+
+def _cuts(config: AttentionConfig, lengths: Sequence[int]) -> list[Tuning]:
+    """Those that share the work out differently."""
+    tiles, width = len(lengths) * config.kv_heads, max(map(pages_for, lengths))
+    splits = {
+        (pallas.split_count(tiles, width, cut.programs), cut.num_warps, cut.num_stages): cut for cut in CUTS
+    }
+    return list(splits.values())
 
 
 def prefill_times(configs: dict[str, AttentionConfig]) -> Iterator[str]:
     """The same of prompts."""
     for name, lengths in PREFILL.items():
         base = None
-        for form, config in configs.items():
-            seconds = Attention(config, "pallas").prefill(lengths)
+        for (form, config), backend in itertools.product(configs.items(), ("mosaic", "pallas")):
+            seconds = Attention(config, backend).prefill(lengths)
             base = base or seconds
             work = sum(2 * n * (n + 1) for n in lengths) * config.heads * config.head_dim
-            yield f"{f'prefill {name}, {form}':75} {_rate(seconds, work, base)}"
+            yield f"{f'prefill {name}, {form}, {backend}':75} {_rate(seconds, work, base)}"
 
 
 def _rate(seconds: float | None, work: float, base: float | None) -> str:
@@ -112,10 +129,12 @@ def _rate(seconds: float | None, work: float, base: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help=f"a shape: {', '.join(shapes.names())}")
-    parser.add_argument("--cases", default="256 x 640,8 x 8000")
+    parser.add_argument("--cases", default="8 x 8000,64 x 8000,256 x 640")
     parser.add_argument("--formats", default="bf16,int8,fp8_e4m3,int4", help=", ".join(FORMATS))
+    parser.add_argument("--prefill", action="store_true", help="prompts alone are timed")
     parser.add_argument("--interpret", action="store_true")
     args = parser.parse_args()
+    DECODE.update({"64 x 8000": [8000] * 64, "8 x 640": [640] * 8})
     mixer = build_config(shapes.read(args.model), args.model).layers[0].mixer
     if args.interpret:
         DECODE.clear()
@@ -127,7 +146,8 @@ def main() -> None:
     right = [check(name, config, backend, lengths) for name, config in configs.items()]
     if args.interpret or not all(right):
         raise SystemExit(not all(right))
-    for told in itertools.chain(decode_times(configs, args.cases.split(",")), prefill_times(configs)):
+    cases = [] if args.prefill else args.cases.split(",")
+    for told in itertools.chain(prefill_times(configs), decode_times(configs, cases)):
         print(told, flush=True)
 
 

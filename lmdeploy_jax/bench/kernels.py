@@ -84,11 +84,8 @@ def _arithmetic() -> float:
 class Attention:
     """A cache of random pages, scattered over sequences as a running engine scatters them."""
 
-    def __init__(
-        self, config: AttentionConfig, backend: str, decode: Callable[..., Any] = paged_attention
-    ) -> None:
+    def __init__(self, config: AttentionConfig, backend: str) -> None:
         self.config, self.backend = config, backend
-        self._decode = decode
         pages = 1 + max(sum(map(pages_for, lengths)) for lengths in (*DECODE.values(), *PREFILL.values()))
         shape = (pages, config.kv_heads, PAGE_SIZE, config.head_dim)
         drawn = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2)]
@@ -102,8 +99,8 @@ class Attention:
         self.cache = case.state[:2]
         return seconds
 
-    def decode_case(self, lengths: Sequence[int]) -> Case:
-        """What `decode` times."""
+    def decode_case(self, lengths: Sequence[int], attend: Callable[..., Any] = paged_attention) -> Case:
+        """What `decode` times; `attend` may stand in the op's place."""
         config, rows = self.config, len(lengths)
         lens, table = jnp.asarray(lengths, jnp.int32), self._table(lengths)
         slots = table[jnp.arange(rows), (lens - 1) // PAGE_SIZE] * PAGE_SIZE + (lens - 1) % PAGE_SIZE
@@ -115,7 +112,7 @@ class Attention:
         def decode(k_pages: jax.Array, v_pages: jax.Array, split_counters: jax.Array, qkv: jax.Array) -> Any:
             args = (qkv, k_pages, v_pages, slots, table, lens, split_counters, work)
             options = {"options": config.options, "dtype": jnp.bfloat16, "backend": self.backend}
-            out, *written = self._decode(*args, **options)
+            out, *written = attend(*args, **options)
             return *written, out
 
         return Case(decode, [(x,) for x in _random(rows, *heads)], [*self.cache, split_counters])

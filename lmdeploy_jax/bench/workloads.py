@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 LOWEST_ID, HIGHEST_ID = 300, 30000
-MAX_LEN = 2048  # longest sequence of any workload, with room to spare
+MAX_LEN = 2048  # longest sequence of any workload but the long ones, with room to spare
 
 Length = int | tuple[int, int]  # one length, or the bounds of a clipped log-normal
 
@@ -38,6 +38,7 @@ WORKLOADS = {
     "b128": Workload(128, 512, 256),
     "mix256": Workload(256, (32, 1024), (32, 512)),
     "smoke": Workload(4, 32, 8),
+    "long64": Workload(64, 7744, 256),  # sequences of 8,000 tokens: `--session_len 8192`
 }
 
 
