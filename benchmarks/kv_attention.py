@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--prefill", action="store_true", help="prompts alone are timed")
     parser.add_argument("--interpret", action="store_true")
     args = parser.parse_args()
-    DECODE.update({"64 x 8000": [8000] * 64, "8 x 640": [640] * 8})
+    DECODE.update({"64 x 8000": [8000] * 64, "128 x 640": [640] * 128, "8 x 640": [640] * 8})
     mixer = build_config(shapes.read(args.model), args.model).layers[0].mixer
     if args.interpret:
         DECODE.clear()
