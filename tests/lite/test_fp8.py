@@ -25,8 +25,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_transformers_reads_the_same_weights(made: Path) -> None:
-    theirs = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32).state_dict()
-    ours = _leaves(made)
+    _assert_read_alike(made)
+
+
+@pytest.mark.full
+def test_transformers_reads_the_same_integers(tmp_path: Path) -> None:
+    flags = ["--work-dir", str(tmp_path / "int8"), "--calib-samples", "8", "--calib-seqlen", "64"]
+    assert main(["lite", "smooth_quant", "tiny-chat", *flags]) == 0
+    _assert_read_alike(tmp_path / "int8")
+
+
+def _assert_read_alike(folder: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    ours = _leaves(folder)
     for name, leaf in (("mlp.down_proj", "mlp.down"), ("self_attn.o_proj", "attention.o")):
         weight, scale = (
             theirs[f"model.layers.3.{name}.{role}"].float() for role in ("weight", "weight_scale")
