@@ -28,6 +28,7 @@ class HeadRefs:
     k_norm: jax.Ref | None
     cos: jax.Ref | None
     sin: jax.Ref | None
+    mean_squares: jax.Ref | None
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,18 @@ class HeadTile:
             plt.load(self.refs.parts.at[part, self.token, self.kv_head, row, column], mask=mask, other=0)
             for part in range(self.refs.parts.shape[0])
         ]
-        heads = sum(parts[1:], parts[0]).astype(self.dtype)
+        heads = self._scaled(sum(parts[1:], parts[0])).astype(self.dtype)
         if self.refs.bias is None:
             return heads
         bias = plt.load(self.refs.bias.at[self.kv_head, row, column], mask=mask, other=0)
         return (heads.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+    def _scaled(self, heads: jax.Array) -> jax.Array:
+        """By the norm before the product, where that is left to its reader."""
+        ref = self.refs.mean_squares
+        if ref is None:
+            return heads
+        return heads * lax.rsqrt(sum((ref[part] for part in range(1, ref.shape[0])), ref[0]))
 
     def _norm(self, scale: jax.Array, heads: jax.Array, column: jax.Array) -> jax.Array:
         q_ref, k_ref = self.refs.q_norm, self.refs.k_norm

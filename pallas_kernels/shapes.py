@@ -35,6 +35,17 @@ Softmax = tuple[Row, Row, Output]
 """A running softmax: maximum and denominator of each row, and output."""
 
 
+class Unscaled(NamedTuple):
+    """A product after an RMSNorm, but for the norm's scale: `parts.sum(0) * rsqrt(mean_squares.sum())`.
+
+    Each part is of a share of the columns. `mean_squares`: the share's sum of squares over the number of all
+    columns, and its share of the norm's epsilon.
+    """
+
+    parts: Float32[Array, "S *product"]
+    mean_squares: Float32[Array, "S"]
+
+
 class Quantised(NamedTuple):
     """A matrix of few bits an element: `(values - zeros) * scales`, G runs of columns with a scale each.
 

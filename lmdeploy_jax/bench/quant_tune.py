@@ -40,6 +40,7 @@ from lmdeploy_jax.models.quant_products import (
     SkinnyQuantGatedProduct,
     SkinnyQuantProduct,
     StreamedQuantProduct,
+    UnscaledQuantNorm,
 )
 from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.tuning import Measurement, Tuning
@@ -70,7 +71,8 @@ FEW_ROWS = 8  # of the smallest tile that tensor cores take
 QUANTISED = ("qkv", "o", "gate_up", "down", "norm_qkv", "norm_gate_up")  # of `tune.products`, products with
 # a norm after those without; a head is of 16 bits, or of those of `HEAD_FORMAT`
 HEAD_FORMAT = "w8a8_float8_e4m3fn"
-NORM_EIGHT_BITS = (  # also for products of one row with a norm, which are not split
+NORM_SPLITS = (1, 4, 8)
+NORM_EIGHT_BITS = (  # also for products of one row with a norm, split where the reader applies its scale
     (64, 128, 4, 4),
     (64, 128, 4, 6),
     (64, 256, 4, 4),
@@ -156,11 +158,12 @@ class Quantised:
             linear = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
             norm = RMSNorm(x.shape[1], EPS, 0.0, dtype=x.dtype)
             norm.weight[...] = weight
-            product = (
-                plan_norm(kernels, linear, x, normed=True, activation=activation)
-                if candidate is None
-                else FusedQuantNorm(candidate, self.backend, activation)
-            )
+            if candidate is None:
+                product = plan_norm(kernels, linear, x, normed=True, activation=activation)
+            elif candidate.splits > 1:
+                return UnscaledQuantNorm(candidate, self.backend)(linear, x, delta, norm)
+            else:
+                product = FusedQuantNorm(candidate, self.backend, activation)
             return product(linear, x, delta, norm)
 
         return function
@@ -271,7 +274,10 @@ def measure_normed(
     first, *seconds = device_seconds(cases)
     by_itself = known.find(held.name, alone.kind, (shape.out, shape.inner), 1)
     first = None if first is None else first + LAUNCH + extra_seconds(alone, by_itself, 1)
-    return {1: {None: first, **dict(zip(tilings, seconds, strict=True))}}
+    found: dict[Candidate, float | None] = {None: first}
+    for tiling, time in zip(tilings, seconds, strict=True):
+        found[tiling] = None if time is None else time + extra_seconds(alone, tiling, 1)
+    return {1: found}
 
 
 def norm_tilings(product: Quantised) -> Iterator[Tiling]:
@@ -280,11 +286,14 @@ def norm_tilings(product: Quantised) -> Iterator[Tiling]:
     for block_out, block_in, num_warps, num_stages in NORM_FOUR_BITS if words else NORM_EIGHT_BITS:
         if product.shape.inner % block_in or (not words and held.groups > 1 and held.group % block_in):
             continue
-        tiling = Tiling(block_out, block_in, 1, num_warps, num_stages, FEW_ROWS)
-        if words:
-            yield tiling
-        elif held.activations is not None:
-            yield from (replace(tiling, rounds=True), replace(tiling, widens=True))
+        for splits in NORM_SPLITS if product.shape.kind == "norm_parts" else (1,):
+            if product.shape.inner % (splits * block_in):
+                continue
+            tiling = Tiling(block_out, block_in, splits, num_warps, num_stages, FEW_ROWS)
+            if words:
+                yield tiling
+            elif held.activations is not None:
+                yield from (replace(tiling, rounds=True), replace(tiling, widens=True))
 
 
 def candidates(product: Quantised, tokens: int) -> Iterator[Tiling | StreamTiling]:

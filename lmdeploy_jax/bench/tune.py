@@ -22,6 +22,7 @@ from lmdeploy_jax.pallas_kernels.skinny_gemm import (
     gated_skinny_gemm,
     norm_skinny_gemm,
     skinny_gemm,
+    unscaled_norm_skinny_gemm,
 )
 from lmdeploy_jax.parallel.collectives import ONE_SHOT_BYTES
 
@@ -44,7 +45,7 @@ BLOCKS = (  # outputs and inner elements of a tile, warps, stages
     (128, 64, 8, 4),
 )
 SPLITS = (1, 2, 3, 4, 5, 7, 8, 9)
-NORM_BLOCKS = (  # also for products with a norm, which are not split: more programs, or more stages
+NORM_BLOCKS = (  # also for products with a norm: more programs, or more stages
     *BLOCKS,
     (16, 128, 4, 6),
     (16, 256, 4, 5),
@@ -182,9 +183,9 @@ def measure(shape: Shape, known: Tuning) -> dict[int, dict[Candidate, float | No
 def tilings(shape: Shape, tokens: int) -> Iterator[Tiling | StreamTiling]:
     """Those worth measuring."""
     for block_out, block_in, num_warps, num_stages in NORM_BLOCKS if shape.normed else BLOCKS:
-        for splits in SPLITS if shape.kind == "parts" else (1,):
+        for splits in SPLITS if shape.product == "parts" else (1,):
             programs = -(-shape.out // block_out) * splits
-            crowded = shape.kind == "parts" and not PROGRAMS[0] <= programs <= PROGRAMS[1]
+            crowded = shape.product == "parts" and not PROGRAMS[0] <= programs <= PROGRAMS[1]
             if shape.inner % (splits * block_in) == 0 and not crowded:
                 yield Tiling(block_out, block_in, splits, num_warps, num_stages)
     if shape.kind == "gated" and tokens % 8 == 0 and is_hopper():
@@ -220,6 +221,9 @@ def _norm_case(
 
         return Case(separate, arguments, [x.copy()])  # written in place, as in a decode step
     assert isinstance(candidate, Tiling)
+    if candidate.splits > 1:
+        ways: dict[str, Any] = {"tiling": candidate, "eps": EPS, "backend": "pallas"}
+        return Case(partial(unscaled_norm_skinny_gemm, **ways), [(x, *rest) for rest in arguments])
     gated = shape.product == "gated"
     dtype, activation = (x.dtype, jax.nn.silu) if gated else (jnp.float32, None)
     return Case(

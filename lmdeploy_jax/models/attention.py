@@ -95,8 +95,12 @@ class Attention(nnx.Module):
 
         `rope` is None in a layer without RoPE.
         """
-        x, qkv = self.qkv(x, delta, norm)  # [(S,) T, KH, G + 2, D]
         work, gates = self._work(rope, x.dtype), None
+        if self.config.is_read_by_kernels:
+            x, qkv, mean_squares = self.qkv.unscaled(x, delta, norm)
+            work = replace(work, mean_squares=mean_squares)
+        else:
+            x, qkv = self.qkv(x, delta, norm)  # [(S,) T, KH, G + 2, D]
         if self.config.shared_layer is not None:
             qkv, work = head_work.queries_alone(qkv, work)
             metadata = replace(metadata, slots=jnp.full_like(metadata.slots, NOWHERE))

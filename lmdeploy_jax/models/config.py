@@ -114,6 +114,11 @@ class AttentionConfig:
         return not (norms or self.k_eq_v or tempered)
 
     @property
+    def is_read_by_kernels(self) -> bool:
+        """Whether they read the qkv product as it is."""
+        return self.is_plain and not self.gated and self.shared_layer is None
+
+    @property
     def own_rows(self) -> int:
         """Of the heads that come of a KV head's product, those that are no query's: its key, its value."""
         return 0 if self.shared_layer is not None else 1 if self.k_eq_v else 2

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +31,20 @@ from lmdeploy_jax.models.quant_products import (
     SkinnyQuantGatedProduct,
     SkinnyQuantProduct,
     StreamedQuantProduct,
+    UnscaledQuantNorm,
     can_stream,
 )
 from lmdeploy_jax.models.quantised import QuantWeight
 from lmdeploy_jax.models.residual import Delta, PartialSum
 from lmdeploy_jax.models.tuning import Kind
+from lmdeploy_jax.pallas_kernels.shapes import Unscaled
 from lmdeploy_jax.pallas_kernels.skinny_gemm import (
     StreamTiling,
     Tiling,
     gated_skinny_gemm,
     norm_skinny_gemm,
     skinny_gemm,
+    unscaled_norm_skinny_gemm,
 )
 
 Activation = Callable[[Array], Array]
@@ -211,6 +214,21 @@ class FusedNorm:
         return x, flat if gated else flat.reshape(1, 1, *linear.out_shape(x))
 
 
+@dataclass(frozen=True)
+class UnscaledNorm:
+    """The same in parts, without the norm's scale."""
+
+    tiling: Tiling
+    backend: str
+
+    def __call__(
+        self, linear: Linear, x: Float[Array, "T E"], delta: Float[Array, "*S T E"], norm: RMSNorm
+    ) -> tuple[Float[Array, "T E"], Unscaled]:
+        weight = linear.weight.dense().reshape(-1, x.shape[1])
+        how: dict[str, Any] = {"eps": norm.eps, "offset": norm.offset, "backend": self.backend}
+        return unscaled_norm_skinny_gemm(x, delta, norm.weight[...], weight, self.tiling, **how)
+
+
 # -- the plan ------------------------------------------------------------------------------------------
 
 
@@ -261,12 +279,11 @@ def plan_norm(
 ) -> NormProduct:
     """A product in parts, or a gated one, after a norm. `normed`: whether there are a delta and a norm."""
     kind: Kind = "norm_parts" if activation is None else "norm_gated"
-    fusible = normed and x.shape[0] == 1 and (activation is None or linear.bias is None)
-    fusible = fusible and x.dtype == jnp.bfloat16  # float16 might not hold what is not normed
-    tiling = _tiling(kernels, kind, linear, x) if fusible else None
-    if isinstance(tiling, Tiling):
+    fusible = normed and (activation is None or linear.bias is None)
+    tiling = _norm_tiling(kernels, kind, linear, x) if fusible else None
+    if tiling is not None:
         fused = FusedQuantNorm if isinstance(linear.weight, QuantWeight) else FusedNorm
-        return fused(tiling, kernels.backend, activation)
+        return fused(replace(tiling, splits=1), kernels.backend, activation)
     product = (
         plan(kernels, "parts", linear, x)
         if activation is None
@@ -275,6 +292,24 @@ def plan_norm(
     if _takes_rounded(linear, product):
         return RoundingNorm(cast(RowsProduct, product), kernels)
     return SeparateNorm(product, kernels)
+
+
+def plan_unscaled(
+    kernels: Kernels, linear: Linear, x: Float[Array, "T E"]
+) -> UnscaledNorm | UnscaledQuantNorm | None:
+    """A product in parts after a norm whose scale its reader applies, where that is the fastest."""
+    tiling = _norm_tiling(kernels, "norm_parts", linear, x)
+    if tiling is None or tiling.splits == 1:
+        return None
+    quantised = isinstance(linear.weight, QuantWeight)
+    return (UnscaledQuantNorm if quantised else UnscaledNorm)(tiling, kernels.backend)
+
+
+def _norm_tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tiling | None:
+    """Of one row, as measured; float16 might not hold what is not normed."""
+    fusible = x.shape[0] == 1 and x.dtype == jnp.bfloat16
+    tiling = _tiling(kernels, kind, linear, x) if fusible else None
+    return tiling if isinstance(tiling, Tiling) else None
 
 
 def _plan_quant(

@@ -6,12 +6,20 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float32, Shaped
 
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Axes, Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
-from lmdeploy_jax.models.products import Activation, Product, SkinnyProduct, plan, plan_norm, plan_xla
+from lmdeploy_jax.models.products import (
+    Activation,
+    Product,
+    SkinnyProduct,
+    plan,
+    plan_norm,
+    plan_unscaled,
+    plan_xla,
+)
 from lmdeploy_jax.models.residual import Delta, PartialSum, SumOverDevices
 
 
@@ -45,6 +53,19 @@ class ColumnParallelLinear(Linear):
         normed = isinstance(norm, RMSNorm) and delta is not None and not isinstance(delta, PartialSum)
         product = plan_norm(self.kernels, self, x, normed=normed, activation=self.activation)
         return product(self, x, delta, norm)
+
+    def unscaled(
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "..."], Float32[Array, "S"] | None]:
+        """The same for a reader that can apply the norm's scale -> x, the product, and the `mean_squares` of
+        an `Unscaled` one, if it is one.
+        """
+        if isinstance(norm, RMSNorm) and delta is not None and not isinstance(delta, PartialSum):
+            product = plan_unscaled(self.kernels, self, x)
+            if product is not None:
+                x, (parts, mean_squares) = product(self, x, delta, norm)
+                return x, parts.reshape(*parts.shape[:2], *self.out_shape(x)), mean_squares
+        return *self(x, delta, norm), None
 
 
 class RowParallelLinear(Linear, SumOverDevices):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -25,10 +25,11 @@ from lmdeploy_jax.pallas_kernels.quant_gemm import (
     norm_quant_gemm,
     quant_gemm,
     streamed_quant_gemm,
+    unscaled_norm_quant_gemm,
     why_not_streamed,
 )
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
-from lmdeploy_jax.pallas_kernels.shapes import Quantised
+from lmdeploy_jax.pallas_kernels.shapes import Quantised, Unscaled
 from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
 Rows = Float[Array, "T *inner"] | Quantised
@@ -163,6 +164,22 @@ class FusedQuantNorm:
             backend=self.backend,
         )
         return x, flat if gated else flat.reshape(1, 1, *weight.out_shape)
+
+
+@dataclass(frozen=True)
+class UnscaledQuantNorm:
+    """The same in parts, without the norm's scale."""
+
+    tiling: Tiling
+    backend: str
+
+    def __call__(
+        self, linear: Linear, x: Float[Array, "T E"], delta: Float[Array, "*S T E"], norm: RMSNorm
+    ) -> tuple[Float[Array, "T E"], Unscaled]:
+        operand = quantised(linear).operand(-1)
+        assert operand is not None  # as planned
+        how: dict[str, Any] = {"eps": norm.eps, "offset": norm.offset, "backend": self.backend}
+        return unscaled_norm_quant_gemm(x, delta, norm.weight[...], operand, self.tiling, **how)
 
 
 @dataclass(frozen=True)

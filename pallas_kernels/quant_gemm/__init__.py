@@ -20,7 +20,7 @@ from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import why_not_streamed
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, TILE
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
-from lmdeploy_jax.pallas_kernels.shapes import Quantised
+from lmdeploy_jax.pallas_kernels.shapes import Quantised, Unscaled
 from lmdeploy_jax.pallas_kernels.skinny_gemm import check_normed
 from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import MAX_TOKENS, StreamTiling, Tiling
 
@@ -29,6 +29,7 @@ __all__ = [
     "norm_quant_gemm",
     "quant_gemm",
     "streamed_quant_gemm",
+    "unscaled_norm_quant_gemm",
     "why_not_quant",
     "why_not_streamed",
 ]
@@ -118,6 +119,35 @@ def norm_quant_gemm(
 
     how |= {"out_dtype": out_dtype, "interpret": backend == "pallas_interpret"}
     return normed.norm_quant_gemm(x, parts, norm, halves, tiling, activation, **how)
+
+
+def unscaled_norm_quant_gemm(
+    x: Float[Array, "1 K"],
+    delta: Float[Array, "*S 1 K"],
+    norm: Float[Array, "K"],
+    weight: Quantised,
+    tiling: Tiling,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    backend: str,
+) -> tuple[Float[Array, "1 K"], Unscaled]:
+    """`skinny_gemm.unscaled_norm_skinny_gemm` with a weight [N, K].
+
+    A weight of 8 bits asks for a tiling that rounds or widens. Raises ValueError for what does not fit.
+    """
+    check_backend(backend)
+    halves, parts = _halves(weight), delta if delta.ndim == 3 else delta[None]
+    check_normed(x, delta, norm)
+    _check(x, halves, tiling)
+    how: dict[str, Any] = {"eps": eps, "offset": offset}
+    if backend == "xla":
+        columns = x.shape[1] // tiling.block_in if tiling.rounds else None
+        return xla.unscaled_norm_quant_gemm(x, parts, norm, halves, tiling.splits, columns, **how)
+    from lmdeploy_jax.pallas_kernels.quant_gemm import normed  # CPUs never need it
+
+    how["interpret"] = backend == "pallas_interpret"
+    return normed.unscaled_norm_quant_gemm(x, parts, norm, halves, tiling, **how)
 
 
 def streamed_quant_gemm(

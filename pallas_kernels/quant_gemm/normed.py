@@ -30,8 +30,15 @@ from lmdeploy_jax.pallas_kernels.quant_gemm.blocks import (
     unpacked,
 )
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import PER_WORD, TILE
-from lmdeploy_jax.pallas_kernels.shapes import Quantised
-from lmdeploy_jax.pallas_kernels.skinny_gemm.normed import Columns, ResidualRow, Row
+from lmdeploy_jax.pallas_kernels.shapes import Quantised, Unscaled
+from lmdeploy_jax.pallas_kernels.skinny_gemm.normed import (
+    Columns,
+    ResidualRow,
+    Row,
+    share_of,
+    store_unscaled,
+    unscaled_shapes,
+)
 from lmdeploy_jax.pallas_kernels.skinny_gemm.pallas import WeightTile, gated, launch_of
 from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import Tiling
 
@@ -60,6 +67,27 @@ def norm_quant_gemm(
     return added, product
 
 
+def unscaled_norm_quant_gemm(
+    x: Float[Array, "1 K"],
+    parts: Float[Array, "S 1 K"],
+    norm: Float[Array, "K"],
+    weight: Quantised,
+    tiling: Tiling,
+    *,
+    eps: float,
+    offset: float,
+    interpret: bool,
+) -> tuple[Float[Array, "1 K"], Unscaled]:
+    """See `lmdeploy_jax.pallas_kernels.quant_gemm`; weight [1, N, K]."""
+    outputs = weight.values.shape[1]
+    how: dict[str, Any] = {"tiling": tiling, "activation": None, "eps": eps, "offset": offset}
+    kernel = functools.partial(_kernel, **how, interpret=interpret)
+    cut, arrays = launch_of("norm_quant_gemm", outputs, tiling), (x, parts, norm, *weight)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype), *unscaled_shapes(outputs, tiling)]
+    added, *unscaled = launch(kernel, cut, out, *arrays, interpret=interpret)
+    return added, Unscaled(*unscaled)
+
+
 def _kernel(
     x_ref: jax.Ref,
     parts_ref: jax.Ref,
@@ -69,6 +97,7 @@ def _kernel(
     zeros_ref: jax.Ref | None,
     added_ref: jax.Ref,
     out_ref: jax.Ref,
+    mean_squares_ref: jax.Ref | None = None,
     *,
     tiling: Tiling,
     activation: Callable[[jax.Array], jax.Array] | None,
@@ -76,24 +105,28 @@ def _kernel(
     offset: float,
     interpret: bool,
 ) -> None:
-    tile = WeightTile(1, out_ref.shape[1], tiling)
+    tile = WeightTile(1, out_ref.shape[-1], tiling)
     refs = Refs(x_ref, None, values_ref, scales_ref, zeros_ref)
     words, size = values_ref.dtype == jnp.uint16, x_ref.shape[1]
     blocks = (
         FourBitsOfOneRow(tile, refs, interpret) if words else EightBitsOfOneRow(tile, refs, tiling, interpret)
     )
     row = ResidualRow(x_ref, parts_ref, norm_ref, added_ref, offset)
-    steps = size // blocks.width
+    begin, end = share_of(size // blocks.width, tiling)
 
     def step(index: Index, state: tuple[Totals, jax.Array, Row]) -> tuple[Totals, jax.Array, Row]:
         totals, squares, read = state
-        ahead = row.read(blocks.columns(jnp.minimum(index + 1, steps - 1)))
+        ahead = row.read(blocks.columns(jnp.minimum(index + 1, end - 1)))
         wide, weighed = row.add(read, blocks.columns(index))
         return blocks.add_row(totals, index, weighed), squares + wide * wide, ahead
 
-    first = blocks.columns(jnp.int32(0))
+    first = blocks.columns(jnp.int32(begin))
     state = (blocks.zeros(), jnp.zeros(first.index.shape, jnp.float32), row.read(first))
-    totals, squares, _ = lax.fori_loop(0, steps, step, state)
+    totals, squares, _ = lax.fori_loop(begin, end, step, state)
+    if mean_squares_ref is not None:
+        (total,), mean_square = blocks.scaled(totals), jnp.sum(squares) * (1.0 / size)
+        store_unscaled(tile, total, mean_square, eps, out_ref, mean_squares_ref)
+        return
     scale = lax.rsqrt(jnp.sum(squares) * (1.0 / size) + eps)
     totals = [total * scale for total in blocks.scaled(totals)]
     out = totals[0] if activation is None else gated(totals[0], totals[1], activation, out_ref.dtype)

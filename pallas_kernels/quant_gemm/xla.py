@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Float32, Shaped
 from lmdeploy_jax.pallas_kernels.norm.xla import add_rms_norm, rms_norm
 from lmdeploy_jax.pallas_kernels.quant_gemm.words import E2M1_VALUES, PER_WORD, tile_of, unpack_words
 from lmdeploy_jax.pallas_kernels.round_rows.xla import round_rows
-from lmdeploy_jax.pallas_kernels.shapes import Quantised
+from lmdeploy_jax.pallas_kernels.shapes import Quantised, Unscaled
+from lmdeploy_jax.pallas_kernels.skinny_gemm.xla import unscaled_norm
 
 
 def quant_gemm(
@@ -44,6 +45,24 @@ def norm_quant_gemm(
     normed = rms_norm(added.astype(jnp.float32), norm.astype(jnp.float32), eps=eps, offset=offset)
     rows = normed if rounding is None else round_rows(normed, *rounding)
     return added, quant_gemm(rows, weight, 1)[0]
+
+
+def unscaled_norm_quant_gemm(
+    x: Float[Array, "1 K"],
+    parts: Float[Array, "S 1 K"],
+    norm: Float[Array, "K"],
+    weight: Quantised,
+    splits: int,
+    rounded: int | None,
+    *,
+    eps: float,
+    offset: float,
+) -> tuple[Float[Array, "1 K"], Unscaled]:
+    """See `lmdeploy_jax.pallas_kernels.quant_gemm`; weight [1, N, K]. rounded: groups of columns, if any."""
+    added, _ = add_rms_norm(x, parts, norm, eps=eps, offset=offset)
+    weighed, mean_squares = unscaled_norm(added, norm, splits, eps, offset)
+    rows = weighed if rounded is None else round_rows(weighed, weight.values.dtype, rounded)
+    return added, Unscaled(quant_gemm(rows, weight, splits)[:, 0], mean_squares)
 
 
 def dequantise(matrix: Quantised) -> Float32[Array, "..."]:

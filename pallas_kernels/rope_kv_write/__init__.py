@@ -64,6 +64,7 @@ def as_parts(
         "k_norm": (head_dim,),
         "cos": (tokens, half),
         "sin": (tokens, half),
+        "mean_squares": parts.shape[:1],
     }
     for name, shape in expected.items():
         array = getattr(work, name)

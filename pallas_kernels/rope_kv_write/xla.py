@@ -29,7 +29,9 @@ def rope_kv_write(
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "T KH R-2 D"], Pages, Pages]:
     """See `lmdeploy_jax.pallas_kernels.rope_kv_write`."""
-    qkv = (parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0)).astype(dtype)
+    qkv = parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0)
+    qkv = qkv if work.mean_squares is None else qkv * lax.rsqrt(jnp.sum(work.mean_squares))
+    qkv = qkv.astype(dtype)
     if work.bias is not None:
         qkv = qkv + work.bias
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.shapes import Unscaled
 from lmdeploy_jax.pallas_kernels.skinny_gemm import xla
 from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import MAX_TOKENS, StreamTiling, Tiling
 
@@ -21,6 +22,7 @@ __all__ = [
     "gated_skinny_gemm",
     "norm_skinny_gemm",
     "skinny_gemm",
+    "unscaled_norm_skinny_gemm",
 ]
 
 
@@ -114,6 +116,34 @@ def norm_skinny_gemm(
 
     interpret = backend == "pallas_interpret"
     return normed.norm_skinny_gemm(x, parts, norm, halves, tiling, activation, **rest, interpret=interpret)
+
+
+def unscaled_norm_skinny_gemm(
+    x: Float[Array, "1 K"],
+    delta: Float[Array, "*S 1 K"],
+    norm: Float[Array, "K"],
+    weight: Float[Array, "N K"],
+    tiling: Tiling,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    backend: str,
+) -> tuple[Float[Array, "1 K"], Unscaled]:
+    """`norm_skinny_gemm` in `tiling.splits` parts [S, 1, N], whose reader applies the norm's scale.
+
+    So each program reads its share of the row alone. Raises ValueError for shapes that do not fit.
+    """
+    check_backend(backend)
+    parts = delta if delta.ndim == 3 else delta[None]
+    check_normed(x, delta, norm)
+    _check(x, weight.shape, tiling)
+    how: dict[str, Any] = {"eps": eps, "offset": offset}
+    if backend == "xla":
+        return xla.unscaled_norm_skinny_gemm(x, parts, norm, weight, tiling.splits, **how)
+    from lmdeploy_jax.pallas_kernels.skinny_gemm import normed  # CPUs never need it
+
+    how["interpret"] = backend == "pallas_interpret"
+    return normed.unscaled_norm_skinny_gemm(x, parts, norm, weight[None], tiling, **how)
 
 
 def check_normed(x: Shaped[Array, "..."], delta: Shaped[Array, "..."], norm: Shaped[Array, "..."]) -> None:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.launch import launch
+from lmdeploy_jax.pallas_kernels.shapes import Unscaled
 from lmdeploy_jax.pallas_kernels.skinny_gemm.pallas import WeightTile, gated, launch_of
 from lmdeploy_jax.pallas_kernels.skinny_gemm.tiling import Tiling
 
@@ -51,6 +52,31 @@ def norm_skinny_gemm(
     return added, product
 
 
+def unscaled_norm_skinny_gemm(
+    x: Float[Array, "1 K"],
+    parts: Float[Array, "S 1 K"],
+    norm: Float[Array, "K"],
+    weight: Float[Array, "1 N K"],
+    tiling: Tiling,
+    *,
+    eps: float,
+    offset: float,
+    interpret: bool,
+) -> tuple[Float[Array, "1 K"], Unscaled]:
+    """See `lmdeploy_jax.pallas_kernels.skinny_gemm`."""
+    how = launch_of("norm_skinny_gemm", weight.shape[1], tiling)
+    kernel = functools.partial(_kernel, tiling=tiling, activation=None, eps=eps, offset=offset)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype), *unscaled_shapes(weight.shape[1], tiling)]
+    added, *unscaled = launch(kernel, how, out, x, parts, norm, weight, interpret=interpret)
+    return added, Unscaled(*unscaled)
+
+
+def unscaled_shapes(outputs: int, tiling: Tiling) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Those of the arrays of an `Unscaled` product of one row."""
+    shapes = (tiling.splits, 1, outputs), (tiling.splits,)
+    return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+
 def _kernel(
     x_ref: jax.Ref,
     parts_ref: jax.Ref,
@@ -58,23 +84,24 @@ def _kernel(
     weight_ref: jax.Ref,
     added_ref: jax.Ref,
     out_ref: jax.Ref,
+    mean_squares_ref: jax.Ref | None = None,
     *,
     tiling: Tiling,
     activation: Callable[[jax.Array], jax.Array] | None,
     eps: float,
     offset: float,
 ) -> None:
-    tile = WeightTile(1, out_ref.shape[1], tiling)
+    tile = WeightTile(1, out_ref.shape[-1], tiling)
     row = ResidualRow(x_ref, parts_ref, norm_ref, added_ref, offset)
     size, halves = x_ref.shape[1], weight_ref.shape[0]
-    steps = size // tiling.block_in
+    first, last = share_of(size // tiling.block_in, tiling)
 
     def columns(index: jax.Array) -> Columns:
         return Columns(index * tiling.block_in + jnp.arange(tiling.block_in, dtype=jnp.int32)[None, :])
 
     def step(index: jax.Array, state: tuple[list[jax.Array], jax.Array, Row]) -> tuple:
         totals, squares, read = state
-        ahead = row.read(columns(jnp.minimum(index + 1, steps - 1)))
+        ahead = row.read(columns(jnp.minimum(index + 1, last - 1)))
         wide, weighed = row.add(read, columns(index))
         column = jnp.broadcast_to(weighed.astype(x_ref.dtype), (tile.token.size, tiling.block_in)).T
         inner = index * tiling.block_in
@@ -83,12 +110,41 @@ def _kernel(
         return totals, squares + wide * wide, ahead
 
     zeros = jnp.zeros((1, tiling.block_in), jnp.float32)
-    state = ([tile.zeros()] * halves, zeros, row.read(columns(jnp.int32(0))))
-    totals, squares, _ = lax.fori_loop(0, steps, step, state)
+    state = ([tile.zeros()] * halves, zeros, row.read(columns(jnp.int32(first))))
+    totals, squares, _ = lax.fori_loop(first, last, step, state)
+    if mean_squares_ref is not None:
+        store_unscaled(tile, totals[0], jnp.sum(squares) * (1.0 / size), eps, out_ref, mean_squares_ref)
+        return
     scale = lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) * (1.0 / size) + eps)
     totals = [total * scale for total in totals]
     out = totals[0] if activation is None else gated(totals[0], totals[1], activation, out_ref.dtype)
     plt.store(out_ref.at[tile.place], out.astype(out_ref.dtype), mask=tile.mask)
+
+
+def share_of(blocks: int, tiling: Tiling) -> tuple[Any, Any]:
+    """The first block of columns of this program, and the one after its last."""
+    if tiling.splits == 1:
+        return 0, blocks
+    each = blocks // tiling.splits
+    first = pl.program_id(1) * each
+    return first, first + each
+
+
+def store_unscaled(
+    tile: WeightTile,
+    total: Float32[Array, "out rows"],
+    mean_square: Float32[Array, ""],
+    eps: float,
+    parts_ref: jax.Ref,
+    mean_squares_ref: jax.Ref,
+) -> None:
+    """This program's share of an `Unscaled` product; the first one of each part stores its squares."""
+    split, splits = pl.program_id(1), mean_squares_ref.shape[0]
+    plt.store(parts_ref.at[split, *tile.place], total, mask=tile.mask)
+
+    @pl.when(pl.program_id(0) == 0)
+    def _store() -> None:
+        mean_squares_ref[split] = mean_square + eps / splits
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.products import plan, plan_gated, plan_norm
-from lmdeploy_jax.models.projections import RowParallelLinear
+from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
 from lmdeploy_jax.models.tuning import Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
 from tests.models.paged import PagedRunner
@@ -109,6 +109,34 @@ def test_a_norm_is_part_of_its_product_for_one_row(tokens, parts, tuned):
             assert got.shape == ((1, 1, 3, 32) if tuned else want.shape)
         close(added, wanted)
         close(got.reshape(want.shape), want)
+
+
+@pytest.mark.parametrize(("tokens", "unscaled"), [(1, True), (3, False)])
+def test_attention_may_apply_the_norm_s_scale_to_one_row_s_parts(tokens, unscaled):
+    cut = replace(TILING, splits=4)
+    table = Tuning((Measurement("w16a16", "norm_parts", 96, 128, 1, cut, 1.0, 2.0),))
+    options = {"bias": False, "dtype": jnp.dtype("bfloat16")}
+    ways = [
+        ColumnParallelLinear(
+            (3, 32), (128,), (None,) * 3, kernels=Kernels("pallas_interpret", tuning=t), **options
+        )
+        for t in (table, Tuning())
+    ]
+    norm = RMSNorm(128, 1e-5, 1.0, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (tokens, 128), jnp.bfloat16)
+    for linear in ways:
+        filled(linear)
+    (added, parts, squares), (wanted, want, none) = (way.unscaled(x, x, norm) for way in ways)
+    assert none is None
+    assert (squares is not None) == unscaled
+    if squares is not None:
+        assert parts.shape == (4, 1, 3, 32)
+        parts = parts.sum(0) * jax.lax.rsqrt(squares.sum())
+    close(added, wanted)
+    close(parts, want)
+    if unscaled:
+        fused = products.FusedNorm(TILING, "pallas_interpret")  # for other readers
+        assert plan_norm(ways[0].kernels, ways[0], x, normed=True) == fused
 
 
 def test_what_is_not_added_as_it_is_comes_whole_and_all_with_its_bias():

@@ -106,13 +106,14 @@ class Fused:
     parts: int = 1
     options: dict[str, float] = field(default_factory=lambda: {"scale": 0.1})
     sinks: bool = False
+    unscaled: bool = False
 
     def __str__(self) -> str:
         return self.name
 
 
 FUSED = [
-    Fused("llama", 128, 4, "bfloat16", rotary=128, parts=2),
+    Fused("llama", 128, 4, "bfloat16", rotary=128, parts=2, unscaled=True),
     Fused("qwen2", 64, 7, rotary=64, bias=True, parts=4),
     Fused("qwen3", 128, 2, rotary=128, norm=True, parts=2, options={"scale": 0.1, "window": 64}),
     Fused("gemma", 256, 2, "float16", rotary=256, norm=True, offset=1.0, options=ALL),
@@ -133,7 +134,8 @@ def test_decode_does_what_the_separate_operations_do(case: Fused, backend: str) 
     angles = rng.uniform(0, 6, (tokens, (case.rotary or 0) // 2)).astype(np.float32)
     norms = [jnp.asarray(1 + 0.3 * batch.draw(case.head_dim), case.dtype) if case.norm else None] * 2
     bias = jnp.asarray(batch.draw(*qkv.shape[2:]), case.dtype) if case.bias else None
-    work = HeadWork(bias, *norms, jnp.cos(angles), jnp.sin(angles), 1e-5, case.offset)
+    squares = jnp.asarray([0.1, 0.2]) if case.unscaled else None
+    work = HeadWork(bias, *norms, jnp.cos(angles), jnp.sin(angles), 1e-5, case.offset, squares)
     slots = batch.newest_slots()
     caches = batch.device(*(batch.without(pages, slots) for pages in (batch.k_pages, batch.v_pages)))
     arrays = (jnp.asarray(qkv), *caches, slots, batch.table, batch.lengths, np.zeros((tokens, 2), np.int32))

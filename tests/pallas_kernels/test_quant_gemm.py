@@ -17,6 +17,7 @@ from lmdeploy_jax.pallas_kernels.quant_gemm import (
     norm_quant_gemm,
     quant_gemm,
     streamed_quant_gemm,
+    unscaled_norm_quant_gemm,
     why_not_quant,
     why_not_streamed,
 )
@@ -181,6 +182,33 @@ def test_with_the_norm_before_it(backend, element, groups, zeros, columns, tilin
     product = row @ wide.swapaxes(-1, -2)
     want = product[0] ** 2 * product[1] if gated else product
     assert error(got, want) < (3 if gated else 1) * 4e-3  # of 16 bits; of a tie that falls to either side
+
+
+UNSCALED = [  # element, groups, zero points, tiling
+    (E4M3, 1, False, replace(SMALL, rounds=True)),
+    pytest.param(E4M3, 4, False, replace(SMALL, widens=True), marks=pytest.mark.full),
+    ("int4", 4, True, replace(SMALL, min_rows=8)),
+]
+
+
+@backends
+@pytest.mark.parametrize(("element", "groups", "zeros", "tiling"), UNSCALED, ids=str)
+def test_a_norm_s_scale_may_be_left_to_the_reader_of_parts(backend, element, groups, zeros, tiling):
+    """The parts, scaled, are the product of `norm_quant_gemm`, each of its share of the columns."""
+    rng = np.random.default_rng()
+    weight, wide = weight_of(element, groups, zeros, 100, 512)
+    x, norm = (jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in ((1, 512), 512))
+    delta = jnp.asarray(rng.normal(size=(3, 1, 512)), jnp.float32)
+    how = {"eps": 0.5, "backend": on(backend)}
+    added, (parts, squares) = unscaled_norm_quant_gemm(x, delta, norm, weight, tiling, **how)
+    whole = replace(tiling, splits=1)
+    same, want = norm_quant_gemm(x, delta, norm, weight, whole, **how, out_dtype=jnp.float32)
+    np.testing.assert_array_equal(np.asarray(added, np.float32), np.asarray(same, np.float32))
+    wanted = np.square(np.asarray(added, np.float64)).reshape(2, -1).sum(1) / 512 + 0.25
+    assert error(squares, wanted) < 1e-6
+    assert error(parts.sum(0) / jnp.sqrt(squares.sum()), np.asarray(want, np.float64)) < 5e-3
+    row = np.asarray(added, np.float64) * np.asarray(norm, np.float64)
+    assert error(parts[0], row[:, :256] @ wide[:, :256].T) < 5e-2  # of rounding to 8 bits
 
 
 STREAMED = [  # element, groups, zero points, rows, outputs, columns, splits

@@ -30,6 +30,7 @@ class Case:
     offset: float = 0.0
     parts: int = 1
     cache_dtype: str | None = None
+    unscaled: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -39,7 +40,17 @@ CASES = [
     Case("plain-80", 80, kv_heads=3, bias=True),
     Case("llama-64", 64, group=7, rotary=64, bias=True, dtype="bfloat16"),
     Case("qwen3-128", 128, group=4, rotary=128, norm=True, dtype="bfloat16", parts=4),
-    Case("partial-96", 96, group=1, rotary=48, norm=True, bias=True, parts=2, cache_dtype="bfloat16"),
+    Case(
+        "partial-96",
+        96,
+        group=1,
+        rotary=48,
+        norm=True,
+        bias=True,
+        parts=2,
+        cache_dtype="bfloat16",
+        unscaled=True,
+    ),
     Case("gemma3-256", 256, rotary=256, norm=True, offset=1.0, dtype="float16"),
 ]
 
@@ -87,7 +98,9 @@ class Inputs:
         q_norm, k_norm = norms if case.norm else (None, None)
         bias = self._draw(*rows).astype(case.dtype) if case.bias else None
         turn = (np.cos(angles), np.sin(angles)) if case.rotary else (None, None)
-        self.work = jax.tree.map(jnp.asarray, HeadWork(bias, q_norm, k_norm, *turn, EPS, case.offset))
+        squares = np.float32([0.1, 0.2]) if case.unscaled else None
+        work = HeadWork(bias, q_norm, k_norm, *turn, EPS, case.offset, squares)
+        self.work = jax.tree.map(jnp.asarray, work)
 
     def _draw(self, *shape: int) -> np.ndarray:
         return self.rng.standard_normal(shape).astype(jnp.dtype(self.case.dtype)).astype(np.float32)
@@ -96,6 +109,8 @@ class Inputs:
         work = jax.tree.map(lambda x: np.asarray(x, np.float64), self.work)
         qkv = np.asarray(self.qkv, np.float64)
         qkv = qkv.sum(0) if qkv.ndim == 5 else qkv
+        if work.mean_squares is not None:
+            qkv = qkv / np.sqrt(work.mean_squares.sum())
         if work.bias is not None:
             qkv = qkv + work.bias
         q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]

@@ -15,6 +15,7 @@ from lmdeploy_jax.pallas_kernels.skinny_gemm import (
     gated_skinny_gemm,
     norm_skinny_gemm,
     skinny_gemm,
+    unscaled_norm_skinny_gemm,
 )
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
@@ -111,6 +112,24 @@ def test_with_the_norm_before_it(backend, outputs, inner, parts, offset, tiling,
     # No further from the truth than the separate operations, which round more often; over many rows, since
     # for a single one luck decides.
     assert error(got, want) < 1.2 * error(separate, want) + TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(
+    "backend", ["xla", "pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
+)
+def test_a_norm_s_scale_may_be_left_to_the_reader_of_parts(backend):
+    """Each part is then of a share of the row, squares included."""
+    x, norm, weight = drawn(backend, "bfloat16", (1, 256), (256,), (100, 256))
+    (delta,) = drawn(backend, "float32", (3, 1, 256))
+    how = {"tiling": Tiling(64, 64, 2, 4, 3), "eps": 0.5, "offset": 1.0, "backend": backend}
+    added, (parts, squares) = unscaled_norm_skinny_gemm(x, delta, norm, weight, **how)
+    row = np.asarray(added, np.float64)
+    assert error(added, np.asarray(x, np.float64) + np.asarray(delta, np.float64).sum(0)) < 5e-3
+    assert error(squares, (row**2).reshape(2, -1).sum(1) / 256 + 0.25) < TOLERANCE["float32"]
+    row = row * (np.asarray(norm, np.float64) + 1)
+    want = np.asarray(weight, np.float64) @ row[0] / np.sqrt(float(squares.sum()))
+    assert error(parts.sum(0)[0] / jnp.sqrt(squares.sum()), want) < TOLERANCE["bfloat16"]
+    assert error(parts[0, 0], np.asarray(weight, np.float64)[:, :128] @ row[0, :128]) < TOLERANCE["bfloat16"]
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
