@@ -50,13 +50,13 @@ WANTED = (
 RUNS = 20
 
 
-def programs_of(shape: str, tp: int, options: dict[str, object]) -> Programs:
+def programs_of(shape: str, tp: int, options: dict[str, object], *, tuned: bool) -> Programs:
     """All of an engine's, as for a GPU with room for its defaults."""
     mesh, dtype = make_mesh(tp=tp), jnp.dtype("bfloat16")
     device = mesh.devices.flat[0]
     config = build_config(shapes.read(shape), shape)
     backend = choose_backend("auto", device, config)
-    kernels = Kernels(backend, mesh, tuning.load(device.device_kind))
+    kernels = Kernels(backend, mesh, tuning.load(device.device_kind) if tuned else tuning.UNTUNED)
     skeleton = build_skeleton(config, dtype, kernels)
     leaves = tuple(zeros(spec.shape, spec.dtype, spec.sharding)() for spec in skeleton.specs.values())
     sizes = buckets.plan("gpu", BATCH, TOKENS)
@@ -134,10 +134,11 @@ def main() -> None:
     parser.add_argument("shape")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--untuned", action="store_true", help="as if no product had been measured")
     parser.add_argument("--option", action="append", default=[], help="of XLA's compiler: NAME=JSON")
     given = parser.parse_args()
     options = {name: json.loads(value) for name, _, value in (each.partition("=") for each in given.option)}
-    programs = programs_of(given.shape, given.tp, options)
+    programs = programs_of(given.shape, given.tp, options, tuned=not given.untuned)
     for line in everything(programs) if given.all else alone(programs):
         print(line, flush=True)
 
