@@ -15,25 +15,30 @@ import numpy as np
 import pytest
 
 from lmdeploy_jax import JaxEngineConfig
+from lmdeploy_jax.assets import EXAMPLE_IMAGE, TINY_VISION
 from lmdeploy_jax.engine.core.published import Publisher, Result, Run
+from lmdeploy_jax.engine.io.frontend import Frontend
 from lmdeploy_jax.engine.nodes.channel import Channel
 from lmdeploy_jax.engine.nodes.cluster import _check_alike
 from lmdeploy_jax.engine.nodes.settings import check_leads, check_nodes
+from lmdeploy_jax.engine.prepare import prepare
 from lmdeploy_jax.engine.process.remote import RemoteEngine
 from lmdeploy_jax.errors import ConfigError, EngineError
+from lmdeploy_jax.vl import encode_image_base64
 from tests.engine.harness import Collector, config, generate, submit, tokens
-from tests.patience import PATIENCE, wait_until
+from tests.patience import PATIENCE, post, wait_until
+from tests.server.live import serving
 
 BOUND = 20.0  # seconds in which everybody learns of a lost node, on a busy machine
 ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def nodes(model, folder, count=2):
+def nodes(model, folder, count=2, **changes):
     """The leader's engine, and the processes that follow it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    options = config(folder, tp=count, nnodes=count, dist_init_addr=address)
+    options = config(folder, tp=count, nnodes=count, dist_init_addr=address, **changes)
     command = [sys.executable, "-m", "lmdeploy_jax", "serve", "api_server", str(model)]
     for name, default in vars(JaxEngineConfig()).items():
         if name != "node_rank" and (value := getattr(options, name)) != default:
@@ -98,6 +103,22 @@ def test_nodes_report_sleep_and_end_together(llama, engine, prompts, expected, c
             assert tokens(engine, prompts, max_new_tokens=count) == expected
         engine.close()
         assert [follower.wait(PATIENCE) for follower in followers] == [0, 0, 0]
+
+
+@pytest.mark.full
+def test_images_and_forms_are_served_by_two_nodes(compile_cache):
+    with nodes(TINY_VISION, compile_cache, max_prefill_token_num=256) as (engine, _):
+        with serving(Frontend.from_engine(engine, prepare(TINY_VISION))) as live:
+            picture = {"url": f"data:image/png;base64,{encode_image_base64(EXAMPLE_IMAGE)}"}
+            asked = [
+                {"type": "text", "text": "What is the colour of the star?"},
+                {"type": "image_url", "image_url": picture},
+            ]
+            body = {"messages": [{"role": "user", "content": asked}], "temperature": 0}
+            for choice in ("", ["green", "blue", "red"]):
+                form = {"guided_choice": choice} if choice else {}
+                answer = post(f"{live.url}/v1/chat/completions", json=body | form).json()
+                assert answer["choices"][0]["message"]["content"] == "blue"
 
 
 @pytest.mark.full
