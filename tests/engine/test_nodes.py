@@ -107,18 +107,19 @@ def test_nodes_report_sleep_and_end_together(llama, engine, prompts, expected, c
 
 @pytest.mark.full
 def test_images_and_forms_are_served_by_two_nodes(compile_cache):
-    with nodes(TINY_VISION, compile_cache, max_prefill_token_num=256) as (engine, _):
-        with serving(Frontend.from_engine(engine, prepare(TINY_VISION))) as live:
-            picture = {"url": f"data:image/png;base64,{encode_image_base64(EXAMPLE_IMAGE)}"}
-            asked = [
-                {"type": "text", "text": "What is the colour of the star?"},
-                {"type": "image_url", "image_url": picture},
-            ]
-            body = {"messages": [{"role": "user", "content": asked}], "temperature": 0}
-            for choice in ("", ["green", "blue", "red"]):
-                form = {"guided_choice": choice} if choice else {}
-                answer = post(f"{live.url}/v1/chat/completions", json=body | form).json()
-                assert answer["choices"][0]["message"]["content"] == "blue"
+    picture = {"url": f"data:image/png;base64,{encode_image_base64(EXAMPLE_IMAGE)}"}
+    asked = [
+        {"type": "text", "text": "What is the colour of the star?"},
+        {"type": "image_url", "image_url": picture},
+    ]
+    body = {"messages": [{"role": "user", "content": asked}], "temperature": 0}
+    with (
+        nodes(TINY_VISION, compile_cache, max_prefill_token_num=256) as (engine, _),
+        serving(Frontend.from_engine(engine, prepare(TINY_VISION))) as live,
+    ):
+        for form in ({}, {"guided_choice": ["green", "blue", "red"]}):
+            answer = post(f"{live.url}/v1/chat/completions", json=body | form).json()
+            assert answer["choices"][0]["message"]["content"] == "blue"
 
 
 @pytest.mark.full
