@@ -37,16 +37,7 @@ from lmdeploy_jax.pallas_kernels.prefill_attention import tile_rows
 from lmdeploy_jax.parallel.mesh import make_mesh
 
 BATCH, TOKENS, SESSION, PAGES = 256, 8192, 8192, 513
-WANTED = (
-    ("decode_greedy", 256),
-    ("decode_greedy", 32),
-    ("ragged", 8192),
-    ("ragged", 1024),
-    ("ragged", 128),
-    ("decode_greedy", 1),
-    ("sample", 256),
-    ("full", 256),
-)
+WANTED = "decode_greedy:256,decode_greedy:32,ragged:1024,ragged:8192,decode_greedy:1,sample:256,full:256"
 RUNS = 20
 
 
@@ -75,12 +66,12 @@ def zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding) -> Calla
     return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
 
 
-def alone(programs: Programs) -> Iterator[str]:
-    """A line for each program that is wanted."""
+def alone(programs: Programs, wanted: str) -> Iterator[str]:
+    """A line for each program that is wanted, of those that the device has."""
     programs.state.allocate_caches()
     yield f"{'program':>20} {'trace s':>8} {'compile s':>9} {'first run s':>11} {'ms a run':>9}"
-    for key in WANTED:
-        if key not in programs:
+    for name, size in (each.split(":") for each in wanted.split(",")):
+        if (key := (name, int(size))) not in programs:
             continue
         program, begun = programs[key], time.perf_counter()
         lowered = program.lower()
@@ -134,12 +125,13 @@ def main() -> None:
     parser.add_argument("shape")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--programs", default=WANTED, help="NAME:SIZE, and so on")
     parser.add_argument("--untuned", action="store_true", help="as if no product had been measured")
     parser.add_argument("--option", action="append", default=[], help="of XLA's compiler: NAME=JSON")
     given = parser.parse_args()
     options = {name: json.loads(value) for name, _, value in (each.partition("=") for each in given.option)}
     programs = programs_of(given.shape, given.tp, options, tuned=not given.untuned)
-    for line in everything(programs) if given.all else alone(programs):
+    for line in everything(programs) if given.all else alone(programs, given.programs):
         print(line, flush=True)
 
 
