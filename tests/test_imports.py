@@ -48,6 +48,7 @@ LAYERS = {
     "lmdeploy_jax.server": 9,
     "lmdeploy_jax.bench": 9,
     "lmdeploy_jax.proxy": 9.5,
+    "lmdeploy_jax.ray_serve": 9.7,
     "lmdeploy_jax.cli": 10,
     "lmdeploy_jax.__main__": 11,
 }
@@ -230,7 +231,7 @@ def test_environment_variables_are_not_configuration() -> None:
 
 def test_dependencies_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [project["optional-dependencies"][name] for name in ("video", "transformers")]
+    extras = [project["optional-dependencies"][name] for name in ("ray", "video", "transformers")]
     declared = {_distribution(text) for texts in (project["dependencies"], *extras) for text in texts}
     provided = {
         "absl": "absl-py",

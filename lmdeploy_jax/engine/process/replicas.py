@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -187,8 +187,17 @@ def _common(engines: list[RemoteEngine], config: JaxEngineConfig) -> EngineFacts
 
 def _in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
     """All at once; waits for all of them, then raises what the first of them raised, if any did."""
-    if not calls:
-        return []
-    with ThreadPoolExecutor(len(calls)) as threads:
-        futures = [threads.submit(call) for call in calls]
+    futures: list[Future[Any]] = [Future() for _ in calls]
+
+    def run(call: Callable[[], Any], future: Future[Any]) -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # An executor takes nothing more once the interpreter ends, which is when many engines are closed.
+    threads = [threading.Thread(target=run, args=each) for each in zip(calls, futures, strict=True)]
+    for thread in threads:
+        thread.start()
+    wait(futures)
     return [future.result() for future in futures]
