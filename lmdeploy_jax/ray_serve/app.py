@@ -65,7 +65,6 @@ class Asked(NamedTuple):
     refused: tuple[str, ...] = ()
 
 
-@serve.deployment
 class Replica:
     """A model with the routes of the server."""
 
@@ -172,7 +171,6 @@ _app.add_middleware(BodyLimit, most=MAX_BODY_SIZE_WITH_IMAGES, seconds=_BODY_SEC
 install_handlers(_app)
 
 
-@serve.deployment(max_ongoing_requests=_RELAYED)
 @serve.ingress(_app)
 class Ingress:
     """The one address."""
@@ -193,7 +191,7 @@ def build_app(options: RayOptions) -> serve.Application:
     if gpus is None:
         gpus = config.tp * config.dp if ray.cluster_resources().get("GPU") else 0
     target = options.target_ongoing_requests
-    replica = Replica.options(
+    replica = serve.deployment(
         ray_actor_options={"num_gpus": gpus},
         max_ongoing_requests=max(int(4 * target), 1),
         graceful_shutdown_timeout_s=server.drain_seconds,
@@ -204,6 +202,8 @@ def build_app(options: RayOptions) -> serve.Application:
             max_replicas=options.max_replicas,
             target_ongoing_requests=target,
         ),
-    )
-    ingress = Ingress.options(graceful_shutdown_timeout_s=server.drain_seconds + _GRACE)
+    )(Replica)
+    ingress = serve.deployment(
+        max_ongoing_requests=_RELAYED, graceful_shutdown_timeout_s=server.drain_seconds + _GRACE
+    )(Ingress)
     return ingress.bind(replica.bind(options.model, config, server))
