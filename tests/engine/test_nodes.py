@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,7 +23,7 @@ from lmdeploy_jax.assets import EXAMPLE_IMAGE, TINY_VISION
 from lmdeploy_jax.engine.core.published import Publisher, Result, Run
 from lmdeploy_jax.engine.io.frontend import Frontend
 from lmdeploy_jax.engine.nodes.channel import Channel
-from lmdeploy_jax.engine.nodes.cluster import _check_alike
+from lmdeploy_jax.engine.nodes.cluster import Follower, Leader, _check_alike
 from lmdeploy_jax.engine.nodes.settings import check_leads, check_nodes
 from lmdeploy_jax.engine.prepare import prepare
 from lmdeploy_jax.engine.process.remote import RemoteEngine
@@ -134,6 +138,23 @@ def test_nodes_with_other_options_are_told_which():
     first, second = ({"max_batch_size": size, "the version of jax": "0.11.2"} for size in (4, 8))
     with pytest.raises(ConfigError, match="max_batch_size is 8 on node 1 and 4 on node 0"):
         _check_alike([first, second])
+
+
+def test_strangers_are_no_nodes():
+    key = os.urandom(8)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(2) as threads:
+        address = listener.getsockname()
+        leader = threads.submit(Leader, listener, key, 2)
+        socket.create_connection(address).close()
+        with pytest.raises(AuthenticationError):
+            Client(address, authkey=b"a guess")
+        follower = Follower(address, key, 1, 2)
+        given = threads.submit(follower.exchange, "follower's")
+        assert leader.result(PATIENCE).exchange("leader's") == ["leader's", "follower's"]
+        assert given.result(PATIENCE) == ["leader's", "follower's"]
+        leader.result().close("it broke")
+        with pytest.raises(EngineError, match="node 0 has failed: it broke"):
+            follower.next_message()
 
 
 def channels(silence, lost):

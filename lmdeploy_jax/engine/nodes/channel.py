@@ -32,7 +32,7 @@ class Channel:
     ) -> None:
         self._connection, self._name, self._lost = connection, name, lost
         self._silence = silence
-        self._socket = _bounded(connection, silence)
+        self._socket = bounded(connection, silence)
         self._sending = threading.Lock()
         self._received: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -92,7 +92,7 @@ class Channel:
             return  # the other thread tells of it
 
 
-def _bounded(connection: Connection, seconds: float) -> socket.socket:
+def bounded(connection: Connection, seconds: float) -> socket.socket:
     """The connection's socket, on which nothing blocks for longer, and small messages leave at once."""
     shared = socket.socket(fileno=os.dup(connection.fileno()))
     limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lmdeploy_jax.config import JaxEngineConfig
-from lmdeploy_jax.engine.nodes.channel import SILENCE, Channel
+from lmdeploy_jax.engine.nodes.channel import SILENCE, Channel, bounded
 from lmdeploy_jax.engine.nodes.settings import address_of, check_nodes
 from lmdeploy_jax.engine.progress import announce
 from lmdeploy_jax.errors import ConfigError, EngineError
@@ -74,17 +75,21 @@ class Closed:
 class Leader(OneNode):
     """Node 0."""
 
-    def __init__(self, listener: Listener, count: int) -> None:
+    def __init__(self, listener: socket.socket, key: bytes, count: int) -> None:
         self.count = count
-        accepted = dict(self._accepted(listener) for _ in range(1, count))
+        accepted = dict(self._accepted(listener, key) for _ in range(1, count))
         self._channels = [accepted[rank] for rank in sorted(accepted)]
 
-    def _accepted(self, listener: Listener) -> tuple[int, Channel]:
+    def _accepted(self, listener: socket.socket, key: bytes) -> tuple[int, Channel]:
         while True:
+            connection = Connection(listener.accept()[0].detach())
+            bounded(connection, SILENCE)  # whoever it is may say nothing
             try:
-                connection = listener.accept()
+                deliver_challenge(connection, key)
+                answer_challenge(connection, key)
             except (AuthenticationError, EOFError, OSError):
-                continue  # none of the nodes
+                connection.close()  # none of the nodes
+                continue
             rank = connection.recv()
             return rank, Channel(connection, f"node {rank}", self._end)
 
@@ -203,11 +208,10 @@ def _connected(config: JaxEngineConfig) -> OneNode:
         host, port = address_of(config)[0], int.from_bytes(told[:_PORT_BYTES], "big")
         return Follower((host, port), told[_PORT_BYTES:], config.node_rank, config.nnodes)
     key = os.urandom(KEY_BYTES)
-    with Listener(("", 0), backlog=config.nnodes, authkey=key) as listener:
-        port = listener.address[1]
-        assert isinstance(port, int)
+    with socket.create_server(("", 0), backlog=config.nnodes) as listener:
+        port = listener.getsockname()[1]
         _of_leader(port.to_bytes(_PORT_BYTES, "big") + key)
-        return Leader(listener, config.nnodes)
+        return Leader(listener, key, config.nnodes)
 
 
 def _of_leader(data: bytes) -> bytes:
