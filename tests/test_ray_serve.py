@@ -31,10 +31,10 @@ def deploy(tmp_path_factory):
 
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     engine = vars(config(tmp_path_factory.mktemp("programs"), **SIZES))
-    options = RayOptions(model="tiny-chat", engine=engine, min_replicas=2, max_replicas=2)
+    options = {"model": "tiny-chat", "engine": engine, "min_replicas": 2, "max_replicas": 2}
 
-    def again():
-        serve.run(build_app(options))
+    def again(**changes):
+        serve.run(build_app(RayOptions(**options | changes)))
 
     again()
     yield again
@@ -120,3 +120,17 @@ def test_a_replica_that_is_killed_costs_at_most_one_error_an_answer(two):
     print(f"{failed} of {len(answers)} answers ended in an error")
     wait_until(lambda: len(replicas()) == 2)
     assert get(two + "/v1/models").status_code == 200
+
+
+def test_replicas_come_with_the_queue(deploy):
+    delays = {"upscale_delay_s": 1, "metrics_interval_s": 1, "look_back_period_s": 2}
+    deploy(min_replicas=1, target_ongoing_requests=2, autoscaling=delays)
+    wait_until(lambda: len(replicas()) == 1)
+
+    async def load():
+        async with httpx.AsyncClient(base_url=URL, timeout=PATIENCE) as client:
+            tasks = [asyncio.create_task(streamed(client, i)) for i in range(8)]
+            await asyncio.to_thread(wait_until, lambda: len(replicas()) == 2)
+            return await asyncio.gather(*tasks)
+
+    assert [events[-1][1] for events in asyncio.run(load())] == ["[DONE]"] * 8

@@ -44,7 +44,8 @@ class RayOptions(BaseModel):
     """engine, server: fields of `JaxEngineConfig` and `ServerOptions`.
 
     Replicas come and go between `min_replicas` and `max_replicas`, so that each has about
-    `target_ongoing_requests` that run or wait. gpus: of one replica; None: tp * dp where the cluster has any.
+    `target_ongoing_requests` that run or wait; `autoscaling` holds more fields of Ray's `AutoscalingConfig`.
+    gpus: of one replica; None: tp * dp where the cluster has any.
     """
 
     model: str
@@ -53,6 +54,7 @@ class RayOptions(BaseModel):
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(64.0, gt=0)
+    autoscaling: dict[str, Any] = Field(default_factory=dict)
     gpus: float | None = Field(None, ge=0)
 
 
@@ -201,6 +203,7 @@ def build_app(options: RayOptions) -> serve.Application:
             initial_replicas=options.min_replicas,
             max_replicas=options.max_replicas,
             target_ongoing_requests=target,
+            **options.autoscaling,
         ),
     )(Replica)
     ingress = serve.deployment(
