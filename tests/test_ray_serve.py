@@ -97,16 +97,28 @@ def test_replicas_that_are_replaced_finish_their_answers(deploy):
     assert get(URL + "/health").status_code == 200
 
 
+async def whole(client: httpx.AsyncClient, number: int) -> int:
+    """How many tokens an answer has that comes all at once."""
+    asked = {"model": "tiny-chat", "prompt": f"{number}", "max_tokens": 200, "ignore_eos": True}
+    answer = await client.post("/v1/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["usage"]["completion_tokens"]
+
+
 def test_a_replica_that_is_killed_costs_at_most_one_error_an_answer(two):
+    """And none where nothing of the answer had been sent: it is asked for again."""
     killed = 0.0
 
     async def load():
         nonlocal killed
         async with httpx.AsyncClient(base_url=two, timeout=PATIENCE, limits=httpx.Limits()) as client:
-            tasks = [asyncio.create_task(streamed(client, i)) for i in range(40)]
+            tasks = [asyncio.create_task(streamed(client, i)) for i in range(20)]
+            unsent = [asyncio.create_task(whole(client, i)) for i in range(20)]
             await asyncio.sleep(1.5)
+            assert not any(task.done() for task in unsent)
             replicas()[0].kill()
             killed = time.monotonic()
+            assert await asyncio.gather(*unsent) == [200] * 20
             return await asyncio.gather(*tasks)
 
     answers, failed = asyncio.run(load()), 0
@@ -123,8 +135,8 @@ def test_a_replica_that_is_killed_costs_at_most_one_error_an_answer(two):
 
 
 def test_replicas_come_with_the_queue(deploy):
-    delays = {"upscale_delay_s": 1, "metrics_interval_s": 1, "look_back_period_s": 2}
-    deploy(min_replicas=1, target_ongoing_requests=2, autoscaling=delays)
+    delays = dict.fromkeys(("upscale_delay_s", "downscale_delay_s", "metrics_interval_s"), 1)
+    deploy(min_replicas=1, target_ongoing_requests=2, autoscaling=delays | {"look_back_period_s": 2})
     wait_until(lambda: len(replicas()) == 1)
 
     async def load():
