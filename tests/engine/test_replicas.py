@@ -159,6 +159,7 @@ def test_a_salt_keeps_prefixes_apart_and_no_cache_knows_none():
     assert KnownPrefixes(0).hashes(EncodedPrompt(text(1))) == []
 
 
+@pytest.mark.full
 def test_two_copies_answer_as_one_engine_does(llama, prompts, expected, compile_cache):
     two = Replicas(llama, config(compile_cache, dp=2), progress=False)
     assert tokens(two, prompts[:2], max_new_tokens=len(expected[0])) == expected[:2]
