@@ -12,8 +12,8 @@ import numpy as np
 from lmdeploy_jax.converters.fields import shown
 from lmdeploy_jax.converters.formats.fp4 import open_mxfp4, open_nvfp4
 from lmdeploy_jax.converters.formats.gptq import checked_g_idx
+from lmdeploy_jax.converters.formats.packing import Packing
 from lmdeploy_jax.converters.formats.parts import Parts, as_slice, cut, within
-from lmdeploy_jax.converters.formats.repack import Packing
 from lmdeploy_jax.converters.formats.scaled import Block, open_scaled
 from lmdeploy_jax.converters.formats.scheme import Scheme, is_float
 from lmdeploy_jax.converters.formats.settings import Settings

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lmdeploy_jax.converters.formats.packing import Packing
 from lmdeploy_jax.converters.formats.parts import Parts, as_slice, cut, within
-from lmdeploy_jax.converters.formats.repack import Packing
 from lmdeploy_jax.converters.formats.scheme import Scheme
 from lmdeploy_jax.converters.formats.settings import Settings
 from lmdeploy_jax.models.formats import INT4, INT8

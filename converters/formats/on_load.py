@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
+from lmdeploy_jax.converters.formats.packing import Rounding
 from lmdeploy_jax.converters.formats.parts import Parts, as_slice
 from lmdeploy_jax.converters.formats.scheme import Scheme, is_float
 from lmdeploy_jax.converters.headers import TensorInfo
@@ -42,6 +43,13 @@ class RoundedTensor:
             scaled = weight[:, as_slice(columns)] / _scales(weight)
             out[at] = np.clip(scaled, -LIMIT, LIMIT)
         return out
+
+    @property
+    def packing(self) -> Rounding:
+        return Rounding(self.shape[1])
+
+    def words(self, rows: range, columns: range) -> np.ndarray:
+        return self.parts.read("weight", (as_slice(rows), as_slice(columns)))
 
     def scales(self, rows: range) -> np.ndarray:
         return np.concatenate([_scales(weight) for _, weight in self._pieces(rows)])

@@ -145,13 +145,15 @@ def test_devices_have_their_shares_also_of_cut_groups(kind: str, of: int, tmp_pa
 PACKED = ("awq", "gptq", "gptq_8bit_asym", "gptq_act_order", "ct_w4_asym", "ct_w8")  # into words of 32 bits
 
 
-@pytest.mark.parametrize("kind", PACKED)
-def test_a_device_makes_of_the_file_s_words_what_the_host_would(
+@pytest.mark.parametrize("kind", [*PACKED, "rounded"])
+def test_a_device_makes_of_the_file_s_arrays_what_the_host_would(
     kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fused parts, all of them uploaded as the file has them, as on a GPU."""
-    quantise_folder(llama, tmp_path / "quantised", tmp_path / "dense", CASES[kind])
-    load = partial(load_model, tmp_path / "quantised", dequantise=False)
+    load = partial(load_model, llama, model_format="fp8", dequantise=False)
+    if kind != "rounded":
+        quantise_folder(llama, tmp_path / "quantised", tmp_path / "dense", CASES[kind])
+        load = partial(load_model, tmp_path / "quantised", dequantise=False)
     hosts, upload, uploads = named_leaves(load()), QuantLeaf.upload, []
 
     def counted(self: QuantLeaf, index: Index) -> Upload | None:
