@@ -365,6 +365,7 @@ CONFIGS: Mapping[str, Spec] = {
         | {"rope_parameters": {"full_attention": _yarn()["rope_parameters"]}},
     ),
     "olmoe": Spec("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "flex_olmo": Spec("FlexOlmo", {"num_experts": 6, "num_experts_per_tok": 2}),
     "cohere": Spec("Cohere", {"logit_scale": 0.3, "attention_bias": True}),
     "cohere_qk_norm": Spec("Cohere", {"logit_scale": 0.3, "use_qk_norm": True}),
     "cohere2_moe": Spec(
@@ -408,6 +409,7 @@ CONFIGS: Mapping[str, Spec] = {
         "DeepseekV3", SIGMOID | LATENT | {"attention_bias": True} | _yarn(mscale=0.7, mscale_all_dim=1.3)
     ),
     "dots1": Spec("Dots1", {**SIGMOID, "norm_topk_prob": True, "sliding_window": 24, "max_window_layers": 1}),
+    "solar_open": Spec("SolarOpen", {**SIGMOID, "head_dim": 16, "attention_bias": True}),
     "hy_v3": Spec(
         "HYV3", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     ),

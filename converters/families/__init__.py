@@ -50,6 +50,7 @@ from lmdeploy_jax.converters.families.glm import (
     glm4v_config,
     glm_config,
     glm_rules,
+    solar_open_config,
 )
 from lmdeploy_jax.converters.families.gpt_oss import GPT_OSS_STACKED, gpt_oss_config, gpt_oss_rules
 from lmdeploy_jax.converters.families.granite import (
@@ -78,6 +79,8 @@ from lmdeploy_jax.converters.families.mixtral import MIXTRAL_NAMES, mixtral_conf
 from lmdeploy_jax.converters.families.mixture import mixture_rules
 from lmdeploy_jax.converters.families.nemotron import nemotron_h_config, nemotron_h_rules
 from lmdeploy_jax.converters.families.olmo import (
+    flex_olmo_config,
+    flex_olmo_rules,
     olmo2_config,
     olmo3_config,
     olmoe_config,
@@ -179,6 +182,7 @@ FAMILIES: Mapping[str, Family] = {
     "Olmo2ForCausalLM": Family(olmo2_config, post_norm_rules),
     "Olmo3ForCausalLM": Family(olmo3_config, post_norm_rules),
     "OlmoeForCausalLM": Family(olmoe_config, mixture_rules, STACKED),
+    "FlexOlmoForCausalLM": Family(flex_olmo_config, flex_olmo_rules, STACKED),
     "CohereForCausalLM": Family(cohere_config, cohere_rules),
     "Cohere2ForCausalLM": Family(cohere2_config, cohere_rules),
     "Cohere2MoeForCausalLM": Family(cohere2_moe_config, cohere_moe_rules, STACKED),
@@ -192,6 +196,7 @@ FAMILIES: Mapping[str, Family] = {
     "ArceeForCausalLM": Family(arcee_config, arcee_rules),
     "HYV3ForCausalLM": Family(hy_v3_config, partial(mixture_rules, names=HY_V3_NAMES), STACKED),
     "Dots1ForCausalLM": Family(dots1_config, mixture_rules, STACKED),
+    "SolarOpenForCausalLM": Family(solar_open_config, mixture_rules, STACKED),
     "GraniteForCausalLM": Family(granite_config),
     "GraniteMoeForCausalLM": Family(granite_moe_config, granite_moe_rules, GRANITE_STACKED),
     "GraniteMoeSharedForCausalLM": Family(granite_moe_config, granite_moe_rules, GRANITE_STACKED),
@@ -277,6 +282,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "flex_olmo": "FlexOlmoForCausalLM",
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
     "cohere2_moe": "Cohere2MoeForCausalLM",
@@ -289,6 +295,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "arcee": "ArceeForCausalLM",
     "hy_v3": "HYV3ForCausalLM",
     "dots1": "Dots1ForCausalLM",
+    "solar_open": "SolarOpenForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoeshared": "GraniteMoeSharedForCausalLM",

@@ -1,5 +1,5 @@
 """GLM-4: neighbours rotate in pairs, half of each head; GLM-4-0414 with norms behind each block, too. GLM-4.5
-to 4.7: mixtures, whose heads rotate by halves.
+to 4.7: mixtures, whose heads rotate by halves; and Solar Open, which is made as these are.
 """
 
 from __future__ import annotations
@@ -62,6 +62,19 @@ def glm4_moe_config(fields: Fields, mrope: Mrope | None = None) -> DecoderConfig
         },
         mixture=sigmoid_mixture(fields, width=1408, experts=128, per_token=8),
         sparse=after_dense(fields, 1),
+        norm_eps=fields.positive("rms_norm_eps", 1e-5),
+    )
+
+
+def solar_open_config(fields: Fields) -> DecoderConfig:
+    """HF `SolarOpenConfig`: a mixture in every layer, and heads that rotate as a whole."""
+    head_dim = head_size(fields, 128)
+    return decoder_config(
+        fields,
+        head_dim=head_dim,
+        rope=read_rope(fields, head_dim, theta=1e6, partial=True),
+        attention={"qkv_bias": fields.flag("attention_bias", False)},
+        mixture=sigmoid_mixture(fields, width=1280, experts=128, per_token=8),
         norm_eps=fields.positive("rms_norm_eps", 1e-5),
     )
 

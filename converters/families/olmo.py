@@ -1,4 +1,6 @@
-"""AI2's OLMo 2 and 3 (norms behind each block and none before, norms over all of q and of k), and OLMoE."""
+"""AI2's OLMo 2 and 3 (norms behind each block and none before, norms over all of q and of k), OLMoE, and
+FlexOlmo, which is both.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from lmdeploy_jax.converters.families.common import (
     head_size,
     layer_windows,
 )
-from lmdeploy_jax.converters.families.mixture import read_mixture
+from lmdeploy_jax.converters.families.mixture import mixture_rules, read_mixture
 from lmdeploy_jax.converters.families.rope import read_rope, rope_from
 from lmdeploy_jax.converters.families.tables import hf_rules
 from lmdeploy_jax.converters.fields import Fields
-from lmdeploy_jax.models.config import DecoderConfig, RopeConfig
+from lmdeploy_jax.models.config import DecoderConfig, MixtureConfig, RopeConfig
 
 POST_NORMS: Mapping[str, str] = {
     "post_attention_layernorm": "attention_post_norm",
@@ -25,6 +27,7 @@ POST_NORMS: Mapping[str, str] = {
 }
 WIDE = {"qk_norm": True, "qk_norm_width": True}
 post_norm_rules = partial(hf_rules, norms=POST_NORMS)
+flex_olmo_rules = partial(mixture_rules, norms=POST_NORMS)
 
 
 def olmo2_config(fields: Fields) -> DecoderConfig:
@@ -49,6 +52,7 @@ def _post_normed(
     *,
     windows: tuple[int | None, ...] | None = None,
     local_rope: RopeConfig | None = None,
+    mixture: MixtureConfig | None = None,
 ) -> DecoderConfig:
     bias = fields.flag("attention_bias", False)
     return decoder_config(
@@ -57,6 +61,7 @@ def _post_normed(
         rope=rope,
         windows=windows,
         local_rope=local_rope,
+        mixture=mixture,
         attention={"qkv_bias": bias, "o_bias": bias, **WIDE},
         layer={"pre_norm": False, "post_norm": True},
         norm_eps=fields.positive("rms_norm_eps", 1e-5),
@@ -78,18 +83,28 @@ def olmoe_config(fields: Fields) -> DecoderConfig:
     """HF `OlmoeConfig`, of mixtures after norms."""
     head_dim = head_size(fields)
     bias = fields.flag("attention_bias", False)
-    mixture = read_mixture(
-        fields,
-        width=fields.size("intermediate_size"),
-        experts=64,
-        per_token=8,
-        normalise=fields.flag("norm_topk_prob", False),
-    )
     return decoder_config(
         fields,
         head_dim=head_dim,
         rope=read_rope(fields, head_dim),
         attention={"qkv_bias": bias, "o_bias": bias, **WIDE},
-        mixture=mixture,
+        mixture=_mixture(fields, experts=64, per_token=8),
         norm_eps=fields.positive("rms_norm_eps", 1e-5),
+    )
+
+
+def flex_olmo_config(fields: Fields) -> DecoderConfig:
+    """HF `FlexOlmoConfig`: OLMoE's mixtures between OLMo 2's norms."""
+    head_dim = head_size(fields)
+    mixture = _mixture(fields, experts=7, per_token=5)
+    return _post_normed(fields, head_dim, read_rope(fields, head_dim, theta=500000.0), mixture=mixture)
+
+
+def _mixture(fields: Fields, *, experts: int, per_token: int) -> MixtureConfig:
+    return read_mixture(
+        fields,
+        width=fields.size("intermediate_size"),
+        experts=experts,
+        per_token=per_token,
+        normalise=fields.flag("norm_topk_prob", False),
     )

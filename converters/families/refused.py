@@ -8,6 +8,7 @@ STATE = "layers with a recurrent state"
 PACKED = "remote code's names of tensors; give the checkpoint in transformers' layout"
 ENCODER = "attention in both directions: it is an encoder and gives no text"
 VISION = "an encoder of images in remote code"
+GATES = "gates on attention's output"
 OLD = "an older block of its own"
 
 REFUSED: Mapping[str, str] = {
@@ -25,7 +26,7 @@ REFUSED: Mapping[str, str] = {
     "Mistral4ForCausalLM": "latent attention whose queries grow with their position",
     "MiMoV2FlashForCausalLM": "values of another size than keys",
     "DeepseekForCausalLM": "mixtures in a block that transformers does not have",
-    "AfmoeForCausalLM": "gates on attention's output",
+    **dict.fromkeys(("AfmoeForCausalLM", "LagunaForCausalLM", "Step3p5ForCausalLM"), GATES),
     "LongcatFlashForCausalLM": "two blocks a layer, and experts that do nothing",
     "BailingMoeV2ForCausalLM": PACKED,
     "ChatGLMForConditionalGeneration": PACKED,
