@@ -1,12 +1,12 @@
 """Speed on this machine against HuggingFace transformers: python -m benchmarks.against_transformers
 
 Prints JSON lines. Greedy, float32, both on all cores:
-  questions    `--requests` held-out questions to tiny-chat at once, each answered to its own end;
+  questions    `--requests` held-out questions to `--model` at once, each answered to its own end;
                transformers one by one, and as one padded batch
   concurrent   the same with prompts of nearly one length and `--tokens` tokens each, ends ignored, where a
                padded batch pads nothing
   single       decode at batch 1 on a random checkpoint of `--shape`
-  start        seconds from `pipeline()` to tiny-chat's first token, the compile cache empty and filled
+  start        seconds from `pipeline()` to the first token of `--model`, the compile cache empty and filled
 Each figure is the best of `--repeats`.
 """
 
@@ -26,8 +26,7 @@ from typing import Any
 import torch
 import transformers
 
-from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline
-from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax import GenerationConfig, JaxEngineConfig, Pipeline, assets
 from lmdeploy_jax.assets.tasks import TASKS, held_out
 from lmdeploy_jax.bench.accuracy import MOST_TOKENS
 from lmdeploy_jax.bench.checkpoint import make
@@ -39,7 +38,7 @@ import sys, time
 begun = time.perf_counter()
 from lmdeploy_jax import JaxEngineConfig, pipeline
 opened = time.perf_counter()
-pipe = pipeline("tiny-chat", JaxEngineConfig(compile_cache_dir=sys.argv[1]), progress=False)
+pipe = pipeline(sys.argv[2], JaxEngineConfig(compile_cache_dir=sys.argv[1]), progress=False)
 for piece in pipe.stream_infer("What is 12 + 30?"):
     if piece.token_ids:
         break
@@ -82,13 +81,13 @@ def load_hf(folder: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def concurrent(requests: int, count: int, repeats: int) -> None:
+def concurrent(model: str, requests: int, count: int, repeats: int) -> None:
     config = GenerationConfig(max_new_tokens=count, ignore_eos=True)
     prompts = [[user(f"What is {11 + i} + {90 - i}?")] for i in range(requests)]
-    many("concurrent", prompts, config, repeats)
+    many("concurrent", model, prompts, config, repeats)
 
 
-def questions(requests: int, repeats: int) -> None:
+def questions(model: str, requests: int, repeats: int) -> None:
     found = [
         list(e.messages)
         for task in TASKS
@@ -96,17 +95,19 @@ def questions(requests: int, repeats: int) -> None:
         if not e.tools and not e.template
     ]
     random.Random(0).shuffle(found)
-    many("questions", found[:requests], GenerationConfig(max_new_tokens=MOST_TOKENS), repeats)
+    many("questions", model, found[:requests], GenerationConfig(max_new_tokens=MOST_TOKENS), repeats)
 
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def many(what: str, prompts: list[Any], config: GenerationConfig, repeats: int) -> None:
-    """Many requests to tiny-chat. The three take turns: what else a machine does comes and goes."""
-    model, count, ends = load_hf(TINY_CHAT), config.max_new_tokens or 0, not config.ignore_eos
-    with Pipeline(TINY_CHAT, JaxEngineConfig(enable_prefix_caching=False), progress=False) as pipe:
+def many(what: str, name: str, prompts: list[Any], config: GenerationConfig, repeats: int) -> None:
+    """Many requests to an embedded model. The three take turns: what else a machine does comes and goes."""
+    folder = assets.resolve(name)
+    assert folder is not None
+    model, count, ends = load_hf(folder), config.max_new_tokens or 0, not config.ignore_eos
+    with Pipeline(folder, JaxEngineConfig(enable_prefix_caching=False), progress=False) as pipe:
         tokenizer, template = pipe.tokenizer, pipe.frontend.template
         rows = [tokenizer.encode(template.render(prompt), add_special_tokens=False) for prompt in prompts]
         answers = pipe.infer(prompts, config)
@@ -125,6 +126,7 @@ def many(what: str, prompts: list[Any], config: GenerationConfig, repeats: int) 
     tokens = sum(answer.generate_token_len for answer in answers)
     say(
         what=what,
+        model=name,
         requests=len(prompts),
         tokens=tokens,
         ours_tok_s=tokens / ours,
@@ -163,11 +165,11 @@ def single(shape: str, count: int, repeats: int, root: Path) -> None:
     )
 
 
-def start() -> None:
+def start(model: str) -> None:
     """A fresh process each time."""
     with tempfile.TemporaryDirectory() as cache:
         for kind in ("cold", "cached"):
-            command = [sys.executable, "-c", START, cache]
+            command = [sys.executable, "-c", START, cache, model]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds, with_import = map(float, done.stdout.split())
             say(what="start", cache=kind, seconds=seconds, with_import=with_import)
@@ -176,6 +178,7 @@ def start() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--what", default="start,questions,concurrent,single")
+    parser.add_argument("--model", default="tiny-chat", choices=assets.names(), help="an embedded model")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -184,11 +187,11 @@ def main() -> None:
     options = parser.parse_args()
     wanted = options.what.split(",")
     if "start" in wanted:
-        start()
+        start(options.model)
     if "questions" in wanted:
-        questions(options.requests, options.repeats)
+        questions(options.model, options.requests, options.repeats)
     if "concurrent" in wanted:
-        concurrent(options.requests, options.tokens, options.repeats)
+        concurrent(options.model, options.requests, options.tokens, options.repeats)
     if "single" in wanted:
         single(options.shape, options.tokens // 4, options.repeats, options.root)
 

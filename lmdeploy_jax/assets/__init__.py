@@ -7,10 +7,11 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent
 
 TINY_CHAT: Path = _FOLDER / "tiny-chat"
+TINY_MOE: Path = _FOLDER / "tiny-moe"
 TINY_VISION: Path = _FOLDER / "tiny-vision"
 EXAMPLE_IMAGE: Path = _FOLDER / "shapes.png"  # one that `vision_tasks` drew: three shapes in their places
 
-_EMBEDDED: dict[str, Path] = {"tiny-chat": TINY_CHAT, "tiny-vision": TINY_VISION}
+_EMBEDDED: dict[str, Path] = {"tiny-chat": TINY_CHAT, "tiny-moe": TINY_MOE, "tiny-vision": TINY_VISION}
 
 
 def names() -> tuple[str, ...]:

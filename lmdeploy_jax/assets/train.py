@@ -279,10 +279,14 @@ def save(model: Model, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     )
     rounded.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # Any version of transformers knows this class name.
-    path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    # Any version of transformers knows this class name, and this field as published mixtures have it.
+    _change(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}, {})
+    _change(out / "config.json", {}, {"num_local_experts": "num_experts"})
+
+
+def _change(path: Path, values: dict[str, str], names: dict[str, str]) -> None:
+    found = {names.get(name, name): value for name, value in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(found | values, indent=2) + "\n")
 
 
 def options_from_flags() -> Options:

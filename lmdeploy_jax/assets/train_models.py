@@ -38,8 +38,8 @@ class Shape:
     tokenizer: Path | None = None
 
 
-# 3.0M parameters; and 3.4M, of which a token meets 1.7M. Experts of 128 and widths that are multiples of 64
-# can be quantised in groups of any usual size, and cut over up to eight devices.
+# 3.0M parameters; and 3.4M, of which a token meets 1.7M. Widths that are multiples of 64 can be quantised in
+# groups of any usual size, and cut over up to eight devices.
 SHAPES: Mapping[str, Shape] = MappingProxyType({
     "tiny-chat": Shape(
         Qwen3ForCausalLM, Qwen3Config, {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}

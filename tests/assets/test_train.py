@@ -63,6 +63,8 @@ def test_it_learns_and_is_saved_as_published_mixtures_are(
     assert losses[-1] < first - 1
     assert all((value != before[name]).any() for name, value in model.named_parameters())
     save(model, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["num_experts"]) == ("qwen3_moe", 8)  # published checkpoints' names
     mixture = read_config(tmp_path).layers[0].mlp
     assert isinstance(mixture, MixtureConfig)
     assert (mixture.router.experts, mixture.router.per_token) == (8, 2)
