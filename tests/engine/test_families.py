@@ -1,15 +1,16 @@
-"""Every family through the whole engine: whole, chunked, cached, preempted and beside strangers, the tokens are
-transformers'. On several devices: tests/parallel/test_families.py.
+"""Every family through the whole engine: whole, chunked, cached, preempted and beside strangers, tokens are
+transformers'. On several devices: test_families.py of tests/parallel.
 """
 
 import pytest
 
 from lmdeploy_jax.cache.kv import page_bytes
 from lmdeploy_jax.converters.config import read_config
+from tests.engine.conftest import COUNT
 from tests.engine.harness import generate, tokens
-from tests.oracle import CONFIGS, save_checkpoint
+from tests.oracle import CONFIGS, hf_greedy, save_checkpoint
 
-PAGES = 6  # too few for four prompts twice
+CHUNK, PAGES = 96, 7  # a cache group's, too few for all sequences at once
 pytestmark = pytest.mark.full
 
 
@@ -18,16 +19,17 @@ def folder(request, tmp_path_factory):
     return save_checkpoint(request.param, tmp_path_factory.mktemp("families") / request.param)
 
 
-def test_chunked_and_cached_prompts_are_answered_as_transformers_does(start, folder, prompts, answers):
-    engine = start()
-    assert tokens(engine, prompts) == answers
-    assert [result[0].tokens for result in generate(engine, prompts)] == answers
-
-
-def test_whole_prompts_alone_and_preempted_ones_are_too(start, folder, prompts, answers):
-    layout = read_config(folder).cache_layout(1, session_len=256, step_tokens=256)
+def test_a_family_answers_as_transformers_does_whatever_happens_beside(start, folder, prompts):
+    """The first prompt is computed whole, the second in chunks, and both once more with what is cached."""
+    asked = [prompts[1], prompts[-1]]
+    assert len(asked[0]) < CHUNK < len(asked[1])
+    answers = [hf_greedy(folder, prompt, COUNT) for prompt in asked]
+    layout = read_config(folder).cache_layout(1, session_len=256, step_tokens=CHUNK)
     pool = PAGES * len(layout.groups) * page_bytes(layout.paged, "float32")
-    engine = start(cache_max_entry_count=pool, session_len=256, max_prefill_token_num=256)
-    assert tokens(engine, prompts[-1:]) == answers[-1:]
-    assert tokens(engine, prompts[1:] * 2) == answers[1:] * 2
+    engine = start(cache_max_entry_count=pool, session_len=256, max_prefill_token_num=CHUNK)
+    for _ in range(2):
+        assert [tokens(engine, [prompt])[0] for prompt in asked] == answers
+    strangers = PAGES  # which begin with a page each, and grow beyond it
+    together = generate(engine, asked[:1] * strangers + asked[1:])
+    assert [result[0].tokens for result in together] == answers[:1] * strangers + answers[1:]
     assert engine.scheduler.preemptions
