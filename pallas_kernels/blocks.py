@@ -18,21 +18,40 @@ from lmdeploy_jax.pallas_kernels.shapes import Output, Row, Softmax
 Index = Int32[Array, ""]
 AddValues = Callable[[Float32[Array, "N P"], Output], Output]
 """Weights of keys, and the output without their values -> the output with them."""
+LONG_HEAD = 256  # elements up to which whole pages of keys and values fit into a program's memory
+PART_BYTES = 32 << 10  # of keys, and of values, that it has at once of longer ones
 LOG2E = math.log2(math.e)  # logits are kept in base 2: the hardware's exponential is exp2
 
 
-def load_page(ref: jax.Ref, page: Index, head: Index, valid: Index | None = None) -> Float[Array, "P D"]:
-    """One head's page of a cache [pages, KH, P, D] -> [P, D padded to a power of two].
+def page_parts(ref: jax.Ref) -> tuple[range, ...]:
+    """Tokens of a page [pages, KH, S, D] that a program has at once: all, or, of long heads, some."""
+    page_size, head_dim = ref.shape[2:]
+    if head_dim <= LONG_HEAD:
+        return (range(page_size),)
+    count = min(PART_BYTES // (pl.next_power_of_2(head_dim) * ref.dtype.itemsize), page_size)
+    return tuple(range(first, first + count) for first in range(0, page_size, count))
+
+
+def tokens_of(part: range) -> Int32[Array, "P"]:
+    """Their numbers within the page."""
+    token = jnp.arange(len(part), dtype=jnp.int32)
+    return token + part.start if part.start else token
+
+
+def load_page(
+    ref: jax.Ref, page: Index, head: Index, part: range, valid: Index | None = None
+) -> Float[Array, "P D"]:
+    """Tokens of one head's page of a cache [pages, KH, S, D] -> [P, D padded to a power of two].
 
     Padding columns, and rows from `valid` on, come out as zeros: what an unused slot holds never counts.
     """
     page_size, head_dim = ref.shape[2:]
     padded = pl.next_power_of_2(head_dim)  # Triton's blocks have no other sizes
-    if valid is None and padded == head_dim:
+    if valid is None and padded == head_dim and len(part) == page_size:
         return ref[page, head]
-    row = jnp.arange(page_size, dtype=jnp.int32)[:, None]
+    row = tokens_of(part)[:, None]
     column = jnp.arange(padded, dtype=jnp.int32)[None, :]
-    mask = jnp.broadcast_to(column < head_dim, (page_size, padded))
+    mask = jnp.broadcast_to(column < head_dim, (len(part), padded))
     if valid is not None:
         mask &= row < valid
     return plt.load(ref.at[page, head, row, column], mask=mask, other=0)

@@ -19,7 +19,9 @@ from lmdeploy_jax.pallas_kernels.blocks import (
     dot,
     initial_state,
     load_page,
+    page_parts,
     scale_output,
+    tokens_of,
 )
 from lmdeploy_jax.pallas_kernels.kv_formats import KVFormat
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
@@ -27,8 +29,8 @@ from lmdeploy_jax.pallas_kernels.quant_pages import MAX_FLOAT16, QuantPages, cod
 from lmdeploy_jax.pallas_kernels.shapes import Output, Row, Softmax
 
 Index = Int32[Array, ""]
-Visible = Callable[[], Bool[Array, "#N P"]]
-"""Which keys of a page a row sees; asked once the page's loads are on their way."""
+Visible = Callable[[Int32[Array, "P"]], Bool[Array, "#N P"]]
+"""Which tokens of a page, by their numbers in it, a row sees; asked once their loads are on their way."""
 Blocks = Sequence[Float[Array, "N columns"]]
 """Rows by `CacheRefs.columns`."""
 
@@ -104,8 +106,14 @@ class PlainRefs:
         visible: Visible | None,
         options: AttentionOptions,
     ) -> Softmax:
-        keys, values = load_page(self.k, page, head), load_page(self.v, page, head, valid)
-        return attend_page(state, q.blocks[0], keys, values, visible and visible(), options)
+        for part in page_parts(self.k):
+            keys, values = (
+                load_page(self.k, page, head, part),
+                load_page(self.v, page, head, part, valid),
+            )
+            seen = visible and visible(tokens_of(part))
+            state = attend_page(state, q.blocks[0], keys, values, seen, options)
+        return state
 
     def finished(self, state: Softmax) -> Softmax:
         return state
@@ -164,7 +172,7 @@ class QuantRefs:
         logits = sum(products[1:], products[0])
         if keys.zeros is not None and q.totals is not None:
             logits = logits - q.totals[:, None] * keys.zeros[None, :]
-        seen = visible and visible()
+        seen = visible and visible(jnp.arange(self.page_size, dtype=jnp.int32))
         return attend_logits(state, logits, self._adder(values), seen, options, keys.scales)
 
     def finished(self, state: Softmax) -> Softmax:

@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from lmdeploy_jax.pallas_kernels.blocks import add_sink, normalised
+from lmdeploy_jax.pallas_kernels.blocks import LONG_HEAD, add_sink, normalised
 from lmdeploy_jax.pallas_kernels.cache_refs import CacheRefs, cache_refs
 from lmdeploy_jax.pallas_kernels.heads import HeadRefs, HeadTile
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
@@ -91,6 +91,8 @@ def _tuning(tiles: int, head_dim: int, dtype: jnp.dtype) -> Tuning:
     are faster by 7 % where there are so few tiles that the splits, which one of them merges, are many. Codes
     take work to be read: with them four are faster by 17 % as long as programs do not fill the cores twice.
     """
+    if head_dim > LONG_HEAD:  # of whose few tokens at once nothing is read ahead
+        return Tuning(128, 8, 1)
     small = head_dim <= 128 and dtype.itemsize <= 2
     if small and tiles > (FEW_TILES_OF_CODES if dtype == jnp.uint16 else FEW_TILES):
         return Tuning(128, 2, 5)
@@ -232,8 +234,8 @@ def _attend(
     q = held.queries(rows.load(q_ref))
 
     def step(index: jax.Array, state: Softmax) -> Softmax:
-        def visible() -> jax.Array:
-            position = index * page_size + jnp.arange(page_size, dtype=jnp.int32)
+        def visible(token: jax.Array) -> jax.Array:
+            position = index * page_size + token
             return ((position < pages.length) & (position >= pages.oldest))[None, :]
 
         page, valid = table_ref[sequence, index], pages.length - index * page_size

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from lmdeploy_jax.pallas_kernels.blocks import add_sink, normalised
+from lmdeploy_jax.pallas_kernels.blocks import LONG_HEAD, add_sink, normalised
 from lmdeploy_jax.pallas_kernels.cache_refs import CacheRefs, Queries, cache_refs
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
@@ -79,6 +79,8 @@ def prefill_attention(
 
 
 def _tuning(head_dim: int, dtype: jnp.dtype) -> Tuning:
+    if head_dim > LONG_HEAD:
+        return Tuning(16 if dtype == jnp.float32 else 32, 8, 1)
     if dtype == jnp.float32:
         return Tuning(32 if head_dim <= 128 else 16, 8, 2)
     return Tuning(128, 8, 5) if head_dim <= 128 else Tuning(64, 8, 3)
@@ -184,8 +186,8 @@ def _attend_pages(
         if not masked:
             return held.attend(state, q, page, part.kv_head, None, None, options)
 
-        def visible() -> jax.Array:
-            key = index * page_size + jnp.arange(page_size, dtype=jnp.int32)
+        def visible(token: jax.Array) -> jax.Array:
+            key = index * page_size + token
             age = positions[:, None] - key[None, :]
             seen = age >= 0 if ahead is None else age + ahead[:, None] >= 0
             if options.window is not None:

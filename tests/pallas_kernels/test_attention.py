@@ -37,11 +37,13 @@ INTERPRET = [
     Shape("bfloat16-96", group=1, head_dim=96, dtype="bfloat16", options={"scale": 0.1, "soft_cap": 5.0}),
     Shape("chunk", group=2, head_dim=16, options={"scale": 0.2, "chunk": 50}),
     Shape("one-page", group=3, head_dim=16, lengths=SHORT, options={"scale": 0.2}, sinks=True),
+    Shape("parts of pages", group=2, head_dim=512, lengths=(3, 0, 70), options={"scale": 0.05, "window": 40}),
 ]
 DEVICE = [
     *INTERPRET,
     *(shape for shape in XLA[1:] if shape.name != "chunk"),
     Shape("head-128", group=4, head_dim=128, dtype="bfloat16", options={"scale": 0.1}),
+    Shape("head-512", group=8, head_dim=512, dtype="bfloat16", options={"scale": 0.05}),
     Shape("head-256", group=16, head_dim=256, dtype="float16", options={"scale": 0.05, "window": 64}),
 ]
 
