@@ -68,6 +68,10 @@ class Prepared(NamedTuple):
         return out.transpose(2, 0, 1, 3), after.reshape(before.shape)
 
 
+Carry = tuple[Array, Array]  # outputs [T + a block, H, R, V], and states [slots, N, D, V]
+Advance = Callable[[Block, Prepared, Carry], Carry]
+
+
 def prepared(
     q: Float32[Array, "B H D"],
     k: Float32[Array, "B H D"],
@@ -94,29 +98,47 @@ def run_packed(
     spans: Spans,
     step: Step,
     prepare: Callable[[Any], Prepared],
+    advance: Advance,
 ) -> tuple[Float32[Array, "T H R V"], Float32[Array, "slots N D V"]]:
     """Chunks, one behind the other: those of one token at once, the others block by block.
 
     step: of one token a sequence, called with inputs, states, spans and which sequences are wanted.
     prepare: of a block of one sequence's inputs; rows of zeros must change nothing.
+    advance: `in_turn`, or what does the same.
     """
     single, states = step(*take_rows(inputs, spans), states, spans, spans.counts == 1)
     tokens = len(inputs[0])
     out = put_rows(jnp.zeros((tokens + BLOCK, *single.shape[1:]), single.dtype), single, spans)
     padded = tuple(jnp.pad(x, ((0, BLOCK), *((0, 0),) * (x.ndim - 1))) for x in inputs)
 
-    def advance(carry: tuple[Array, Array], each: tuple[Block, Prepared]) -> tuple[tuple[Array, Array], None]:
-        (out, states), (at, block) = carry, each
-        values, after = block.advance(jnp.where(at.fresh, 0.0, states[at.slot]))
-        return (at.put(out, values), states.at[at.slot].set(after)), None
-
-    def several(blocks: Block, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        ready = jax.vmap(lambda at: prepare(_taken(padded, at)))(blocks)
-        return lax.scan(advance, carry, (blocks, ready))[0]
+    def several(blocks: Block, carry: Carry) -> Carry:
+        return advance(blocks, jax.vmap(lambda at: prepare(_taken(padded, at)))(blocks), carry)
 
     at_once = min(max(tokens // (2 * BLOCK), 1), AT_ONCE)
     out, states = _for_blocks(spans, len(states) - 1, at_once, several, (out, states))
     return out[:tokens], states
+
+
+def in_turn(blocks: Block, ready: Prepared, carry: Carry) -> Carry:
+    """The carry behind several prepared blocks, one after another."""
+
+    def advance(carry: Carry, each: tuple[Block, Prepared]) -> tuple[Carry, None]:
+        (out, states), (at, block) = carry, each
+        values, after = block.advance(jnp.where(at.fresh, 0.0, states[at.slot]))
+        return (at.put(out, values), states.at[at.slot].set(after)), None
+
+    return lax.scan(advance, carry, (blocks, ready))[0]
+
+
+def advance_by(backend: str) -> Advance:
+    """How blocks that are prepared go into the states, one after another. What the kernel takes on a card is
+    not known yet: there it is XLA's loop.
+    """
+    if backend != "pallas_interpret":
+        return in_turn
+    from lmdeploy_jax.pallas_kernels.recurrent_blocks import advance_blocks  # CPUs never need it
+
+    return partial(advance_blocks, interpret=True)
 
 
 def _for_blocks(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32
 from lmdeploy_jax.pallas_kernels.delta_rule import xla
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.spans import Spans
-from lmdeploy_jax.pallas_kernels.token_blocks import Step
+from lmdeploy_jax.pallas_kernels.token_blocks import Step, advance_by
 
 
 def delta_rule(
@@ -28,7 +28,8 @@ def delta_rule(
     after the tokens of earlier steps.
 
     Everything in f32. Returns the outputs, of tokens that only pad the step anything finite, and the states
-    behind the step, in place where the caller donates them. Longer chunks are XLA's with every backend.
+    behind the step, in place where the caller donates them. Blocks of longer chunks are prepared by XLA with
+    every backend.
     Raises ValueError for shapes that do not fit.
     """
     heads, per_key = v.shape[1:3]
@@ -40,7 +41,7 @@ def delta_rule(
     step = _step(backend)
     if spans.starts is None:
         return step(q, k, v, log_decay, beta, states, spans)
-    return xla.packed(q, k, v, log_decay, beta, states, spans, step)
+    return xla.packed(q, k, v, log_decay, beta, states, spans, step, advance_by(backend))
 
 
 def _step(backend: str) -> Step:

@@ -8,10 +8,12 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.spans import Spans
 from lmdeploy_jax.pallas_kernels.token_blocks import (
+    Advance,
     Prepared,
     Step,
     decay_between,
     einsum,
+    in_turn,
     prepared,
     run_packed,
 )
@@ -53,9 +55,10 @@ def packed(
     states: Float32[Array, "slots N D V"],
     spans: Spans,
     step: Step,
+    advance: Advance = in_turn,
 ) -> tuple[Float32[Array, "T H R V"], Float32[Array, "slots N D V"]]:
-    """Chunks, one behind the other; `step` does those of one token."""
-    return run_packed((q, k, v, log_decay, beta), states, spans, step, _prepare)
+    """Chunks, one behind the other; `step` does those of one token, `advance` blocks in turn."""
+    return run_packed((q, k, v, log_decay, beta), states, spans, step, _prepare, advance)
 
 
 def _prepare(inputs: Inputs) -> Prepared:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.spans import Spans
 from lmdeploy_jax.pallas_kernels.ssd import xla
-from lmdeploy_jax.pallas_kernels.token_blocks import Step
+from lmdeploy_jax.pallas_kernels.token_blocks import Step, advance_by
 
 
 def ssd(
@@ -28,7 +28,8 @@ def ssd(
     sequence's h is 0 before its first token and in `states` after the tokens of earlier steps.
 
     Everything in f32. Returns the outputs, of tokens that only pad the step anything finite, and the states
-    behind the step, in place where the caller donates them. Longer chunks are XLA's with every backend.
+    behind the step, in place where the caller donates them. Blocks of longer chunks are prepared by XLA with
+    every backend.
     Raises ValueError for shapes that do not fit.
     """
     groups, per_group, size = x.shape[1:]
@@ -39,7 +40,7 @@ def ssd(
             f"shape {x.shape} and b of shape {b.shape} are, and c {c.shape} like b"
         )
     step = _step(backend)
-    run = step if spans.starts is None else partial(xla.packed, step=step)
+    run = step if spans.starts is None else partial(xla.packed, step=step, advance=advance_by(backend))
     out, states = run(x, dt, a * dt, b, c, states, spans)
     return out + d[..., None] * x, states
 

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from lmdeploy_jax.pallas_kernels.spans import Spans
-from lmdeploy_jax.pallas_kernels.token_blocks import Prepared, Step, einsum, prepared, run_packed
+from lmdeploy_jax.pallas_kernels.token_blocks import (
+    Advance,
+    Prepared,
+    Step,
+    einsum,
+    in_turn,
+    prepared,
+    run_packed,
+)
 
 Inputs = tuple[Array, Array, Array, Array, Array]  # x, dt, log_decay, b, c
 
@@ -43,9 +51,10 @@ def packed(
     states: Float32[Array, "slots H N P"],
     spans: Spans,
     step: Step,
+    advance: Advance = in_turn,
 ) -> tuple[Float32[Array, "T G R P"], Float32[Array, "slots H N P"]]:
-    """Chunks, one behind the other; `step` does those of one token."""
-    return run_packed((x, dt, log_decay, b, c), states, spans, step, _prepare)
+    """Chunks, one behind the other; `step` does those of one token, `advance` blocks in turn."""
+    return run_packed((x, dt, log_decay, b, c), states, spans, step, _prepare, advance)
 
 
 def _prepare(inputs: Inputs) -> Prepared:
