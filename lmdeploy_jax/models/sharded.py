@@ -19,7 +19,7 @@ from lmdeploy_jax.models.decoder import Decoder, finish_logits
 from lmdeploy_jax.models.residual import share_peers
 from lmdeploy_jax.pallas_kernels.all_gather import all_gather
 from lmdeploy_jax.pallas_kernels.all_reduce_norm import why_not as why_not_peers
-from lmdeploy_jax.pallas_kernels.packets import Workspace
+from lmdeploy_jax.pallas_kernels.workspace import Workspace
 from lmdeploy_jax.parallel.mesh import model_axes
 from lmdeploy_jax.sampling.sampler import best_of_parts, best_token, greedy
 

@@ -1,10 +1,11 @@
-"""Memory in which the GPUs of a process store what the others wait for; see `all_reduce_norm.packets`."""
+"""Memory in which the GPUs of a process store what the others wait for; see `pallas_kernels.peer_memory`."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 
 import jax
@@ -14,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from lmdeploy_jax.pallas_kernels.packets import OWN, Workspace
+from lmdeploy_jax.pallas_kernels.workspace import EMPTY, HEADER_BYTES, OWN, Workspace
 from lmdeploy_jax.parallel.mesh import model_axes, model_devices
 
 
@@ -33,8 +34,13 @@ class PeerMemory:
         spec = table_spec(mesh)
         devices, columns = spec.shape
         words = Workspace.of(columns, size, dtype).nbytes // 4
-        workspaces = jnp.zeros((devices, words), jnp.int32, device=spec.sharding)
+        workspaces = jax.jit(partial(_empty, devices, words), out_shardings=spec.sharding)()
         return cls(workspaces, jax.device_put(_table(workspaces), spec.sharding))
+
+
+def _empty(devices: int, words: int) -> Array:
+    """No number was counted yet, and no packet has come."""
+    return jnp.where(jnp.arange(words) < HEADER_BYTES // 4, 0, jnp.full((devices, words), EMPTY))
 
 
 def why_not_reached(devices: Sequence[jax.Device]) -> str | None:

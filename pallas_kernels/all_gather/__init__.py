@@ -5,8 +5,8 @@ from __future__ import annotations
 from jax import lax
 from jaxtyping import Array, Int32
 
-from lmdeploy_jax.pallas_kernels.packets import WORDS, Workspace
 from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.workspace import WORDS, Workspace
 
 
 def all_gather(

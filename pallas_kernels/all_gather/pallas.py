@@ -10,9 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int32
 
-from lmdeploy_jax.pallas_kernels import packets
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
-from lmdeploy_jax.pallas_kernels.packets import WORDS, Peers, Workspace
+from lmdeploy_jax.pallas_kernels.peer_memory import Exchange, Peers
+from lmdeploy_jax.pallas_kernels.workspace import WORDS, Workspace
 
 
 def all_gather(
@@ -28,11 +28,10 @@ def all_gather(
 def _kernel(rows_ref: jax.Ref, peers_ref: jax.Ref, out_ref: jax.Ref, *, workspace: Workspace) -> None:
     row, size = pl.program_id(0), rows_ref.shape[1]
     column = jnp.arange(32 * WORDS, dtype=jnp.int32)
-    mask, peers = column < size, Peers(peers_ref)
-    number = packets.read_number(peers.own, row, column)
-    data = plt.load(rows_ref.at[row, column], mask=mask, other=0)
-    shares = list(packets.exchanged(data, size, peers, workspace, number, row))
+    mask = column < size
+    exchange = Exchange(Peers(peers_ref), workspace, row, column, size, jnp.int32)
+    shares = list(exchange.shares(plt.load(rows_ref.at[row, column], mask=mask, other=0)))
     total = jnp.full(column.shape, jnp.sum(sum(shares)))
-    zero = packets.end(peers.own, row, number, total) - total  # which no thread has before all have read
+    zero = exchange.end(total) - total  # which no thread has before all have read
     for sender, share in enumerate(shares):
         plt.store(out_ref.at[sender, row, column], share + zero, mask=mask)

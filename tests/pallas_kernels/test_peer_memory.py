@@ -1,4 +1,4 @@
-"""What devices store for each other: the kernels' arithmetic with made-up peers, and where packets lie."""
+"""What devices store for each other: the kernels' arithmetic with made-up peers, and where shares lie."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmdeploy_jax.pallas_kernels import packets
+from lmdeploy_jax.pallas_kernels import peer_memory
 from lmdeploy_jax.pallas_kernels.all_gather import all_gather
 from lmdeploy_jax.pallas_kernels.all_gather import pallas as gathering
 from lmdeploy_jax.pallas_kernels.all_reduce_norm import (
@@ -16,7 +16,7 @@ from lmdeploy_jax.pallas_kernels.all_reduce_norm import (
     why_not,
 )
 from lmdeploy_jax.pallas_kernels.norm import xla
-from lmdeploy_jax.pallas_kernels.packets import HEADER_BYTES, OWN, Workspace
+from lmdeploy_jax.pallas_kernels.workspace import HEADER_BYTES, OWN, Workspace
 
 SHARES = (2.0, 1.0, -1.0)  # of each rank, times this device's, which is rank 1
 
@@ -35,10 +35,11 @@ def peers(monkeypatch):
         return (stored[-1] * SHARES[(len(polled) - 1) % len(SHARES)]).astype(dtype)
 
     polled = []
-    monkeypatch.setattr(packets, "read_number", lambda own, row, like: jnp.ones(like.shape, jnp.int32))
-    monkeypatch.setattr(packets, "end", lambda own, row, number, last: last)
-    monkeypatch.setattr(packets, "push", push)
-    monkeypatch.setattr(packets, "poll", poll)
+    monkeypatch.setattr(peer_memory, "read_number", lambda own, row, like, pack: jnp.ones_like(like))
+    for name in ("clear", "count"):
+        monkeypatch.setattr(peer_memory, name, lambda *args: args[-2])  # `last`
+    monkeypatch.setattr(peer_memory, "push", push)
+    monkeypatch.setattr(peer_memory, "poll", poll)
     yield jnp.zeros((1, OWN + 2 * len(SHARES)), jnp.int32)
     assert set(polled) == {len(SHARES)}
 
@@ -63,14 +64,14 @@ def test_rows_of_all_devices_stand_by_rank(peers):
     np.testing.assert_array_equal(found, [rows * int(4 * share) // 4 for share in SHARES])
 
 
-def test_more_words_than_a_packet_has_are_refused():
+def test_more_words_than_are_moved_at_once_are_refused():
     workspace, table = Workspace(devices=2, row_bytes=512, rows=4), jnp.zeros((1, 7), jnp.int32)
     for shape in ((4, 5), (5, 4)):
         with pytest.raises(ValueError, match="more than 4 of 4 words"):
             all_gather(jnp.zeros(shape, jnp.int32), table, workspace, axis="tp", backend="xla")
 
 
-def test_no_two_packets_share_a_place():
+def test_no_two_rows_share_a_place():
     workspace = Workspace(devices=3, row_bytes=512, rows=4)
     places = [
         int(workspace.row(jnp.int32(number), sender, jnp.int32(row)))
@@ -78,7 +79,7 @@ def test_no_two_packets_share_a_place():
         for sender in range(3)
         for row in range(4)
     ]
-    assert sorted(places) == list(range(HEADER_BYTES, workspace.nbytes, 1024))
+    assert sorted(places) == list(range(HEADER_BYTES, workspace.nbytes, 512))
     assert int(workspace.row(jnp.int32(8), 0, jnp.int32(0))) == places[0]
 
 
