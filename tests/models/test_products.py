@@ -219,3 +219,27 @@ def test_a_decoder_of_such_weights_is_the_decoder_of_what_they_hold(monkeypatch)
         model = LoadedModel(skeleton, tuple(map(jnp.asarray, arrays.values())), jnp.dtype("float32"))
         logits.append(PagedRunner(model).decode({0: (7, 0), 1: (8, 0)})[1])
     close(*logits, 1e-5)
+
+
+@pytest.mark.full
+def test_a_decoder_is_the_same_with_its_norms_scale_applied_by_attention(monkeypatch):
+    """One row, from the second layer on: before the first, nothing is added to what is normed."""
+    config, called = replace(CONFIG, layers=CONFIG.layers[:2]), []
+    cut = Measurement("w16a16", "norm_parts", 160, 96, 1, replace(TILING, splits=3), 1.0, 2.0)
+
+    def counting(*args, real=products.unscaled_norm_skinny_gemm, **how):
+        called.append(args[0].shape)
+        return real(*args, **how)
+
+    monkeypatch.setattr(products, "unscaled_norm_skinny_gemm", counting)
+    logits, rng, leaves = [], np.random.default_rng(0), ()
+    for table in (Tuning((cut,)), Tuning()):
+        kernels = Kernels("pallas_interpret", tuning=table)
+        skeleton = build_skeleton(config, jnp.dtype("bfloat16"), kernels)
+        leaves = leaves or tuple(
+            jnp.asarray(rng.normal(size=s.shape), s.dtype) for s in skeleton.specs.values()
+        )
+        runner = PagedRunner(LoadedModel(skeleton, leaves, jnp.dtype("bfloat16")), rows=1)
+        logits.append(runner.decode({0: (7, 0)})[0])
+    assert called == [(1, 96)]
+    close(*logits, 2e-2)
