@@ -13,7 +13,11 @@ from jaxtyping import Float, Float32, Int32
 from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.models.mlp_config import RouterConfig
 from lmdeploy_jax.models.products import dense_product
+from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling, skinny_gemm
 from lmdeploy_jax.pallas_kernels.topk_routing import TopK, topk_routing
+
+FEW_TOKENS = 64  # whose product XLA would cut along the inner axis too, and add up in a kernel more
+MOST_PARTS = 16
 
 
 class Routes(NamedTuple):
@@ -36,18 +40,36 @@ class Router(nnx.Module):
         self.expert_scale = param((config.experts,), wide, (None,)) if config.expert_scale else None
 
     def __call__(self, x: Float[Array, "T E"]) -> Routes:
-        weight = self.weight[...]
-        logits = dense_product(x.astype(weight.dtype), weight, out_dtype=jnp.float32)
+        logits = self._logits(x)
         bias, correction = (None if each is None else each[...] for each in (self.bias, self.correction))
         routes = choose(self.config, logits, correction, self.backend, bias=bias)
         if self.expert_scale is None:
             return routes
         return routes._replace(weights=routes.weights * self.expert_scale[...][routes.experts])
 
+    def _logits(self, x: Float[Array, "T E"]) -> Float32[Array, "*S T X"]:
+        """Those of few tokens in parts, which the kernel of the choice adds up."""
+        weight = self.weight[...]
+        few = self.backend != "xla" and x.shape[0] <= FEW_TOKENS and x.dtype == weight.dtype == jnp.bfloat16
+        tiling = _tiling(*weight.shape) if few else None
+        if tiling is None:
+            return dense_product(x.astype(weight.dtype), weight, out_dtype=jnp.float32)
+        return skinny_gemm(x, weight, tiling, out_dtype=jnp.float32, backend=self.backend)
+
+
+def _tiling(experts: int, hidden: int) -> Tiling | None:
+    """So many parts that there are programs for many cores; None: there are no whole blocks."""
+    block_in = next((size for size in (128, 64) if hidden % size == 0), None)
+    if block_in is None:
+        return None
+    blocks = hidden // block_in
+    splits = max(number for number in range(1, MOST_PARTS + 1) if blocks % number == 0)
+    return Tiling(32 if experts <= 64 else 64, block_in, splits, num_warps=4, num_stages=3)
+
 
 def choose(
     config: RouterConfig,
-    logits: Float32[Array, "T X"],
+    logits: Float32[Array, "*S T X"],
     correction: Float32[Array, "X"] | None,
     backend: str = "xla",
     *,
@@ -57,6 +79,7 @@ def choose(
     number goes first.
     """
     if config.scores == "sparsemixer":
+        logits = logits.sum(0) if logits.ndim == 3 else logits
         return _sparsemixer(logits if bias is None else logits + bias, config.jitter)
     options = TopK(
         config.per_token,

@@ -12,26 +12,29 @@ __all__ = ["TopK", "topk_routing"]
 
 
 def topk_routing(
-    logits: Float32[Array, "T X"],
+    logits: Float32[Array, "*S T X"],
     correction: Float32[Array, "X"] | None,
     options: TopK,
     *,
     bias: Float32[Array, "X"] | None = None,
     backend: str,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
-    """The experts of each token, best first, and their weights.
+    """The experts of each token, best first, and their weights. Of logits [S, T, X] the sum over S is meant.
 
     `bias` is added to the logits, `correction` to the scores for the choice alone. Among equals the expert of
     the lowest number goes first. Raises ValueError where there are fewer experts than each token is to have.
     """
     check_backend(backend)
-    if not 1 <= options.count <= logits.shape[1] or logits.shape[1] % options.groups:
+    experts = logits.shape[-1]
+    if not 1 <= options.count <= experts or experts % options.groups:
         raise ValueError(
-            f"{options.count} experts a token cannot be chosen among {logits.shape[1]} in {options.groups} "
+            f"{options.count} experts a token cannot be chosen among {experts} in {options.groups} "
             "equal groups"
         )
     if backend == "xla":
+        logits = logits.sum(0) if logits.ndim == 3 else logits
         return xla.topk_routing(logits if bias is None else logits + bias, correction, options)
     from lmdeploy_jax.pallas_kernels.topk_routing import pallas  # CPUs never need it
 
-    return pallas.topk_routing(logits, bias, correction, options, interpret=backend == "pallas_interpret")
+    parts = logits if logits.ndim == 3 else logits[None]
+    return pallas.topk_routing(parts, bias, correction, options, interpret=backend == "pallas_interpret")

@@ -17,7 +17,7 @@ Number = Float32[Array, ""]
 
 
 def topk_routing(
-    logits: Float32[Array, "T X"],
+    logits: Float32[Array, "S T X"],
     bias: Float32[Array, "X"] | None,
     correction: Float32[Array, "X"] | None,
     options: TopK,
@@ -25,7 +25,7 @@ def topk_routing(
     interpret: bool,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
     """See `lmdeploy_jax.pallas_kernels.topk_routing`."""
-    shape = (logits.shape[0], options.count)
+    shape = (logits.shape[1], options.count)
     out = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32)]
     how = Launch("topk_routing", shape[:1], num_warps=1, num_stages=1)
     kernel = functools.partial(_kernel, options=options)
@@ -42,10 +42,12 @@ def _kernel(
     *,
     options: TopK,
 ) -> None:
-    token, count = pl.program_id(0), logits_ref.shape[1]
+    token, (parts, _, count) = pl.program_id(0), logits_ref.shape
     expert = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
     present = expert < count
-    logits = plt.load(logits_ref.at[token, expert], mask=present, other=-jnp.inf)
+    logits = jnp.where(present, 0.0, -jnp.inf)
+    for part in range(parts):
+        logits += plt.load(logits_ref.at[part, token, expert], mask=present, other=0.0)
     if bias_ref is not None:
         logits += plt.load(bias_ref.at[expert], mask=present, other=0.0)
     scores = _scores(logits, options)

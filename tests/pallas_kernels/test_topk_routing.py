@@ -32,9 +32,10 @@ def test_the_kernel_chooses_what_xla_chooses(experts, corrected, biased, options
     logits[3] = 300 * logits[3]  # most weights vanish
     correction = jnp.asarray(rng.normal(size=experts), jnp.float32) if corrected else None
     bias = jnp.asarray(rng.normal(size=experts), jnp.float32) if biased else None
+    halves = jnp.asarray(logits / 2)  # powers of two: their sums are exact
     found, wanted = (
-        topk_routing(jnp.asarray(logits), correction, options, bias=bias, backend=each)
-        for each in (backend, "xla")
+        topk_routing(given, correction, options, bias=bias, backend=each)
+        for given, each in ((jnp.stack([halves, halves]), backend), (2 * halves, "xla"))
     )
     np.testing.assert_array_equal(found[0], wanted[0])
     np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-30)
