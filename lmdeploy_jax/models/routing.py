@@ -40,14 +40,14 @@ class Router(nnx.Module):
         self.expert_scale = param((config.experts,), wide, (None,)) if config.expert_scale else None
 
     def __call__(self, x: Float[Array, "T E"]) -> Routes:
-        logits = self._logits(x)
+        logits = self.logits(x)
         bias, correction = (None if each is None else each[...] for each in (self.bias, self.correction))
         routes = choose(self.config, logits, correction, self.backend, bias=bias)
         if self.expert_scale is None:
             return routes
         return routes._replace(weights=routes.weights * self.expert_scale[...][routes.experts])
 
-    def _logits(self, x: Float[Array, "T E"]) -> Float32[Array, "*S T X"]:
+    def logits(self, x: Float[Array, "T E"]) -> Float32[Array, "*S T X"]:
         """Those of few tokens in parts, which the kernel of the choice adds up."""
         weight = self.weight[...]
         few = self.backend != "xla" and x.shape[0] <= FEW_TOKENS and x.dtype == weight.dtype == jnp.bfloat16

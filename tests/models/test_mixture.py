@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from lmdeploy_jax.bench import checkpoint
 from lmdeploy_jax.converters.load import load_model
 from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, RouterConfig
-from lmdeploy_jax.models.routing import choose
+from lmdeploy_jax.models.routing import Router, choose
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
 from tests.converters.formats.packers import mx
 from tests.models.paged import PagedRunner, named_leaves
@@ -47,6 +47,21 @@ def test_among_equals_the_lowest_goes_first():
     routes = choose(RouterConfig(6, 3, normalise=True, scale=2.0), jnp.zeros((2, 6)), None)
     assert routes.experts.tolist() == [[0, 1, 2]] * 2
     np.testing.assert_allclose(routes.weights, 2 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "shape"), [(3, (15, 3, 8)), (70, (70, 8))])
+def test_logits_of_few_tokens_come_in_parts(tokens, shape):
+    """Of a hidden size that no block of 128 divides."""
+    rng, config = np.random.default_rng(0), RouterConfig(8, 2, normalise=True, bias=True)
+    weight, bias, x = (rng.normal(size=shape) for shape in ((8, 960), (8,), (tokens, 960)))
+    how = {"dtype": jnp.dtype("bfloat16")}
+    kernels, plain = (Router(960, config, backend=name, **how) for name in ("pallas_interpret", "xla"))
+    for router in (kernels, plain):
+        router.weight[...], router.bias[...] = jnp.asarray(weight, "bfloat16"), jnp.asarray(bias, "float32")
+    found, wanted = (router(jnp.asarray(x, "bfloat16")) for router in (kernels, plain))
+    np.testing.assert_array_equal(found.experts, wanted.experts)
+    np.testing.assert_allclose(found.weights, wanted.weights, rtol=1e-4)
+    assert kernels.logits(jnp.asarray(x, "bfloat16")).shape == shape
 
 
 def test_what_a_step_reads_of_experts_grows_with_its_tokens():
