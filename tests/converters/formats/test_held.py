@@ -115,7 +115,7 @@ def read_share(
         cut = slice(rows.start, rows.stop)
         length = leaf.shape[-1 if role == "values" else 0]
         along = slice(share * length // of, (share + 1) * length // of) if length > 1 else slice(0, 1)
-        index = {"values": (cut, along), "row_scales": (cut,)}.get(role, (along, cut))
+        index = {"values": (cut, along), "row_scales": (cut,), "input_scale": ()}.get(role, (along, cut))
         return jnp.asarray(leaf.read(index, dtype_of(held, role)))
 
     return np.asarray(dequantise(held, QuantArrays(*map(piece, QuantArrays._fields)), jnp.float32))
