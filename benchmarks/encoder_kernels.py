@@ -26,10 +26,10 @@ from lmdeploy_jax.pallas_kernels.fused_dense import mosaic as dense_mosaic
 PATCHES, PADDED, HEADS, SIZE, WIDTH, INNER = 1025, 1032, 16, 64, 1024, 4096
 CALLS = 8
 ATTENTION = [mosaic.Tuning(*cut) for cut in (
-    (2, 128, 4, 132, True), (2, 128, 4, 132, False), (3, 128, 4, 132, False), (2, 192, 3, 132, True),
-    (2, 128, 4, 132, False, True), (3, 128, 4, 132, False, True), (3, 64, 8, 132, False, True))]  # fmt: skip
+    (3, 128, 4, 132, False), (2, 128, 4, 132, False, True), (3, 64, 8, 132, False, True), (3, 64, 8),
+    (4, 64, 6), (4, 64, 6, 132, False, True))]  # fmt: skip
 DENSE = [dense_mosaic.Tuning(*cut) for cut in (
-    (256, 128, 4, 66, True), (256, 128, 4, 66, False), (256, 64, 4, 66, True), (128, 128, 8, 66, True),
+    (256, 64, 4, 66, True), (256, 128, 4, 66, True), (256, 64, 4, 66, False), (128, 64, 8, 66, True),
     )]  # fmt: skip
 PRODUCTS = {  # outputs, columns, activation, residual
     "qkv": (3 * WIDTH, WIDTH, None, False),

@@ -35,17 +35,17 @@ class Tuning:
     turns at the tensor cores.
     """
 
-    groups: int = 2
+    groups: int = 3
     keys: int = 128
     num_stages: int = 4
     programs: int = 132
-    ping_pong: bool = True
+    ping_pong: bool = False
     ahead: bool = False
 
     @property
     def registers(self) -> tuple[int, int]:
         """Of the warpgroup that copies and of those that compute."""
-        return (40, 232) if self.groups == 2 else (32, 160)
+        return {2: (40, 232), 3: (32, 160), 4: (24, 120)}[self.groups]
 
 
 def encoder_attention(

@@ -38,7 +38,7 @@ class Tuning:
     """
 
     outputs: int = 256
-    stored: int = 128
+    stored: int = 64
     num_stages: int = 4
     clusters: int = 66
     by_turns: bool = True
