@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -94,10 +95,20 @@ class Dense(Linear):
         """x [T, *inner] -> [T, *out], the residual added to what is activated."""
         if self.bias is not None and self._fuses(x, activation, residual):
             return self._fused(x, self.bias[...], activation, residual)
-        y = dense_product(x, self.weight.dense())
+        y = dense_product(*self._aligned(x))
         y = y if self.bias is None else y + self.bias[...]
         y = y if activation is None else ACTIVATIONS[activation](y)
         return y if residual is None else residual + y
+
+    def _aligned(self, x: Array) -> tuple[Array, Array]:
+        """x and the weight as GPUs multiply them fast: with columns by eights, 588 of a patch's pixels are a
+        quarter of the speed.
+        """
+        weight, columns = self.weight.dense(), prod(x.shape[1:])
+        if self.backend == "xla" or columns % 8 == 0 or self.out_axes > 1:
+            return x, weight
+        pad = partial(jnp.pad, pad_width=((0, 0), (0, -columns % 64)))
+        return pad(x.reshape(-1, columns)), pad(weight.reshape(-1, columns))
 
     def _fuses(self, x: Array, activation: str | None, residual: Array | None) -> bool:
         """Where one kernel does all of it: of few rows, XLA's products leave it behind."""

@@ -136,7 +136,7 @@ class Tower(nnx.Module):
         self.backend = backend
         shape = config.patch_shape
         inner = (*shape[1:], shape[0]) if config.channels_last else shape
-        self.patch = Dense((config.width,), inner, bias=config.patch_bias, dtype=dtype)
+        self.patch = Dense((config.width,), inner, bias=config.patch_bias, dtype=dtype, backend=backend)
         self.class_token = param((1, 1, config.width), dtype, (None,) * 3) if config.class_token else None
         self.positions = _table(config, dtype)
         norm = config.norm_config()
