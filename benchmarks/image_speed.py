@@ -1,6 +1,6 @@
 """How fast images are on an H200: python -m benchmarks.image_speed internvl2-8b --checkpoint_dir /dev/shm
 
-Prints a line a figure, beside what is wanted. Each of `--pieces` is by itself: `tower` (the vision model with
+Prints a line a figure, beside what is wanted. Each of `--pieces` is by itself: `accuracy` and `tower` (the vision model with
 random weights, by numbers of tiles), `packed` (attention in one long row of patches), `cuts` (attention of
 views by blocks, warps and stages), and of one engine with random weights `first` (the first token of an image
 beside its parts measured alone), `requests` (many at once) and `arrivals` (images while texts stream).
@@ -97,11 +97,18 @@ def vision_config(shape: str) -> VisionModelConfig:
     return family.config(raw, none)
 
 
-def vision_model(config: VisionModelConfig, sizes: Sequence[int], backend: str = TOWER) -> Vision:
-    model = nnx.eval_shape(lambda: VisionModel(config, dtype=jnp.dtype(DTYPE), backend=backend))
+def vision_model(
+    config: VisionModelConfig, sizes: Sequence[int], backend: str = TOWER, dtype: str = DTYPE
+) -> Vision:
+    model = nnx.eval_shape(lambda: VisionModel(config, dtype=jnp.dtype(dtype), backend=backend))
     graph, abstract = nnx.split(model)
     keys = iter(range(10**6))
-    draw = lambda leaf: 0.02 * jax.random.normal(jax.random.key(next(keys)), leaf.shape, leaf.dtype)  # noqa: E731
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        """The same numbers for every dtype."""
+        drawn = 0.02 * jax.random.normal(jax.random.key(next(keys)), leaf.shape)
+        return drawn.astype("bfloat16").astype(leaf.dtype)
+
     state = jax.tree.map(draw, abstract)
     run = jax.jit(lambda state, inputs: nnx.merge(graph, state)(inputs))
 
@@ -118,6 +125,15 @@ def views(config: VisionModelConfig, count: int, seed: int = 0) -> list[View]:
     shape = (count, side**2, int(np.prod(config.tower.patch_shape)))
     drawn = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
     return [View(each, (side, side)) for each in drawn]
+
+
+def accuracy(config: VisionModelConfig, backend: str) -> Figures:
+    """What the tower's numbers are off by."""
+    got, want = (
+        vision_model(config, [VIEWS], *how).runs[VIEWS]() for how in ((backend, DTYPE), ("xla", "float32"))
+    )
+    error = jnp.linalg.norm(got.astype("float32") - want) / jnp.linalg.norm(want)
+    yield f"tower, {backend} {DTYPE}, relative error beside float32", f"{float(error):.1e}", ""
 
 
 def tower(config: VisionModelConfig, backend: str) -> Figures:
@@ -299,6 +315,7 @@ def main() -> None:
     use_cache(None)
     config, pieces = vision_config(args.shape), args.pieces.split(",")
     alone = {
+        "accuracy": partial(accuracy, backend=args.tower_backend),
         "tower": partial(tower, backend=args.tower_backend),
         "packed": partial(packed, patches=args.patches),
         "cuts": cuts,
