@@ -1,9 +1,10 @@
 """How fast images are on an H200: python -m benchmarks.image_speed internvl2-8b --checkpoint_dir /dev/shm
 
-Prints a line a figure, beside what is wanted. Each of `--pieces` is by itself: `accuracy` and `tower` (the vision model with
-random weights, by numbers of tiles), `packed` (attention in one long row of patches), `cuts` (attention of
-views by blocks, warps and stages), and of one engine with random weights `first` (the first token of an image
-beside its parts measured alone), `requests` (many at once) and `arrivals` (images while texts stream).
+Prints a line a figure, beside what is wanted. Each of `--pieces` is by itself: `tower` (the vision model with
+random weights, by numbers of tiles), `accuracy` (its numbers beside float32), `packed` (attention in one long
+row of patches), `cuts` (attention of views by blocks, warps and stages), and of one engine with random
+weights `first` (the first token of an image beside its parts measured alone), `requests` (many at once) and
+`arrivals` (images while texts stream).
 """
 
 from __future__ import annotations
