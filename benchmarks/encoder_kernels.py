@@ -22,6 +22,7 @@ from lmdeploy_jax.pallas_kernels.encoder_attention import mosaic, pallas
 from lmdeploy_jax.pallas_kernels.encoder_attention import xla as attention_xla
 from lmdeploy_jax.pallas_kernels.fused_dense import fused_dense, gelu
 from lmdeploy_jax.pallas_kernels.fused_dense import mosaic as dense_mosaic
+from lmdeploy_jax.pallas_kernels.norm.layer_norm import layer_norm
 
 PATCHES, PADDED, HEADS, SIZE, WIDTH, INNER = 1025, 1032, 16, 64, 1024, 4096
 CALLS = 8
@@ -112,16 +113,35 @@ def product(name: str, rows: int) -> Iterator[Candidate]:
         yield Candidate(f"{name}, {rows} rows, {way}", call, arguments, wanted, flops)
 
 
+def norm(rows: int) -> Iterator[Candidate]:
+    keys = iter(range(9))
+    draw = lambda *shape: jax.random.normal(jax.random.key(next(keys)), shape, "bfloat16")  # noqa: E731
+    x, weight, bias = draw(rows, WIDTH), draw(WIDTH), draw(WIDTH)
+
+    def plain(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-6)
+        return (normed * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+    wanted = plain(*(part.astype("float32") for part in (x, weight, bias)))
+    yield Candidate(f"norm, {rows} rows, XLA", plain, (x, weight, bias), wanted, 0.0)
+    for cut in ((1, 4), (2, 4), (4, 4), (4, 8), (8, 8), (1, 2)):
+        call = partial(layer_norm, eps=1e-6, rows=cut[0], num_warps=cut[1])
+        yield Candidate(f"norm, {rows} rows, {cut}", call, (x, weight, bias), wanted, 0.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiles", default="13,1")
-    parser.add_argument("--pieces", default="attention,fc1,fc2,qkv,out")
+    parser.add_argument("--pieces", default="attention,norm,fc1,fc2,qkv,out")
     args = parser.parse_args()
     use_cache(None)
     for tiles in map(int, args.tiles.split(",")):
         for piece in args.pieces.split(","):
-            made = attention(tiles) if piece == "attention" else product(piece, tiles * PADDED)
-            for candidate in made:
+            rows = tiles * PADDED
+            made = {"attention": partial(attention, tiles), "norm": partial(norm, rows)}
+            for candidate in made.get(piece, partial(product, piece, rows))():
                 print(candidate.line(), flush=True)
 
 
