@@ -22,22 +22,11 @@ from lmdeploy_jax.pallas_kernels.encoder_attention import mosaic, pallas
 from lmdeploy_jax.pallas_kernels.encoder_attention import xla as attention_xla
 from lmdeploy_jax.pallas_kernels.fused_dense import fused_dense, gelu
 from lmdeploy_jax.pallas_kernels.fused_dense import mosaic as dense_mosaic
-from lmdeploy_jax.pallas_kernels.norm.layer_norm import layer_norm
 
 PATCHES, PADDED, HEADS, SIZE, WIDTH, INNER = 1025, 1032, 16, 64, 1024, 4096
 CALLS = 8
-ATTENTION = [mosaic.Tuning(*cut) for cut in (
-    (3, 128, 4, 132, False), (2, 128, 4, 132, False, True), (3, 64, 8, 132, False, True), (3, 64, 8),
-    (4, 64, 6), (4, 64, 6, 132, False, True))]  # fmt: skip
-DENSE = [dense_mosaic.Tuning(*cut) for cut in (
-    (256, 64, 4, 66, True), (256, 128, 4, 66, True), (256, 64, 4, 66, False), (128, 64, 8, 66, True),
-    )]  # fmt: skip
-PRODUCTS = {  # outputs, columns, activation, residual
-    "qkv": (3 * WIDTH, WIDTH, None, False),
-    "out": (WIDTH, WIDTH, None, True),
-    "fc1": (INNER, WIDTH, gelu, False),
-    "fc2": (WIDTH, INNER, None, True),
-}
+ATTENTION = [mosaic.Tuning(*cut) for cut in ((3, 128, 4), (2, 128, 4), (3, 64, 8), (4, 64, 6))]
+DENSE = [dense_mosaic.Tuning(*cut) for cut in ((256, 64, 4), (256, 128, 4), (128, 64, 8))]
 
 
 @dataclass(frozen=True)
@@ -78,70 +67,42 @@ def attention(tiles: int) -> Iterator[Candidate]:
     yield Candidate(name + "Triton", call, (real,), wanted, flops)
     for cut in ATTENTION:
         call = partial(mosaic.encoder_attention, count=PATCHES, tuning=cut)
-        how = "by turns" if cut.ping_pong else "ahead" if cut.ahead else ""
-        short = f"{cut.groups} x 64, {cut.keys} keys, {cut.num_stages} stages {how}"
+        short = f"{cut.groups} x 64, {cut.keys} keys, {cut.num_stages} stages"
         yield Candidate(name + short, call, (qkv,), wanted, flops)
 
 
-def product(name: str, rows: int) -> Iterator[Candidate]:
-    outputs, columns, activation, adds = PRODUCTS[name]
+def fc1(rows: int) -> Iterator[Candidate]:
+    """A product with its bias and GELU."""
     keys = iter(range(9))
     draw = lambda *shape: jax.random.normal(jax.random.key(next(keys)), shape, "bfloat16")  # noqa: E731
-    x, weight, bias = draw(rows, columns), draw(outputs, columns) / columns**0.5, draw(outputs)
-    residual = draw(rows, outputs) if adds else None
-    exact = None if activation is None else partial(jax.nn.gelu, approximate=False)
-    arguments = (x, weight, bias, residual)
+    arguments = draw(rows, WIDTH), draw(INNER, WIDTH) / WIDTH**0.5, draw(INNER)
 
-    def apart(x: Any, weight: Any, bias: Any, residual: Any, activation: Any) -> Any:
-        """As the tower's layers do it."""
+    def apart(x: Any, weight: Any, bias: Any, activation: Any) -> Any:
         y = jnp.einsum("tk,nk->tn", x, weight) + bias
-        y = y if activation is None else activation(y.astype(jnp.float32)).astype(y.dtype)
-        return y if residual is None else residual + y
+        return activation(y.astype(jnp.float32)).astype(y.dtype)
 
-    wide = [None if part is None else part.astype("float32") for part in arguments]
+    exact = partial(jax.nn.gelu, approximate=False)
     with jax.default_matmul_precision("float32"):
+        wide = [part.astype("float32") for part in arguments]
         wanted = jax.jit(partial(fused_dense, activation=exact, backend="xla"))(*wide)
-    flops = 2.0 * rows * outputs * columns
-    ways: list[tuple[str, Callable[..., Any]]] = [("XLA", partial(apart, activation=activation))]
-    if activation is not None:
-        erf = lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))  # noqa: E731
-        ways.append(("XLA, erf", partial(apart, activation=erf)))
+    erf = lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))  # noqa: E731
+    ways = [("XLA", partial(apart, activation=gelu)), ("XLA, erf", partial(apart, activation=erf))]
     for cut in DENSE:
-        short = f"{cut.outputs} by {cut.stored}, {cut.num_stages} stages, by turns {cut.by_turns}"
-        ways.append((short, partial(dense_mosaic.fused_dense, activation=activation, tuning=cut)))
+        short = f"{cut.outputs} by {cut.stored}, {cut.num_stages} stages"
+        ways.append((short, partial(dense_mosaic.fused_dense, activation=gelu, tuning=cut)))
     for way, call in ways:
-        yield Candidate(f"{name}, {rows} rows, {way}", call, arguments, wanted, flops)
-
-
-def norm(rows: int) -> Iterator[Candidate]:
-    keys = iter(range(9))
-    draw = lambda *shape: jax.random.normal(jax.random.key(next(keys)), shape, "bfloat16")  # noqa: E731
-    x, weight, bias = draw(rows, WIDTH), draw(WIDTH), draw(WIDTH)
-
-    def plain(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-6)
-        return (normed * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
-
-    wanted = plain(*(part.astype("float32") for part in (x, weight, bias)))
-    yield Candidate(f"norm, {rows} rows, XLA", plain, (x, weight, bias), wanted, 0.0)
-    for cut in ((1, 4), (2, 4), (4, 4), (4, 8), (8, 8), (1, 2)):
-        call = partial(layer_norm, eps=1e-6, rows=cut[0], num_warps=cut[1])
-        yield Candidate(f"norm, {rows} rows, {cut}", call, (x, weight, bias), wanted, 0.0)
+        yield Candidate(f"fc1, {rows} rows, {way}", call, arguments, wanted, 2.0 * rows * INNER * WIDTH)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiles", default="13,1")
-    parser.add_argument("--pieces", default="attention,norm,fc1,fc2,qkv,out")
+    parser.add_argument("--pieces", default="attention,fc1")
     args = parser.parse_args()
     use_cache(None)
     for tiles in map(int, args.tiles.split(",")):
         for piece in args.pieces.split(","):
-            rows = tiles * PADDED
-            made = {"attention": partial(attention, tiles), "norm": partial(norm, rows)}
-            for candidate in made.get(piece, partial(product, piece, rows))():
+            for candidate in attention(tiles) if piece == "attention" else fc1(tiles * PADDED):
                 print(candidate.line(), flush=True)
 
 

@@ -35,8 +35,7 @@ def _gelu(x: Array) -> Array:
 
 SQRT_HALF = 0.5**0.5
 ACTIVATIONS = {**DECODER_ACTIVATIONS, "gelu": _gelu, "quick_gelu": _quick_gelu}
-FUSED = {None: None, "gelu": gelu}  # activations that a product's kernel has
-FUSED_ROWS = 1024  # of which on it was measured faster
+FUSED = {"gelu": gelu}  # activations that a product's kernel has, in bfloat16
 
 
 class LayerNorm(nnx.Module):
@@ -91,14 +90,16 @@ class Dense(Linear):
         super().__init__(out, inner, (None,) * (len(out) + len(inner)), bias=bias, dtype=dtype)
         self.backend = backend
 
-    def __call__(self, x: Array, *, activation: str | None = None, residual: Array | None = None) -> Array:
-        """x [T, *inner] -> [T, *out], the residual added to what is activated."""
-        if self.bias is not None and self._fuses(x, activation, residual):
-            return self._fused(x, self.bias[...], activation, residual)
+    def __call__(self, x: Array, *, activation: str | None = None) -> Array:
+        """x [T, *inner] -> [T, *out]."""
+        if self.bias is not None and activation in FUSED and self._fuses(x):
+            rows, weight = x.reshape(len(x), -1), self.weight.dense()
+            return fused_dense(
+                rows, weight, self.bias[...], activation=FUSED[activation], backend=self.backend
+            )
         y = dense_product(*self._aligned(x))
         y = y if self.bias is None else y + self.bias[...]
-        y = y if activation is None else ACTIVATIONS[activation](y)
-        return y if residual is None else residual + y
+        return y if activation is None else ACTIVATIONS[activation](y)
 
     def _aligned(self, x: Array) -> tuple[Array, Array]:
         """x and the weight as GPUs multiply them fast: with columns by eights, 588 of a patch's pixels are a
@@ -110,21 +111,11 @@ class Dense(Linear):
         pad = partial(jnp.pad, pad_width=((0, 0), (0, -columns % 64)))
         return pad(x.reshape(-1, columns)), pad(weight.reshape(-1, columns))
 
-    def _fuses(self, x: Array, activation: str | None, residual: Array | None) -> bool:
-        """Where one kernel does all of it: of few rows, XLA's products leave it behind."""
-        if self.backend != "mosaic" or activation not in FUSED or x.shape[0] < FUSED_ROWS:
-            return False
-        if activation is None:
-            return False
-        weight = self.weight.dense()
-        columns = prod(x.shape[1:])
-        return why_not_mosaic(x.shape[0], (weight.size // columns, columns), x.dtype) is None
-
-    def _fused(self, x: Array, bias: Array, activation: str | None, residual: Array | None) -> Array:
-        rows = x.reshape(x.shape[0], -1)
-        weight = self.weight.dense().reshape(-1, rows.shape[1])
-        how: dict[str, Any] = {"activation": FUSED[activation], "backend": self.backend}
-        return fused_dense(rows, weight, bias.reshape(-1), residual, **how).reshape(-1, *bias.shape)
+    def _fuses(self, x: Array) -> bool:
+        """Whether one kernel does all of it."""
+        shape, columns = self.weight.shape, prod(x.shape[1:])
+        flat = len(shape) == 2 and x.dtype == jnp.bfloat16 and self.backend == "mosaic"
+        return flat and why_not_mosaic(len(x), (shape[0], columns), x.dtype) is None
 
 
 class ClippedDense(Dense):
@@ -137,14 +128,13 @@ class ClippedDense(Dense):
         self.parts = out[0] if len(out) > 1 else 1
         self.bounds = param((self.parts, 4), jnp.dtype("float32"), (None, None))
 
-    def __call__(self, x: Array, *, activation: str | None = None, residual: Array | None = None) -> Array:
+    def __call__(self, x: Array, *, activation: str | None = None) -> Array:
         """x [T, *inner] -> [T, *out]."""
         weight = self.weight.dense()
         weights = weight if self.parts > 1 else weight[None]
         done = [self._clipped(x, weights[part], self.bounds[part]) for part in range(self.parts)]
         y = jnp.stack(done, axis=1) if self.parts > 1 else done[0]
-        y = y if activation is None else ACTIVATIONS[activation](y)
-        return y if residual is None else residual + y
+        return y if activation is None else ACTIVATIONS[activation](y)
 
     @staticmethod
     def _clipped(x: Array, weight: Array, bounds: Array) -> Array:
@@ -165,9 +155,9 @@ class MLP(nnx.Module):
         self.up = Dense((inner,), (width,), **how)
         self.down = Dense((width,), (inner,), **how)
 
-    def __call__(self, x: Array, residual: Array | None = None) -> Array:
-        """x [T, width] -> the same, added to the residual."""
-        return self.down(self.up(x, activation=self.activation), residual=residual)
+    def __call__(self, x: Array) -> Array:
+        """x [T, width] -> the same."""
+        return self.down(self.up(x, activation=self.activation))
 
 
 class GatedMLP(nnx.Module):
@@ -187,7 +177,7 @@ class GatedMLP(nnx.Module):
         self.gate_up = product(clipped)((2, inner), (width,), **how)
         self.down = product(clipped)((out,), (inner,), **how)
 
-    def __call__(self, x: Array, residual: Array | None = None) -> Array:
-        """x [T, width] -> [T, out], added to the residual."""
+    def __call__(self, x: Array) -> Array:
+        """x [T, width] -> [T, out]."""
         gate_up = self.gate_up(x)
-        return self.down(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1], residual=residual)
+        return self.down(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1])

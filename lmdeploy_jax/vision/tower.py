@@ -54,17 +54,15 @@ class TowerAttention(nnx.Module):
         self.k_norm = make_norm(norm, dtype=dtype) if normed else None
         self.v_norm = PlainRMSNorm(config.norm_eps) if config.head_norms else None
 
-    def __call__(self, x: Array, place: Places, residual: Array | None = None) -> Array:
-        """x [B, N, E] -> the same, added to the residual."""
+    def __call__(self, x: Array, place: Places) -> Array:
+        """x [B, N, E] -> the same."""
         batch, count, width = x.shape
         qkv = self.qkv(x.reshape(batch * count, width))
         qkv = qkv.reshape(batch, count, *qkv.shape[1:])
         if self.q_norm is not None or place.turn is not None:
             qkv = self._prepared(qkv, place.turn)
         attended = encoder_attention(qkv, place.segments, count=place.count, backend=self.backend)
-        flat = attended.reshape(batch * count, *attended.shape[2:])
-        added = None if residual is None else _flat(residual)
-        return self.out(flat, residual=added).reshape(x.shape)
+        return self.out(attended.reshape(batch * count, *attended.shape[2:])).reshape(x.shape)
 
     def _prepared(self, qkv: Array, turn: Rotation | None) -> Array:
         """Normalised and turned."""
@@ -99,22 +97,9 @@ class TowerLayer(nnx.Module):
 
     def __call__(self, x: Array, place: Places) -> Array:
         """x [B, N, E] -> the same."""
-        x = self._attended(x, self.attention_norm(x), place)
-        flat, norm = _flat(x), self.mlp_post_norm
-        normed = self.mlp_norm(flat)
-        out = self.mlp(normed, residual=flat) if norm is None else flat + norm(self.mlp(normed))
-        return out.reshape(x.shape)
-
-    def _attended(self, x: Array, normed: Array, place: Places) -> Array:
-        norm = self.attention_post_norm
-        if norm is None:
-            return self.attention(normed, place, residual=x)
-        return x + norm(self.attention(normed, place))
-
-
-def _flat(x: Array) -> Array:
-    """[B, N, E] -> [B N, E]."""
-    return x.reshape(-1, x.shape[-1])
+        x = x + _applied(self.attention_post_norm, self.attention(self.attention_norm(x), place))
+        out = _applied(self.mlp_post_norm, self.mlp(self.mlp_norm(x).reshape(-1, x.shape[-1])))
+        return x + out.reshape(x.shape)
 
 
 def _mlp(config: TowerConfig, dtype: jnp.dtype, backend: str) -> nnx.Module:

@@ -1,4 +1,4 @@
-"""Products of many rows with what follows them: bias, activation, residual."""
+"""Products of many rows with their bias and activation."""
 
 from __future__ import annotations
 
@@ -29,22 +29,21 @@ def fused_dense(
     x: Float[Array, "T K"],
     weight: Float[Array, "N K"],
     bias: Float[Array, "N"],
-    residual: Float[Array, "T N"] | None = None,
     *,
-    activation: Activation | None = None,
+    activation: Activation,
     backend: str,
 ) -> Float[Array, "T N"]:
-    """`activation(x @ weight^T + bias) + residual`, all in f32 and rounded once, to x's dtype.
+    """`activation(x @ weight^T + bias)`, all in f32 and rounded once, to x's dtype.
 
     Backend "mosaic" is for Hopper, see `why_not_mosaic`. Raises ValueError for what it cannot do and for an
     unknown backend.
     """
     check_backend(backend, "mosaic")
     if backend != "mosaic":
-        return xla.fused_dense(x, weight, bias, residual, activation)
+        return xla.fused_dense(x, weight, bias, activation)
     reason = why_not_mosaic(x.shape[0], (weight.shape[0], weight.shape[1]), x.dtype)
     if reason is not None:
         raise ValueError(f"backend 'mosaic' cannot do this product: {reason}; take 'xla'")
     from lmdeploy_jax.pallas_kernels.fused_dense import mosaic  # CPUs never need it
 
-    return mosaic.fused_dense(x, weight, bias, residual, activation)
+    return mosaic.fused_dense(x, weight, bias, activation)

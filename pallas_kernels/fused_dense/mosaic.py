@@ -3,7 +3,8 @@
 Programs are as many as pairs of cores: a cluster of two has a tile of outputs for two runs of rows, and both
 read each half of its weights, which TMA hands to both. In a core one warpgroup copies blocks of columns ahead
 of two that multiply and take tiles by turns: while one adds the bias, applies the activation and stores, the
-other has the tensor cores to itself.
+other has the tensor cores to itself. That it skips the other's stages is seen by no barrier: each is used an
+even number of times a tile.
 """
 
 from __future__ import annotations
@@ -33,35 +34,24 @@ Scratch = Any  # shared memory with a layout of its own, or barriers: Pallas has
 
 @dataclass(frozen=True)
 class Tuning:
-    """Outputs of a tile and of what is stored at a time; blocks in flight; clusters; whether warpgroups take
-    tiles by turns, or each half of the rows of the same one; tiles of outputs that neighbours share rows for.
-    """
+    """Outputs of a tile and of what is stored at a time; blocks in flight; clusters."""
 
     outputs: int = 256
     stored: int = 64
     num_stages: int = 4
     clusters: int = 66
-    by_turns: bool = True
-
-    @property
-    def rows(self) -> int:
-        """Of a cluster's tile."""
-        return CLUSTER * (ROWS if self.by_turns else COMPUTE * ROWS)
 
 
 def fused_dense(
     x: Float[Array, "T K"],
     weight: Float[Array, "N K"],
     bias: Float[Array, "N"],
-    residual: Float[Array, "T N"] | None,
-    activation: Activation | None,
+    activation: Activation,
     tuning: Tuning = Tuning(),
 ) -> Float[Array, "T N"]:
     """See `lmdeploy_jax.pallas_kernels.fused_dense`."""
     work = _Work(x.shape[0], weight.shape[0], x.shape[1] // BLOCK_IN, tuning)
     stages, wide = tuning.num_stages, tuning.outputs
-    readers = 1 if tuning.by_turns else COMPUTE
-    rows = ROWS * readers
     body = functools.partial(_kernel, work=work, activation=activation)
     body.__name__ = "fused_dense"  # type: ignore[attr-defined]  # what profiles call it
     kernel = plgpu.kernel(
@@ -74,19 +64,18 @@ def fused_dense(
         num_threads=COMPUTE + 1,
         thread_name="group",
         scratch_types=[
-            plgpu.SMEM((stages, rows, BLOCK_IN), x.dtype, transforms=SWIZZLED),
+            plgpu.SMEM((stages, ROWS, BLOCK_IN), x.dtype, transforms=SWIZZLED),
             plgpu.SMEM((stages, wide, BLOCK_IN), x.dtype, transforms=SWIZZLED),
             plgpu.SMEM((COMPUTE, ROWS, tuning.stored), x.dtype, transforms=SWIZZLED),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.ClusterBarrier(collective_axes=("half",), num_arrivals=readers, num_barriers=stages),
-            plgpu.Barrier(num_barriers=COMPUTE),
+            plgpu.ClusterBarrier(collective_axes=("half",), num_barriers=stages),
             plgpu.Barrier(num_barriers=COMPUTE),
         ],
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
-    return kernel(x, weight, bias, residual)
+    return kernel(x, weight, bias)
 
 
 def _load(ref: Any) -> jax.Array:
@@ -112,13 +101,12 @@ class _Work:
     def place(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The first row and output of this core's tile number `index`."""
         tile = lax.axis_index("program") + index * self.tuning.clusters
-        first = lax.div(tile, self.across) * self.tuning.rows
-        first += lax.axis_index("half") * (self.tuning.rows // CLUSTER)
-        return first, lax.rem(tile, self.across) * self.tuning.outputs
+        pair = lax.div(tile, self.across) * CLUSTER + lax.axis_index("half")
+        return pair * ROWS, lax.rem(tile, self.across) * self.tuning.outputs
 
     def mine(self) -> jax.Array:
         """How many tiles this cluster has."""
-        tiles, clusters = pl.cdiv(self.rows, self.tuning.rows) * self.across, self.tuning.clusters
+        tiles, clusters = pl.cdiv(self.rows, CLUSTER * ROWS) * self.across, self.tuning.clusters
         return lax.div(tiles - lax.axis_index("program") + clusters - 1, clusters)
 
 
@@ -126,7 +114,6 @@ def _kernel(
     x_ref: jax.Ref,
     weight_ref: jax.Ref,
     bias_ref: jax.Ref,
-    residual_ref: jax.Ref | None,
     out_ref: jax.Ref,
     x_smem: Scratch,
     weight_smem: Scratch,
@@ -134,10 +121,9 @@ def _kernel(
     full: Scratch,
     empty: Scratch,
     turn: Scratch,
-    added: Scratch,
     *,
     work: _Work,
-    activation: Activation | None,
+    activation: Activation,
 ) -> None:
     group, tuning, steps = lax.axis_index("group"), work.tuning, work.steps
     stages = tuning.num_stages
@@ -172,55 +158,37 @@ def _kernel(
     @pl.when(group < COMPUTE)
     def _multiply() -> None:
         plgpu.set_max_registers(232, action="increase")
-        mine = pl.ds(0, ROWS) if tuning.by_turns else pl.ds(group * ROWS, ROWS)
 
         def multiply(index: jax.Array) -> jax.Array:
             def scope(acc: Scratch) -> jax.Array:
                 def step(number: jax.Array, _: None) -> None:
                     stage = lax.rem(number, stages)
                     plgpu.barrier_wait(full.at[stage])
-                    plgpu.wgmma(acc, x_smem.at[stage, mine], weight_smem.at[stage].T)
+                    plgpu.wgmma(acc, x_smem.at[stage], weight_smem.at[stage].T)
                     plgpu.wgmma_wait(1)  # the step before has been read, this one is under way
                     before = lax.rem(number + stages - 1, stages)
                     pl.when(number > index * steps)(lambda: plgpu.barrier_arrive(empty.at[before]))
 
                 lax.fori_loop(index * steps, (index + 1) * steps, step, None)
-                if tuning.by_turns:
-                    plgpu.barrier_arrive(turn.at[1 - group])
+                plgpu.barrier_arrive(turn.at[1 - group])
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(empty.at[lax.rem((index + 1) * steps - 1, stages)])
                 return acc[...]
 
             return pl.run_scoped(scope, plgpu.ACC((ROWS, tuning.outputs), jnp.float32))
 
-        def tile(index: jax.Array) -> None:
-            total = multiply(index)
-            row, output = work.place(index)
-            row = row if tuning.by_turns else row + group * ROWS
-            for first in range(0, tuning.outputs, tuning.stored):
-                place = pl.ds(row, ROWS), pl.ds(output + first, tuning.stored)
-                value = total[:, first : first + tuning.stored]
-                bias = _load(bias_ref.at[place[1]])
-                value += lax.broadcast_in_dim(bias.astype(jnp.float32), value.shape, [1])
-                if activation is not None:
-                    value = activation(value)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                staged = out_smem.at[group]
-                if residual_ref is not None:
-                    plgpu.copy_gmem_to_smem(residual_ref.at[place], staged, added.at[group])
-                    plgpu.barrier_wait(added.at[group])
-                    value += staged[...].astype(jnp.float32)
-                staged[...] = value.astype(out_ref.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staged, out_ref.at[place])
-
-        def by_turns(number: jax.Array, _: None) -> None:
+        def tile(number: jax.Array, _: None) -> None:
             index = COMPUTE * number + group
             pl.when(index > 0)(lambda: plgpu.barrier_wait(turn.at[group]))
-            tile(index)
+            total, (row, output) = multiply(index), work.place(index)
+            for first in range(0, tuning.outputs, tuning.stored):
+                place = pl.ds(row, ROWS), pl.ds(output + first, tuning.stored)
+                value, bias = total[:, first : first + tuning.stored], _load(bias_ref.at[place[1]])
+                value += lax.broadcast_in_dim(bias.astype(jnp.float32), value.shape, [1])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out_smem.at[group][...] = activation(value).astype(out_ref.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[place])
 
-        if tuning.by_turns:
-            lax.fori_loop(0, lax.div(work.mine() + COMPUTE - 1 - group, COMPUTE), by_turns, None)
-        else:
-            lax.fori_loop(0, work.mine(), lambda index, _: tile(index), None)
+        lax.fori_loop(0, lax.div(work.mine() + COMPUTE - 1 - group, COMPUTE), tile, None)
         plgpu.wait_smem_to_gmem(0)

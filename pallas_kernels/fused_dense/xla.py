@@ -15,14 +15,11 @@ def fused_dense(
     x: Float[Array, "T K"],
     weight: Float[Array, "N K"],
     bias: Float[Array, "N"],
-    residual: Float[Array, "T N"] | None,
-    activation: Activation | None,
+    activation: Activation,
 ) -> Float[Array, "T N"]:
     """See `lmdeploy_jax.pallas_kernels.fused_dense`."""
     y = jnp.einsum("tk,nk->tn", x, weight, preferred_element_type=jnp.float32) + bias.astype(jnp.float32)
-    y = y if activation is None else activation(y)
-    y = y if residual is None else y + residual.astype(jnp.float32)
-    return y.astype(x.dtype)
+    return activation(y).astype(x.dtype)
 
 
 def gelu(x: Array) -> Array:
