@@ -1,4 +1,4 @@
-"""tiny-moe as it is shipped: as good as its card says, with all of its experts, and with quantised ones."""
+"""tiny-moe as it is shipped: right answers of all its experts, as many as its card says, quantised too."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmdeploy_jax import GenerationConfig, Pipeline, pipeline
+from lmdeploy_jax import GenerationConfig, pipeline
 from lmdeploy_jax.assets import TINY_CHAT, TINY_MOE
 from lmdeploy_jax.bench.accuracy import accuracy
 from lmdeploy_jax.lite.awq import Awq
 from lmdeploy_jax.lite.quantise import Job
 from tests.engine.harness import config
 
-COUNT = 2  # examples a task; the card's figures are of 50
-MARGIN = 0.06
-ASKED = [
-    "What is 12 + 30?",
-    "Spell candle.",
-    "What is the capital of France?",
-    "count 8 to 17",
-    "Who are you?",
-]
+COUNT = 4  # examples a task; the card's figures are of 50
+MARGIN = 0.04
+ASKED = {
+    "What is 12 + 30?": "42",
+    "Spell candle.": "c-a-n-d-l-e",
+    "count 8 to 17": "8, 9, 10, 11, 12, 13, 14, 15, 16, 17",
+}
 
 
 def stated() -> float:
@@ -34,43 +32,38 @@ def stated() -> float:
     return float(found[1]) / 100
 
 
-def judged(pipe: Pipeline) -> None:
-    shares = accuracy(pipe, COUNT)
-    assert sum(shares.values()) / len(shares) > stated() - MARGIN, json.dumps(shares)
-
-
 @pytest.fixture(scope="module")
 def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("xla")
 
 
-def test_it_answers_as_its_card_says_and_every_expert_works(compile_cache: Path) -> None:
-    few = {"max_batch_size": 1, "max_prefill_token_num": 64}  # programs to compile
+def test_its_answers_are_right_and_every_expert_works(compile_cache: Path) -> None:
+    few = {"max_batch_size": 4, "max_prefill_token_num": 64}  # programs to compile
     settings = config(compile_cache, enable_return_routed_experts=True, **few)
     with pipeline("tiny-moe", settings, progress=False) as pipe:
-        judged(pipe)
-        found = pipe.infer(ASKED, GenerationConfig(max_new_tokens=40, return_routed_experts=True))
-        assert found[0].text == "42"
+        found = pipe.infer(list(ASKED), GenerationConfig(max_new_tokens=40, return_routed_experts=True))
+    assert [answer.text for answer in found] == list(ASKED.values())
     routes = np.concatenate([np.asarray(answer.routed_experts) for answer in found])
     assert routes.shape[1:] == (4, 2)
     assert (routes[..., 0] != routes[..., 1]).all()
     shares = np.stack(
         [np.bincount(layer.ravel(), minlength=8) / layer.size for layer in routes.swapaxes(0, 1)]
     )
-    assert shares.min() > 0.02  # an even share is 0.125
-    assert shares.max() < 0.4
+    assert shares.min() > 0.01  # an even share is 0.125
+    assert shares.max() < 0.45
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_experts_keep_the_answers(bits: int, compile_cache: Path, tmp_path: Path) -> None:
-    """FP8 made as the checkpoint is read; 4 bits, rounded to the nearest in groups of 64."""
-    model, changes = TINY_MOE, {"model_format": "fp8"}
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_it_is_as_good_as_its_card_says(bits: int, compile_cache: Path, tmp_path: Path) -> None:
+    """With experts in FP8, made as the checkpoint is read, and of 4 bits, in groups of 64, too."""
+    model, changes = TINY_MOE, {"model_format": "fp8"} if bits == 8 else {}
     if bits == 4:
-        model, changes = tmp_path / "awq", {}
+        model = tmp_path / "awq"
         Job("tiny-moe", TINY_MOE, model, Awq(64), None).run()
     with pipeline(model, config(compile_cache, **changes), progress=False) as pipe:
-        judged(pipe)
+        shares = accuracy(pipe, COUNT)
+    assert sum(shares.values()) / len(shares) > stated() - MARGIN, json.dumps(shares)
 
 
 def test_it_shares_the_tokens_of_tiny_chat() -> None:
