@@ -21,18 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmdeploy_jax.bench import shapes
-from lmdeploy_jax.bench.device_time import device_seconds
+from lmdeploy_jax.bench.device_time import Case, device_seconds
 from lmdeploy_jax.bench.kernels import DECODE, PREFILL, Attention
-from lmdeploy_jax.cache.pages import pages_for
+from lmdeploy_jax.cache.pages import PAGE_SIZE, pages_for
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.models.config import AttentionConfig
+from lmdeploy_jax.models.rope import rotation
 from lmdeploy_jax.pallas_kernels.kv_formats import KV_FORMATS
 from lmdeploy_jax.pallas_kernels.paged_attention import pallas
 from lmdeploy_jax.pallas_kernels.paged_attention.pallas import Tuning
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, prefill_attention, tile_rows
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages, dequantised
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork, rope_kv_write
 
 MOST_ERROR = 5e-3  # of bfloat16, as a share of the whole
-CUTS = [Tuning(*cut) for cut in itertools.product((128, 256, 512, 1024), (2, 4), (3, 5))]
+CUTS = [Tuning(*cut) for cut in itertools.product((128, 256, 512), (2, 4), (3, 5))]
 FORMATS = {"bf16": None} | {form.name: form for form in KV_FORMATS.values()}
 
 
@@ -49,20 +52,41 @@ def cut_as(tuning: Tuning) -> Callable[..., Any]:
     return attend
 
 
-def check(name: str, config: AttentionConfig, backend: str, lengths: Sequence[int]) -> bool:
-    """Whether decode and prefill attention give what they give through XLA, over the same cache."""
+def check(name: str, config: AttentionConfig, backend: str, lengths: Sequence[int], *, prompts: bool) -> bool:
+    """Whether what is written, and decode and prefill attention, are what they are through XLA."""
     found: dict[str, list[jax.Array]] = {}
     for each in (backend, "xla"):
         bench = Attention(config, each)
-        case = bench.decode_case(lengths)
+        case, write = bench.decode_case(lengths), write_case(bench, 70)
         *cache, _, out = jax.jit(case.function)(*case.state, *case.arguments[0])
+        *written, q = jax.jit(write.function)(*write.state, *write.arguments[0])
         ways = (each, "mosaic") if each == "pallas" else (each,)
-        found[each] = [out, *(_prefilled(config, cache, way) for way in ways)]
-    decode, prefill = found["xla"]
-    names = ("decode", "prefill", "prefill through Mosaic")
-    wanted = zip(names, found[backend], (decode, prefill, prefill), strict=False)
+        rows = [_plain(pages)[1:3] for pages in written]
+        found[each] = [out, q, *rows, *(_prefilled(config, cache, way) for way in ways if prompts)]
+    names = ("decode", "queries", "keys", "values", "prefill", "prefill through Mosaic")
+    wanted = zip(names, found[backend], [*found["xla"], found["xla"][-1]], strict=False)
     right = [_is_right(f"{op} over {name}", got, want) for op, got, want in wanted]
     return all(right)
+
+
+def write_case(bench: Attention, tokens: int) -> Case:
+    """What precedes the attention of a prompt."""
+    config, positions = bench.config, jnp.arange(tokens, dtype=jnp.int32)
+    turn = (None, None) if config.rope is None else rotation(config.rope, positions, positions + 1)
+    work, slots = HeadWork(cos=turn[0], sin=turn[1]), PAGE_SIZE + positions
+    heads = (config.kv_heads, config.group + 2, config.head_dim)
+
+    def write(k_pages: Any, v_pages: Any, qkv: jax.Array) -> Any:
+        how = {"dtype": jnp.bfloat16, "backend": bench.backend}
+        q, *written = rope_kv_write(qkv, k_pages, v_pages, slots, work, **how)
+        return *written, q
+
+    drawn = [jax.random.normal(jax.random.key(i), (tokens, *heads), jnp.bfloat16) for i in range(2)]
+    return Case(write, [(qkv,) for qkv in drawn], [*bench.cache])
+
+
+def _plain(pages: Any) -> jax.Array:
+    return dequantised(pages) if isinstance(pages, QuantPages) else pages
 
 
 def _is_right(name: str, *arrays: jax.Array) -> bool:
@@ -109,7 +133,7 @@ def _cuts(config: AttentionConfig, lengths: Sequence[int]) -> list[Tuning]:
     return list(splits.values())
 
 
-def prefill_times(configs: dict[str, AttentionConfig]) -> Iterator[str]:
+def prefill_times(configs: dict[str, AttentionConfig], _: Sequence[str]) -> Iterator[str]:
     """The same of prompts."""
     for name, lengths in PREFILL.items():
         base = None
@@ -118,6 +142,19 @@ def prefill_times(configs: dict[str, AttentionConfig]) -> Iterator[str]:
             base = base or seconds
             work = sum(2 * n * (n + 1) for n in lengths) * config.heads * config.head_dim
             yield f"{f'prefill {name}, {form}, {backend}':75} {_rate(seconds, work, base)}"
+
+
+def write_times(configs: dict[str, AttentionConfig], _: Sequence[str]) -> Iterator[str]:
+    """And of what comes before it."""
+    base, tokens = None, 8192
+    for form, config in configs.items():
+        (seconds,) = device_seconds([write_case(Attention(config, "pallas"), tokens)])
+        base = base or seconds
+        size = tokens * config.kv_heads * (2 * config.group + 4) * config.head_dim * 2
+        yield f"{f'write {tokens}, {form}':75} {_rate(seconds, size, base)}"
+
+
+TIMES = {"write": write_times, "prefill": prefill_times, "decode": decode_times}
 
 
 def _rate(seconds: float | None, work: float, base: float | None) -> str:
@@ -131,7 +168,7 @@ def main() -> None:
     parser.add_argument("model", help=f"a shape: {', '.join(shapes.names())}")
     parser.add_argument("--cases", default="8 x 8000,64 x 8000,256 x 640")
     parser.add_argument("--formats", default="bf16,int8,fp8_e4m3,int4", help=", ".join(FORMATS))
-    parser.add_argument("--prefill", action="store_true", help="prompts alone are timed")
+    parser.add_argument("--times", default=",".join(TIMES), help="what is timed")
     parser.add_argument("--interpret", action="store_true")
     args = parser.parse_args()
     DECODE.update({"64 x 8000": [8000] * 64, "128 x 640": [640] * 128, "8 x 640": [640] * 8})
@@ -143,12 +180,13 @@ def main() -> None:
     configs = {name: replace(mixer, kv_format=FORMATS[name]) for name in args.formats.split(",")}
     backend = "pallas_interpret" if args.interpret else "pallas"
     lengths = [100, 1, 64] if args.interpret else [700, 1, 64, 129, 3000, 33]
-    right = [check(name, config, backend, lengths) for name, config in configs.items()]
+    prompts = "prefill" in args.times
+    right = [check(name, config, backend, lengths, prompts=prompts) for name, config in configs.items()]
     if args.interpret or not all(right):
         raise SystemExit(not all(right))
-    cases = [] if args.prefill else args.cases.split(",")
-    for told in itertools.chain(prefill_times(configs), decode_times(configs, cases)):
-        print(told, flush=True)
+    for times in args.times.split(","):
+        for told in TIMES[times](configs, args.cases.split(",")):
+            print(told, flush=True)
 
 
 if __name__ == "__main__":
