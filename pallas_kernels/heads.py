@@ -44,6 +44,8 @@ class HeadTile:
     dtype: jnp.dtype
     eps: float
     offset: float
+    coded: bool = False
+    """Whether the cache is quantised."""
 
     @property
     def group(self) -> int:
@@ -63,6 +65,12 @@ class HeadTile:
         return jnp.arange(pl.next_power_of_2(self.head_dim), dtype=jnp.int32)[None, :]
 
     @property
+    def value_row(self) -> int:
+        """That of v: the key's, or the one behind it, where both are rounded at once and the tile has one."""
+        behind = self.group + 1
+        return behind if self.coded and behind < self.row.size else self.group
+
+    @property
     def is_query(self) -> jax.Array:
         """Which elements are those of query heads."""
         return (self.row < self.group) & (self.column < self.head_dim)
@@ -80,8 +88,9 @@ class HeadTile:
         return self._rotate(heads, partners, cos_ref, sin_ref)
 
     def values(self) -> Float[Array, "rows D"]:
-        """v in the token's row, with its bias."""
-        return self._read(self.row + 1, self.column, self.row == self.group)
+        """v in its row, with its bias."""
+        above = self.group + 1 - self.value_row
+        return self._read(self.row + above, self.column, self.row == self.value_row)
 
     def write(
         self,
@@ -93,15 +102,17 @@ class HeadTile:
         enabled: Bool[Array, ""] | bool = True,
     ) -> None:
         """k and v into a slot of the cache [pages, KH, P, D], unless it is negative or not `enabled`."""
+        if self.value_row != self.group:  # of two roundings that are alike the compiler makes one
+            rotated = values = jnp.where(self.row == self.value_row, values, rotated)
         page_size = k_pages.shape[2]
         # Only the token's row is stored. The others get slots of their own, since interpret mode writes
         # masked elements back.
         place = lax.rem(slot + page_size + self.row - self.group, page_size)
         mask = (self.row == self.group) & (self.column < self.head_dim) & (slot >= 0) & enabled
         page = lax.div(slot, page_size)
-        for pages, heads in ((k_pages, rotated), (v_pages, values)):
+        for pages, heads, row in ((k_pages, rotated, self.group), (v_pages, values, self.value_row)):
             if isinstance(pages, QuantPages):
-                self._write_quantised(pages, quantised(heads, pages.format), slot, enabled)
+                self._write_quantised(pages, quantised(heads, pages.format), row, slot, enabled)
                 continue
             at = pages.at[page, self.kv_head, place, self.column]
             plt.store(at, heads.astype(pages.dtype), mask=mask)
@@ -110,14 +121,15 @@ class HeadTile:
         self,
         pages: QuantPages,
         rows: QuantPages,
+        own: int,
         slot: Int32[Array, ""],
         enabled: Bool[Array, ""] | bool,
     ) -> None:
-        """As `write` does, of rows of the tile as the cache holds them."""
+        """As `write` does, of row `own` of the tile as the cache holds it."""
         page_size, words = pages.words.shape[2:]
         row = jnp.arange(rows.scales.size, dtype=jnp.int32)
-        place = lax.rem(slot + page_size + row - self.group, page_size)
-        mask = (row == self.group) & (slot >= 0) & enabled
+        place = lax.rem(slot + page_size + row - own, page_size)
+        mask = (row == own) & (slot >= 0) & enabled
         at = lax.div(slot, page_size), self.kv_head
         plt.store(pages.scales.at[*at, place], rows.scales, mask=mask)
         column = jnp.arange(words, dtype=jnp.int32)[None, :]

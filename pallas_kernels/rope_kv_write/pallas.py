@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.heads import HeadRefs, HeadTile
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
+from lmdeploy_jax.pallas_kernels.quant_pages import QuantPages
 from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
 from lmdeploy_jax.pallas_kernels.shapes import Pages, Slots
 
@@ -52,7 +53,8 @@ def _kernel(*refs: Any, cache: Any, eps: float, offset: float) -> None:
     k_pages, v_pages = jax.tree.unflatten(cache, refs[-1 - arrays : -1])
     q_out = refs[-1]
     token, kv_head = pl.program_id(0), pl.program_id(1)
-    tile = HeadTile(HeadRefs(*work), token, kv_head, q_out.dtype, eps, offset)
+    coded = isinstance(k_pages, QuantPages)
+    tile = HeadTile(HeadRefs(*work), token, kv_head, q_out.dtype, eps, offset, coded)
     values, slot, rotated = tile.values(), slots_ref[token], tile.rotated()
     plt.store(q_out.at[token, kv_head, tile.row, tile.column], rotated, mask=tile.is_query)
     tile.write(rotated, values, k_pages, v_pages, slot)
