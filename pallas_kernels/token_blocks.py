@@ -130,17 +130,6 @@ def in_turn(blocks: Block, ready: Prepared, carry: Carry) -> Carry:
     return lax.scan(advance, carry, (blocks, ready))[0]
 
 
-def advance_by(backend: str) -> Advance:
-    """How blocks that are prepared go into the states, one after another. What the kernel takes on a card is
-    not known yet: there it is XLA's loop.
-    """
-    if backend != "pallas_interpret":
-        return in_turn
-    from lmdeploy_jax.pallas_kernels.recurrent_blocks import advance_blocks  # CPUs never need it
-
-    return partial(advance_blocks, interpret=True)
-
-
 def _for_blocks(
     spans: Spans, nobodys: int, at_once: int, several: Callable[[Block, Any], Any], carry: Any
 ) -> Any:

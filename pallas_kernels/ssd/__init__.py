@@ -6,10 +6,11 @@ from functools import partial
 
 from jaxtyping import Array, Float, Float32
 
+from lmdeploy_jax.pallas_kernels.advance import advance_by
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.spans import Spans
 from lmdeploy_jax.pallas_kernels.ssd import xla
-from lmdeploy_jax.pallas_kernels.token_blocks import Step, advance_by
+from lmdeploy_jax.pallas_kernels.token_blocks import Step
 
 
 def ssd(
