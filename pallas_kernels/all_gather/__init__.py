@@ -20,11 +20,11 @@ def all_gather(
     """Every device's `rows`, by rank, to be called inside a `shard_map` over `axis`.
 
     `peers` and the layout of their workspaces: see `lmdeploy_jax.parallel.peers`; XLA has no use for them.
-    Raises ValueError for more words or rows than an exchange has.
+    Raises ValueError for more rows than an exchange has, and unless a row has 1, 2 or 4 words.
     """
     check_backend(backend)
-    if rows.shape[1] > WORDS or rows.shape[0] > workspace.rows:
-        raise ValueError(f"rows {rows.shape} are more than {workspace.rows} of {WORDS} words")
+    if rows.shape[1] not in (1, 2, WORDS) or rows.shape[0] > workspace.rows:  # 3 are not aligned
+        raise ValueError(f"rows {rows.shape} are not up to {workspace.rows} of 1, 2 or {WORDS} words")
     if backend != "pallas":  # no interpreter knows of peers
         return lax.all_gather(rows, axis)
     from lmdeploy_jax.pallas_kernels.all_gather import pallas  # CPUs never need it
