@@ -160,6 +160,10 @@ class _Observed:
         self._found[self._name] = observe(x.reshape(len(x), -1))
         return self._linear(x)
 
+    def unscaled(self, x: Array, delta: Array | None, norm: Norm | None) -> tuple[Array, Array, None]:
+        """As `ColumnParallelLinear.unscaled`, of a product whose norm is apart and therefore seen."""
+        return *self._column(x, delta, norm), None
+
     def _column(self, x: Array, delta: Array | None, norm: Norm | None) -> tuple[Array, Array]:
         x, normed = self._kernels.add_norm(x, delta, norm)
         self._found[self._name] = observe(normed)

@@ -206,7 +206,8 @@ def test_a_norm_s_scale_may_be_left_to_the_reader_of_parts(backend, element, gro
     np.testing.assert_array_equal(np.asarray(added, np.float32), np.asarray(same, np.float32))
     wanted = np.square(np.asarray(added, np.float64)).reshape(2, -1).sum(1) / 512 + 0.25
     assert error(squares, wanted) < 1e-6
-    assert error(parts.sum(0) / jnp.sqrt(squares.sum()), np.asarray(want, np.float64)) < 5e-3
+    tie = 2e-2 if tiling.rounds else 5e-3  # numbers between two of 8 bits may fall to either side
+    assert error(parts.sum(0) / jnp.sqrt(squares.sum()), np.asarray(want, np.float64)) < tie
     row = np.asarray(added, np.float64) * np.asarray(norm, np.float64)
     assert error(parts[0], row[:, :256] @ wide[:, :256].T) < 5e-2  # of rounding to 8 bits
 
