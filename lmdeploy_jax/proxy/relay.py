@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -62,15 +63,13 @@ def _beginning(fields: dict[str, Any]) -> bytes:
     return orjson.dumps([fields.get("system"), fields.get("instructions"), first])[:_PREFIX_BYTES]
 
 
-class Relay(Response):
-    """The answer of the node that gets the request, as it comes. A node that refuses it, or goes before its
-    answer has begun, is replaced by another; one that goes later ends a stream with an error.
+class RelayedAnswer(Response, ABC):
+    """An answer that another server makes, as it comes. Until it has begun nothing is said of it, and
+    somebody else may be asked.
     """
 
-    def __init__(self, request: Request, body: bytes, nodes: Nodes, session: aiohttp.ClientSession) -> None:
+    def __init__(self) -> None:
         self.background = None
-        self._request, self._body, self._nodes, self._session = request, body, nodes, session
-        self._wanted = Wanted.of(body, request.method)
         self._begun = self._streams = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,6 +79,28 @@ class Relay(Response):
             pass
         except ApiError as error:
             await error_response(scope["path"], error)(scope, receive, send)
+
+    @abstractmethod
+    async def _answer(self, send: Send) -> None:
+        """Raises ApiError where nobody has begun to answer."""
+
+    async def _broken_off(self, send: Send, who: str, why: str = "") -> None:
+        """A stream can say so; what has a length ends too early, which every client notices."""
+        error = ApiError(502, f"{who} ended in the middle of its answer{why}.")
+        if not self._streams:
+            raise ConnectionError(error.message)
+        await send({"type": "http.response.body", "body": data(openai_body(error))})
+
+
+class Relay(RelayedAnswer):
+    """The answer of the node that gets the request, as it comes. A node that refuses it, or goes before its
+    answer has begun, is replaced by another; one that goes later ends a stream with an error.
+    """
+
+    def __init__(self, request: Request, body: bytes, nodes: Nodes, session: aiohttp.ClientSession) -> None:
+        super().__init__()
+        self._request, self._body, self._nodes, self._session = request, body, nodes, session
+        self._wanted = Wanted.of(body, request.method)
 
     async def _answer(self, send: Send) -> None:
         left = self._nodes.candidates(self._wanted.model)
@@ -94,7 +115,7 @@ class Relay(Response):
                 node.failures += 1
                 logger.warning("node %s failed: %s", node.url, error or type(error).__name__)
                 if self._begun:
-                    await self._broken_off(node, send)
+                    await self._broken_off(send, f"The node {node.url}")
                     return
         raise ApiError(502, "Every node that could have answered failed before its answer began.")
 
@@ -131,13 +152,6 @@ class Relay(Response):
         async for part in answer.content.iter_any():
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-
-    async def _broken_off(self, node: Node, send: Send) -> None:
-        """A stream can say so; what has a length ends too early, which every client notices."""
-        error = ApiError(502, f"The node {node.url} ended in the middle of its answer.")
-        if not self._streams:
-            raise ConnectionError(error.message)
-        await send({"type": "http.response.body", "body": data(openai_body(error))})
 
 
 def _passed(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

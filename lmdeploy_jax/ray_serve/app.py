@@ -12,9 +12,8 @@ from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.io.frontend import Frontend
@@ -22,13 +21,11 @@ from lmdeploy_jax.engine.prepare import prepare
 from lmdeploy_jax.engine.process.replicas import open_remote
 from lmdeploy_jax.errors import EngineError
 from lmdeploy_jax.proxy.app import METHODS
-from lmdeploy_jax.proxy.relay import ELSEWHERE, Wanted
+from lmdeploy_jax.proxy.relay import ELSEWHERE, RelayedAnswer, Wanted
 from lmdeploy_jax.ray_serve.router import PrefixRouter
 from lmdeploy_jax.server.app import MAX_BODY_SIZE_WITH_IMAGES, create_app
-from lmdeploy_jax.server.errors import ApiError, error_response, install_handlers, openai_body
-from lmdeploy_jax.server.http.disconnect import cancel_on_disconnect
+from lmdeploy_jax.server.errors import ApiError, install_handlers
 from lmdeploy_jax.server.http.middleware import BodyLimit
-from lmdeploy_jax.server.http.sse import data
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.run import check
 from lmdeploy_jax.server.service import Service
@@ -110,27 +107,18 @@ class Replica:
             self._engine.close()
 
 
-class _Relay(Response):
+class _Relay(RelayedAnswer):
     """A replica's answer as it comes. One that refuses, or goes before its answer has begun, is replaced by
     another; one that goes later ends a stream with an error.
     """
 
     def __init__(self, request: Request, body: bytes, replicas: DeploymentHandle) -> None:
-        self.background = None
+        super().__init__()
         self._replicas = replicas
         kept = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path",
                 "headers", "client", "server")  # fmt: skip
         scope = {name: request.scope[name] for name in kept if name in request.scope}
         self._asked = Asked(scope, body, Wanted.of(body, request.method).prefix)
-        self._begun = self._streams = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await cancel_on_disconnect(self._answer(send), receive)
-        except ClientDisconnect:
-            pass
-        except ApiError as error:
-            await error_response(scope["path"], error)(scope, receive, send)
 
     async def _answer(self, send: Send) -> None:
         for left in reversed(range(_ATTEMPTS)):
@@ -139,7 +127,7 @@ class _Relay(Response):
                     return
             except (RayError, RayServeException) as error:
                 if self._begun:
-                    await self._broken_off(send, error)
+                    await self._broken_off(send, "The replica", f": {type(error).__name__}")
                     return
         raise ApiError(502, f"{_ATTEMPTS} replicas failed before their answers began.")
 
@@ -160,12 +148,6 @@ class _Relay(Response):
         finally:
             messages.cancel()
         return True
-
-    async def _broken_off(self, send: Send, error: Exception) -> None:
-        told = ApiError(502, f"The replica ended in the middle of its answer: {type(error).__name__}.")
-        if not self._streams:
-            raise ConnectionError(told.message)
-        await send({"type": "http.response.body", "body": data(openai_body(told))})
 
 
 _app = FastAPI(title="lmdeploy_jax", docs_url=None, redoc_url=None, openapi_url=None)
