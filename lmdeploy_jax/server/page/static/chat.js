@@ -255,20 +255,23 @@ async function showEnd(view, message) {
 
 // -- the server ---------------------------------------------------------------------------------------------
 
+// Whether the server asks for a key. It is told, and the focus stays: a message may be being written.
 async function listModels() {
+  let refusal = null;
   try {
     cards = await models();
     notify("");
   } catch (error) {
     cards = [];
-    const wantsKey = error instanceof ApiError && error.status === 401;
-    notify(wantsKey ? "This server asks for an API key: give it in the settings." : error.message);
-    if (wantsKey) showSetting("key");
+    refusal = error;
   }
+  const asksForKey = refusal instanceof ApiError && refusal.status === 401;
+  if (refusal) notify(asksForKey ? "This server asks for an API key: give it in the settings." : refusal.message);
   const chosen = $("model").value;
   $("model").replaceChildren(...cards.map(({ id }) => new Option(id)));
   if (cards.some(({ id }) => id === chosen)) $("model").value = chosen;
   showModel();
+  return asksForKey;
 }
 
 const takesImages = () => card()?.input_modalities.includes("image") ?? false;
@@ -335,5 +338,6 @@ $("model").addEventListener("change", showModel);
 $("search").addEventListener("input", showConversations);
 addEventListener("hashchange", showChosen);
 store.watch(showOthersChanges);
-await Promise.all([listModels(), showChosen()]);
+const [asksForKey] = await Promise.all([listModels(), showChosen()]);
+if (asksForKey) showSetting("key");
 document.body.dataset.ready = "";
