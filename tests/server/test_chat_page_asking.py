@@ -122,7 +122,9 @@ def test_a_server_with_keys_asks_for_one(browser, stage):
         setting(page, "key", "another")
         page.locator("#input").focus()
         page.locator("#notice", has_text="API key").wait_for()
-        assert page.evaluate("document.activeElement.id") == "input", "what is being written goes nowhere else"
+        assert page.evaluate("document.activeElement.id") == "input", (
+            "what is being written goes nowhere else"
+        )
         send(page, "hello")
         page.locator(".user .error", has_text="Unauthorized").wait_for()
         assert page.evaluate("document.activeElement.id") == "key"
