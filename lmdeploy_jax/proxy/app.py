@@ -62,10 +62,11 @@ class _Proxy:
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Part of starlette's interface: what runs as long as the application does."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._options.connect_timeout)
-        # As many connections as there are requests; what is compressed stays so; no proxy of the environment.
+        # As many connections as there are requests; what is compressed stays so; no proxy of the environment;
+        # a cookie is its client's, who sends it again.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT)
         async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, auto_decompress=False
+            connector=connector, timeout=timeout, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
         ) as session:
             self._session = session
             for url in map(checked_url, self._options.nodes):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import aiohttp
@@ -13,6 +15,7 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from yarl import URL
 
 from lmdeploy_jax.proxy.nodes import Node, Nodes
 from lmdeploy_jax.server.errors import ApiError, error_response, openai_body
@@ -23,9 +26,11 @@ logger = logging.getLogger("lmdeploy_jax")
 
 # Of one connection, not of the message; the body's length is told anew, and `host` is the node's.
 _HOP_BY_HOP = frozenset(
-    ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "upgrade",
-     "transfer-encoding", "host", "content-length", "expect")
+    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
+     b"upgrade", b"transfer-encoding", b"host", b"content-length", b"expect")
 )  # fmt: skip
+# What aiohttp would add: a client that reads nothing compressed would be sent it.
+_NOT_ADDED = ("accept", "accept-encoding", "content-type", "user-agent")
 ELSEWHERE = (429, 502, 503)  # a node that is full, asleep, draining or not there: another may do it
 _PREFIX_BYTES = 4096
 _FAULTS = (aiohttp.ClientError, OSError, TimeoutError)
@@ -108,9 +113,8 @@ class Relay(RelayedAnswer):
             node = self._nodes.best(left, self._wanted.prefix)
             left.remove(node)
             try:
-                with node.working():
-                    if await self._tried(node, send, last=not left):
-                        return
+                if await self._tried(node, send, last=not left):
+                    return
             except _FAULTS as error:
                 node.failures += 1
                 logger.warning("node %s failed: %s", node.url, error or type(error).__name__)
@@ -121,38 +125,44 @@ class Relay(RelayedAnswer):
 
     async def _tried(self, node: Node, send: Send, *, last: bool) -> bool:
         """Whether the node answered, or was the last that could."""
-        url = (
-            node.url
-            + self._request.url.path
-            + ("?" + self._request.url.query if self._request.url.query else "")
-        )
-        method, headers = self._request.method, self._to_pass()
-        async with self._session.request(method, url, data=self._body, headers=headers) as answer:
-            refused = answer.status in ELSEWHERE or (answer.status == 404 and self._wanted.stored)
-            if refused and not last:
-                return False
-            await self._relayed(answer, send)
+        start = monotonic()
+        with node.working():
+            async with self._asked(node) as answer:
+                refused = answer.status in ELSEWHERE or (answer.status == 404 and self._wanted.stored)
+                if refused and not last:
+                    return False
+                await self._relayed(answer, send)
+        if not refused:  # how fast a node says no is not how fast it works
+            node.answered(monotonic() - start)
         return True
 
-    def _to_pass(self) -> list[tuple[str, str]]:
-        client = self._request.client.host if self._request.client else ""
-        passed = [
-            x for x in _passed(self._request.headers.items()) if x[0] != "content-encoding"
-        ]  # undone here
-        return [*passed, ("x-forwarded-for", client), ("x-forwarded-proto", self._request.url.scheme)]
+    def _asked(self, node: Node) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        scope, headers = self._request.scope, _passed(self._request.headers.raw)
+        query = b"?" + scope["query_string"] if scope["query_string"] else b""
+        url = node.url + (scope["raw_path"] + query).decode("latin-1")
+        told = [(name, value) for name, value in headers if name != b"content-encoding"]  # undone here
+        told.append((b"x-forwarded-for", (scope["client"] or ("",))[0].encode()))
+        told.append((b"x-forwarded-proto", scope["scheme"].encode()))
+        return self._session.request(
+            scope["method"],
+            URL(url, encoded=True),  # as the client wrote it: what stands for a slash is none
+            data=self._body or None,
+            headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in told],
+            skip_auto_headers=_NOT_ADDED,
+        )
 
     async def _relayed(self, answer: aiohttp.ClientResponse, send: Send) -> None:
-        headers = _passed(answer.headers.items())
+        headers = _passed(answer.raw_headers)
         self._streams = answer.content_type == "text/event-stream"
         if answer.content_length is not None and not self._streams:  # a stream may end with an error of ours
-            headers.append(("content-length", str(answer.content_length)))
-        raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-        await send({"type": "http.response.start", "status": answer.status, "headers": raw})
+            headers.append((b"content-length", b"%d" % answer.content_length))
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         self._begun = True
         async for part in answer.content.iter_any():
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
-def _passed(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(name, value) for name, value in headers if name.lower() not in _HOP_BY_HOP]
+def _passed(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    lowered = ((name.lower(), value) for name, value in headers)
+    return [header for header in lowered if header[0] not in _HOP_BY_HOP]

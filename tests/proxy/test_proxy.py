@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import socket
 import threading
 from contextlib import ExitStack, contextmanager
@@ -115,8 +116,11 @@ def test_a_full_node_passes_its_requests_to_another():
             answers = [
                 httpx.post(url + "/v1/chat/completions", json=ASKED | {"max_tokens": 5}) for _ in range(8)
             ]
+            seen = httpx.get(url + "/nodes/status").json()
         running.join(PATIENCE)
     assert {answer.status_code for answer in answers} == {200}
+    # A node that refuses at once is not the fastest.
+    assert [len(seen[node.url]["latency"]) for node in nodes] == [0, 8]
 
 
 def test_a_client_that_hangs_up_ends_its_answer_at_the_node():
@@ -133,11 +137,11 @@ def test_a_client_that_hangs_up_ends_its_answer_at_the_node():
 
 @contextmanager
 def raw_node(answer):
-    """A node that answers each request's first line with bytes, and then hangs up."""
+    """A node that answers each request's head with bytes, and then hangs up."""
 
     async def serve(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer(head.partition(b"\r\n")[0].decode()))
+        writer.write(answer(head.decode()))
         await writer.drain()
         writer.close()
 
@@ -159,13 +163,36 @@ MODELS = with_body(b"application/json", b'{"data": [{"id": "tiny-chat"}]}')
 def test_a_node_that_ends_within_a_stream_ends_it_with_an_error():
     torn = with_body(b"text/event-stream", b"data: {}\n\n", 99)
     with (
-        raw_node(lambda line: torn if line.startswith("POST") else MODELS) as node,
+        raw_node(lambda head: torn if head.startswith("POST") else MODELS) as node,
         proxied(nodes=[node]) as url,
     ):
         wait_until(lambda: httpx.get(url + "/health").status_code == 200)
         answer = httpx.post(url + "/v1/chat/completions", json=ASKED | {"stream": True})
     assert answer.text.startswith("data: {}\n\ndata: ")
     assert "ended in the middle" in answer.text
+
+
+def test_a_request_and_its_answer_pass_as_they_are():
+    heads = []
+    answer = MODELS.replace(b"\r\n", "\r\nset-cookie: a=b\r\nx-name: 模型\r\n".encode(), 1)
+    with raw_node(lambda head: heads.append(head.lower()) or answer) as node, proxied() as url:
+        named = node.replace("127.0.0.1", "localhost")  # numbers have no cookies
+        assert httpx.post(url + "/nodes/add", json={"url": named}).status_code == 200
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        for _ in range(2):
+            connection.putrequest("GET", "/v1/models/a%2Fb%3Fc?d=%2B", skip_accept_encoding=True)
+            connection.endheaders()
+            with connection.getresponse() as told:
+                assert told.read()
+                assert told.headers["x-name"].encode("latin-1").decode() == "模型"
+        connection.close()
+    asked, again = (head for head in heads if "/a%2fb%3fc?d=%2b http" in head)
+    assert asked == again
+    assert [line.partition(":")[0] for line in asked.split("\r\n")[1:-2]] == [
+        "host",
+        "x-forwarded-for",
+        "x-forwarded-proto",
+    ]
 
 
 def test_a_server_registers_and_says_when_it_ends():
@@ -179,7 +206,7 @@ def test_a_server_registers_and_says_when_it_ends():
 def test_nodes_are_ended_where_they_allow_it(two):
     asked = []
     with (
-        raw_node(lambda line: asked.append(line) or MODELS) as node,
+        raw_node(lambda head: asked.append(head.partition("\r\n")[0]) or MODELS) as node,
         proxied(nodes=[node, two[0].url]) as url,
     ):
         assert httpx.post(url + "/nodes/terminate", json={"url": node}).status_code == 200
