@@ -19,25 +19,29 @@ async def pieces(
     """The pieces of a prompt's answers. Leaving early, by cancellation too, aborts the request."""
     inbox: asyncio.Queue[Response] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-
-    reading = True
+    submitted: list[int] = []
+    reading, left = True, request.config.n
 
     def post(piece: Response) -> None:
         if reading:  # else the loop may be closed already
             loop.call_soon_threadsafe(inbox.put_nowait, piece)
 
-    try:
+    def submit() -> None:
         if isinstance(request.prompt, RequestError):
             raise request.prompt
-        encoded = await asyncio.to_thread(frontend.encode, request.prompt, options)
-        request_id = frontend.submit(encoded, request.config, post, stream=stream)
-    except RequestError as error:
-        answer = error_response(error, 0)
-        log_failure(answer, error)
-        yield answer
-        return
-    left = request.config.n
+        encoded = frontend.encode(request.prompt, options)
+        submitted.append(frontend.submit(encoded, request.config, post, stream=stream))
+        if not reading:  # who asked has left meanwhile
+            frontend.abort(submitted[0])
+
     try:
+        try:
+            await asyncio.to_thread(submit)  # which tries a form's grammar, and so may take seconds
+        except RequestError as error:
+            answer = error_response(error, 0)
+            log_failure(answer, error)
+            yield answer
+            return
         while left:
             piece = await inbox.get()
             left -= piece.finish_reason is not None
@@ -47,4 +51,5 @@ async def pieces(
     finally:
         reading = False
         if left:
-            frontend.abort(request_id)
+            for request_id in submitted:
+                frontend.abort(request_id)

@@ -107,6 +107,36 @@ def test_leaving_an_async_stream_aborts(opened, how):
     assert engine.aborted == [(engine.seen[0].request_id, None)]
 
 
+def test_an_async_stream_submits_beside_the_event_loop(opened, monkeypatch):
+    """To try a form's grammar takes a while, in which others go on, and who asked may leave."""
+    pipe, engine = opened(endless)
+    submit, entered, left = pipe.frontend.submit, threading.Event(), threading.Event()
+
+    def slow(*args, **kwargs) -> int:
+        assert threading.current_thread() is not threading.main_thread()  # the event loop's
+        entered.set()
+        assert left.wait(PATIENCE)
+        return submit(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.frontend, "submit", slow)
+
+    async def read() -> None:
+        await anext(pipe.async_stream("a", GenerationConfig(max_new_tokens=None)))
+
+    async def leave() -> None:
+        task = asyncio.create_task(read())
+        while not entered.is_set() and not task.done():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        left.set()
+
+    asyncio.run(leave())
+    wait_until(lambda: engine.idle)
+    assert {*engine.aborted} == {(engine.seen[0].request_id, None)}
+
+
 def test_a_progress_bar_changes_nothing(opened, capsys):
     pipe, _ = opened(echo)
     assert [a.text for a in pipe.infer(["a", "b"], use_tqdm=True, **RAW)] == ["a #0", "b #0"]
