@@ -137,7 +137,9 @@ class _Proxy:
             isinstance(speed, bool) or not isinstance(speed, int | float) or speed <= 0
         ):
             raise ApiError(400, f"status.speed={speed!r} must be a number above 0.", param="status.speed")
-        self._nodes.add(url, tuple(models) or await self._served(url), speed)
+        node = self._nodes.add(url, tuple(models) or await self._served(url), speed)
+        if not node.well:
+            await self._look_at(node)
         return {"message": "Added successfully", "url": url}
 
     async def remove(self, request: Request) -> dict[str, Any]:

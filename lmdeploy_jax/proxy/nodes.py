@@ -75,10 +75,13 @@ class Nodes:
     def __iter__(self) -> Iterator[Node]:
         return iter(list(self._nodes.values()))
 
-    def add(self, url: str, models: tuple[str, ...], speed: float | None = None) -> None:
-        """Take a node in, or learn what it serves now."""
+    def add(self, url: str, models: tuple[str, ...], speed: float | None = None) -> Node:
+        """Take a node in, or learn what it serves now. A server that registers again and again tells neither
+        its speed nor that it is well.
+        """
         node = self._nodes.setdefault(url, Node(url, models))
-        node.models, node.speed, node.failures = models, speed, 0
+        node.models, node.speed = models, node.speed if speed is None else speed
+        return node
 
     def remove(self, url: str) -> None:
         """Forget a node; requests that run there go on. Raises ApiError (404) for an unknown one."""

@@ -135,6 +135,28 @@ def test_a_client_that_hangs_up_ends_its_answer_at_the_node():
         wait_until(lambda: httpx.get(url + "/nodes/status").json()[live.url]["unfinished"] == 0)
 
 
+def test_a_node_that_is_not_well_stays_left_out_however_often_it_registers():
+    well = False
+
+    def answer(head):
+        return MODELS if well or "/health" not in head else b"HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n"
+
+    with raw_node(answer) as node, proxied(health_interval=0.05) as url:
+        told = {"url": node, "status": {"models": ["tiny-chat"]}}
+
+        def healthy():
+            return httpx.get(url + "/nodes/status").json()[node]["healthy"]
+
+        httpx.post(url + "/nodes/add", json=told | {"status": {"models": ["tiny-chat"], "speed": 2.0}})
+        wait_until(lambda: not healthy())
+        assert httpx.post(url + "/nodes/add", json=told).status_code == 200
+        assert not healthy()
+        assert httpx.get(url + "/nodes/status").json()[node]["speed"] == 2.0
+        well = True
+        httpx.post(url + "/nodes/add", json=told)
+        assert healthy()
+
+
 @contextmanager
 def raw_node(answer):
     """A node that answers each request's head with bytes, and then hangs up."""
