@@ -189,7 +189,7 @@ _CARRIED = {
     )
 }
 _ALL_DEVICES = ("attn_tp_size", "mlp_tp_size", "moe_tp_size", "device_num")  # so, whether given or not
-_ONE_DEVICE_GROUP = ((None, 1), "only tensor parallelism (tp) is implemented.")
+_ONE_DEVICE_GROUP = ((None, 1), "tp cuts every layer, and dp copies the whole model; leave it out.")
 _ONE_PAGE_SIZE = ((PAGE_SIZE,), f"pages hold {PAGE_SIZE} tokens; leave the field out.")
 _REFUSED = {
     "empty_init": ((False,), "an engine without weights has no use here."),
@@ -274,9 +274,9 @@ class PytorchEngineConfig(_LmdeployConfig):
     _carried = _CARRIED | {name: name for name in ("eager_mode", "enable_return_routed_experts")}
     _refused = _REFUSED | {
         "block_size": _ONE_PAGE_SIZE,
-        "dp_rank": ((0,), "only tensor parallelism (tp) is implemented."),
+        "dp_rank": ((0,), "dp starts all copies of the model by itself; leave the field out."),
         "num_cpu_blocks": ((0,), "the KV cache is not moved to the host's memory; leave the field out."),
-        "enable_eplb": ((False,), "experts are not dealt out over devices."),
+        "enable_eplb": ((False,), "ep deals every expert out once, however often it is chosen."),
         "num_gpu_blocks": ((0,), "give cache_max_entry_count, in bytes if need be, in a JaxEngineConfig."),
         "adapters": ((None, {}), "LoRA adapters cannot be loaded yet."),
         "device_type": (("cuda", "gpu", "cpu", "auto"), "JAX runs here on CUDA GPUs and on CPUs."),

@@ -57,7 +57,7 @@ SPECULATION = {
 
 def add_lmdeploy_flags(flags: FlagSet, *, server: bool = False) -> None:
     """Define those that the command has no option for. server: those of `serve` too."""
-    for name, option in _options(server).items():
+    for name, option in _options().items():
         if name not in flags.values:
             flags.add(SECTION, *_definition(name, option), option.help)
     if server:
@@ -65,9 +65,9 @@ def add_lmdeploy_flags(flags: FlagSet, *, server: bool = False) -> None:
         flags.add(SECTION, absl_flags.DEFINE_boolean, "ssl", False, about)
 
 
-def check_lmdeploy_flags(flags: FlagSet, *, server: bool = False) -> None:
+def check_lmdeploy_flags(flags: FlagSet) -> None:
     """Raises UsageError for a value that cannot be honoured; warns of one that has no meaning here."""
-    for name, option in _options(server).items():
+    for name, option in _options().items():
         if flags.values[name].present and flags.section(name) == SECTION:
             _check(name.replace("_", "-"), flags[name], option)
 
@@ -96,7 +96,7 @@ def ssl_files(flags: FlagSet) -> dict[str, str]:
     return {"ssl_keyfile": key, "ssl_certfile": certificate}
 
 
-def _options(server: bool) -> dict[str, Option]:
+def _options() -> dict[str, Option]:
     return dict(_engine_options()) | SPECULATION
 
 

@@ -53,7 +53,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
     options = ServerOptions(**given | ssl_files(flags))
     config = engine_config(flags)
     set_level(flags["log_level"])
-    check_lmdeploy_flags(flags, server=True)
+    check_lmdeploy_flags(flags)
     return _follow(model, config) if config.node_rank else _serve(model, config, options, flags)
 
 

@@ -85,6 +85,6 @@ def test_the_help_says_what_each_is_good_for() -> None:
     flags = FlagSet()
     chat.define(flags)
     text = " ".join(flags.help().split())
-    assert "--cp TEXT 1 alone: only tensor parallelism (tp) is implemented." in text
+    assert "--cp TEXT 1 alone: tp cuts every layer, and dp copies the whole model; leave it out." in text
     assert "--communicator TEXT has no meaning here" in text
     assert "--proxy-url" not in text
