@@ -45,7 +45,7 @@ def parsed(*words: str) -> FlagSet:
 def test_a_whole_line_of_lmdeploys_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "lmdeploy_jax")
     flags = parsed(*LINE.split())
-    check_lmdeploy_flags(flags, server=True)
+    check_lmdeploy_flags(flags)
     told = [record.getMessage().split()[0] for record in caplog.records]
     assert told == ["--cudagraph-capture-batch-sizes", "--distributed-executor-backend"]
     assert flags["api_keys"] == ["a", "b"]
@@ -61,13 +61,13 @@ def test_every_flag_is_tried() -> None:
 def test_what_is_missing_is_refused_with_a_reason(name: str) -> None:
     flag = name.replace("_", "-")
     with pytest.raises(UsageError, match=f"^--{flag} {REFUSED[name]} is not supported: [A-Za-z-]+ .*"):
-        check_lmdeploy_flags(parsed(f"--{flag}", REFUSED[name]), server=True)
+        check_lmdeploy_flags(parsed(f"--{flag}", REFUSED[name]))
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_switches_that_cannot_be_honoured_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="is not supported"):
-        check_lmdeploy_flags(parsed(f"--{name}"), server=True)
+        check_lmdeploy_flags(parsed(f"--{name}"))
 
 
 def test_ssl_finds_its_files_as_lmdeploys_does(monkeypatch: pytest.MonkeyPatch) -> None:
