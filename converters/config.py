@@ -10,6 +10,7 @@ from typing import Any
 
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.converters.formats import recognise
+from lmdeploy_jax.converters.headers import DOWNLOAD_AGAIN
 from lmdeploy_jax.converters.text_part import text_part
 from lmdeploy_jax.errors import CheckpointError
 from lmdeploy_jax.models.config import DecoderConfig
@@ -44,7 +45,7 @@ def read_json(
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found; give the folder of a HuggingFace checkpoint") from error
     except (OSError, ValueError, RecursionError) as error:  # the last: nested a thousand deep and more
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error}; {DOWNLOAD_AGAIN}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: is a JSON {type(raw).__name__}, not an object")
     return _overlay(raw, _renamed(raw, overrides or {})), str(path)

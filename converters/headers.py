@@ -77,11 +77,11 @@ def read_header(file: pathlib.Path, fd: int) -> dict[str, TensorInfo]:
 
 
 def parse_json(text: bytes, file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object with unique keys; anything else is a CheckpointError."""
+    """A JSON object with unique keys, `file` or its header; anything else is a CheckpointError."""
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: header is not valid JSON ({error}); {DOWNLOAD_AGAIN}") from error
+        raise CheckpointError(f"{file}: not valid JSON ({error}); {DOWNLOAD_AGAIN}") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{file}: header is a JSON {type(parsed).__name__}, not an object")
     return parsed

@@ -22,6 +22,10 @@ from lmdeploy_jax.converters.slicing import Index, Ranges, aligned_empty, as_ran
 from lmdeploy_jax.errors import CheckpointError
 
 MAX_PROBLEMS = 20
+QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")  # ends of tensors' names
+UNTOLD = (
+    "\nThese are of a quantised checkpoint: without a quantization_config that tells how, give model_format"
+)
 PLAIN = Rows()
 PREFIX = "model."  # stands before a decoder's names where it was saved with its head, and nowhere where not
 FLOATS = frozenset(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
@@ -142,6 +146,7 @@ def bind(
         shown = "\n  ".join(problems[:MAX_PROBLEMS])
         more = len(problems) - MAX_PROBLEMS
         rest = f"\n  and {more} more" if more > 0 else ""
+        rest += UNTOLD if any(problem.endswith(QUANTISED) for problem in problems) else ""
         raise CheckpointError(f"{reader.folder}: the tensors do not fit config.json:\n  {shown}{rest}")
     return leaves
 

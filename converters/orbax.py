@@ -198,6 +198,9 @@ def check_target(target: pathlib.Path, *, force: bool) -> None:
     """Raises CheckpointError where `save` could not write to `target`, whatever it is to write."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: a file; name a new folder to write to")
+    own = next((own for own in (pathlib.Path.cwd(), pathlib.Path.home()) if _holds(target, own)), None)
+    if own is not None:
+        raise CheckpointError(f"{target}: would replace {own} and all that is in it; name a new folder")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise CheckpointError(
             f"{target}: is not empty; name a new folder, or force its replacement (--force)"
@@ -209,8 +212,12 @@ def check_target(target: pathlib.Path, *, force: bool) -> None:
 
 def check_apart(target: pathlib.Path, source: pathlib.Path) -> None:
     """Raises CheckpointError where replacing `target` would remove the checkpoint `source`."""
-    if source.resolve().is_relative_to(target.resolve()):
+    if _holds(target, source):
         raise CheckpointError(f"{target}: holds the checkpoint that is read; name another folder to write to")
+
+
+def _holds(target: pathlib.Path, folder: pathlib.Path) -> bool:
+    return folder.resolve().is_relative_to(target.resolve())
 
 
 def copy_small_files(source: pathlib.Path, target: pathlib.Path) -> None:

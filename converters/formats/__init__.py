@@ -80,7 +80,9 @@ def recognise(
     if settings is None:
         if asked is None:
             return None
-        return Quantisation(FORMATS[asked], Settings(asked, {}, where), on_load=asked == ON_LOAD)
+        return Quantisation(
+            FORMATS[asked], Settings(asked, {}, f"model_format={model_format!r}"), on_load=asked == ON_LOAD
+        )
     method = ALIASES.get(settings.method, settings.method)
     if asked is not None and asked != method:
         raise ConfigError(

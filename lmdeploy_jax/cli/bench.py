@@ -49,6 +49,11 @@ class Subcommand:
 
 def define(flags: FlagSet) -> None:
     """What every run of workloads can be told."""
+    flags.known_only = True
+    _define_runs(flags)
+
+
+def _define_runs(flags: FlagSet) -> None:
     number = absl_flags.DEFINE_integer
     about = (
         f"comma-separated list of {', '.join(WORKLOADS)}; without it b1,b32,b128,mix256 for throughput, b1 "
@@ -77,7 +82,7 @@ def _define_bandwidth(flags: FlagSet) -> None:
 
 
 def _define_engine(flags: FlagSet) -> None:
-    define(flags)
+    _define_runs(flags)
     _define_bandwidth(flags)
     text = (
         "where random checkpoints are kept; without it the cache folder. One in memory, such as /dev/shm, is "
@@ -96,7 +101,7 @@ def _define_block_scales(flags: FlagSet) -> None:
 
 
 def _define_serve(flags: FlagSet) -> None:
-    define(flags)
+    _define_runs(flags)
     section = "Load"
     rate = "requests a second, arriving at random (Poisson); without it all at once"
     flags.add(section, absl_flags.DEFINE_float, "request_rate", None, rate, lower_bound=1e-3)

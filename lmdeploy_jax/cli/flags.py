@@ -31,6 +31,7 @@ class FlagSet:
         # Whether these positional arguments are all that the command takes: words after a list's flag belong
         # to the list then, as LMDeploy has it.
         self.complete: Callable[[list[str]], bool] = lambda words: False
+        self.known_only = False  # whether unknown flags stay among the arguments: a subcommand is missing
 
     def add(
         self, section: str, define: Callable[..., Any], name: str, default: Any, text: str, **rest: Any
@@ -42,7 +43,7 @@ class FlagSet:
     def parse(self, argv: list[str]) -> list[str]:
         """Set the flags from `argv` and return the positional arguments. Raises `UsageError`."""
         try:
-            positional = list(self.values([PROGRAM, *self._canonical(argv)])[1:])
+            positional = list(self.values([PROGRAM, *self._canonical(argv)], self.known_only)[1:])
         except (absl_flags.Error, ValueError) as error:
             raise UsageError(str(error)) from error
         except RecursionError as error:

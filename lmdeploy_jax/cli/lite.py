@@ -71,6 +71,7 @@ class Subcommand:
 
 def define(flags: FlagSet) -> None:
     """What every subcommand can be told."""
+    flags.known_only = True
     _define(flags)
 
 

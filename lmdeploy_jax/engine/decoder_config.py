@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
-from lmdeploy_jax.config import JaxEngineConfig, QuantPolicy
+from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.config import read_config
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.config import (
@@ -18,8 +17,6 @@ from lmdeploy_jax.models.config import (
 )
 from lmdeploy_jax.pallas_kernels.kv_formats import KV_FORMATS, KVFormat
 
-log = logging.getLogger("lmdeploy_jax")
-
 
 def decoder_config(folder: Path, config: JaxEngineConfig) -> DecoderConfig:
     """The model with the KV cache that is wanted. Raises ConfigError where it cannot have it, and where its
@@ -27,8 +24,6 @@ def decoder_config(folder: Path, config: JaxEngineConfig) -> DecoderConfig:
     """
     model = read_config(folder, config.hf_overrides, config.model_format)
     check_ep(config, model)
-    if config.quant_policy == QuantPolicy.INT4:
-        log.warning("quant_policy=4: some models, Qwen's above all, lose much with int4; 8 is safe")
     return with_quant_policy(model, config.quant_policy)
 
 

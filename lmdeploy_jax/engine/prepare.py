@@ -4,11 +4,12 @@ tokenizer or a template is told here, not after minutes of loading and compiling
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmdeploy_jax.config import JaxEngineConfig
+from lmdeploy_jax.config import JaxEngineConfig, QuantPolicy
 from lmdeploy_jax.converters.vision_config import servable_vision
 from lmdeploy_jax.engine.decoder_config import decoder_config
 from lmdeploy_jax.engine.nodes.settings import check_nodes
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from lmdeploy_jax.vision.families import VisionFamily
 
     Vision = tuple[VisionFamily, VisionModelConfig]
+
+
+log = logging.getLogger("lmdeploy_jax")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ def prepare(
     check_nodes(config)
     folder = resolve_model(str(model), revision=config.revision, download_dir=config.download_dir)
     model_config = decoder_config(folder, config)
+    if config.quant_policy == QuantPolicy.INT4:
+        log.warning("quant_policy=4: some models, Qwen's above all, lose much with int4; 8 is safe")
     tokenizer = Tokenizer(folder, config.trust_remote_code)
     vision = None if config.language_model_only else servable_vision(folder, config.hf_overrides)
     chosen = select(tokenizer, folder, template)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from lmdeploy_jax.lite.awq import Awq
 from lmdeploy_jax.lite.calibration import Calibration
@@ -15,6 +14,7 @@ from lmdeploy_jax.lite.source import open_source
 from lmdeploy_jax.lite.statistics import InputStatistics
 from lmdeploy_jax.lite.stream import Stream
 from lmdeploy_jax.lite.weights import WEIGHT, LayerWeights
+from lmdeploy_jax.lite.writer import save
 
 FILE = "inputs_stats.safetensors"
 
@@ -30,6 +30,7 @@ def calibrate(
     """
     plan = Plan(open_source(folder), Awq())
     plan.check_runs(name)
+    out.mkdir(parents=True, exist_ok=True)
     stream = Stream(plan.source, calibration.windows, calibration.batch_size, plan.dtype)
     found: dict[str, np.ndarray] = {}
     for i, model in enumerate(plan.models):
@@ -42,8 +43,7 @@ def calibrate(
                     written = plan.source.written(tensor).removesuffix(WEIGHT)
                     found |= {f"{written}.{key}": array for key, array in _told(matrix.inputs).items()}
         on_layer(i + 1, len(plan.models))
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(found, out / FILE)
+    save(out / FILE, found)
     return out / FILE
 
 

@@ -6,12 +6,13 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lmdeploy_jax import assets
 from lmdeploy_jax.assets import tasks
-from lmdeploy_jax.errors import ConfigError
+from lmdeploy_jax.errors import ConfigError, RequestError
 from lmdeploy_jax.text.chat_template import ChatTemplate, select
 from lmdeploy_jax.text.conversation import normalise_messages
 from lmdeploy_jax.text.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ class Texts:
         if file.suffix not in LINES:
             yield text
             return
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # strings of JSON may hold other line breaks
             if line.strip():
                 yield self._document(line, f"{file}: line {number}")
 
@@ -65,8 +66,17 @@ class Texts:
         if isinstance(found, dict) and isinstance(found.get("text"), str):
             return found["text"]
         if isinstance(found, dict) and isinstance(found.get("messages"), list):
-            return self._template.render(normalise_messages(found["messages"]), add_generation_prompt=False)
-        raise ConfigError(f"{where} has neither a text 'text' nor a list 'messages'")
+            return self._talk(found["messages"], where)
+        raise ConfigError(
+            f"{where} has neither a text 'text' nor a list 'messages'; give one JSON object a line, or text "
+            "in a file of another name"
+        )
+
+    def _talk(self, messages: list[Any], where: str) -> str:
+        try:
+            return self._template.render(normalise_messages(messages), add_generation_prompt=False)
+        except RequestError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
     def _conversations(self) -> Iterator[str]:
         rng = random.Random(SEED)
@@ -90,9 +100,9 @@ class Texts:
 
     def _drawn(self, ids: np.ndarray, samples: int, length: int, where: str) -> np.ndarray:
         if len(ids) < length:
+            shorter = f", or a --calib-seqlen of at most {len(ids)}" if len(ids) else ""
             raise ConfigError(
-                f"{where} has {len(ids)} tokens, fewer than a sample's {length}; give more text, or a "
-                f"--calib-seqlen of at most {len(ids)}"
+                f"{where} has {len(ids)} tokens, fewer than a sample's {length}; give more text{shorter}"
             )
         rng = random.Random(SEED)
         firsts = [rng.randint(0, len(ids) - length) for _ in range(samples)]
@@ -105,7 +115,7 @@ def _none(length: int) -> np.ndarray:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"--calib-data {file}: cannot be read: {error}; give a file of UTF-8 text"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lmdeploy_jax.converters import orbax
@@ -18,6 +19,18 @@ from lmdeploy_jax.lite.layouts import Tensors
 
 JOB = "lite_job.json"  # what is written, and the notes of its shards, until the checkpoint is whole
 REPORT = "lite_report.json"
+
+
+def save(file: Path, tensors: Tensors) -> None:
+    """Writes a file of safetensors, whole or not at all. Raises OSError, which names it."""
+    partial = file.with_suffix(".partial")
+    whole = {name: np.require(array, requirements="C") for name, array in tensors.items()}
+    try:
+        save_file(whole, partial, {"format": "pt"})
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{file}: cannot be written: {error}; make room, and give the command again") from error
+    partial.replace(file)
 
 
 class Writer:
@@ -70,10 +83,7 @@ class Writer:
         """A shard, and what is to be known of it when all are there."""
         self._notes[str(shard)] = notes
         self._write_job()
-        partial = self.file(shard).with_suffix(".partial")
-        whole = {name: np.require(array, requirements="C") for name, array in tensors.items()}
-        save_file(whole, partial, {"format": "pt"})
-        partial.replace(self.file(shard))
+        save(self.file(shard), tensors)
 
     def notes(self) -> list[Any]:
         """Those of all shards."""

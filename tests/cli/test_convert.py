@@ -44,6 +44,17 @@ def test_out_is_looked_at_before_the_model(
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_the_folder_that_one_works_in_is_never_replaced(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    for out in (".", str(tmp_path.parent)):
+        assert main(["convert", str(model), out, "--force"]) == 2
+        assert f"{out}: would replace {tmp_path}" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
 def test_a_full_folder_is_kept_unless_forced(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

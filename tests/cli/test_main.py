@@ -66,6 +66,8 @@ def test_each_benchmark_has_its_own_flags(
         (["chat", "a", "b"], 2, "one model"),
         (["chta"], 2, "Did you mean chat?"),
         (["lite", "tiny-chat"], 2, "lite does one of"),
+        (["lite", "awq", "--calib-samples", "8"], 2, "lite does one of"),  # not: an unknown flag
+        (["bench", "thruput", "--tp", "2"], 2, "bench does one of"),
         (["lite", "fp8"], 2, "usage: lmdeploy_jax lite fp8 MODEL"),
         (["lite", "fp8", "/no/such/folder"], 1, "/no/such/folder"),
         (["list"], 2, "README"),

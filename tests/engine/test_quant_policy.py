@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.cache.kinds import PageKind
 from lmdeploy_jax.cache.kv import CacheSpec, gain, page_bytes
 from lmdeploy_jax.config import JaxEngineConfig
-from lmdeploy_jax.engine.decoder_config import with_quant_policy
+from lmdeploy_jax.engine.decoder_config import decoder_config, with_quant_policy
+from lmdeploy_jax.engine.prepare import prepare
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.config import DecoderConfig, LatentConfig, RopeConfig
 from lmdeploy_jax.models.kernels import Kernels
@@ -134,3 +136,10 @@ def test_tensor_parallel_devices_give_the_same_tokens(start, policy, folder, com
     )
     lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("tokens")]
     assert lines == [expected] * 2, done.stderr[-2000:]
+
+
+def test_what_int4_costs_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    config = JaxEngineConfig(quant_policy=4)
+    prepare("tiny-chat", config)
+    decoder_config(TINY_CHAT, config)  # as the engine reads it once more
+    assert caplog.text.count("8 is safe") == 1

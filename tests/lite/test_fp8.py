@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,20 @@ def test_what_cannot_be_quantised(made: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["lite", "fp8", "tiny-chat", "--work-dir", str(tmp_path)]) == 2
     assert "--force" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    job = Job("tiny-chat", TINY_CHAT, out, Fp8())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # bytes of a file: as a disk that is full
+    try:
+        with pytest.raises(OSError, match=r"model-00001-of-00005.safetensors: cannot be written.*make room"):
+            job.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(out.glob("*.partial"))
+    job.run()
+    assert (out / "config.json").exists()
 
 
 def _leaves(folder: Path) -> dict[str, np.ndarray]:

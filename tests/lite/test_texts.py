@@ -34,7 +34,9 @@ def test_windows_are_drawn_from_a_file(texts: Texts, tmp_path: Path) -> None:
 def test_lines_are_texts_or_conversations(texts: Texts, tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
-    file.write_text(f"{json.dumps({'text': 'a b c'})}\n\n{json.dumps({'messages': messages})}\n")
+    lines = [{"text": "a b c\u2028"}, {"messages": messages}]  # a separator of lines, which JSON lets stand
+    text = "\r\n\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    file.write_bytes(f"\ufeff{text}\n".encode())  # the byte order mark of Windows
     told = Tokenizer(TINY_CHAT).decode(
         texts.of_file(file, 8, 8).reshape(-1).tolist(), skip_special_tokens=False
     )
@@ -47,8 +49,10 @@ def test_lines_are_texts_or_conversations(texts: Texts, tmp_path: Path) -> None:
     ("name", "content", "fault"),
     [
         ("short.txt", "a b c", r"has \d+ tokens, fewer than a sample's 64.*--calib-seqlen of at most \d+"),
+        ("empty.txt", "", "has 0 tokens, fewer than a sample's 64; give more text$"),
         ("bad.jsonl", '{"text": "a"}\n{"txt": 1}', "line 2 has neither a text 'text' nor a list 'messages'"),
         ("bad.jsonl", "{", "line 1 is no JSON"),
+        ("bad.jsonl", '{"messages": [{"role": "usr", "content": "a"}]}', "bad.jsonl: line 1: .*role 'usr'"),
         ("none.txt", None, "none.txt: cannot be read"),
     ],
 )

@@ -117,13 +117,20 @@ def test_every_format_can_be_given() -> None:
     assert set(get_args(ModelFormat)) == {"hf", *FORMATS}
 
 
+def test_a_format_that_nothing_is_in_is_told_to_whom_asked_for_it(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_model(llama, model_format="awq")
+    assert "model_format='awq' asks for awq, but no tensor" in caplog.text
+
+
 def test_the_format_may_be_given(llama: Path, folders: tuple[Path, Path]) -> None:
     quantised, dense = folders
     quantise_folder(llama, quantised, dense, CASES["awq"])
     config = json.loads((quantised / "config.json").read_text())
     del config["quantization_config"]
     (quantised / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"unknown tensor model.layers.0.*qweight"):
+    with pytest.raises(CheckpointError, match=r"(?s)unknown tensor model.layers.0.*give model_format$"):
         load_model(quantised)
     read_config(quantised, model_format="awq")
     np.testing.assert_array_equal(
