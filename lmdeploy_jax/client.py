@@ -76,7 +76,7 @@ class APIClient:
                 if response.status_code != 200:
                     response.read()
                 _check(response)
-                for line in response.iter_lines():
+                for line in _lines(response):
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield _checked(json.loads(line[6:]))
         except httpx.TransportError as error:
@@ -84,6 +84,14 @@ class APIClient:
 
     def _unreachable(self, error: Exception) -> EngineError:
         return EngineError(f"No server answers at {self.url}: {error}")
+
+
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """As JSON has them: httpx's own end at U+2028, U+0085 and others too, which answers may hold."""
+    rest = ""
+    for text in response.iter_text():
+        *lines, rest = (rest + text).split("\n")
+        yield from (line.rstrip("\r") for line in lines)
 
 
 def _check(response: httpx.Response) -> None:

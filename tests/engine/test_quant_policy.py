@@ -31,19 +31,38 @@ from tests.engine.test_setup import MODEL
 from tests.oracle import save_checkpoint
 from tests.patience import PATIENCE
 
-OTHERS = [pytest.param(policy, marks=pytest.mark.full) for policy in (4, 16, 17)]
-# Windows and soft caps of their own, states beside the pages, sinks.
-FAMILIES = [pytest.param(name, marks=pytest.mark.full) for name in ("gemma3", "qwen3_next", "gpt_oss")]
+# Every policy of one family; then windows and soft caps of their own, states beside the pages, sinks.
+CACHES = [
+    ("llama", 8),
+    *(
+        pytest.param(pair, marks=pytest.mark.full)
+        for pair in (
+            ("llama", 4),
+            ("llama", 16),
+            ("llama", 17),
+            ("gemma3", 4),
+            ("gemma3", 17),
+            ("qwen3_next", 8),
+            ("gpt_oss", 4),
+            ("gpt_oss", 16),
+        )
+    ),
+]
 
 
-@pytest.fixture(scope="module", params=[8, *OTHERS])
-def policy(request):
+@pytest.fixture(scope="module", params=CACHES, ids=lambda pair: "-".join(map(str, pair)))
+def case(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=["llama", *FAMILIES])
-def folder(request, tmp_path_factory):
-    return save_checkpoint(request.param, tmp_path_factory.mktemp("quant_policy") / request.param)
+@pytest.fixture(scope="module")
+def policy(case):
+    return case[1]
+
+
+@pytest.fixture(scope="module")
+def folder(case, tmp_path_factory):
+    return save_checkpoint(case[0], tmp_path_factory.mktemp("quant_policy") / case[0])
 
 
 def test_every_path_gives_the_plain_one_s_tokens(start, policy, folder, prompts):

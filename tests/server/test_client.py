@@ -7,6 +7,9 @@ import pytest
 from lmdeploy_jax.cli.main import main
 from lmdeploy_jax.client import APIClient
 from lmdeploy_jax.errors import EngineError, RequestError
+from tests.scripted import ids
+from tests.server.live import serving
+from tests.server.scripted import scripted
 
 ASK = [{"role": "user", "content": "What is 12 + 30?"}]
 
@@ -25,6 +28,15 @@ def test_chat_completions(api, pipe):
     assert text == pipe("What is 12 + 30?").text
     chunks = list(api.chat_completions_v1(model, ASK, stream=True, temperature=0))
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == text
+
+
+def test_lines_within_an_answer_end_no_event():
+    said = "one\u2028two\x85three\x0bfour\r\nfive"
+    with scripted(lambda request, index: ids(said)) as (frontend, _), serving(frontend) as live:
+        client = APIClient(live.url)
+        chunks = list(client.chat_completions_v1("tiny-chat", ASK, stream=True))
+        client.close()
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == said
 
 
 def test_errors_say_what_the_server_says(api):
