@@ -198,7 +198,8 @@ def check_target(target: pathlib.Path, *, force: bool) -> None:
     """Raises CheckpointError where `save` could not write to `target`, whatever it is to write."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: a file; name a new folder to write to")
-    own = next((own for own in (pathlib.Path.cwd(), pathlib.Path.home()) if _holds(target, own)), None)
+    owned = pathlib.Path.cwd(), pathlib.Path(os.path.expanduser("~"))
+    own = next((folder for folder in owned if _holds(target, folder)), None)
     if own is not None:
         raise CheckpointError(f"{target}: would replace {own} and all that is in it; name a new folder")
     if target.is_dir() and any(target.iterdir()) and not force:

@@ -119,6 +119,7 @@ def _quantise(choose: Callable[[FlagSet], Method], model: str, flags: FlagSet) -
     calibration = _calibration(folder, flags) if method.calibrates else None
     dtype = None if flags["dtype"] == "auto" else _dtype(flags["dtype"])
     out = Path(flags["work_dir"])
+    print(f"quantising {model}, {calibration or 'without calibration'}", file=sys.stderr, flush=True)
     start = time.perf_counter()
     errors = Job(model, folder, out, method, calibration, dtype).run(force=flags["force"], on_layer=_tell)
     print(table(errors))

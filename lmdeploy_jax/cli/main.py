@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from typing import Protocol
@@ -43,6 +44,8 @@ class Command(Protocol):
 
 def run() -> None:
     """Entry point of the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # letters that the terminal's encoding lacks become "?"
     code = main(sys.argv[1:])
     if code == INTERRUPTED:  # else the interpreter waits for threads that compile: XLA cannot be stopped
         sys.stdout.flush()

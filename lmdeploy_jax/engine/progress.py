@@ -7,9 +7,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, RLock
 
 from tqdm import tqdm
+
+
+class _Bar(tqdm):
+    """Takes turns among threads. tqdm's own lock is one of processes, of whose semaphore Python complains
+    where a process is killed, as the engine's is when its start is interrupted.
+    """
+
+
+_Bar.set_lock(RLock())
 
 
 @contextmanager
@@ -49,7 +58,7 @@ def _line(enabled: bool, text: str) -> None:
 
 
 def _bar(enabled: bool, **options: object) -> tqdm:
-    return tqdm(leave=False, file=sys.stderr, disable=not enabled or not _draws_bars(), **options)
+    return _Bar(leave=False, file=sys.stderr, disable=not enabled or not _draws_bars(), **options)
 
 
 def _draws_bars() -> bool:

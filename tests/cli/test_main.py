@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,10 @@ def test_module_and_closed_pipe() -> None:
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "usage: lmdeploy_jax chat [MODEL] [FLAGS]\n"
     assert done.stderr == ""
+
+
+def test_letters_that_a_terminal_lacks_end_nothing() -> None:
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "lmdeploy_jax", "serve", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, text=True, check=True)
+    assert "TEXT,TEXT,?" in done.stdout

@@ -143,3 +143,14 @@ def test_what_a_killed_process_left_is_swept(tmp_path, compiled):
     assert sorted(path.name for path in folder.iterdir()) == ["decode-1", "tmp_fresh"]
     assert cache.holds(("decode", 1))
     assert not cache.holds(("decode", 2))
+
+
+def test_a_filled_folder_that_is_read_only_is_read(tmp_path, monkeypatch):
+    """As part of a container's image, or somebody else's."""
+    ProgramCache(tmp_path, jax.devices()[:1]).store(("f", 1), jax.jit(lambda x: x + 1).lower(1.0).compile())
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert ProgramCache(tmp_path, jax.devices()[:1]).load(("f", 1)) is not None

@@ -17,6 +17,7 @@ from lmdeploy_jax import GenerationConfig
 from lmdeploy_jax.engine.core import compile as compiling
 from lmdeploy_jax.engine.core.program_cache import ProgramCache
 from lmdeploy_jax.engine.progress import announce, counting_bar, loading_bar
+from tests.patience import PATIENCE
 from tests.scripted import RAW, echo, opener
 
 
@@ -135,3 +136,14 @@ def test_the_command_line_ends_although_a_thread_compiles():
     root = Path(compiling.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (130, "said before\n")
+
+
+def test_no_semaphore_of_processes_is_left_where_one_is_killed():
+    code = """
+import multiprocessing.synchronize as s
+def refuse(*_, **__): raise AssertionError("a semaphore")
+s.SemLock.__init__ = refuse
+from lmdeploy_jax.engine.progress import loading_bar
+with loading_bar(True) as on_progress: on_progress(1, 2)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

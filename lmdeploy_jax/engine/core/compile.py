@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from lmdeploy_jax.engine.core.program import Program
 from lmdeploy_jax.engine.core.program_cache import Key, ProgramCache
 from lmdeploy_jax.engine.progress import announce, counting_bar
+from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.formats import WeightFormat
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
@@ -43,9 +44,14 @@ class CompileCounter:
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder for compiled programs."""
+    """The user's cache folder for compiled programs. Raises ConfigError where the user has no home."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "lmdeploy_jax" / "compiled"
+    try:
+        return Path(base).expanduser() / "lmdeploy_jax" / "compiled"
+    except RuntimeError as error:
+        raise ConfigError(
+            "there is no home folder for compiled programs: set HOME, or XDG_CACHE_HOME to another folder"
+        ) from error
 
 
 def tuning_dir() -> Path:

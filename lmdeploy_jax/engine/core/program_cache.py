@@ -52,7 +52,8 @@ class ProgramCache:
         """A name for all that a program depends on, on every node the same."""
         self._folder = None if folder is None else folder / f"{self.fingerprint}{_node()}"
         if self._folder is not None and self._folder.is_dir():
-            os.utime(self._folder)
+            with suppress(OSError):  # it may be another's, or read-only
+                os.utime(self._folder)
             _sweep(self._folder)
 
     def holds(self, key: Key) -> bool:
@@ -82,7 +83,10 @@ class ProgramCache:
             self._make_room(self._folder)
             _write(self._path(self._folder, key), serialize_executable.serialize(compiled))
         except OSError as error:
-            log.warning("compiled programs are not kept: %s", error)
+            log.warning(
+                "compiled programs are not kept in %s (%s): the next start compiles them again; "
+                "--compile-cache-dir names another folder", self._folder, error.strerror,
+            )  # fmt: skip
             self._folder = None
 
     @staticmethod
