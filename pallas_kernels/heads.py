@@ -83,7 +83,7 @@ class HeadTile:
         cos_ref, sin_ref = self.refs.cos, self.refs.sin
         if cos_ref is None or sin_ref is None:
             return heads
-        partner = _partner(self.column, cos_ref.shape[1])
+        partner = partner_of(self.column, cos_ref.shape[1])
         partners = self._norm(scale, self._queries_and_key(partner), partner)
         return self._rotate(heads, partners, cos_ref, sin_ref)
 
@@ -180,6 +180,6 @@ class HeadTile:
         return (heads.astype(jnp.float32) * cos + partners.astype(jnp.float32) * sin).astype(heads.dtype)
 
 
-def _partner(column: jax.Array, half: int) -> jax.Array:
+def partner_of(column: jax.Array, half: int) -> jax.Array:
     """The element that each one is rotated with; itself where nothing rotates."""
     return jnp.where(column < half, column + half, jnp.where(column < 2 * half, column - half, column))

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
 from lmdeploy_jax.models.batch import AttentionMetadata
@@ -20,7 +20,6 @@ from lmdeploy_jax.models.products import dense_product
 from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
 from lmdeploy_jax.models.residual import Delta, NextDelta
 from lmdeploy_jax.models.rope import Rotation
-from lmdeploy_jax.pallas_kernels.rope_kv_write.xla import rotate
 
 
 class LatentAttention(nnx.Module):
@@ -72,25 +71,15 @@ class LatentAttention(nnx.Module):
         rope: Rotation | None,
     ) -> tuple[Float[Array, "T E"], NextDelta, LayerCache]:
         x, normed = self.kernels.add_norm(x, delta, norm)
-        nope, kv_b = self.config.nope_dim, self.kv_b.weight.dense()
-        q = self._queries(normed)  # [T, H, P + Rr]
-        absorbed = _by_head("thp,hpr->thr", q[..., :nope], kv_b[:, :nope])
-        queries = jnp.concatenate([absorbed, _rotated(q[..., nope:], rope)], axis=-1)
-        latents = self._latents(normed, rope)
-        out, cache = self.kernels.attend_latent(queries, latents, cache, metadata, self.config)
-        return x, self.o(_by_head("thr,hvr->thv", out, kv_b[:, nope:])), cache
+        product, kv_b = self._queries(normed), self.kv_b.weight.dense()
+        args = (product, _product(self.kv_a, normed), self.kv_a_norm, kv_b, rope)
+        out, cache = self.kernels.attend_latent(*args, cache, metadata, self.config)
+        return x, self.o(out), cache
 
-    def _queries(self, x: Float[Array, "T E"]) -> Float[Array, "T H D"]:
+    def _queries(self, x: Float[Array, "T E"]) -> Float[Array, "*S T H D"]:
         if self.config.query_rank is None:
-            product = self.q(x, None, None)[1]
-        else:
-            product = self.q_b(self.q_a_norm(_product(self.q_a, x)), None, None)[1]
-        return (product.sum(0) if product.ndim == 4 else product).astype(x.dtype)
-
-    def _latents(self, x: Float[Array, "T E"], rope: Rotation | None) -> Float[Array, "T D"]:
-        """What is cached of each token: [normed latent, rotated key]."""
-        both, rank = _product(self.kv_a, x), self.config.latent_rank
-        return jnp.concatenate([self.kv_a_norm(both[:, :rank]), _rotated(both[:, rank:], rope)], axis=-1)
+            return self.q(x, None, None)[1]
+        return self.q_b(self.q_a_norm(_product(self.q_a, x)), None, None)[1]
 
 
 def _product(linear: Linear, x: Float[Array, "T E"]) -> Float[Array, "T N"]:
@@ -98,11 +87,3 @@ def _product(linear: Linear, x: Float[Array, "T E"]) -> Float[Array, "T N"]:
     product = dense_product(x, linear.weight.dense())
     return product if linear.bias is None else product + linear.bias[...]
 
-
-def _rotated(x: Float[Array, "T *H D"], rope: Rotation | None) -> Float[Array, "T *H D"]:
-    return x if rope is None or rope.cos is None or rope.sin is None else rotate(x, rope.cos, rope.sin)
-
-
-def _by_head(equation: str, x: Array, weight: Array) -> Array:
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, weight, precision=precision)

@@ -58,6 +58,26 @@ def decode(
     interpret: bool,
 ) -> tuple[Float[Array, "T H R"], PlainPages]:
     """One token a sequence, whose latent is written first."""
+    arrays = (q, latents, pages, slots, page_table, kv_lens)
+    parts, lse, pages = decode_parts(*arrays, rank, options, tuning=tuning, interpret=interpret)
+    out = parts[0] if parts.shape[0] == 1 else _merge(parts, lse, q.dtype, interpret=interpret)
+    return out, pages
+
+
+def decode_parts(
+    q: Float[Array, "T H D"],
+    latents: Float[Array, "T D"],
+    pages: PlainPages,
+    slots: Slots,
+    page_table: Int32[Array, "T M"],
+    kv_lens: Int32[Array, "T"],
+    rank: int,
+    options: AttentionOptions,
+    *,
+    tuning: Tuning | None = None,
+    interpret: bool,
+) -> tuple[Float[Array, "S T H R"], Float32[Array, "S T H"], PlainPages]:
+    """The same, as each split saw it, with the logarithms in base 2 of what its keys weigh together."""
     tokens, heads, _ = q.shape
     usual = Tuning(16, 16, 4, 1) if pages.dtype == jnp.float32 else Tuning(16, 32, 4, 3)
     tuning = tuning or usual
@@ -74,7 +94,7 @@ def decode(
     kernel = functools.partial(_decode_kernel, rank=rank, tuning=tuning, options=options, interpret=interpret)
     arrays = (pages, q, latents.astype(pages.dtype), slots, page_table, kv_lens)
     pages, parts, lse = launch(kernel, how, out, *arrays, interpret=interpret)
-    return parts[0] if splits == 1 else _merge(parts, lse, q.dtype, interpret=interpret), pages
+    return parts, lse, pages
 
 
 def prefill(

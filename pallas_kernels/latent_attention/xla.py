@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
 
+from lmdeploy_jax.pallas_kernels.norm import rms_norm
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention.xla import prefill_attention
+from lmdeploy_jax.pallas_kernels.rope_kv_write.xla import rotate
 from lmdeploy_jax.pallas_kernels.shapes import PlainPages, Slots, Tiles
 from lmdeploy_jax.pallas_kernels.streaming import attend_paged
 
 GROUP = 32  # sequences a loop
+
+
+def queries(
+    parts: Float[Array, "S T H D"],
+    latents: Float[Array, "T L"],
+    norm: Float[Array, "R"],
+    kv_b: Float[Array, "H N R"],
+    cos: Float32[Array, "T half"] | None,
+    sin: Float32[Array, "T half"] | None,
+    eps: float,
+) -> tuple[Float[Array, "T H L"], Float[Array, "T L"]]:
+    """See `latent_queries`."""
+    q = (parts[0] if len(parts) == 1 else parts.sum(0)).astype(latents.dtype)
+    rank = norm.size
+    nope = q.shape[2] - (latents.shape[1] - rank)
+
+    def turned(x: jax.Array) -> jax.Array:
+        return x if cos is None or sin is None else rotate(x, cos, sin)
+
+    led = _by_head("thp,hpr->thr", q[..., :nope], kv_b[:, :nope])
+    normed = rms_norm(latents[:, :rank], norm, eps=eps, offset=0.0)
+    queries = jnp.concatenate([led, turned(q[..., nope:])], axis=-1)
+    return queries, jnp.concatenate([normed, turned(latents[:, rank:])], axis=-1)
+
+
+def values_of_latents(
+    out: Float[Array, "T H R"], kv_b: Float[Array, "H N R"], value_dim: int
+) -> Float[Array, "T H V"]:
+    """What attention's outputs in the space of the latents stand for, by the last rows of kv_b."""
+    return _by_head("thr,hvr->thv", out, kv_b[:, kv_b.shape[1] - value_dim :])
+
+
+def _by_head(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, weight, precision=precision)
 
 
 def write(pages: PlainPages, latents: Float[Array, "T D"], slots: Slots) -> PlainPages:

@@ -14,7 +14,7 @@ from lmdeploy_jax.models.config import AttentionConfig, DecoderConfig, LatentCon
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.mlp_config import MixtureConfig, MlpConfig, RouterConfig
 from lmdeploy_jax.models.recurrent_config import DeltaConfig, Mamba2Config, ShortConvConfig
-from lmdeploy_jax.models.tuning import Tuning
+from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.pallas_kernels.kv_formats import INT8
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import MAX_GROUP
@@ -27,8 +27,8 @@ MIXERS = [
 MIXED = replace(CONFIG, layers=tuple(replace(CONFIG.layers[0], mixer=mixer) for mixer in MIXERS))
 
 
-def model(backend: str, config: DecoderConfig = MIXED) -> LoadedModel:
-    skeleton = build_skeleton(config, jnp.dtype("float32"), Kernels(backend))
+def model(backend: str, config: DecoderConfig = MIXED, tuning: Tuning = UNTUNED) -> LoadedModel:
+    skeleton = build_skeleton(config, jnp.dtype("float32"), Kernels(backend, tuning=tuning))
     keys = jax.random.split(jax.random.key(0), len(skeleton.specs))
     specs = zip(keys, skeleton.specs.values(), strict=True)
     leaves = tuple(0.2 * jax.random.normal(key, spec.shape, spec.dtype) for key, spec in specs)
@@ -75,8 +75,10 @@ def test_mixtures_of_both_backends_agree():
 
 
 def test_latent_attention_of_both_backends_agrees():
+    """Chunks with products of XLA before and behind it, then tokens with kernels of their own."""
     mixer = LatentConfig(3, 24, 16, 8, 16, AttentionOptions(0.2), RopeConfig(8), query_rank=12)
-    _assert_backends_agree(replace(CONFIG, layers=(replace(CONFIG.layers[0], mixer=mixer),)))
+    latent = replace(CONFIG, layers=(replace(CONFIG.layers[0], mixer=mixer),))
+    _assert_backends_agree(latent, Tuning(latent_projections="pallas"))
 
 
 @pytest.mark.full
@@ -87,12 +89,12 @@ def test_recurrences_of_both_backends_agree():
     _assert_backends_agree(replace(CONFIG, layers=(layer, *recurrent)))
 
 
-def _assert_backends_agree(config: DecoderConfig) -> None:
+def _assert_backends_agree(config: DecoderConfig, tuning: Tuning = UNTUNED) -> None:
     """On a chunk that is longer than a tile of either backend, beside short ones, then a token each."""
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 150).tolist()
     found = []
     for backend in ("xla", "pallas_interpret"):
-        runner = PagedRunner(model(backend, config))
+        runner = PagedRunner(model(backend, config, tuning))
         chunks = runner.ragged([(0, 0, ids[:140], 140), (1, 0, ids[:9], 9), (2, 0, ids[:1], 1)])
         decoded = runner.decode({0: (ids[140], 140), 1: (ids[9], 9)})
         found.append(np.concatenate([*chunks, *(logits[None] for logits in decoded.values())]))

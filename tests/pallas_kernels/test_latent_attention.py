@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 
-from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention, pallas
+from lmdeploy_jax.pallas_kernels.latent_attention import (
+    latent_attention,
+    latent_queries,
+    latent_values,
+    pallas,
+)
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles
 
@@ -61,6 +68,39 @@ def test_chunks_and_tokens_attend_to_all_before_them(backend, rows, heads, progr
     out, _ = step([(n - 1, n) for n in LENGTHS], None)
     want = np.concatenate([expected(q[-1:], x) for q, x in zip(qs, latents, strict=True)])
     np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("tokens", "rank", "programs", "turning"), [(1, 24, 132, 4), (18, 136, 1, None)])
+def test_queries_are_led_into_the_latents_space_and_values_out_of_it(
+    tokens, rank, programs, turning, backend, monkeypatch
+):
+    """One row and several blocks of them, blocks of columns that nothing fills, splits and none, a product in
+    parts, and tails of which some elements turn or none.
+    """
+    monkeypatch.setattr(pallas, "PROGRAMS", programs)
+    if backend == "pallas" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    heads, nope, tail, value_dim = 3, 12, 6, 40
+    normal = np.random.default_rng(0).normal
+    q, kv_b = normal(size=(2, tokens, heads, nope + tail)), normal(size=(heads, nope + value_dim, rank))
+    both, norm = normal(size=(tokens, rank + tail)), normal(size=rank)
+    turn = (None, None) if turning is None else normal(size=(2, tokens, turning // 2)).astype(np.float32)
+    pages = normal(size=(2 * tokens + 1, 1, PAGE_SIZE, rank + tail))
+    lens = np.arange(tokens, dtype=np.int32) * 7 % (2 * PAGE_SIZE) + 1
+    table = 1 + np.arange(2 * tokens, dtype=np.int32).reshape(tokens, 2)
+    slots = table[np.arange(tokens), (lens - 1) // PAGE_SIZE] * PAGE_SIZE + (lens - 1) % PAGE_SIZE
+    arrays = tuple(x.astype(np.float32) for x in (q, both, norm, kv_b, pages))
+
+    @partial(jax.jit, static_argnums=0)
+    def run(backend, q, both, norm, kv_b, pages, turn, *where):
+        queries, latents = latent_queries(q, both, norm, kv_b, *turn, eps=1e-6, backend=backend)
+        how = {"value_dim": value_dim, "options": OPTIONS, "backend": backend}
+        return queries, latents, latent_values(queries, latents, pages, *where, kv_b, **how)
+
+    found, wanted = (run(each, *arrays, turn, slots, table, lens) for each in (backend, "xla"))
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
 def test_pages_that_do_not_fit_are_named():
