@@ -86,4 +86,3 @@ def _product(linear: Linear, x: Float[Array, "T E"]) -> Float[Array, "T N"]:
     """With a weight that every device has whole."""
     product = dense_product(x, linear.weight.dense())
     return product if linear.bias is None else product + linear.bias[...]
-

@@ -5,9 +5,9 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Float32, Int32
 
 from lmdeploy_jax.pallas_kernels.latent_attention import xla
+from lmdeploy_jax.pallas_kernels.latent_attention.xla import values_of_latents
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.registry import check_backend
-from lmdeploy_jax.pallas_kernels.latent_attention.xla import values_of_latents
 from lmdeploy_jax.pallas_kernels.shapes import PlainPages, Slots, Tiles
 
 __all__ = ["latent_attention", "latent_queries", "latent_values", "values_of_latents"]
