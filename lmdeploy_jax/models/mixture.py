@@ -234,8 +234,8 @@ class Mixture(nnx.Module):
         self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], NextDelta, Int32[Array, "T k"]]:
         """The same, and each token's experts."""
-        x, normed = self.kernels.add_norm(x, delta, norm)
-        routes, inputs = self.router(normed), _through(self.into_latent, normed)
+        x, normed, routes = self.router.behind_norm(self.kernels, x, delta, norm)
+        inputs = _through(self.into_latent, normed)
         shared = None if self.shared is None else self._shared(normed)
         if shared is not None:  # goes before the experts, so that a CUDA graph does it beside them
             shared, inputs = lax.optimization_barrier((shared, inputs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,14 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Float32, Int32
 
+from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import param
 from lmdeploy_jax.models.mlp_config import RouterConfig
+from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.products import dense_product
+from lmdeploy_jax.models.residual import Delta, PartialSum
 from lmdeploy_jax.pallas_kernels.skinny_gemm import Tiling, skinny_gemm
-from lmdeploy_jax.pallas_kernels.topk_routing import TopK, topk_routing
+from lmdeploy_jax.pallas_kernels.topk_routing import TopK, norm_topk_routing, topk_routing
 
 FEW_TOKENS = 64  # whose product XLA would cut along the inner axis too, and add up in a kernel more
 MOST_PARTS = 16
@@ -40,9 +43,38 @@ class Router(nnx.Module):
         self.expert_scale = param((config.experts,), wide, (None,)) if config.expert_scale else None
 
     def __call__(self, x: Float[Array, "T E"]) -> Routes:
-        logits = self.logits(x)
+        bias, correction = self._summands()
+        return self._scaled(choose(self.config, self.logits(x), correction, self.backend, bias=bias))
+
+    def behind_norm(
+        self, kernels: Kernels, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
+    ) -> tuple[Float[Array, "T E"], Float[Array, "T E"], Routes]:
+        """`Kernels.add_norm` of the last three -> x, x normalised, and its routes."""
+        if not self._fuses(kernels, x, delta, norm):
+            x, normed = kernels.add_norm(x, delta, norm)
+            return x, normed, self(normed)
+        assert isinstance(norm, RMSNorm)  # as `_fuses` told
+        assert delta is not None
+        assert not isinstance(delta, PartialSum)
+        bias, correction = self._summands()
+        arrays = (x, delta, norm.weight[...], self.weight[...], correction, options_of(self.config))
+        how: dict[str, Any] = {"eps": norm.eps, "offset": norm.offset, "backend": self.backend}
+        x, normed, *routes = norm_topk_routing(*arrays, bias=bias, **how)
+        return x, normed, self._scaled(Routes(*routes))
+
+    def _fuses(self, kernels: Kernels, x: Array, delta: Delta | None, norm: Norm | None) -> bool:
+        """Whether one kernel does all of it, as measured for few tokens."""
+        chosen = kernels.tuning.routing == "pallas" and self.backend != "xla"
+        few = x.shape[0] <= FEW_TOKENS and self.config.scores != "sparsemixer"
+        whole = delta is not None and not isinstance(delta, PartialSum)
+        return chosen and few and whole and isinstance(norm, RMSNorm)
+
+    def _summands(self) -> tuple[Array | None, Array | None]:
+        """The bias and the correction."""
         bias, correction = (None if each is None else each[...] for each in (self.bias, self.correction))
-        routes = choose(self.config, logits, correction, self.backend, bias=bias)
+        return bias, correction
+
+    def _scaled(self, routes: Routes) -> Routes:
         if self.expert_scale is None:
             return routes
         return routes._replace(weights=routes.weights * self.expert_scale[...][routes.experts])
@@ -81,7 +113,13 @@ def choose(
     if config.scores == "sparsemixer":
         logits = logits.sum(0) if logits.ndim == 3 else logits
         return _sparsemixer(logits if bias is None else logits + bias, config.jitter)
-    options = TopK(
+    return Routes(*topk_routing(logits, correction, options_of(config), bias=bias, backend=backend))
+
+
+def options_of(config: RouterConfig) -> TopK:
+    """What its kernels are told."""
+    assert config.scores != "sparsemixer"
+    return TopK(
         config.per_token,
         config.scores,
         config.normalise,
@@ -90,7 +128,6 @@ def choose(
         config.top_groups,
         config.group_score,
     )
-    return Routes(*topk_routing(logits, correction, options, bias=bias, backend=backend))
 
 
 def _sparsemixer(logits: Float32[Array, "T X"], jitter: float) -> Routes:

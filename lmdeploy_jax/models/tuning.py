@@ -13,7 +13,7 @@ from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.pallas_kernels.skinny_gemm import MAX_TOKENS, StreamTiling, Tiling
 
 FOLDER = Path(lmdeploy_jax.__file__).parent / "configs" / "kernels"
-OPS = ("prefill_attention", "rounding", "experts", "all_reduce", "encoder", "latent_projections")
+OPS = ("prefill_attention", "rounding", "experts", "all_reduce", "encoder", "routing", "latent_projections")
 """Those whose faster backend is told."""
 
 Kind = Literal["parts", "gated", "whole", "norm_parts", "norm_gated"]
@@ -55,6 +55,8 @@ class Tuning:
     all_reduce: that of small sums over devices, "pallas" where GPUs that store for each other are faster.
     rounding: that of activations that XLA's products of 8 bits read; those of kernels round in kernels.
     encoder: that of vision towers, "mosaic" where Hopper's own kernels are faster; None: not measured.
+    routing: that of few tokens' routers, "pallas" where one kernel for the norm before, the product and the
+    choice is faster than three; None: not measured.
     latent_projections: that of what leads a decode step's queries into the space of the latents and its
     outputs out of it; "pallas" where two kernels are faster than XLA's six.
     """
@@ -65,6 +67,7 @@ class Tuning:
     experts: str | None = None
     all_reduce: str | None = None
     encoder: str | None = None
+    routing: str | None = None
     latent_projections: str | None = None
 
     def find(

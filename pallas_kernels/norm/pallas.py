@@ -70,7 +70,7 @@ def _kernel(
     row, size = pl.program_id(0), x_ref.shape[1]
     column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
     mask = column < size
-    added = _add(x_ref, parts_ref, added_ref)
+    added = add(x_ref, parts_ref, added_ref)
     weight = plt.load(weight_ref.at[column], mask=mask, other=0)
     wide = added.astype(jnp.float32)
     normed = weigh(wide * inverse_rms(wide, size, eps), weight, offset, x_ref.dtype)
@@ -93,12 +93,12 @@ def _quant_kernel(
     row, size = pl.program_id(0), x_ref.shape[1]
     column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
     weight = plt.load(weight_ref.at[column], mask=column < size, other=0)
-    wide = _add(x_ref, parts_ref, added_ref).astype(jnp.float32)
+    wide = add(x_ref, parts_ref, added_ref).astype(jnp.float32)
     normed = weigh(wide * inverse_rms(wide, size, eps), weight, offset, x_ref.dtype)
     store_rounded(normed.astype(jnp.float32), row, values_ref, scales_ref, scale_ref)
 
 
-def _add(x_ref: jax.Ref, parts_ref: jax.Ref, added_ref: jax.Ref) -> Float[Array, "padded"]:
+def add(x_ref: jax.Ref, parts_ref: jax.Ref, added_ref: jax.Ref) -> Float[Array, "padded"]:
     """This program's row of x with its parts, which is stored; zeros beyond the last column."""
     row, size = pl.program_id(0), x_ref.shape[1]
     column = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float32, Int32
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
 
+from lmdeploy_jax.pallas_kernels.norm import add_rms_norm
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 from lmdeploy_jax.pallas_kernels.topk_routing import xla
 from lmdeploy_jax.pallas_kernels.topk_routing.options import TopK
 
-__all__ = ["TopK", "topk_routing"]
+__all__ = ["TopK", "norm_topk_routing", "topk_routing"]
 
 
 def topk_routing(
@@ -25,12 +28,7 @@ def topk_routing(
     the lowest number goes first. Raises ValueError where there are fewer experts than each token is to have.
     """
     check_backend(backend)
-    experts = logits.shape[-1]
-    if not 1 <= options.count <= experts or experts % options.groups:
-        raise ValueError(
-            f"{options.count} experts a token cannot be chosen among {experts} in {options.groups} "
-            "equal groups"
-        )
+    _check(options, logits.shape[-1])
     if backend == "xla":
         logits = logits.sum(0) if logits.ndim == 3 else logits
         return xla.topk_routing(logits if bias is None else logits + bias, correction, options)
@@ -38,3 +36,46 @@ def topk_routing(
 
     parts = logits if logits.ndim == 3 else logits[None]
     return pallas.topk_routing(parts, bias, correction, options, interpret=backend == "pallas_interpret")
+
+
+def norm_topk_routing(
+    x: Float[Array, "T E"],
+    delta: Float[Array, "*S T E"],
+    norm: Float[Array, "E"],
+    router: Float[Array, "X E"],
+    correction: Float32[Array, "X"] | None,
+    options: TopK,
+    *,
+    bias: Float32[Array, "X"] | None = None,
+    eps: float,
+    offset: float = 0.0,
+    backend: str,
+) -> tuple[Float[Array, "T E"], Float[Array, "T E"], Int32[Array, "T k"], Float32[Array, "T k"]]:
+    """`add_rms_norm` of x, delta and norm, and `topk_routing` of what is normed, whose logits are its product
+    with the router's weight [X, E], in f32 -> the new x, the normed x, experts and weights.
+    """
+    check_backend(backend)
+    _check(options, router.shape[0])
+    if backend == "xla":
+        x, normed = add_rms_norm(x, delta, norm, eps=eps, offset=offset, backend=backend)
+        logits = jnp.einsum(
+            "te,xe->tx",
+            normed.astype(router.dtype),
+            router,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        return x, normed, *topk_routing(logits, correction, options, bias=bias, backend=backend)
+    from lmdeploy_jax.pallas_kernels.topk_routing import normed as kernel  # CPUs never need it
+
+    arrays = (x, delta if delta.ndim == 3 else delta[None], norm, router, bias, correction)
+    interpret = backend == "pallas_interpret"
+    return kernel.norm_topk_routing(*arrays, options, eps=eps, offset=offset, interpret=interpret)
+
+
+def _check(options: TopK, experts: int) -> None:
+    if not 1 <= options.count <= experts or experts % options.groups:
+        raise ValueError(
+            f"{options.count} experts a token cannot be chosen among {experts} in {options.groups} "
+            "equal groups"
+        )

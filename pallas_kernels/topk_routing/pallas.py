@@ -44,10 +44,25 @@ def _kernel(
 ) -> None:
     token, (parts, _, count) = pl.program_id(0), logits_ref.shape
     expert = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
-    present = expert < count
-    logits = jnp.where(present, 0.0, -jnp.inf)
+    logits = jnp.where(expert < count, 0.0, -jnp.inf)
     for part in range(parts):
-        logits += plt.load(logits_ref.at[part, token, expert], mask=present, other=0.0)
+        logits += plt.load(logits_ref.at[part, token, expert], mask=expert < count, other=0.0)
+    store_choice(logits, token, count, bias_ref, correction_ref, experts_ref, weights_ref, options)
+
+
+def store_choice(
+    logits: Float32[Array, "X"],
+    token: Int32[Array, ""],
+    count: int,
+    bias_ref: jax.Ref | None,
+    correction_ref: jax.Ref | None,
+    experts_ref: jax.Ref,
+    weights_ref: jax.Ref,
+    options: TopK,
+) -> None:
+    """The token's experts, of `count`, and their weights; lanes beyond have logits of minus infinity."""
+    expert = jnp.arange(logits.size, dtype=jnp.int32)
+    present = expert < count
     if bias_ref is not None:
         logits += plt.load(bias_ref.at[expert], mask=present, other=0.0)
     scores = _scores(logits, options)

@@ -65,13 +65,15 @@ def test_layers_may_differ_in_their_kv_heads():
 
 
 def test_mixtures_of_both_backends_agree():
-    """Their parts go to the next norm, or are added up, beside a shared block or before a norm."""
+    """Their parts go to the next norm, or are added up, beside a shared block or before a norm; a few tokens'
+    router is one kernel with the norm before it.
+    """
     router, mlp = RouterConfig(6, 2, normalise=True), MlpConfig(24)
     plain = replace(MIXED.layers[0], mlp=MixtureConfig(router, mlp))
     biased = MixtureConfig(replace(router, bias=True), replace(mlp, activation="swigluoai", bias=True))
     shared = MixtureConfig(router, mlp, shared=MlpConfig(16), shared_gate=True)
     layers = (replace(plain, mlp=shared), replace(plain, mlp=biased, post_norm=True), plain)
-    _assert_backends_agree(replace(CONFIG, layers=layers))
+    _assert_backends_agree(replace(CONFIG, layers=layers), Tuning(routing="pallas"))
 
 
 def test_latent_attention_of_both_backends_agrees():

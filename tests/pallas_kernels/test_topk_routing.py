@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmdeploy_jax.pallas_kernels.topk_routing import TopK, topk_routing
+from lmdeploy_jax.pallas_kernels.topk_routing import TopK, norm_topk_routing, topk_routing
 
 BACKENDS = ["pallas_interpret", pytest.param("pallas", marks=pytest.mark.gpu)]
 CASES = [  # experts, with a correction, with a bias, options
@@ -51,3 +53,21 @@ def test_experts_that_do_not_exist_are_never_chosen():
 def test_more_experts_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="5 experts a token cannot be chosen among 4"):
         topk_routing(jnp.zeros((1, 4)), None, TopK(5), backend="xla")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("experts", "size"), [(6, 40), (24, 2100)])
+def test_a_router_s_norm_product_and_choice_are_one_kernel(experts, size, backend):
+    """With fewer experts than a block of them has, and with several blocks, which experts do not fill."""
+    if backend == "pallas" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    normal = np.random.default_rng(0).normal
+    shapes = (3, size), (2, 3, size), (size,), (experts, size), (experts,), (experts,)
+    x, delta, norm, router, correction, bias = (jnp.asarray(normal(size=s), jnp.float32) for s in shapes)
+    how = {"bias": bias, "eps": 1e-6, "offset": 1.0}
+    options = TopK(3, "sigmoid", normalise=True, scale=2.0)
+    run = partial(norm_topk_routing, x, delta, norm, router, correction, options, **how)
+    found, wanted = run(backend=backend), run(backend="xla")
+    np.testing.assert_array_equal(found[2], wanted[2])
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
