@@ -70,7 +70,8 @@ def save(
     check_apart(target, source)
     check_target(target, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    # A folder that is there stays: it may be a link to another disk, or a volume's mount point.
+    partial = (target if target.exists() else target.parent) / f".{target.name}.partial-{os.getpid()}"
     try:
         partial.mkdir()
         copy_small_files(source, partial)
@@ -206,7 +207,8 @@ def check_target(target: pathlib.Path, *, force: bool) -> None:
         raise CheckpointError(
             f"{target}: is not empty; name a new folder, or force its replacement (--force)"
         )
-    above = next(folder for folder in target.absolute().parents if folder.exists())
+    path = target.absolute()
+    above = next(folder for folder in (path, *path.parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise CheckpointError(f"{target}: {above} is no folder that you may write to; name another one")
 
@@ -271,14 +273,22 @@ def _digest(folder: pathlib.Path) -> str:
 
 
 def _replace(partial: pathlib.Path, target: pathlib.Path) -> None:
-    """Puts the finished folder in its place; what was there goes only after that."""
+    """Puts the finished folder in its place; what was there goes only then."""
     if not target.exists():
         partial.rename(target)
         return
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
-    target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old)
+    clear(target, keep=partial)
+    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == MANIFEST):  # last: now it is one
+        entry.rename(target / entry.name)
+
+
+def clear(folder: pathlib.Path, keep: pathlib.Path | None = None) -> None:
+    """Removes what is in `folder`, but for `keep`, and not the folder."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink() and entry != keep:
+            shutil.rmtree(entry)
+        elif entry != keep:
+            entry.unlink()
 
 
 def _check_leaves(

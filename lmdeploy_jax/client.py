@@ -8,20 +8,27 @@ from typing import Any
 
 import httpx
 
-from lmdeploy_jax.errors import EngineError, RequestError
+from lmdeploy_jax.errors import ConfigError, EngineError, RequestError
 
 TIMEOUT = httpx.Timeout(None, connect=30)  # seconds; an answer may take any time
+
+
+def server_url(url: str) -> str:
+    """A server's URL without the end that OpenAI's clients write. Raises ConfigError."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"url={url!r} is no URL of a server: give one like http://localhost:23333")
+    return url.rstrip("/").removesuffix("/v1")
 
 
 class APIClient:
     """Speaks to a server at `api_server_url`, such as "http://localhost:23333".
 
     Requests take the fields of their route by name. Raises `RequestError` for what the server refuses, with
-    its message, and `EngineError` where no server answers or it fails.
+    its message, `EngineError` where no server answers or it fails, and `ConfigError` for what is no URL.
     """
 
     def __init__(self, api_server_url: str, api_key: str | None = None) -> None:
-        self.url = api_server_url.rstrip("/").removesuffix("/v1")
+        self.url = server_url(api_server_url)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
 

@@ -16,6 +16,7 @@ from lmdeploy_jax.bench import checkpoint, quantised, shapes
 from lmdeploy_jax.bench.workloads import HIGHEST_ID, MAX_LEN, WORKLOADS, Job, make
 from lmdeploy_jax.cli.engine_flags import add_engine_flags, engine_config
 from lmdeploy_jax.cli.flags import PROGRAM, FlagSet, UsageError
+from lmdeploy_jax.hub import resolve_model
 
 if TYPE_CHECKING:
     from lmdeploy_jax.bench.session import Session
@@ -213,8 +214,9 @@ def _decoder_config(model: str) -> DecoderConfig:
 
 def _serve(flags: FlagSet, args: list[str]) -> int:
     from lmdeploy_jax.bench import load
+    from lmdeploy_jax.client import server_url
 
-    url = _target("serve", args).rstrip("/").removesuffix("/v1")
+    url = server_url(_target("serve", args))
     names = _workloads(flags["workloads"] or DEFAULT_WORKLOADS["serve"])
     model = flags["model_name"] or load.model_name(url, flags["api_key"])
     target = load.Target(url, model, flags["api_key"])
@@ -266,6 +268,7 @@ def _checkpoint(model: str, flags: FlagSet) -> str:
             raise UsageError(f"--block_scales is for random checkpoints, and {model} is none; leave it out")
         if flags["random"]:
             raise UsageError(f"--random is for shapes, and {model} is none; leave it out")
+        resolve_model(model, revision=flags["revision"], download_dir=flags["download_dir"])
         return model
     from lmdeploy_jax.engine.core.compile import default_cache_dir
 

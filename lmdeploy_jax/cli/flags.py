@@ -15,6 +15,29 @@ from lmdeploy_jax.cli import config_file
 from lmdeploy_jax.errors import ConfigError
 
 PROGRAM = "lmdeploy_jax"
+ELSEWHERE = {
+    "host": "server_name",
+    "port": "server_port",
+    "api_key": "api_keys",
+    "served_model_name": "model_name",
+    "max_model_len": "session_len",
+    "context_length": "session_len",
+    "tensor_parallel_size": "tp",
+    "tp_size": "tp",
+    "data_parallel_size": "dp",
+    "dp_size": "dp",
+    "ep_size": "ep",
+    "max_num_seqs": "max_batch_size",
+    "max_running_requests": "max_batch_size",
+    "max_num_batched_tokens": "max_prefill_token_num",
+    "chunked_prefill_size": "max_prefill_token_num",
+    "gpu_memory_utilization": "cache_max_entry_count",
+    "mem_fraction_static": "cache_max_entry_count",
+    "kv_cache_dtype": "quant_policy",
+    "quantization": "model_format",
+    "enforce_eager": "eager_mode",
+}
+"""What other engines (vLLM, SGLang) call flags of this one."""
 
 
 class UsageError(ConfigError):
@@ -157,6 +180,10 @@ def _canonical_flag(values: absl_flags.FlagValues, word: str, rest: deque[str]) 
     dashed, equals, value = word.lstrip("-").partition("=")
     root, dot, path = dashed.partition(".")
     name = root.replace("-", "_")
+    if name not in values and (ours := ELSEWHERE.get(name, "")) in values:
+        raise UsageError(
+            f"There is no flag --{root} here; its like is --{ours.replace('_', '-')} (see --help)."
+        )
     if name not in values or (values[name].boolean and not dot):
         return f"--{name}{dot}{path}{equals}{value}"
     if not equals:

@@ -121,7 +121,12 @@ def _quantise(choose: Callable[[FlagSet], Method], model: str, flags: FlagSet) -
     out = Path(flags["work_dir"])
     print(f"quantising {model}, {calibration or 'without calibration'}", file=sys.stderr, flush=True)
     start = time.perf_counter()
-    errors = Job(model, folder, out, method, calibration, dtype).run(force=flags["force"], on_layer=_tell)
+    job = Job(model, folder, out, method, calibration, dtype)
+    try:
+        errors = job.run(force=flags["force"], on_layer=_tell)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr, flush=True)
+        raise
     print(table(errors))
     print(f"wrote {out} in {time.perf_counter() - start:.1f} s")
 

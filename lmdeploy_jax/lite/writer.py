@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,8 @@ class Writer:
                 "unfinished; repeat that one, name a new folder, or replace it (--force)"
             )
         orbax.check_target(self.out, force=force)
-        shutil.rmtree(self.out, ignore_errors=True)
-        self.out.mkdir(parents=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        orbax.clear(self.out)
         self._notes = {}
         self._write_job()
 

@@ -64,10 +64,15 @@ def test_each_benchmark_has_its_own_flags(
     [
         (["talk"], 2, "Unknown command 'talk'"),
         (["chat", "--tpp", "2"], 2, "tpp"),
+        (["serve", "x", "--max-model-len=9"], 2, "no flag --max-model-len here; its like is --session-len"),
+        (["chat", "--port", "9"], 2, "Unknown command line flag 'port'"),  # nor is there its like
         (["chat", "a", "b"], 2, "one model"),
         (["chta"], 2, "Did you mean chat?"),
         (["lite", "tiny-chat"], 2, "lite does one of"),
         (["lite", "awq", "--calib-samples", "8"], 2, "lite does one of"),  # not: an unknown flag
+        (["bench", "serve", "localhost:23333"], 2, "url='localhost:23333' is no URL of a server"),
+        (["chat", "--url", "localhost:23333"], 2, "give one like http://localhost:23333"),
+        (["bench", "latency", "/no/such/folder"], 1, "/no/such/folder"),  # before anything is measured
         (["bench", "thruput", "--tp", "2"], 2, "bench does one of"),
         (["lite", "fp8"], 2, "usage: lmdeploy_jax lite fp8 MODEL"),
         (["lite", "fp8", "/no/such/folder"], 1, "/no/such/folder"),

@@ -105,6 +105,18 @@ def test_a_folder_in_use_is_kept_unless_forced(copy: Path, model: Path) -> None:
         orbax.save(model.parent, leaves, {}, model, force=True)
 
 
+def test_a_link_to_another_disk_stays_one(model: Path, tmp_path: Path) -> None:
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir()
+    out.symlink_to(disk)
+    for force in (False, True):
+        orbax.save(out, {"norm.weight": jnp.ones(8)}, {}, model, force=force)
+        assert out.is_symlink()
+        assert list(orbax.read_manifest(disk)["leaves"]) == ["norm.weight"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert not list(disk.glob(".*"))
+
+
 def test_a_failed_save_leaves_nothing(model: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         orbax.save(tmp_path / "out", {"norm.weight": jnp.ones(8)}, {"no json": object()}, model)

@@ -10,8 +10,9 @@ import pytest
 
 from lmdeploy_jax.bench import shapes
 from lmdeploy_jax.cache.kv import page_bytes, plan_memory
+from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.converters.families import build_config
-from lmdeploy_jax.engine.core.setup import choose_backend
+from lmdeploy_jax.engine.core.setup import _session_len, choose_backend
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.models.config import DecoderConfig
 
@@ -61,6 +62,15 @@ def test_no_layer_with_a_backend_is_no_backend(caplog):
 def test_a_backend_that_cannot_be_had_is_refused():
     with pytest.raises(ConfigError, match=r"the platform is cpu.*'auto' or 'xla'"):
         choose_backend("pallas", CPU, MODEL)
+
+
+def test_a_context_beyond_the_model_s_own_is_told(caplog):
+    yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}}
+    stretched = build_config(shapes.read("llama3-8b") | yarn, "llama3-8b")
+    for model, length in ((MODEL, 8192), (stretched, 9000), (MODEL, 9000)):
+        assert caplog.text == ""
+        assert _session_len(JaxEngineConfig(session_len=length), model) == length
+    assert "session_len=9000: this model was made for 8192 tokens" in caplog.text
 
 
 def plan(layout, page, **settings):

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lmdeploy_jax.assets import TINY_CHAT
+from lmdeploy_jax.cli import lite
 from lmdeploy_jax.cli.main import main
 from lmdeploy_jax.converters.load import load_model
 from lmdeploy_jax.lite.methods import Fp8
@@ -63,22 +64,26 @@ def test_the_folder_is_complete(made: Path) -> None:
     assert not {name for name in names if "job" in name or "partial" in name}
 
 
-def test_an_interrupted_run_goes_on(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_run_goes_on(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
 
     def interrupt(done: int, *_: object) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
-    job = Job("tiny-chat", TINY_CHAT, out, Fp8())
-    with pytest.raises(KeyboardInterrupt):
-        job.run(on_layer=interrupt)
+    command = ["lite", "fp8", "tiny-chat", "--work-dir", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(lite, "_tell", interrupt)
+        assert main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
     kept = {file.name: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
     assert len(kept) == 3
     assert not (out / "config.json").exists()  # nothing takes it for a checkpoint
-    assert main(["lite", "fp8", "tiny-chat", "--work-dir", str(out), "--dtype", "float16"]) == 2
+    assert main([*command, "--dtype", "float16"]) == 2
     assert "with other settings" in capsys.readouterr().err
-    job.run()
+    assert main(command) == 0
     assert kept.items() <= {file.name: file.stat().st_mtime_ns for file in out.iterdir()}.items()
     for file in made.iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes(), file.name
@@ -96,6 +101,8 @@ def test_what_cannot_be_quantised(made: Path, tmp_path: Path, capsys: pytest.Cap
 def test_a_full_disk_is_told_and_the_run_goes_on_later(tmp_path: Path) -> None:
     out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
     job = Job("tiny-chat", TINY_CHAT, out, Fp8())
+    (tmp_path / "disk").mkdir()
+    out.symlink_to(tmp_path / "disk")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # bytes of a file: as a disk that is full
     try:
         with pytest.raises(OSError, match=r"model-00001-of-00005.safetensors: cannot be written.*make room"):
@@ -104,7 +111,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(out.glob("*.partial"))
     job.run()
-    assert (out / "config.json").exists()
+    assert (tmp_path / "disk" / "config.json").exists()
 
 
 def _leaves(folder: Path) -> dict[str, np.ndarray]:

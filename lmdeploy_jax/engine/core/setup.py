@@ -325,7 +325,13 @@ def _session_len(config: JaxEngineConfig, model: DecoderConfig) -> int:
     limit = model.exact_length
     if limit is not None and config.session_len is None:
         log.warning("sequences have at most %d tokens: the index of longer ones is missing", limit)
-    return model.check_length(config.session_len)
+    session_len = model.check_length(config.session_len)
+    if session_len > model.max_position and {rope.kind for rope in model.ropes} == {"default"}:
+        log.warning(
+            "session_len=%d: this model was made for %d tokens, and what it says beyond may make no sense; "
+            "rope_scaling in hf_overrides can stretch it", session_len, model.max_position,
+        )  # fmt: skip
+    return session_len
 
 
 def _fitting(session_len: int, most: int) -> int:
