@@ -66,6 +66,14 @@ def test_min_new_tokens_keeps_stop_ids_away(engine, prompt, answer):
     assert not stop & set(result.tokens[:20])
 
 
+@pytest.mark.parametrize("least", [1, 2])
+def test_the_first_token_is_no_stop_id_where_one_token_is_the_least(engine, prompt, answer, least):
+    """Of siblings too, whose histories begin in the step that draws their first tokens."""
+    wish = {"stop_token_ids": frozenset([answer[0]]), "logit_bias": ((answer[0], 100.0),)}
+    for result in generate(engine, [prompt], min_new_tokens=least, n=2, **wish)[0]:
+        assert (result.tokens.index(answer[0]), result.reason) == (least, "stop")
+
+
 def test_banned_ids_and_biases_change_the_choice(engine, prompt, answer):
     assert answer[0] not in one(engine, prompt, banned_token_ids=(answer[0],)).tokens
     forced = one(engine, prompt, logit_bias=((42, 100.0),), max_new_tokens=4)

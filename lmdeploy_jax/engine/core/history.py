@@ -37,9 +37,10 @@ class Histories:
         """Start the history of an admitted sequence, if its sampling reads one."""
         slot = sequence.slot
         if sequence.params.reshapes_logits:
-            known = sequence.tokens
-            counts = count_row(known[: sequence.num_prompt], known[sequence.num_prompt :], self._vocab_size)
-            self._start(slot, counts, self._bias(sequence, sequence.num_generated))
+            # Those known alone: a token that the step under way draws is counted as generated already.
+            prompt, generated = sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
+            counts = count_row(prompt, generated, self._vocab_size)
+            self._start(slot, counts, self._bias(sequence, len(generated)))
         elif slot in self._biased:
             self._start(slot, np.zeros(self._vocab_size, np.int32), np.zeros(self._vocab_size, np.float32))
             self._biased.discard(slot)
