@@ -141,6 +141,19 @@ def test_a_burst_of_images_leaves_every_step_its_decoding_and_one_small_run():
     assert sum(runs) == 24 * 13
 
 
+def test_a_last_token_that_is_an_images_waits_for_its_row_too():
+    """One token is left of a prompt that ends with its image, whose rows others would take the place of."""
+    scheduler = make(capacity=2 * VIEW + LEARNED, tokens=64)
+    rows, others = Rows(scheduler), (request(prompt((name, image(1)), 10), new=1) for name in (b"b", b"c"))
+    for asked in (request(prompt(65 - VIEW, (b"a", image(1))), new=1), *others):
+        rows.know(asked)
+        scheduler.add(asked)
+    steps = run(scheduler)
+    assert [chunk.count for step in steps for chunk in step.chunks][:2] == [64, 1]
+    for step in steps:
+        rows.run(step)
+
+
 def test_what_is_not_encoded_yet_holds_no_other_prompt():
     scheduler = decoding(2)
     first = scheduler.add(request(prompt((b"a", image(4)), 3)))

@@ -153,13 +153,13 @@ class Scheduler:
     @property
     def _stuck(self) -> bool:
         """Whether prompts are under way: if none of them can go on, they wait for each other's pages."""
-        return any(sequence.remaining > 1 for sequence in self.running)
+        return any(not sequence.pending for sequence in self.running)
 
     def _ready(self, sequence: Sequence) -> bool:
         """Whether its next token can be computed now, as far as the sequence itself goes."""
         length = sequence.length
-        if length - sequence.computed != 1 or sequence.status is not Status.RUNNING:
-            return False
+        if not sequence.pending:
+            return False  # its prompt is under way, of which images may have to be encoded
         if length >= sequence.max_length or length >= self.session_len:
             return False  # its last tokens are under way
         return not (sequence.unread and sequence.params.needs_host)
@@ -218,7 +218,7 @@ class Scheduler:
 
         Prompts with images always join beside those who decode, one small run of the encoder a step.
         """
-        left = sum(s.remaining for s in self.running if s.remaining > 1 and not s.request.prompt.images)
+        left = sum(s.remaining for s in self.running if not (s.pending or s.request.prompt.images))
         for sequence in islice(self.waiting, len(self._slots)):
             if left > BURST_TOKENS:
                 break
@@ -235,7 +235,7 @@ class Scheduler:
 
     def _prompt_chunks(self, budget: int) -> list[Chunk]:
         """Of prompts that are under way, then of those that wait."""
-        unfinished = [sequence for sequence in self.running if sequence.remaining > 1]
+        unfinished = [sequence for sequence in self.running if not sequence.pending]
         chunks = self._prefill_chunks(unfinished, budget)
         return chunks + self._admit(budget - sum(chunk.count for chunk in chunks))
 
