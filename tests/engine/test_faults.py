@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from lmdeploy_jax.bench import checkpoint
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.core.engine import Engine
+from lmdeploy_jax.engine.core.sleep import _HostArray
 from lmdeploy_jax.engine.request import Request, SamplingParams
 from lmdeploy_jax.errors import LogitsError, RequestError
 from lmdeploy_jax.prompt import EncodedPrompt
@@ -179,6 +180,24 @@ def test_ids_that_the_model_does_not_know_never_reach_the_engine(engine, params)
     with pytest.raises(RequestError, match="outside the vocabulary of 257"):
         submit(engine, PROMPT, Collector(), **params)
     assert clean(generate(engine, [PROMPT])[0][0])
+
+
+@pytest.mark.parametrize("missing", ["host", "device"])
+def test_a_sleep_or_wake_that_finds_no_memory_can_be_made_up_for(engine, monkeypatch, missing):
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    before = tokens(engine, [PROMPT])
+    monkeypatch.setattr(engine._sleep_mode, "_reload", fail)  # the weights are in the host's memory
+    if missing == "device":
+        engine.sleep()
+    with monkeypatch.context() as patch:
+        patch.setattr(_HostArray, "__init__" if missing == "host" else "put", fail)
+        with pytest.raises(MemoryError):
+            (engine.sleep if missing == "host" else engine.wake)()
+    assert engine.sleeping
+    engine.wake()
+    assert tokens(engine, [PROMPT]) == before
 
 
 @pytest.mark.gpu

@@ -39,6 +39,7 @@ class SleepMode:
             self._scheduler.cache = self._scheduler.cache.emptied()
             if self._scheduler.encoder_cache is not None:
                 self._scheduler.encoder_cache.forget()
+            self.released |= {KV_CACHE}  # at once: the host may have no room for the weights
         if WEIGHTS not in self.released:
             weights = self._runner.state.weights
             self._host_weights = (
@@ -64,8 +65,8 @@ class SleepMode:
     def _weights(self) -> tuple[Leaves, Leaves]:
         if self._host_weights is None:
             return self._reload()
-        weights, self._host_weights = self._host_weights, None
-        decoder, vision = (tuple(array.put() for array in arrays) for arrays in weights)
+        decoder, vision = (tuple(array.put() for array in arrays) for arrays in self._host_weights)
+        self._host_weights = None  # not before they are back: others may still have the device's memory
         return decoder, vision
 
 
