@@ -34,7 +34,7 @@ def chosen(folder: Path, ids: list[int], k: int) -> np.ndarray:
 
 def test_the_experts_of_every_token_but_the_last_are_told(tmp_path: Path, compile_cache: Path) -> None:
     folder = save_checkpoint("qwen3_moe", tmp_path / "qwen3_moe")
-    options = {"enable_return_routed_experts": True, "max_prefill_token_num": 64}
+    options = {"enable_return_routed_experts": True, "max_prefill_token_num": 64, "decode_steps": 2}
     engine = Engine(folder, config(compile_cache, **options), progress=False)
     try:
         plain = generate(engine, PROMPTS, max_new_tokens=6)

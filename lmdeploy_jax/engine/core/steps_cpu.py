@@ -179,7 +179,7 @@ def decode(
         )
         return hidden, next_input(last), drawn.at[:, i].set(last), caches
 
-    hidden = jnp.zeros((len(slots), model.config.hidden_size), model.dtype)
+    hidden = jnp.zeros((len(slots), model.config.row_width), model.dtype)
     state = (hidden, pending[slots], jnp.zeros((len(slots), most), jnp.int32), caches)
     looped = partial(jax.lax.fori_loop, 0, field["count"][0], step) if most > 1 else partial(step, 0)
     hidden, last, drawn, caches = looped(state)
