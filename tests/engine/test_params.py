@@ -40,10 +40,10 @@ def params(prompt: list[int] = PROMPT, **fields: object) -> SamplingParams:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"do_sample": True, "temperature": 0.0}, {"do_sample": True, "top_k": 1}]
+    "fields", [{"do_sample": False}, {"temperature": 0.0}, {"temperature": 1e-38}, {"top_k": 1}]
 )
 def test_greedy_leaves_sampling_out(fields):
-    got = params(top_p=0.3, min_p=0.1, random_seed=4, **fields)
+    got = params(**({"do_sample": True, "top_p": 0.3, "min_p": 0.1, "random_seed": 4} | fields))
     assert got.greedy
     assert (got.top_k, got.top_p, got.min_p, got.seed) == (0, 1.0, 0.0, 0)
 

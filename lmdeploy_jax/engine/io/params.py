@@ -17,6 +17,7 @@ from lmdeploy_jax.messages import GenerationConfig
 if TYPE_CHECKING:
     from lmdeploy_jax.guided.grammars import Grammar
 
+LEAST_TEMPERATURE = 1e-5  # below it the best token is the only one, and logits / temperature may overflow
 Encode = Callable[[str], list[int]]  # without the special tokens that begin or end a text
 
 
@@ -55,13 +56,14 @@ def sampling_params(
     """The engine's instructions for one prompt. `stop_ids` are those of `stops`, `grammar` what
     `config.response_format` asks for.
 
-    Greedy unless `do_sample` with a temperature above 0; a missing seed is drawn, seeds are taken modulo
-    2**32. `max_new_tokens` is cut to the rest of the context. Raises `ContextLengthError` where nothing is
-    left of it, `RequestError` for an empty prompt, ids outside the vocabulary and contradictory lengths.
+    Greedy unless `do_sample` with a temperature that matters; a missing seed is drawn, seeds are taken
+    modulo 2**32. `max_new_tokens` is cut to the rest of the context. Raises `ContextLengthError` where
+    nothing is left of it, `RequestError` for an empty prompt, ids outside the vocabulary and contradictory
+    lengths.
     """
     check_prompt(prompt, limits.session_len, limits.vocab_size)
     room = limits.session_len - len(prompt)
-    greedy = not config.do_sample or config.temperature == 0 or config.top_k == 1
+    greedy = not config.do_sample or config.temperature < LEAST_TEMPERATURE or config.top_k == 1
     ngrams = config.repetition_ngram_size > 0 and config.repetition_ngram_threshold > 0
     banned_ids, banned_sequences = _banned(config, limits)
     return SamplingParams(
