@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -255,16 +256,18 @@ def _check_config(gen_config: object) -> None:
 
 
 def _aligned_configs(gen_config: Configs, count: int) -> list[GenerationConfig]:
-    """One config for each prompt. Raises ValueError for a list of another length, TypeError for others."""
+    """One config for each prompt: copies, since answers under way read them when their owner may have changed
+    them for the next call. Raises ValueError for a list of another length, TypeError for others.
+    """
     if gen_config is None or isinstance(gen_config, GenerationConfig):
-        return [gen_config or GenerationConfig()] * count
+        return [copy(gen_config) if gen_config else GenerationConfig()] * count
     _check_kind("gen_config", GenerationConfig, gen_config)
     if len(gen_config) != count:
         raise ValueError(
             "input gen_config length differs from the length of prompts. "
             f"Got {len(gen_config)} configs and {count} prompts."
         )
-    return list(gen_config)
+    return list(map(copy, gen_config))
 
 
 def _aligned_sessions(sessions: Sessions, count: int) -> list[Session | None]:

@@ -40,6 +40,14 @@ def test_a_streams_pieces_join_to_the_answers(opened):
         )
 
 
+def test_a_config_may_be_changed_while_its_answers_are_under_way(opened):
+    pipe, _ = opened(endless)
+    config = GenerationConfig(logprobs=1)
+    with pipe.stream_infer("a", gen_config=config, **RAW) as stream:
+        config.logprobs = None
+        assert [next(stream).logprobs is None for _ in range(9)] == [False] * 9
+
+
 def test_stream_response_false_gives_one_piece_a_prompt(opened):
     pipe, _ = opened(echo)
     pieces = list(pipe.stream_infer(["a", "b"], stream_response=False, **RAW))
