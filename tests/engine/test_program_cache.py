@@ -132,6 +132,25 @@ def test_a_full_disk_leaves_no_torn_file(tmp_path, compiled, monkeypatch, caplog
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_programs_are_kept_beside_other_engines(tmp_path, compiled, monkeypatch, caplog):
+    """Another thread makes the folder meanwhile, another engine drops one; or the folder may only be read."""
+    cache = ProgramCache(tmp_path, jax.devices(), "model")
+    cache.store(("decode", 1), compiled)
+    (tmp_path / "dropped").symlink_to(tmp_path / "nowhere")
+    first = iter([False])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", lambda path: next(first, True))
+        cache.store(("decode", 2), compiled)
+    assert not caplog.records
+    assert cache.holds(("decode", 2))
+
+    def refuse(path):
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert ProgramCache(tmp_path, jax.devices(), "model").load(("decode", 1)) is not None
+
+
 def test_what_a_killed_process_left_is_swept(tmp_path, compiled):
     ProgramCache(tmp_path, jax.devices(), "model").store(("decode", 1), compiled)
     (folder,) = tmp_path.iterdir()

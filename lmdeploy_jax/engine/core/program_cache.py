@@ -95,13 +95,20 @@ class ProgramCache:
 
     @staticmethod
     def _make_room(folder: Path) -> None:
-        """Makes the folder, and drops those that were used longest ago when there are many."""
+        """Makes the folder, and drops those that were used longest ago when there are many. Other threads,
+        and other engines, do so too.
+        """
         if folder.is_dir():
             return
-        folder.mkdir(parents=True, mode=0o700)
-        by_age = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-        for old in by_age[:-MOST_FOLDERS]:
+        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+        for old in sorted(folder.parent.iterdir(), key=_last_used)[:-MOST_FOLDERS]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _last_used(folder: Path) -> float:
+    with suppress(OSError):  # somebody else has dropped it
+        return folder.stat().st_mtime
+    return 0.0
 
 
 def _write(path: Path, content: object) -> None:
