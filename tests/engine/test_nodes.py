@@ -162,6 +162,15 @@ def channels(silence, lost):
     return Channel(here, "node 1", lost, silence=silence), there
 
 
+def test_a_follower_without_a_way_to_its_leader_says_where_it_looked():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(
+        EngineError, match=rf"node 1 has no way to node 0 at 127\.0\.0\.1:{port},.*at every port"
+    ):
+        Follower(("127.0.0.1", port), b"key", 1, 2)
+
+
 def test_a_side_that_says_nothing_is_lost():
     told = []
     channel, _there = channels(0.2, told.append)

@@ -124,7 +124,13 @@ class Follower(OneNode):
 
     def __init__(self, address: tuple[str, int], key: bytes, rank: int, count: int) -> None:
         self.count = count
-        connection = Client(address, authkey=key)
+        try:
+            connection = Client(address, authkey=key)
+        except OSError as error:
+            raise EngineError(
+                f"node {rank} has no way to node 0 at {address[0]}:{address[1]}, from where it is led: "
+                f"{error}. Let the nodes connect to each other at every port."
+            ) from error
         connection.send(rank)
         self._channel = Channel(connection, "node 0", self._end)
 
