@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,24 @@ def with_media_options(prompt: Prompt, given: Mapping[str, Mapping[str, Any] | N
     """
     options: dict[str, dict[str, Any]] = {"image": {}, "video": {}}
     for name in MEDIA_OPTIONS:
-        for kind, some in (given.get(name) or {}).items():
-            if kind not in options or not isinstance(some, Mapping):
-                raise RequestError(
-                    f"{name}={given[name]!r:.200} is not supported: give {{'image': {{...}}, 'video': "
-                    "{...}}, the options of images and of videos.",
-                    param=name,
-                )
+        told = given.get(name) or {}
+        if not _is_of_media(told, options):
+            raise RequestError(
+                f"{name}={told!r:.200} is not supported: give {{'image': {{...}}, 'video': {{...}}}}, the "
+                "options of images and of videos.",
+                param=name,
+            )
+        for kind, some in told.items():
             options[kind] |= some
     if not any(options.values()) or prompt.messages is None:
         return prompt
     return replace(prompt, messages=tuple(_with_options(message, options) for message in prompt.messages))
+
+
+def _is_of_media(told: object, kinds: Container[str]) -> bool:
+    return isinstance(told, Mapping) and all(
+        kind in kinds and isinstance(some, Mapping) for kind, some in told.items()
+    )
 
 
 def _with_options(message: Message, given: Mapping[str, Mapping[str, Any]]) -> Message:

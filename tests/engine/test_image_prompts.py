@@ -99,7 +99,7 @@ def test_options_are_an_images_own(pipe: Pipeline) -> None:
     for given, expected in ((part(image), least), (part(image, max_dynamic_patch=6), most)):
         answer = pipe(user(given), SHORT, mm_processor_kwargs={"image": {"max_dynamic_patch": 1}})
         assert answer.input_token_len == expected
-    for wrong in ({"audio": {}}, {"image": 5}, {"image": {}, "min_pixels": 4}):
+    for wrong in ({"audio": {}}, {"image": 5}, {"image": {}, "min_pixels": 4}, ["image"]):
         with pytest.raises(RequestError, match="mm_processor_kwargs"):
             pipe(user(part(image)), SHORT, mm_processor_kwargs=wrong)
     (answer,) = pipe([user(part(image, max_pixels=9))], SHORT)
