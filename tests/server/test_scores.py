@@ -13,7 +13,7 @@ import pytest
 
 from lmdeploy_jax import GenerationConfig, Pipeline, pipeline
 from lmdeploy_jax.engine.io.scores import Judge
-from lmdeploy_jax.errors import RequestError
+from lmdeploy_jax.errors import ContextLengthError, RequestError
 from lmdeploy_jax.text.tokenizer import Tokenizer
 from tests import patience
 from tests.engine.harness import config
@@ -207,7 +207,12 @@ def test_a_head_is_told_by_tokens_of_the_tokenizer(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     tokenizer = Tokenizer(tmp_path)
     with pytest.raises(RequestError, match="'w1 w2' is 2 tokens"):
-        Judge(ScoreConfig(("no", "w1 w2"), words=True), tokenizer)
+        Judge(ScoreConfig(("no", "w1 w2"), words=True), tokenizer, 64)
+    for own in (False, True):  # megabytes of text are not tokenised to be told that they are too many
+        judge = Judge(ScoreConfig(("w1",), qwen3_prompt=own), tokenizer, 64)
+        assert len(judge.pair("w1", "w2", None)) >= 2
+        with pytest.raises(ContextLengthError, match="more than 64 tokens"):
+            judge.pair("w1", "w2 " * 100_000, None)
 
 
 def test_a_model_without_a_head_says_so(live: LiveServer, pipe: Pipeline) -> None:

@@ -138,7 +138,7 @@ class Frontend:
     def judge(self) -> Judge | None:
         """The model's score head; None: it has none. Raises `RequestError` for one that cannot be asked."""
         head = self.engine.model_config.score
-        return None if head is None else Judge(head, self.tokenizer)
+        return None if head is None else Judge(head, self.tokenizer, self.limits.session_len)
 
     @property
     def takes_images(self) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmdeploy_jax.errors import EngineError, LogitsError, RequestError
+from lmdeploy_jax.errors import ContextLengthError, EngineError, LogitsError, RequestError
 from lmdeploy_jax.messages import GenerationConfig, Response
 from lmdeploy_jax.text.tokenizer import Tokenizer
 
@@ -29,12 +29,13 @@ BEHIND = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 class Judge:
     """A model's score head, whose words and steps are tokens of its tokenizer.
 
-    Raises `RequestError` where they are none: then the head cannot be asked.
+    session_len: most tokens of a text. Raises `RequestError` where words or steps are no tokens: then the
+    head cannot be asked.
     """
 
-    def __init__(self, head: ScoreConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, head: ScoreConfig, tokenizer: Tokenizer, session_len: int) -> None:
         self.head = head
-        self._tokenizer = tokenizer
+        self._tokenizer, self._most = tokenizer, session_len
         self._words = [self._only_id(word) for word in head.labels] if head.words else None
         self._step = self._only_id(head.step) if head.step else None
         self.config = LAST if self._step is None else EVERY
@@ -91,9 +92,16 @@ class Judge:
         return float(self.probabilities(logits)[-1])
 
     def pair(self, query: str, document: str, instruction: str | None) -> list[int]:
-        """Both as one prompt: the model's own, or one after the other."""
-        if not self.head.qwen3_prompt:
-            return [*self._tokenizer.encode(query), *self._tokenizer.encode(document)]
+        """Both as one prompt: the model's own, or one after the other. Raises `ContextLengthError` for texts
+        that are far too long, without tokenising them whole.
+        """
+        own = self.head.qwen3_prompt
         body = f"<Instruct>: {instruction or INSTRUCTION}\n<Query>: {query}\n<Document>: {document}"
-        parts = (self._tokenizer.encode(text, add_special_tokens=False) for text in (BEFORE, body, BEHIND))
-        return [token for part in parts for token in part]
+        texts = (BEFORE, body, BEHIND) if own else (query, document)
+        return [token for text in texts for token in self._encoded(text, add_special_tokens=not own)]
+
+    def _encoded(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self._tokenizer.exceeds(text, self._most):
+            told = f"more than {self._most} tokens (a text of {len(text)} characters)"
+            raise ContextLengthError.of(told, self._most)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
