@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_no_torn_file(tmp_path, compiled, monkeypatch, caplog
 
 
 def test_programs_are_kept_beside_other_engines(tmp_path, compiled, monkeypatch, caplog):
-    """Another thread makes the folder meanwhile, another engine drops one; or the folder may only be read."""
+    """Another thread makes the folder meanwhile, another engine drops one."""
     cache = ProgramCache(tmp_path, jax.devices(), "model")
     cache.store(("decode", 1), compiled)
     (tmp_path / "dropped").symlink_to(tmp_path / "nowhere")
@@ -143,12 +143,6 @@ def test_programs_are_kept_beside_other_engines(tmp_path, compiled, monkeypatch,
         cache.store(("decode", 2), compiled)
     assert not caplog.records
     assert cache.holds(("decode", 2))
-
-    def refuse(path):
-        raise PermissionError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(os, "utime", refuse)
-    assert ProgramCache(tmp_path, jax.devices(), "model").load(("decode", 1)) is not None
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path, compiled):
