@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lmdeploy_jax.engine.io.frontend import Frontend
 
 logger = logging.getLogger("lmdeploy_jax")
+MOST_ANSWERS = 1 << 17  # of a request, each of which takes kilobytes: a body of 16 MB could name millions
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ class Service:
     def _check_room(self, answers: int) -> None:
         if self.draining:
             raise ApiError(503, "The server is shutting down.", code="shutting_down")
+        if answers > MOST_ANSWERS:
+            raise ApiError(
+                400, f"The request asks for {answers} answers; at most {MOST_ANSWERS}. Send several requests."
+            )
         failure = self.frontend.engine.failure
         if self.sleeping:
             message = "Engine is sleeping; call POST /wakeup before inference."

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from lmdeploy_jax.server.service import MOST_ANSWERS
 from tests import patience
 from tests.patience import PATIENCE, wait_until
 from tests.scripted import TOKENIZER, endless, ids
@@ -181,6 +182,15 @@ def test_an_error_amid_a_stream_is_its_last_event(plain):
     assert '"error"' in events[-2]
     assert "broken" not in answer.text
     assert whole.status_code == 500
+
+
+def test_a_request_asks_for_no_millions_of_answers():
+    with scripted(say) as (frontend, _), serving(frontend) as live:
+        body = {"input": ["a"] * (MOST_ANSWERS + 1)}
+        for path in ("/v1/embeddings", "/pooling"):
+            answer = patience.post(live.url + path, json=body)
+            assert answer.status_code == 400
+            assert f"at most {MOST_ANSWERS}" in error(answer)["message"]
 
 
 def test_a_full_queue_says_when_to_come_back():
