@@ -22,6 +22,7 @@ LIMIT = 64 << 20
 TEXT = "What is 12 + 30? Grüße aus Köln! " * 600_000  # 20 MB
 QUIET = 200  # looks at /health before the first request
 ALLOWED = 0.05  # seconds
+TRIES = 3  # what else the machine does may hold up one look, the server would hold up one each time
 ROUTES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": TEXT}]},
     "/v1/completions": {"prompt": TEXT},
@@ -110,6 +111,21 @@ def test_more_than_the_context_can_be_counted(live):
     assert counted["input_tokens"] > answer["length"]
 
 
+def refused(watch: Watch, port: int, path: str, body: bytes) -> float:
+    """The longest look at /health while a request is refused, in seconds."""
+    answers: list[tuple[int, str]] = []
+    thread = threading.Thread(target=post, args=(port, path, body, answers))
+    thread.start()
+    looks = [watch.look()]
+    while thread.is_alive():
+        time.sleep(0.001)
+        looks.append(watch.look())
+    ((status, answer),) = answers
+    assert status == 400
+    assert "context_length_exceeded" in answer
+    return max(looks)
+
+
 @pytest.mark.full
 def test_health_is_answered_while_a_long_prompt_is_refused():
     with served() as (process, port):
@@ -118,21 +134,14 @@ def test_health_is_answered_while_a_long_prompt_is_refused():
             watch.look()
         quiet = max(watch.look() for _ in range(QUIET))
         before = peak_memory(process)
-        print(f"\nquiet: {quiet * 1000:.1f} ms, {before} MB")
         for path, content in ROUTES.items():
-            body, answers = json.dumps(content, ensure_ascii=False).encode(), []
-            thread = threading.Thread(target=post, args=(port, path, body, answers))
-            begun = time.perf_counter()
-            thread.start()
-            looks = [watch.look()]
-            while thread.is_alive():
-                time.sleep(0.001)
-                looks.append(watch.look())
-            here = parsing_time(body)
-            took, memory = time.perf_counter() - begun, peak_memory(process)
-            ((status, answer),) = answers
-            print(f"{path}: {max(looks) * 1000:.1f} ms of {len(looks)} looks, {took:.2f} s, {memory} MB")
-            assert status == 400
-            assert "context_length_exceeded" in answer
-            assert max(looks) < max(ALLOWED, 3 * quiet, 2 * here), path  # a busy machine is slow here too
+            body = json.dumps(content, ensure_ascii=False).encode()
+            for _ in range(TRIES):
+                longest = refused(watch, port, path, body)
+                allowed = max(ALLOWED, 3 * quiet, 2 * parsing_time(body))  # a busy machine is slow here too
+                if longest < allowed:
+                    break
+            memory = peak_memory(process)
+            print(f"{path}: {longest * 1000:.1f} ms of {allowed * 1000:.1f}, {before} to {memory} MB")
+            assert longest < allowed, path
             assert memory < before + 12 * len(body) / 1e6, path

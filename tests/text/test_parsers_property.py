@@ -174,8 +174,12 @@ def parse_and_log(text: str, tools: str, reasoning: str | None, starts: bool) ->
 
 
 def visible(text: str) -> str:
-    """Without what belongs to the format: the reasoning tags, and space."""
-    return "".join(text.replace("<think>", "").replace("</think>", "").split())
+    """Without what belongs to the format: space, and the reasoning tags, those too that are left where
+    another one stood within them.
+    """
+    while (left := text.replace("<think>", "").replace("</think>", "")) != text:
+        text = left
+    return "".join(text.split())
 
 
 def is_arguments_prefix(arguments: str) -> bool:
