@@ -45,13 +45,20 @@ from lmdeploy_jax.models.quant_products import (
 from lmdeploy_jax.models.quantised import hold_quantised
 from lmdeploy_jax.models.tuning import Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
-from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import BLOCK_OUT, deepest, tile_of, why_not_streamed
+from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import (
+    BLOCK_OUT,
+    deepest,
+    scales_whole_sums,
+    tile_of,
+    why_not_streamed,
+)
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised as Operand
 from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
 TOKENS = (1, 16, 32, 64)  # of the kernels of few rows
-MOST_TOKENS = 128  # of those of 8 bits with one scale, where XLA's own product is the only other
+MOST_TOKENS = 128  # of those of 8 bits with one scale, beside XLA's own product and those that stream
+SCALED_TOKENS = (128, 256)  # of 8 bits with one scale; more rows are XLA's
 MANY_TOKENS = (128, 256, 1024, 4096)  # of those that stream
 EIGHT_BITS = (  # outputs and inner elements of a tile, warps, stages: those that won somewhere on an H200
     (64, 128, 4, 4),
@@ -222,15 +229,16 @@ def products_of(held: WeightFormat) -> tuple[str, ...]:
 
 
 def tokens_of(held: WeightFormat) -> tuple[int, ...]:
-    """Numbers of rows for which there are kernels; many rows of 8 bits with one scale are XLA's."""
+    """Numbers of rows for which there are kernels."""
     if held.rounds_activations:
-        return (*TOKENS, MOST_TOKENS)
+        return TOKENS + SCALED_TOKENS
     return TOKENS + MANY_TOKENS if streamed_here(held) else TOKENS
 
 
 def streamed_here(held: WeightFormat) -> bool:
     """Whether this GPU, and a JAX whose Mosaic the kernel is written for, stream such weights."""
-    return is_hopper() and jax.__version_info__ >= (0, 11) and held.element != INT8
+    known = held.element != INT8 or held.groups == 1
+    return is_hopper() and jax.__version_info__ >= (0, 11) and known
 
 
 def measure(
@@ -326,6 +334,8 @@ def streams(product: Quantised, tokens: int) -> Iterator[StreamTiling]:
         even = splits == 1 if tiles > 2 * cores else 2 * tiles > cores
         if even and why_not_streamed(tokens, operand, splits) is None:
             yield deepest(tokens, operand, cores, splits)
+            if not scales_whole_sums(operand):
+                yield deepest(tokens, operand, cores, splits, overlaps=True)
 
 
 def tilings(product: Quantised) -> Iterator[Tiling]:
@@ -344,15 +354,19 @@ def tilings(product: Quantised) -> Iterator[Tiling]:
 def rounding(hidden: int, kind: str) -> str:
     """The faster backend of rounding what a norm gives, over one row and many. ConfigError without a GPU."""
     keys = jax.random.split(jax.random.key(0), ROUNDED_SETS)
-    cases = []
-    for fused in (True, False):
-        for rows in ROUNDED_ROWS:
-            x = jax.random.normal(keys[0], (rows, hidden), jnp.bfloat16)
-            deltas = [jax.random.normal(key, x.shape, jnp.bfloat16) for key in keys]
-            cases.append(
-                Case(_norm(fused, kind), [(delta, jnp.ones(hidden, x.dtype)) for delta in deltas], [x])
-            )
-    seconds = [inf if time is None else time for time in device_seconds(cases)]
+
+    def case(fused: bool, rows: int) -> Case:
+        x = jax.random.normal(keys[0], (rows, hidden), jnp.bfloat16)
+        deltas = [jax.random.normal(key, x.shape, jnp.bfloat16) for key in keys]
+        return Case(_norm(fused, kind), [(delta, jnp.ones(hidden, x.dtype)) for delta in deltas], [x])
+
+    return faster(case)
+
+
+def faster(case: Callable[[bool, int], Case]) -> str:
+    """The backend of one kernel for all where that takes less than several, over `ROUNDED_ROWS`, or XLA."""
+    found = device_seconds([case(fused, rows) for fused in (True, False) for rows in ROUNDED_ROWS])
+    seconds = [inf if time is None else time for time in found]
     fused_seconds, separate = sum(seconds[: len(ROUNDED_ROWS)]), sum(seconds[len(ROUNDED_ROWS) :])
     return "pallas" if fused_seconds < separate else "xla"
 

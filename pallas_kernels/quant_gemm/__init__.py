@@ -166,7 +166,7 @@ def streamed_quant_gemm(
         return xla.quant_gemm(x, _halves(weight), tiling.splits)[:, 0].astype(out_dtype)
     from lmdeploy_jax.pallas_kernels.quant_gemm import mosaic  # CPUs never need it
 
-    return mosaic.quant_gemm(x, weight, tiling, out_dtype)
+    return mosaic.quant_gemm(x, weight, tiling, out_dtype, interpret=backend == "pallas_interpret")
 
 
 def why_not_quant(weight: Quantised, tiling: Tiling | None = None) -> str | None:

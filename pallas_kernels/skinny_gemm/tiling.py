@@ -46,12 +46,15 @@ class StreamTiling:
     """`programs` programs share the tiles of `block_out` outputs, each with `num_stages` blocks in flight.
 
     A tile is cut into `splits` along the inner axis, so that there are enough of them.
+    overlaps: of quantised weights with scales of groups: whether a block is unpacked, or scaled, while tensor
+    cores are at another one.
     """
 
     block_out: int
     programs: int
     num_stages: int
     splits: int = 1
+    overlaps: bool = False
 
     def check(self, tokens: int, inner: int, outputs: int) -> None:
         """Raises ValueError where a product cannot be cut so."""
