@@ -246,8 +246,14 @@ class _Loader:
 
     def random(self, config: DecoderConfig) -> LoadedModel:
         """See `random_weights`."""
-        skeleton = build_skeleton(config, self.dtype, self.kernels)
-        return self._finish(skeleton, random_weights.draw(skeleton.specs))
+        dense = build_skeleton(config, self.dtype, self.kernels)
+        held = random_weights.formats(self.folder, dense.specs)
+        if not held or self._widens(dense):
+            return self._finish(dense, random_weights.draw(dense.specs))
+        if self.kernels.tp > 1:
+            raise ConfigError("random quantised weights are made for one device; leave out --random")
+        skeleton = build_skeleton(config, self.dtype, self.kernels, held)
+        return self._finish(skeleton, random_weights.draw(skeleton.specs, held))
 
     def _widens(self, dense: Skeleton) -> bool:
         """Whether quantised weights become those of `dense`: by default on a CPU that has memory for them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -19,10 +20,12 @@ import numpy as np
 
 from lmdeploy_jax.bench import quantised, shapes
 from lmdeploy_jax.bench.shapes import Tensor
+from lmdeploy_jax.errors import ConfigError
 
 SHARD_BYTES = 1 << 30
 CHUNK = 4 << 20  # values drawn at once, which bounds the memory of a thread
 SPECIAL = {"<|bos|>": 256, "<|endoftext|>": 257, "<|pad|>": 258}
+DENSE = re.compile(r"\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight$")
 OF_IMAGES = {"<img>": 259, "</img>": 260, "<IMG_CONTEXT>": 261}
 
 
@@ -42,7 +45,7 @@ def make(
     or format.
     """
     form = quantised.find(model_format, block_scales=block_scales)
-    folder = root / "-".join([name, *([model_format] if model_format else []), *["blocks"] * block_scales])
+    folder = root / _folder_name(name, model_format, block_scales)
     if (folder / "model.safetensors.index.json").exists():
         return folder
     config = shapes.read(name)
@@ -61,15 +64,32 @@ def make(
     return folder
 
 
-def make_unwritten(name: str, root: Path) -> Path:
-    """The folder `root/name-random` with all but the weights, which the devices make as it is loaded."""
+def make_unwritten(
+    name: str, root: Path, *, model_format: str | None = None, block_scales: bool = False
+) -> Path:
+    """The same, its name followed by `-random`, without the weights, which the devices make as it is loaded.
+
+    Raises ConfigError for an unknown format, and for shapes whose quantised weights are not all of dense
+    attention and MLPs.
+    """
     from lmdeploy_jax.converters import random_weights  # JAX is imported here
 
-    folder = root / f"{name}-random"
+    form, config = quantised.find(model_format, block_scales=block_scales), shapes.read(name)
+    weights = [t for t in shapes.tensors(config) if form is not None and form.weights.fullmatch(t.name)]
+    if form is not None:
+        if not weights or not all(DENSE.search(tensor.name) for tensor in weights):
+            raise ConfigError(f"{name}: --random quantises dense models alone; leave it out")
+        config["quantization_config"] = form.settings
+    held = {} if form is None else {tensor.shape[-1]: form.held(tensor.shape[-1]) for tensor in weights}
+    folder = root / f"{_folder_name(name, model_format, block_scales)}-random"
     folder.mkdir(parents=True, exist_ok=True)
-    _write_small_files(folder, shapes.read(name))
-    random_weights.declare(folder, "bfloat16")
+    _write_small_files(folder, config)
+    random_weights.declare(folder, "bfloat16", held)
     return folder
+
+
+def _folder_name(name: str, model_format: str | None, block_scales: bool) -> str:
+    return "-".join([name, *([model_format] if model_format else []), *["blocks"] * block_scales])
 
 
 def _write_small_files(folder: Path, config: dict[str, Any]) -> None:

@@ -277,11 +277,8 @@ def _checkpoint(model: str, flags: FlagSet) -> str:
     _say(f"random checkpoint of shape {model} in {folder}")
     if model_format == "hf":
         model_format = None
-    if flags["random"]:
-        if model_format is not None:
-            raise UsageError(f"--random makes weights of 16 bits, not --model_format={model_format}")
-        return str(checkpoint.make_unwritten(model, folder))
-    return str(checkpoint.make(model, folder, model_format=model_format, block_scales=block_scales))
+    make = checkpoint.make_unwritten if flags["random"] else checkpoint.make
+    return str(make(model, folder, model_format=model_format, block_scales=block_scales))
 
 
 def _bandwidth(given: float | None, devices: int) -> tuple[float, str]:

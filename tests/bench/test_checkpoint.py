@@ -138,3 +138,22 @@ def test_weights_that_are_not_written_are_made_as_they_are_loaded(tmp_path: Path
     leaves = load_model(folder, dtype="bfloat16").leaves
     assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
     assert all(np.asarray(leaf, np.float32).std() > 0.01 for leaf in leaves)
+
+
+@pytest.mark.parametrize("form", ["fp8", *[pytest.param(f, marks=pytest.mark.full) for f in ("awq", "gptq")]])
+def test_they_are_made_in_the_form_that_a_file_would_have(form: str, tmp_path: Path) -> None:
+    """The same leaves, and numbers as large as those of plain weights."""
+    written = checkpoint.make("tiny-llama", tmp_path, model_format=form)
+    made = checkpoint.make_unwritten("tiny-llama", tmp_path, model_format=form)
+    ours, theirs = (load_model(f, dtype="bfloat16", dequantise=False) for f in (made, written))
+    assert ours.skeleton.formats == theirs.skeleton.formats
+    assert {k: (s.shape, s.dtype) for k, s in ours.skeleton.specs.items()} == {
+        k: (s.shape, s.dtype) for k, s in theirs.skeleton.specs.items()
+    }
+    down = ours.merge(ours.leaves).layers[0].mlp.down.weight.dense()
+    assert 0.005 < np.asarray(down, np.float32).std() < 0.03
+
+
+def test_random_experts_are_not_quantised(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tiny-qwen3-moe: --random quantises dense models alone"):
+        checkpoint.make_unwritten("tiny-qwen3-moe", tmp_path, model_format="fp8")
