@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,11 @@ from lmdeploy_jax.bench.tune import Candidate, Shape
 from lmdeploy_jax.converters.families import build_config
 from lmdeploy_jax.engine.core.compile import tuning_dir
 from lmdeploy_jax.models import tuning
+from lmdeploy_jax.models.formats import E4M3
 from lmdeploy_jax.models.products import dense_product
+from lmdeploy_jax.models.quant_products import MANY_ROWS
 from lmdeploy_jax.models.tuning import Measurement, Tuning
+from lmdeploy_jax.pallas_kernels.act_and_mul import act_and_mul_quant
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm_quant
 from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised as Rounded
@@ -253,20 +256,52 @@ def most(product: Quantised, best: Measurement) -> float:
     if product.shape.normed:
         return NORMED_ERROR
     rounds = product.held.activations is not None and not product.shape.after_norm
-    whole = best.kind != "parts" or (isinstance(best.tiling, StreamTiling) and best.tiling.splits == 1)
+    streams = isinstance(best.tiling, StreamTiling)
+    coarse = product.held.activations == E4M3  # of which Hopper's tensor cores keep 14 bits of a sum
+    whole = best.kind != "parts" or (streams and (coarse or best.tiling.splits == 1))
     return ROUNDED_ERROR if rounds or whole else PARTS_ERROR
 
 
-def print_small(hidden: int, products: dict[str, Shape]) -> str:
-    """Prints what roundings and products of 16 bits take; gives the faster backend of a norm that rounds."""
-    faster = quant_tune.rounding(hidden, "float8_e4m3fn")
-    print(f"what a norm gives is rounded faster by {faster}", flush=True)
+def small_ops(hidden: int, products: dict[str, Shape]) -> dict[str, str]:
+    """The fields of a table for what is rounded between products."""
+    found = {"rounding": quant_tune.rounding(hidden, E4M3)}
+    if "down" in products:
+        found["activation"] = activation_backend(products["down"].inner, E4M3)
+    print(f"faster by: {found}", flush=True)
+    return found
+
+
+def activation_backend(width: int, kind: str) -> str:
+    """The faster backend of gating the sums of a product of XLA's, and rounding what is gated."""
+    keys = jax.random.split(jax.random.key(0), quant_tune.ROUNDED_SETS)
+
+    def case(fused: bool, rows: int) -> Case:
+        dtype = jnp.bfloat16 if rows >= MANY_ROWS else jnp.float32
+        sums = [jax.random.normal(key, (1, rows, 2, width), dtype) for key in keys]
+        scales = jnp.full(rows, quant_tune.SCALE), jnp.full((2, width), quant_tune.SCALE)
+        return Case(gating(fused, kind), [(each, *scales) for each in sums])
+
+    return quant_tune.faster(case)
+
+
+def gating(fused: bool, kind: str) -> Callable[..., Any]:
+    def gate(sums: jax.Array, rows: jax.Array, outputs: jax.Array) -> Any:
+        if fused:
+            how: dict[str, Any] = {"row_scales": rows, "scales": outputs, "backend": "pallas"}
+            return act_and_mul_quant(sums, kind, **how, activation=jax.nn.silu, out_dtype=jnp.bfloat16)
+        both = (sums[0].astype(jnp.float32) * (rows[:, None, None] * outputs)).astype(jnp.bfloat16)
+        return round_rows(jax.nn.silu(both[:, 0]) * both[:, 1], kind, backend="pallas")
+
+    return gate
+
+
+def print_small(products: dict[str, Shape]) -> None:
+    """Prints what roundings and products of 16 bits take."""
     for kernel, tokens, size, us in small_us(sorted({shape.inner for shape in products.values()})):
         print(f"{kernel} [{tokens}, {size}]: {us:.2f} us, expected {SMALL[tokens]}", flush=True)
     for name, shape in products.items():
         times = ", ".join(f"{t} rows {us:.2f} us" for t, us in plain_us(shape).items())
         print(f"16 bits, XLA: {name} {times}", flush=True)
-    return faster
 
 
 def main() -> None:
@@ -290,7 +325,8 @@ def main() -> None:
     table = tuning.read(path) if path.exists() else tuning.UNTUNED
     shipped, tokens = tuning.load(jax.devices()[0].device_kind), [int(t) for t in args.tokens.split(",")]
     if not args.interpret and not args.only_times:
-        table = replace(table, rounding=print_small(config.hidden_size, products))
+        table = replace(table, **small_ops(config.hidden_size, products))
+        print_small(products)
     for name, (shape_name, shape) in itertools.product(args.formats.split(","), products.items()):
         product, known = Quantised(shape, FORMATS[name].held(shape.inner), backend), shipped.merged(table)
         found = list(measure(name, shape_name, product, tokens, known))

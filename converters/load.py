@@ -289,6 +289,9 @@ def build_skeleton(
     Raises ConfigError where `tp` does not fit.
     """
 
+    rounds = any(held.rounds_activations for held in formats.values())
+    kernels = replace(kernels, without_triton=rounds and kernels.platform == "gpu")
+
     def build() -> Decoder:
         decoder = Decoder(config, dtype=dtype, kernels=kernels)
         for name, held in formats.items():

@@ -164,6 +164,10 @@ class _Observed:
         """As `ColumnParallelLinear.unscaled`, of a product whose norm is apart and therefore seen."""
         return *self._column(x, delta, norm), None
 
+    def rounded(self, x: Array, delta: Array | None, norm: Norm | None, reader: Any) -> tuple[Array, Array]:
+        """As `ColumnParallelLinear.rounded`, of a product whose reader is seen too."""
+        return self._column(x, delta, norm)
+
     def _column(self, x: Array, delta: Array | None, norm: Norm | None) -> tuple[Array, Array]:
         x, normed = self._kernels.add_norm(x, delta, norm)
         self._found[self._name] = observe(normed)

@@ -54,11 +54,15 @@ MOSAIC_TOKENS = 2048  # of the smallest step that attends through Mosaic
 class Kernels:
     """The kernel backend, the mesh whose devices share the decoder (None: JAX's first device), and what was
     measured on the device.
+
+    without_triton: whether XLA is told to leave its Triton kernels out, see `engine.core.compile`: then it
+    would write one row's head out in f32 before the product.
     """
 
     backend: str = "xla"
     mesh: Mesh | None = None
     tuning: Tuning = UNTUNED
+    without_triton: bool = False
 
     @property
     def tp(self) -> int:
@@ -80,6 +84,11 @@ class Kernels:
     def rounding_backend(self) -> str:
         """What rounds activations to 8 bits for XLA's products: `backend` where it measured faster."""
         return self.backend if self.tuning.rounding == "pallas" else "xla"
+
+    @property
+    def rounds_gated(self) -> bool:
+        """Whether one kernel gates and rounds, where no kernel of a product has gated: it measured faster."""
+        return self.backend != "xla" and self.tuning.activation == "pallas"
 
     def mixer_backend(self, mixer: MixerConfig) -> str:
         """`backend`, or XLA for heads that its kernels cannot do."""

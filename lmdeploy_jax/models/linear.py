@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -58,7 +59,7 @@ class Linear(nnx.Module):
         self.weight = DenseWeight(jnp.zeros((*out, *inner), dtype), axes=axes)
         self.bias = param(out, dtype, axes[: len(out)]) if bias else None
 
-    def out_shape(self, x: Float[Array, "T *inner"]) -> tuple[int, ...]:
+    def out_shape(self, x: Float[Array, "T *inner"] | jax.ShapeDtypeStruct) -> tuple[int, ...]:
         """[*out] of a product with x, on this device."""
         return self.weight.shape[: len(self.weight.shape) - x.ndim + 1]
 

@@ -38,8 +38,11 @@ class GatedMLP(nnx.Module):
         self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], NextDelta]:
         """`Kernels.add_norm` of the arguments, and the MLP -> x, what is added to it next."""
+        if self.output_multiplier == 1.0:
+            x, rows = self.gate_up.rounded(x, delta, norm, self.down)
+            return x, self.down(rows)
         x, inner = self.gate_up(x, delta, norm)
-        return x, self.down(inner if self.output_multiplier == 1.0 else inner * self.output_multiplier)
+        return x, self.down(inner * self.output_multiplier)
 
 
 class PlainMLP(nnx.Module):

@@ -24,6 +24,8 @@ from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.quant_products import (
     FusedQuantNorm,
     PartsGatedProduct,
+    QuantProduct,
+    RoundedGatedProduct,
     RoundedProduct,
     RoundingNorm,
     Rows,
@@ -48,6 +50,7 @@ from lmdeploy_jax.pallas_kernels.skinny_gemm import (
 )
 
 Activation = Callable[[Array], Array]
+Like = Float[Array, "T *inner"] | jax.ShapeDtypeStruct  # plans ask for no more than shape and dtype
 ACTIVATIONS: dict[str, Activation] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -71,23 +74,21 @@ class NormProduct(Protocol):
     """One way of doing a product with the residual addition and the norm before it."""
 
     def __call__(
-        self,
-        linear: Linear,
-        x: Float[Array, "T E"],
-        delta: Delta | None,
-        norm: Norm | None,
+        self, linear: Linear, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         """`Kernels.add_norm` of x, delta and norm -> x [T, E], and the product with what is normalised."""
 
 
 @dataclass(frozen=True)
 class XlaProduct:
-    """XLA's own; `out_dtype` None: x's dtype."""
+    """XLA's own; `out_dtype` None: x's dtype. `precision`: where XLA's choice would widen the weight."""
 
     out_dtype: DTypeLike | None = None
+    precision: lax.DotAlgorithmPreset | None = None
 
     def __call__(self, linear: Linear, x: Float[Array, "T *inner"]) -> Float[Array, "..."]:
-        return dense_product(x, linear.weight.dense(), out_dtype=self.out_dtype)
+        weight = linear.weight.dense()
+        return dense_product(x, weight, out_dtype=self.out_dtype, precision=self.precision)
 
 
 @dataclass(frozen=True)
@@ -169,11 +170,7 @@ class SeparateNorm:
     kernels: Kernels
 
     def __call__(
-        self,
-        linear: Linear,
-        x: Float[Array, "T E"],
-        delta: Delta | None,
-        norm: Norm | None,
+        self, linear: Linear, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         x, normed = self.kernels.add_norm(x, delta, norm)
         return x, self.product(linear, normed)
@@ -188,11 +185,7 @@ class FusedNorm:
     activation: Activation | None = None
 
     def __call__(
-        self,
-        linear: Linear,
-        x: Float[Array, "T E"],
-        delta: Delta | None,
-        norm: Norm | None,
+        self, linear: Linear, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         assert delta is not None  # as planned
         assert not isinstance(delta, PartialSum)
@@ -232,7 +225,7 @@ class UnscaledNorm:
 # -- the plan ------------------------------------------------------------------------------------------
 
 
-def plan(kernels: Kernels, kind: Kind, linear: Linear, x: Float[Array, "T *inner"]) -> Product:
+def plan(kernels: Kernels, kind: Kind, linear: Linear, x: Like) -> Product:
     """The product with x, in parts or whole as `kind` says."""
     tiling = _tiling(kernels, kind, linear, x)
     if isinstance(linear.weight, QuantWeight):
@@ -240,12 +233,12 @@ def plan(kernels: Kernels, kind: Kind, linear: Linear, x: Float[Array, "T *inner
         return found or plan_xla(kernels, linear, x, out_dtype=jnp.float32 if kind == "whole" else None)
     if isinstance(tiling, Tiling):
         return SkinnyProduct(tiling, kernels.backend, in_parts=kind == "parts")
+    if kind == "whole" and x.shape[0] == 1 and x.dtype == jnp.bfloat16 and kernels.without_triton:
+        return XlaProduct(jnp.float32, lax.DotAlgorithmPreset.BF16_BF16_F32)
     return plan_xla(kernels, linear, x, out_dtype=jnp.float32 if kind == "whole" else None)
 
 
-def plan_xla(
-    kernels: Kernels, linear: Linear, x: Float[Array, "T *inner"], *, out_dtype: DTypeLike | None = None
-) -> Product:
+def plan_xla(kernels: Kernels, linear: Linear, x: Like, *, out_dtype: DTypeLike | None = None) -> Product:
     """XLA's product with x, for what is read neither in parts nor by a kernel."""
     if _rounded(linear):
         return RoundedProduct(out_dtype, kernels.rounding_backend)
@@ -276,8 +269,11 @@ def plan_norm(
     *,
     normed: bool,
     activation: Activation | None = None,
+    reader: QuantWeight | None = None,
 ) -> NormProduct:
-    """A product in parts, or a gated one, after a norm. `normed`: whether there are a delta and a norm."""
+    """A product in parts, or a gated one, after a norm. `normed`: whether there are a delta and a norm;
+    `reader`: that of a gated one, if a kernel is to round it for that.
+    """
     kind: Kind = "norm_parts" if activation is None else "norm_gated"
     fusible = normed and (activation is None or linear.bias is None)
     tiling = _norm_tiling(kernels, kind, linear, x) if fusible else None
@@ -289,7 +285,10 @@ def plan_norm(
         if activation is None
         else plan_gated(kernels, linear, x, activation)
     )
-    if _takes_rounded(linear, product):
+    sums = product.product if isinstance(product, XlaGatedProduct | PartsGatedProduct) else None
+    if activation and reader is not None and linear.bias is None and isinstance(sums, QuantProduct):
+        product = cast(Product, RoundedGatedProduct(activation, sums, reader, kernels.backend))
+    if takes_rounded(linear, product):
         return RoundingNorm(cast(RowsProduct, product), kernels)
     return SeparateNorm(product, kernels)
 
@@ -313,7 +312,7 @@ def _norm_tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tili
 
 
 def _plan_quant(
-    kernels: Kernels, kind: Kind, linear: Linear, x: Array, tiling: Tiling | StreamTiling | None
+    kernels: Kernels, kind: Kind, linear: Linear, x: Like, tiling: Tiling | StreamTiling | None
 ) -> SkinnyQuantProduct | StreamedQuantProduct | None:
     """A kernel's product with a quantised weight, without an activation."""
     if isinstance(tiling, Tiling):
@@ -323,7 +322,7 @@ def _plan_quant(
     return StreamedQuantProduct(tiling, kernels.backend)
 
 
-def _tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Array) -> Tiling | StreamTiling | None:
+def _tiling(kernels: Kernels, kind: Kind, linear: Linear, x: Like) -> Tiling | StreamTiling | None:
     """As measured for the shapes that one device sees."""
     weight, inner, tokens = linear.weight, prod(x.shape[1:]), x.shape[0]
     if isinstance(weight, QuantWeight) and weight.operand(-1) is None:
@@ -344,9 +343,9 @@ def _rounded(linear: Linear) -> bool:
     return isinstance(linear.weight, QuantWeight) and linear.weight.held.rounds_activations
 
 
-def _takes_rounded(linear: Linear, product: object) -> bool:
-    """Whether what a product reads is rounded by a kernel, which the norm before it can be."""
-    if isinstance(product, XlaGatedProduct | PartsGatedProduct):
+def takes_rounded(linear: Linear, product: object) -> bool:
+    """Whether what a product reads is rounded by a kernel, which may be the one before it."""
+    if isinstance(product, XlaGatedProduct | PartsGatedProduct | RoundedGatedProduct):
         product = product.product
     if isinstance(product, RoundedProduct):
         return product.backend != "xla"
@@ -359,7 +358,7 @@ def _has_rounded(linear: Linear) -> bool:
     return isinstance(linear.weight, QuantWeight) and linear.weight.held.activations is not None
 
 
-def _transposed(kernels: Kernels, x: Array) -> bool:
+def _transposed(kernels: Kernels, x: Like) -> bool:
     return kernels.platform == "cpu" and x.dtype == jnp.float32 and x.shape[0] in TRANSPOSED_ROWS
 
 
@@ -367,7 +366,7 @@ def _transposed(kernels: Kernels, x: Array) -> bool:
 
 
 def dense_product(
-    x: Float[Array, "T *inner"], weight: Float[Array, "..."], *, out_dtype: DTypeLike | None = None
+    x: Float[Array, "T *inner"], weight: Float[Array, "..."], *, out_dtype: Any = None, precision: Any = None
 ) -> Float[Array, "T *out"]:
     """x [T, *inner], weight [*out, *inner] -> [T, *out], in x's dtype or `out_dtype`.
 
@@ -376,7 +375,8 @@ def dense_product(
     """
     tokens, out_shape = x.shape[0], weight.shape[: weight.ndim - x.ndim + 1]
     rows, columns = x.reshape(tokens, -1), weight.reshape(prod(out_shape), -1)
-    return _dot(rows, columns, contracted=(1, 1), out_dtype=out_dtype).reshape(tokens, *out_shape)
+    flat = _dot(rows, columns, contracted=(1, 1), preferred_element_type=out_dtype, precision=precision)
+    return flat.reshape(tokens, *out_shape)
 
 
 def transposed_product(x: Float[Array, "K T"], weight: Float[Array, "N K"]) -> Float[Array, "N T"]:
@@ -388,8 +388,7 @@ def transposed_product(x: Float[Array, "K T"], weight: Float[Array, "N K"]) -> F
     return lax.optimization_barrier(_dot(weight, lax.optimization_barrier(x), contracted=(1, 0)))
 
 
-def _dot(x: Array, y: Array, *, contracted: tuple[int, int], out_dtype: DTypeLike | None = None) -> Array:
+def _dot(x: Array, y: Array, *, contracted: tuple[int, int], **how: Any) -> Array:
     left, right = contracted
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    axes = (((left,), (right,)), ((), ()))
-    return lax.dot_general(x, y, axes, precision=precision, preferred_element_type=out_dtype)
+    how |= {"precision": lax.Precision.HIGHEST} if x.dtype == jnp.float32 else {}
+    return lax.dot_general(x, y, (((left,), (right,)), ((), ())), **how)

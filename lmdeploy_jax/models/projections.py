@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Shaped
@@ -13,14 +15,18 @@ from lmdeploy_jax.models.linear import Axes, Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.products import (
     Activation,
+    Like,
     Product,
     SkinnyProduct,
     plan,
     plan_norm,
     plan_unscaled,
     plan_xla,
+    takes_rounded,
 )
+from lmdeploy_jax.models.quantised import QuantWeight
 from lmdeploy_jax.models.residual import Delta, PartialSum, SumOverDevices
+from lmdeploy_jax.pallas_kernels.shapes import Quantised
 
 
 class ColumnParallelLinear(Linear):
@@ -50,8 +56,18 @@ class ColumnParallelLinear(Linear):
         """`Kernels.add_norm` of the arguments -> x, and the product: gated [T, I], or [T, *out], or
         f32 [S, T, *out], whose sum over S it is.
         """
+        return self._product(x, delta, norm)
+
+    def rounded(
+        self, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None, reader: RowParallelLinear
+    ) -> tuple[Float[Array, "T E"], Float[Array, "T I"] | Quantised]:
+        """The same, gated, perhaps rounded as `reader` would round it: by the kernel that gates."""
+        read = reader.reads_rounded(x.shape[0]) if self.kernels.rounds_gated else None
+        return self._product(x, delta, norm, reader=read)
+
+    def _product(self, x: Array, delta: Delta | None, norm: Norm | None, **how: Any) -> tuple[Array, Any]:
         normed = isinstance(norm, RMSNorm) and delta is not None and not isinstance(delta, PartialSum)
-        product = plan_norm(self.kernels, self, x, normed=normed, activation=self.activation)
+        product = plan_norm(self.kernels, self, x, normed=normed, activation=self.activation, **how)
         return product(self, x, delta, norm)
 
     def unscaled(
@@ -89,19 +105,26 @@ class RowParallelLinear(Linear, SumOverDevices):
         self.kernels = kernels
         self.in_parts = added_up and (not bias or kernels.tp == 1)
 
-    def __call__(self, x: Float[Array, "T *inner"]) -> Float[Array, "..."] | PartialSum:
+    def __call__(self, x: Float[Array, "T *inner"] | Quantised) -> Float[Array, "..."] | PartialSum:
         """-> [T, *out], or f32 [S, T, *out], whose sum over S it is, or such a sum of this device alone."""
-        product = self._plan(x)
-        out = product(self, x)
-        left = self.left_to_norm(out, x.dtype) if self.in_parts else None
+        product = self._plan(x.values if isinstance(x, Quantised) else x)
+        out, dtype = product(self, x), self.weight.dtype if isinstance(x, Quantised) else x.dtype  # type: ignore
+        left = self.left_to_norm(out, dtype) if self.in_parts else None
         if left is not None:
             return left
-        out = self.kernels.collectives.all_reduce(out, x.dtype)
+        out = self.kernels.collectives.all_reduce(out, dtype)
         if self.bias is None or (isinstance(product, SkinnyProduct) and product.biased):
             return out
         return out + self.bias[...]
 
-    def _plan(self, x: Float[Array, "T *inner"]) -> Product:
+    def reads_rounded(self, tokens: int) -> QuantWeight | None:
+        """The weight, if the product of so many rows reads activations that a kernel has rounded."""
+        if not isinstance(self.weight, QuantWeight):
+            return None
+        like = jax.ShapeDtypeStruct((tokens, *self.weight.shape[self.out_axes :]), self.weight.dtype)
+        return self.weight if takes_rounded(self, self._plan(like)) else None
+
+    def _plan(self, x: Like) -> Product:
         if not self.in_parts:
             return plan_xla(self.kernels, self, x)
         product = plan(self.kernels, "parts", self, x)

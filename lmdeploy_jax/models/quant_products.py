@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Shaped
 
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.quantised import QuantWeight
 from lmdeploy_jax.models.residual import Delta, PartialSum
-from lmdeploy_jax.pallas_kernels.act_and_mul import act_and_mul
+from lmdeploy_jax.pallas_kernels.act_and_mul import act_and_mul, act_and_mul_quant
 from lmdeploy_jax.pallas_kernels.quant_gemm import (
     gated_quant_gemm,
     norm_quant_gemm,
@@ -32,8 +32,8 @@ from lmdeploy_jax.pallas_kernels.round_rows import round_rows
 from lmdeploy_jax.pallas_kernels.shapes import Quantised, Unscaled
 from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling, Tiling
 
-Rows = Float[Array, "T *inner"] | Quantised
 MANY_ROWS = 1024
+Rows = Float[Array, "T *inner"] | Quantised
 
 
 class RowsProduct(Protocol):
@@ -55,14 +55,20 @@ class RoundedProduct:
 
     def __call__(self, linear: Linear, x: Rows) -> Float[Array, "..."]:
         weight = quantised(linear)
+        flat, rows, outputs = self.unscaled(weight, x)
+        flat = (flat.astype(jnp.float32) * (rows[:, None] * outputs)).astype(self.out_dtype or weight.dtype)
+        return flat.reshape(-1, *weight.out_shape)
+
+    def unscaled(
+        self, weight: QuantWeight, x: Rows
+    ) -> tuple[Shaped[Array, "T N"], Float32[Array, "T"], Float32[Array, "N"]]:
+        """The sums, and the scales of rows and of outputs that they lack."""
         rows, arrays = _taken(weight, x, self.backend), weight.arrays()
         assert isinstance(rows, Quantised)
         values = arrays.values.reshape(-1, rows.values.shape[1])
         narrow, contracted = _sums(rows.values, weight.dtype), (((1,), (1,)), ((), ()))
         flat = lax.dot_general(rows.values, values, contracted, preferred_element_type=narrow)
-        scales = rows.scales.T * arrays.scales.astype(jnp.float32).reshape(1, -1)
-        flat = (flat.astype(jnp.float32) * scales).astype(self.out_dtype or weight.dtype)
-        return flat.reshape(-1, *weight.out_shape)
+        return flat, rows.scales[0], arrays.scales.astype(jnp.float32).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,33 @@ class PartsGatedProduct:
         return act_and_mul(self.product(linear, x), activation=self.activation, **how)
 
 
+QuantProduct = RoundedProduct | SkinnyQuantProduct | StreamedQuantProduct
+
+
+@dataclass(frozen=True)
+class RoundedGatedProduct:
+    """`activation(gate) * up` of a weight [2, I, E] without a bias, rounded for the product with `reader` by
+    the kernel that gates.
+    """
+
+    activation: Callable[[Array], Array]
+    product: QuantProduct
+    reader: QuantWeight
+    backend: str
+
+    def __call__(self, linear: Linear, x: Rows) -> Quantised:
+        weight, kind = quantised(linear), self.reader.held.activations
+        assert kind is not None  # as planned
+        how: dict[str, Any] = {"groups": self.reader.groups, "scale": self.reader.arrays().input_scale}
+        if isinstance(self.product, RoundedProduct):
+            flat, how["row_scales"], scales = self.product.unscaled(weight, x)
+            sums, how["scales"] = flat.reshape(-1, *weight.out_shape), scales.reshape(2, -1)
+        else:
+            sums = self.product(linear, x)
+        how |= {"activation": self.activation, "out_dtype": weight.dtype, "backend": self.backend}
+        return act_and_mul_quant(sums if sums.ndim == 4 else sums[None], kind, **how)
+
+
 @dataclass(frozen=True)
 class FusedQuantNorm:
     """One kernel does all of it, for one row; the product is one part, or gated by `activation`."""
@@ -139,11 +172,7 @@ class FusedQuantNorm:
     activation: Callable[[Array], Array] | None = None
 
     def __call__(
-        self,
-        linear: Linear,
-        x: Float[Array, "T E"],
-        delta: Delta | None,
-        norm: Norm | None,
+        self, linear: Linear, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
         assert delta is not None  # as planned
         assert not isinstance(delta, PartialSum)
@@ -190,12 +219,8 @@ class RoundingNorm:
     kernels: Kernels
 
     def __call__(
-        self,
-        linear: Linear,
-        x: Float[Array, "T E"],
-        delta: Delta | None,
-        norm: Norm | None,
-    ) -> tuple[Float[Array, "T E"], Float[Array, "..."]]:
+        self, linear: Linear, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
+    ) -> tuple[Float[Array, "T E"], Any]:
         if delta is None or not isinstance(norm, RMSNorm):
             x, normed = self.kernels.add_norm(x, delta, norm)
             return x, self.product(linear, normed)

@@ -13,7 +13,16 @@ from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.pallas_kernels.skinny_gemm import MAX_TOKENS, StreamTiling, Tiling
 
 FOLDER = Path(lmdeploy_jax.__file__).parent / "configs" / "kernels"
-OPS = ("prefill_attention", "rounding", "experts", "all_reduce", "encoder", "routing", "latent_projections")
+OPS = (
+    "prefill_attention",
+    "rounding",
+    "activation",
+    "experts",
+    "all_reduce",
+    "encoder",
+    "routing",
+    "latent_projections",
+)
 """Those whose faster backend is told."""
 
 Kind = Literal["parts", "gated", "whole", "norm_parts", "norm_gated"]
@@ -51,6 +60,7 @@ class Tuning:
     """What was measured on one GPU. Products that are not here are XLA's.
 
     prefill_attention: the faster backend of that op where it can do the model; None: not measured.
+    activation: that of gating what is rounded next, "pallas" where one kernel for both is faster.
     experts: that of mixtures of many tokens, "mosaic" where fused ones are faster; None: not measured.
     all_reduce: that of small sums over devices, "pallas" where GPUs that store for each other are faster.
     rounding: that of activations that XLA's products of 8 bits read; those of kernels round in kernels.
@@ -64,6 +74,7 @@ class Tuning:
     products: tuple[Measurement, ...] = ()
     prefill_attention: str | None = None
     rounding: str | None = None
+    activation: str | None = None
     experts: str | None = None
     all_reduce: str | None = None
     encoder: str | None = None

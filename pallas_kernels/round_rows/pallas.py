@@ -27,7 +27,9 @@ def warps_of(size: int) -> int:
     return min(max(pl.next_power_of_2(size) // 512, 1), 16)
 
 
-def shapes_of(x: Float[Array, "T K"], dtype: DTypeLike, groups: int) -> list[jax.ShapeDtypeStruct]:
+def shapes_of(
+    x: Float[Array, "T K"] | jax.ShapeDtypeStruct, dtype: DTypeLike, groups: int
+) -> list[jax.ShapeDtypeStruct]:
     """Values and scales."""
     scales = jax.ShapeDtypeStruct((groups, x.shape[0]), jnp.float32)
     return [jax.ShapeDtypeStruct(x.shape, dtype), scales]

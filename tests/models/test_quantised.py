@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from lmdeploy_jax.models import products
 from lmdeploy_jax.models.formats import E4M3, INT4, INT8, WeightFormat
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.models.linear import Linear
+from lmdeploy_jax.models.mlp import feed_forward
+from lmdeploy_jax.models.mlp_config import MlpConfig
 from lmdeploy_jax.models.norm import RMSNorm
 from lmdeploy_jax.models.products import plan, plan_gated, plan_norm
 from lmdeploy_jax.models.quant_products import FusedQuantNorm
@@ -33,6 +36,7 @@ from tests.models.paged import PagedRunner
 
 KERNELS = Kernels()
 LIMITS = {INT8: 127.0, E4M3: 448.0}
+SIZES = {"gate_up": 256, "down": 128}  # of what the products of a small MLP read
 
 
 def quantised(
@@ -282,6 +286,49 @@ def test_a_gated_product_of_too_few_programs_comes_in_parts() -> None:
     assert isinstance(planned, products.PartsGatedProduct)
     ours, theirs = (np.asarray(way(linear, x), np.float32) for way in (planned, plain))
     assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(("rows", "widens"), [(1, False), (2, True)])
+def test_a_plain_head_is_not_widened_for_one_row_where_xla_has_no_kernel_of_its_own(
+    rows: int, widens: bool
+) -> None:
+    """What XLA's CUDA library is asked for says so; a model without 8-bit products asks as ever."""
+    head = Linear((512,), (256,), (None, None), bias=False, dtype=jnp.dtype("bfloat16"))
+    x = jax.random.normal(jax.random.key(0), (rows, 256), jnp.bfloat16)
+    head.weight[...] = jax.random.normal(jax.random.key(1), (512, 256), jnp.bfloat16)
+    plain, narrow = (plan(Kernels(without_triton=w), "whole", head, x) for w in (False, True))
+    assert plain == products.XlaProduct(jnp.float32)
+    assert (narrow == plain) == widens
+    np.testing.assert_allclose(narrow(head, x), plain(head, x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [E4M3, pytest.param(INT8, marks=pytest.mark.full)])
+def test_one_kernel_gates_and_rounds_for_down_where_the_table_says_so(kind: str) -> None:
+    """Of XLA's sums, whose scales it applies, and of a kernel's parts, which it adds up."""
+    names = ("gate_up", "down")
+    held = {name: WeightFormat(kind, inner, 1, "float32", activations=kind) for name, inner in SIZES.items()}
+    cut = Tiling(32, 128, 2, 4, 2)
+    table = Tuning((Measurement(held["gate_up"].name, "gated", 128, 256, 8, cut, 1.0, 2.0),))
+    x, delta = jax.random.normal(jax.random.key(0), (2, 3, 256), jnp.bfloat16)
+    norm, config = RMSNorm(256, 1e-5, 1.0, dtype=jnp.bfloat16), MlpConfig(SIZES["down"])
+    found = []
+    for measured, alone, fused in (
+        (Tuning(rounding="pallas"), ["add_rms_norm", "round_rows"], ["add_rms_norm", "act_and_mul_quant"]),
+        (replace(table, rounding="pallas"), ["act_and_mul", "round_rows"], ["act_and_mul_quant"]),
+    ):
+        for tuned, launches in ((measured, alone), (replace(measured, activation="pallas"), fused)):
+            kernels = Kernels("pallas_interpret", tuning=tuned)
+            mlp: Any = feed_forward(256, config, added_plainly=True, dtype=jnp.bfloat16, kernels=kernels)
+            for name in names:
+                linear: Any = getattr(mlp, name)
+                linear.weight = quantised(
+                    held[name], linear.weight.shape[:-1], (SIZES[name],), "bfloat16"
+                ).weight
+            traced = re.findall(r"name=(\w+)", str(jax.make_jaxpr(lambda mlp=mlp: mlp(x, delta, norm))()))
+            assert [name for name in traced if name in {*alone, *fused}] == launches
+            if not measured.products:
+                found.append(np.asarray(jax.jit(lambda mlp=mlp: mlp(x, delta, norm))()[1], np.float32))
+    assert np.linalg.norm(found[0] - found[1]) < 1e-2 * np.linalg.norm(found[0])
 
 
 @pytest.mark.parametrize(
