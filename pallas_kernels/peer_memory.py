@@ -68,11 +68,12 @@ class Exchange:
 
     def shares(self, share: Shaped[Array, "N"]) -> Iterator[Shaped[Array, "N"]]:
         """What every device has given, by rank, once all have come."""
-        number, mine = self.number, self._places(self.peers.rank)
-        for peer in self.peers.all:
-            number = push(share, peer, mine, number)
+        number, mine = self.number, self.peers.rank
+        for holder, peer in enumerate(self.peers.all):
+            number = push(share, peer, self._places(mine, holder), number)
         for sender in range(self.workspace.devices):
-            yield poll(self.dtype, self.peers.own, self._places(sender), number)
+            came = poll(self.dtype, self.peers.own, self._places(sender, mine), number)
+            yield jnp.where(mine == sender, share, came)
 
     def end(self, last: Shaped[Array, "N"]) -> Shaped[Array, "N"]:
         """`last`, 32 bits each, and the places are empty for the exchange after the next. It has to be what
@@ -80,13 +81,15 @@ class Exchange:
         """
         bits = lax.bitcast_convert_type(last, jnp.int32)
         for sender in range(self.workspace.devices):
-            bits = clear(self.peers.own, self._places(sender), bits, self.pack)
+            bits = clear(self.peers.own, self._places(sender, self.peers.rank), bits, self.pack)
         bits = count(self.peers.own, self.row, self.number, bits, self.pack)
         return lax.bitcast_convert_type(bits, last.dtype)
 
-    def _places(self, sender: Int32[Array, ""] | int) -> Int32[Array, "N"]:
+    def _places(self, sender: Int32[Array, ""] | int, holder: Int32[Array, ""] | int) -> Int32[Array, "N"]:
+        """Of a sender's row in a holder's workspace; what a device has itself goes nowhere."""
         start = self.workspace.row(self.number, sender, self.row)
-        return jnp.where(self.columns < self.size, start + self.columns * self.dtype.itemsize, NOWHERE)
+        moved = (self.columns < self.size) & (sender != holder)
+        return jnp.where(moved, start + self.columns * self.dtype.itemsize, NOWHERE)
 
 
 def read_number(own: Address, row: Int32[Array, ""], like: Int32[Array, "N"], pack: int) -> Int32[Array, "N"]:

@@ -35,6 +35,7 @@ class PeerMemory:
         devices, columns = spec.shape
         words = Workspace.of(columns, size, dtype).nbytes // 4
         workspaces = jax.jit(partial(_empty, devices, words), out_shardings=spec.sharding)()
+        workspaces.block_until_ready()  # a peer may store at once, and nothing may empty that later
         return cls(workspaces, jax.device_put(_table(workspaces), spec.sharding))
 
 

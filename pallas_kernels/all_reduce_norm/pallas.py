@@ -1,7 +1,7 @@
 """A sum over devices, residual addition and RMSNorm in Pallas (Triton backend): one program a row.
 
-A program stores its row for every device, itself included, and adds what it has from all of them by rank:
-all devices have the same bits.
+A program stores its row for every other device, and adds its own and what it has from them by rank: all
+devices have the same bits.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def peers(monkeypatch):
         monkeypatch.setattr(peer_memory, name, lambda *args: args[-2])  # `last`
     monkeypatch.setattr(peer_memory, "push", push)
     monkeypatch.setattr(peer_memory, "poll", poll)
-    yield jnp.zeros((1, OWN + 2 * len(SHARES)), jnp.int32)
+    yield jnp.zeros((1, OWN + 2 * len(SHARES)), jnp.int32).at[0, 0].set(SHARES.index(1.0))
     assert set(polled) == {len(SHARES)}
 
 
