@@ -11,6 +11,7 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lmdeploy_jax.cli import chat, proxy, serve
 from lmdeploy_jax.cli.engine_flags import engine_config
 from lmdeploy_jax.cli.flags import FlagSet
 from lmdeploy_jax.cli.main import main
+from lmdeploy_jax.server.http import sockets
 from tests.patience import get, post, wait_until
 from tests.proxy.test_proxy import proxied
 from tests.server.live import serving
@@ -48,6 +50,12 @@ def blocks(page: Path) -> list[Block]:
         else:
             found.append(Block(language, text))
     return found
+
+
+def _shown(flags: FlagSet) -> str:
+    """The URL that the command tells."""
+    address = SimpleNamespace(server_name=flags["server_name"], ssl_certfile=flags["ssl_certfile"])
+    return sockets.url_of(address, flags["server_port"], local=True)
 
 
 @dataclass
@@ -87,7 +95,7 @@ class Reader:
         live = self.stack.enter_context(
             serving(pipe.frontend, model_name=model, proxy_url=flags["proxy_url"])
         )
-        shown = f"{HOST}{flags['server_port']}"
+        shown = _shown(flags)
         self.urls[shown] = live.url
         if flags["proxy_url"]:  # the server is in use once the proxy knows it
             wait_until(lambda: get(flags["proxy_url"] + "/health").status_code == 200)
@@ -97,7 +105,7 @@ class Reader:
         flags = FlagSet()
         proxy.define(flags)
         flags.parse(words)
-        shown = f"{HOST}{flags['server_port']}"
+        shown = _shown(flags)
         url = self.stack.enter_context(proxied(routing_strategy=flags["routing_strategy"]))
         self.urls[shown] = url
         return f"Proxy at {shown}\n"

@@ -47,6 +47,8 @@ def problems(report: dict[str, Any]) -> Iterator[str]:
         if packages[name] == probes.MISSING:
             yield f"{name} is not installed. Run: pip install lmdeploy_jax"
     yield from _mismatches(packages)
+    if unread := [name for name in report["settings"] if name.startswith(probes.LMDEPLOYS)]:
+        yield f"{', '.join(unread)}: LMDeploy's variables are not read here. Use flags (--help) instead"
     if isinstance(jax, str):
         yield f"JAX does not start. {jax}"
         return

@@ -41,6 +41,7 @@ PACKAGES = (
     "fastapi",
     "uvicorn",
 )
+LMDEPLOYS = "LMDEPLOY_"  # begins the names of LMDeploy's environment variables
 GPU_QUERY = "index,name,driver_version,memory.total,memory.used,compute_cap"
 
 
@@ -88,9 +89,10 @@ def _processor() -> str:
 
 
 def _settings() -> dict[str, str]:
-    """Environment variables that change how JAX and XLA work."""
+    """Environment variables that change how JAX, XLA and the hub's client work, and LMDeploy's own."""
     prefixes = ("XLA_", "JAX_", "CUDA_VISIBLE", "NCCL_", "TF_GPU", "LD_LIBRARY_PATH", "HF_HUB_OFFLINE")
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
+    known = (*prefixes, LMDEPLOYS)
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(known)}
 
 
 def _gpus() -> list[str]:

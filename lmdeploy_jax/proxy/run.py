@@ -13,7 +13,7 @@ from lmdeploy_jax.proxy.nodes import checked_url
 from lmdeploy_jax.proxy.options import ProxyOptions
 from lmdeploy_jax.server.errors import ApiError
 from lmdeploy_jax.server.http.http10 import Http10
-from lmdeploy_jax.server.http.sockets import bind, check_certificate, release
+from lmdeploy_jax.server.http.sockets import bind, check_certificate, release, url_of
 
 _GRACE = 30  # seconds that running answers may go on after SIGTERM
 
@@ -55,5 +55,4 @@ class Proxy(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             port = self._options.server_port or self.servers[0].sockets[0].getsockname()[1]
-            scheme = "https" if self._options.ssl_certfile else "http"
-            self._tell(f"{scheme}://{self._options.server_name}:{port}")
+            self._tell(url_of(self._options, port, local=True))

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 import httpx
 
 from lmdeploy_jax.logs import logger
+from lmdeploy_jax.server.http.sockets import ANY
 from lmdeploy_jax.server.options import ServerOptions
 
 INTERVAL = 20.0  # seconds
 _TIMEOUT = 5.0  # seconds for the proxy's answer
-_ANY = ("0.0.0.0", "::", "")
 
 
 class Registration:
@@ -59,7 +59,7 @@ class Registration:
 def reachable(url: str, proxy: str) -> str:
     """The URL with an address that the proxy can reach, where the server listens at every one."""
     parts, there = urlsplit(url), urlsplit(proxy)
-    if parts.hostname not in _ANY:
+    if (parts.hostname or "") not in ANY:
         return url
     host = "127.0.0.1"
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -17,7 +17,7 @@ from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.server.app import create_app
 from lmdeploy_jax.server.chat.formats import select_parsers
 from lmdeploy_jax.server.http.http10 import Http10
-from lmdeploy_jax.server.http.sockets import check_certificate, release
+from lmdeploy_jax.server.http.sockets import check_certificate, release, url_of
 from lmdeploy_jax.server.options import ServerOptions
 from lmdeploy_jax.server.registration import Registration
 from lmdeploy_jax.server.service import Service
@@ -86,9 +86,9 @@ class Server(uvicorn.Server):
         release(sockets or ())
         await super().startup(sockets)
         if self.started:
-            self._tell(self._url)
+            self._tell(self._url(local=True))
             if self.service.options.proxy_url is not None:
-                self._registration = Registration(self.service.options, self._url, self.service.models)
+                self._registration = Registration(self.service.options, self._url(), self.service.models)
 
     async def on_tick(self, counter: int) -> bool:
         """Part of uvicorn's interface, asked ten times a second: whether the server is to end."""
@@ -100,13 +100,11 @@ class Server(uvicorn.Server):
         engine = self.service.frontend.engine
         return engine.config.nnodes > 1 and engine.failure is not None
 
-    @property
-    def _url(self) -> str:
+    def _url(self, *, local: bool = False) -> str:
         options = self.service.options
-        scheme = "https" if options.ssl_certfile else "http"
-        host = f"[{options.server_name}]" if ":" in options.server_name else options.server_name
-        port = options.server_port or self.servers[0].sockets[0].getsockname()[1]
-        return f"{scheme}://{host}:{port}"
+        return url_of(
+            options, options.server_port or self.servers[0].sockets[0].getsockname()[1], local=local
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Part of uvicorn's interface: called when the server is to end."""

@@ -25,7 +25,7 @@ H200 = "0, NVIDIA H200, 580.159, 143771 MiB, 4 MiB, 9.0"
 def report(**changes: Any) -> dict[str, Any]:
     packages = dict.fromkeys(probes.PACKAGES, "1.2.3") | dict.fromkeys(check_env.PLUGINS, probes.MISSING)
     packages |= changes.pop("packages", {})
-    sound = {"packages": packages, "NVIDIA GPUs": [], "JAX": {"devices": ["cpu:0 cpu"]}}
+    sound = {"packages": packages, "settings": {}, "NVIDIA GPUs": [], "JAX": {"devices": ["cpu:0 cpu"]}}
     return sound | changes
 
 
@@ -84,6 +84,7 @@ def test_a_broken_jax_is_described(tmp_path: Path, body: str, text: str) -> None
             },
             "Unable to load cuPTI",
         ),
+        ({"settings": {"LMDEPLOY_USE_MODELSCOPE": "True"}}, "LMDEPLOY_USE_MODELSCOPE: LMDeploy's variables"),
         ({"JAX": "error: JAX ended with exit code -6"}, "exit code -6"),
         ({"JAX": {"devices": "error: RuntimeError: no device"}}, "no device"),
     ],

@@ -295,7 +295,8 @@ def test_what_is_no_address(url):
 
 
 def test_what_a_proxy_is_told_of_a_server_that_listens_everywhere():
-    assert reachable("http://0.0.0.0:23333", "http://127.0.0.1:8000") == "http://127.0.0.1:23333"
+    for anywhere in ("http://0.0.0.0:23333", "http://[::]:23333", "http://:23333"):
+        assert reachable(anywhere, "http://127.0.0.1:8000") == "http://127.0.0.1:23333"
     assert reachable("http://10.1.1.1:23333", "http://127.0.0.1:8000") == "http://10.1.1.1:23333"
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from lmdeploy_jax.server.http.sockets import bind, release
+from lmdeploy_jax.server.http.sockets import bind, release, url_of
 from lmdeploy_jax.server.options import ServerOptions
 
 
@@ -46,3 +46,12 @@ def test_connections_that_linger_do_not_hold_the_address():
 def test_an_address_of_another_machine():
     with pytest.raises(OSError, match=r"server_name='192\.0\.2\.1', server_port=0: cannot listen there"):
         bind(ServerOptions(server_name="192.0.2.1", server_port=0))
+
+
+def test_clients_of_this_machine_are_told_an_address_that_they_can_open():
+    shown = {
+        name: url_of(ServerOptions(server_name=name), 80, local=True) for name in ("0.0.0.0", "::", "", "::1")
+    }
+    assert set(shown.values()) == {"http://localhost:80", "http://[::1]:80"}
+    assert shown["::1"] == "http://[::1]:80"
+    assert url_of(ServerOptions(server_name="0.0.0.0"), 80) == "http://0.0.0.0:80"

@@ -20,6 +20,17 @@ class Address(Protocol):
     ssl_certfile: str | None
 
 
+ANY = ("0.0.0.0", "::", "")
+"""Names of all of a machine's addresses, at which no client should look for it."""
+
+
+def url_of(options: Address, port: int, *, local: bool = False) -> str:
+    """The URL of a server at `port`; `local`: as clients on the same machine reach it."""
+    name = "localhost" if local and options.server_name in ANY else options.server_name
+    scheme = "https" if options.ssl_certfile else "http"
+    return f"{scheme}://[{name}]:{port}" if ":" in name else f"{scheme}://{name}:{port}"
+
+
 def bind(options: Address) -> list[socket.socket]:
     """Sockets that hold the address, one for each of the host's; connections are refused until something
     listens at them.
