@@ -101,7 +101,7 @@ class CheckpointReader:
                 raise CheckpointError(f"{file}: cannot be read: it is no plain file")
             header = read_header(file, self._files[file])
         except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}; {DOWNLOAD_AGAIN}") from error
         for name, info in header.items():
             if weight_map.get(name, file.name) != file.name:
                 continue

@@ -42,7 +42,8 @@ def _like(name: str, cache: str | None) -> str:
     """What a mistyped name may have meant: an embedded model, or one of the local cache."""
     known = {other.lower(): other for other in (*_cached(cache), *assets.names())}
     close = difflib.get_close_matches(name.lower(), known, cutoff=0.7)
-    return f". Did you mean {' or '.join(repr(known[other]) for other in close)}?" if close else ""
+    meant = [known[other] for other in close if known[other] != name]  # else the revision is what lacks
+    return f". Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
 
 
 def _cached(cache: str | None) -> Iterator[str]:
@@ -60,8 +61,9 @@ def _reason(error: Exception, revision: str | None) -> str:
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         return "no such folder here, and no such repository on the hub; check the name, or log in to see it"
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
+        at = "" if revision is None else f" at revision {revision!r}"
         return (
-            "no such folder here, not in the local cache, and the hub cannot be reached (offline, or "
+            f"no such folder here, not in the local cache{at}, and the hub cannot be reached (offline, or "
             "HF_HUB_OFFLINE is set); go online, or give the path of a downloaded checkpoint folder"
         )
     return f"the download failed: {type(error).__name__}: {error}"

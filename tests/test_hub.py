@@ -127,6 +127,14 @@ def test_a_typo_is_told_from_what_is_here(
         assert str(caught.value).endswith(meant)
 
 
+def test_a_revision_that_is_not_here_is_no_typo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, LocalEntryNotFoundError("not cached"))
+    (tmp_path / "models--Qwen--Qwen3-0.6B").mkdir()
+    with pytest.raises(CheckpointError, match="not in the local cache at revision 'v2', and") as caught:
+        resolve_model("Qwen/Qwen3-0.6B", revision="v2", download_dir=tmp_path)
+    assert "Did you mean" not in str(caught.value)
+
+
 def test_other_failures_keep_their_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, OSError("disk full"))
     with pytest.raises(CheckpointError, match="OSError: disk full"):

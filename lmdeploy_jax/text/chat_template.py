@@ -62,14 +62,15 @@ def select(
     config: a built-in or registered name, the path of a .json (ChatTemplateConfig) or .jinja file, a
         `ChatTemplateConfig`, or None: then the checkpoint's own jinja, else a built-in by model_type and
         special tokens, else `base`.
-    Raises `ConfigError` for a choice that names nothing, `CheckpointError` for a broken template.
+    Raises `ConfigError` for a choice that names nothing or is broken, `CheckpointError` where the
+    checkpoint's own template is.
     """
     folder = Path(model_path).expanduser()
     choice = _named(config) if isinstance(config, str) else config
     if choice is None:
         return _own_template(tokenizer, folder) or _by_evidence(tokenizer, folder)
     if isinstance(choice, Path):
-        return HfChatTemplate(choice.read_text(encoding="utf-8"), *_tokens(tokenizer))
+        return _of_file(tokenizer, choice)
     if MODELS.made_by_user(choice.model_name):
         return ClassTemplate(choice)
     if choice.model_name != "hf":
@@ -82,11 +83,18 @@ def _named(choice: str) -> ChatTemplateConfig | Path:
     path = Path(choice).expanduser()
     if choice in BUILTIN or choice in ALIASES or choice == "hf":
         return ChatTemplateConfig(choice)
-    if path.suffix in (".jinja", ".jinja2") and path.is_file():
+    if path.suffix in (".jinja", ".jinja2"):
         return path
     if path.suffix == ".json" or choice.lstrip().startswith("{"):
         return ChatTemplateConfig.from_json(choice)
     return ChatTemplateConfig(choice)
+
+
+def _of_file(tokenizer: Tokenizer, path: Path) -> HfChatTemplate:
+    try:
+        return HfChatTemplate(path.read_text(encoding="utf-8"), *_tokens(tokenizer))
+    except (OSError, UnicodeError, CheckpointError) as error:
+        raise ConfigError(f"The chat template {path} cannot be read: {error}") from error
 
 
 def _chosen_own(tokenizer: Tokenizer, config: ChatTemplateConfig, folder: Path) -> ChatTemplate:

@@ -128,7 +128,7 @@ def _compile(name: str, source: str) -> jinja2.Template:
     except Exception as error:  # a TemplateSyntaxError, or what odd constants and deep nesting raise in jinja
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise CheckpointError(
-            f"The chat template {name!r} is not valid jinja{line}: {error}. "
+            f"The chat template {name!r} is not valid jinja{line}: {str(error).rstrip('.')}. "
             "Give another one with chat_template_config."
         ) from error
 

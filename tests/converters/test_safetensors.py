@@ -206,6 +206,15 @@ def test_no_folder(tmp_path: Path) -> None:
         CheckpointReader(tmp_path)
 
 
+def test_a_link_to_what_was_never_downloaded(tmp_path: Path) -> None:
+    """As the hub's cache has it after a download that was ended."""
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "missing")
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors: cannot be read: .*; download the file again"
+    ):
+        CheckpointReader(tmp_path)
+
+
 def many_keys(count: int) -> bytes:
     """A header whose last key repeats the first: quadratic time would take hours."""
     return ("{" + ",".join(f'"{i}":0' for i in [*range(count), 0]) + "}").encode()

@@ -45,6 +45,13 @@ def test_an_answer_has_the_requests_id(server):
     assert client.chat.completions.create(model="tiny-chat", **HI)._request_id.startswith("req_")
 
 
+def test_a_path_is_one_line_of_the_log(server, caplog):
+    http, _ = server
+    with caplog.at_level(logging.DEBUG, "lmdeploy_jax"):
+        assert http.get("/a%0ablank").status_code == 404
+    assert any(record.getMessage().startswith(r"GET '/a\nblank': 404") for record in caplog.records)
+
+
 def test_what_fails_is_logged_with_the_requests_id(server, monkeypatch, caplog):
     http, live = server
     monkeypatch.setattr(live.service, "check_model", lambda name: 1 // 0)

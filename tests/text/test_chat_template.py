@@ -95,6 +95,14 @@ def test_the_users_choice_wins(byte_level: Path, tmp_path: Path) -> None:
         select(tokenizer, folder, ChatTemplateConfig("hf", user="x"))
     with pytest.raises(ConfigError, match=r"Unknown chat template 'lama3'.*llama3"):
         select(tokenizer, folder, "lama3")
+    for name, content in (("broken.jinja", b"{{ a"), ("foreign.jinja", b"\xff"), ("none.jinja", None)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            ConfigError, match=rf"The chat template {tmp_path / name} cannot be read: "
+        ) as caught:
+            select(tokenizer, folder, str(tmp_path / name))
+        assert ".." not in str(caught.value)
 
 
 def test_without_jinja_the_config_and_the_vocabulary_decide(byte_level: Path, tmp_path: Path) -> None:

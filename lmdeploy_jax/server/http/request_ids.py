@@ -37,7 +37,7 @@ class RequestIds:
                 headers = MutableHeaders(scope=message)
                 for name in HEADERS:
                     headers[name] = id
-                logger.debug("%s %s: %d, request %s", scope["method"], scope["path"], message["status"], id)
+                logger.debug("%s %r: %d, request %s", scope["method"], scope["path"], message["status"], id)
             await send(message)
 
         await self._app(scope, receive, naming)
