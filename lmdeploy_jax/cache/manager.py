@@ -76,11 +76,14 @@ class CacheManager:
 
     # -- prefixes -----------------------------------------------------------------------------------------
 
-    def match(self, prompt: EncodedPrompt, tokens: Sequence[int], limit: int) -> CachedPrefix:
+    def match(
+        self, prompt: EncodedPrompt, tokens: Sequence[int], limit: int, hashes: list[bytes]
+    ) -> CachedPrefix:
         """The longest cached prefix of `tokens`, at most `limit` tokens. `tokens` are the prompt's and those
-        that have been generated.
+        that have been generated; `hashes`, of their first pages, grows by those that are newly hashed: a
+        sequence that waits for pages is looked for in every step.
         """
-        hashes = self._known_hashes(prompt, tokens, limit) if self.enabled else []
+        hashes = self._known_hashes(prompt, tokens, limit, hashes) if self.enabled else []
         known = count = self._usable(hashes)
         state = None
         if self.states is not None:
@@ -107,17 +110,18 @@ class CacheManager:
         assert self.states is not None
         return self.states.take(hashes[end // PAGE_SIZE - 1])
 
-    def _known_hashes(self, prompt: EncodedPrompt, tokens: Sequence[int], limit: int) -> list[bytes]:
+    def _known_hashes(
+        self, prompt: EncodedPrompt, tokens: Sequence[int], limit: int, hashes: list[bytes]
+    ) -> list[bytes]:
         """Of the first pages of `tokens`, as far as the groups without a window know them."""
         whole = [i for i, group in enumerate(self.groups) if group.window is None]
-        hashes: list[bytes] = []
-        parent = None
-        for start in range(0, limit - PAGE_SIZE + 1, PAGE_SIZE):
-            parent = next_hash(parent, prompt, tokens, start)
-            if any(self.index.find(i, parent) is None for i in whole):
-                break
-            hashes.append(parent)
-        return hashes
+        for number in range(limit // PAGE_SIZE):
+            if number == len(hashes):
+                parent = hashes[-1] if hashes else None
+                hashes.append(next_hash(parent, prompt, tokens, number * PAGE_SIZE))
+            if any(self.index.find(i, hashes[number]) is None for i in whole):
+                return hashes[:number]
+        return hashes[: limit // PAGE_SIZE]
 
     def _usable(self, hashes: list[bytes]) -> int:
         """Most pages of which every group has what the next token's window reaches."""

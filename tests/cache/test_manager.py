@@ -17,7 +17,7 @@ WINDOWED = CacheGroup(window=100, most_pages=6)  # in steps of at most 200 token
 
 def _filled(cache: CacheManager, tokens: list[int], prompt: EncodedPrompt = PLAIN) -> PageTable:
     """Takes the pages of a prompt and computes it in one step."""
-    table, hashes, *_ = cache.match(prompt, tokens, len(tokens))
+    table, hashes, *_ = cache.match(prompt, tokens, len(tokens), [])
     cache.hold(table, len(hashes) * PAGE_SIZE, len(tokens))
     cache.register(prompt, tokens, len(tokens), table, hashes)
     return table
@@ -31,7 +31,7 @@ def _found(
     prompt: EncodedPrompt = PLAIN,
 ) -> list[int]:
     """Pages that a match shares, given back at once."""
-    table, *_ = cache.match(prompt, tokens, len(tokens) if limit is None else limit)
+    table, *_ = cache.match(prompt, tokens, len(tokens) if limit is None else limit, [])
     pages = list(table.runs[group].pages)
     cache.release(table)
     return pages
@@ -109,7 +109,7 @@ def test_idle_pages_are_evicted_longest_unused_first_and_from_the_end_of_a_prefi
     cache.release(_filled(cache, old))
     cache.release(_filled(cache, new))
     taken = [cache.pool.take()]
-    table, *_ = cache.match(PLAIN, old, len(old))
+    table, *_ = cache.match(PLAIN, old, len(old), [])
     assert len(table.runs[0].pages) == 1  # its second page went
     cache.pool.check_integrity([*taken, *table.pages])
     assert len(_found(cache, new)) == 2
@@ -125,7 +125,7 @@ def test_a_disabled_cache_only_counts_pages():
 
 def test_a_window_gives_pages_back_that_it_has_passed():
     cache = CacheManager(30, [FULL, WINDOWED])
-    table, *_ = cache.match(PLAIN, [], 0)
+    table, *_ = cache.match(PLAIN, [], 0, [])
     cache.hold(table, 0, 1000)  # the first step of a prompt of 1,000 tokens
     assert [(run.first, run.end) for run in table.runs] == [(0, 16), (0, 6)]
     cache.hold(table, 200, 1000)
@@ -138,7 +138,7 @@ def test_a_window_gives_pages_back_that_it_has_passed():
 def test_a_prefix_is_found_where_the_windows_last_pages_are_there_too():
     cache = CacheManager(40, [FULL, WINDOWED])
     tokens = list(range(10 * PAGE_SIZE))
-    table, hashes, *_ = cache.match(PLAIN, tokens, len(tokens))
+    table, hashes, *_ = cache.match(PLAIN, tokens, len(tokens), [])
     for start in range(0, len(tokens), 200):
         cache.hold(table, start, len(tokens))
         cache.register(PLAIN, tokens, min(start + 200, len(tokens)), table, hashes)
@@ -155,7 +155,7 @@ def test_a_prefix_is_found_where_the_windows_last_pages_are_there_too():
 def test_a_model_of_windows_alone_finds_prefixes_by_their_end():
     cache = CacheManager(40, [WINDOWED])
     tokens = list(range(8 * PAGE_SIZE))
-    table, hashes, *_ = cache.match(PLAIN, tokens, len(tokens))
+    table, hashes, *_ = cache.match(PLAIN, tokens, len(tokens), [])
     for start in range(0, len(tokens), PAGE_SIZE):
         cache.hold(table, start, start + PAGE_SIZE)
         cache.register(PLAIN, tokens, start + PAGE_SIZE, table, hashes)
@@ -170,7 +170,7 @@ def test_a_model_of_windows_alone_finds_prefixes_by_their_end():
 def test_what_is_discarded_is_neither_found_nor_left_unclean():
     cache = CacheManager(40, [FULL, WINDOWED])
     tokens = list(range(8 * PAGE_SIZE))
-    table, hashes, *_ = cache.match(PLAIN, tokens, len(tokens))
+    table, hashes, *_ = cache.match(PLAIN, tokens, len(tokens), [])
     for start in range(0, len(tokens), 200):
         cache.hold(table, start, len(tokens))
         cache.register(PLAIN, tokens, min(start + 200, len(tokens)), table, hashes)

@@ -4,12 +4,13 @@ import random
 
 import pytest
 
+from lmdeploy_jax.cache import manager
 from lmdeploy_jax.cache.layout import CacheGroup
 from lmdeploy_jax.cache.manager import CacheManager
 from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.engine.core.scheduler import DrainFirst, Scheduler
 from lmdeploy_jax.engine.core.step import Step
-from lmdeploy_jax.engine.request import Request, SamplingParams, Sequence
+from lmdeploy_jax.engine.request import Request, SamplingParams, Sequence, Status
 from lmdeploy_jax.prompt import EncodedPrompt
 
 SESSION = 512
@@ -94,7 +95,7 @@ def test_a_page_is_found_only_once_its_last_token_is_computed():
     first.tokens.append(7)
     with pytest.raises(DrainFirst):  # its last token is planned by then, and not computed
         scheduler.schedule()
-    table, hashes, *_ = scheduler.cache.match(first.request.prompt, first.tokens, PAGE_SIZE)
+    table, hashes, *_ = scheduler.cache.match(first.request.prompt, first.tokens, PAGE_SIZE, [])
     assert hashes == []
     assert list(table.pages) == []
 
@@ -233,6 +234,34 @@ def test_a_fully_cached_prompt_still_computes_its_last_token():
     assert step is not None
     assert again.cached == PAGE_SIZE
     assert step.num_tokens == PAGE_SIZE
+
+
+def test_pages_of_a_prompt_that_no_token_came_of_are_overwritten_before_they_are_used_again():
+    """They may hold NaN, of which only a token's logits would have told."""
+    scheduler = make(pages=7, tokens=PAGE_SIZE)
+    aborted = scheduler.add(request(5 * PAGE_SIZE))
+    scheduler.schedule()
+    first, *others = list(held(aborted))
+    scheduler.finish(aborted)
+    for pages, unclean in ((5, others), (6, [first])):  # the first is cached, and so taken last
+        scheduler.add(request([pages] * pages * PAGE_SIZE, new=1))
+        taken = [page for step in run(scheduler) for page in step.unclean]
+        assert sorted(taken) == sorted(unclean)
+
+
+def test_a_prompt_that_waits_for_pages_is_hashed_once(monkeypatch):
+    scheduler, hashed, plain = make(pages=12), [], manager.next_hash
+    scheduler.add(request(4 * PAGE_SIZE, new=1))
+    run(scheduler)
+    scheduler.add(request([9] * 7 * PAGE_SIZE, new=20))
+    waiting = scheduler.add(request(6 * PAGE_SIZE))  # 4 pages are known, and no other is there
+    monkeypatch.setattr(manager, "next_hash", lambda *args: hashed.append(args[1]) or plain(*args))
+    for _ in range(10):
+        read(scheduler, scheduler.schedule())
+    assert waiting.status is Status.WAITING
+    assert hashed.count(waiting.request.prompt) == 5
+    run(scheduler)
+    assert waiting.cached > 0
 
 
 def test_generated_pages_are_cached_for_the_next_turn():

@@ -290,7 +290,7 @@ class Scheduler:
         tokens = sequence.tokens
         limit = 0 if sequence.report else len(tokens) - 1
         cache = self.cache
-        found = cache.match(sequence.request.prompt, tokens, limit)
+        found = cache.match(sequence.request.prompt, tokens, limit, sequence.hashes)
         pages, computed = found.pages, len(found.hashes) * PAGE_SIZE
         partial = len(sequence.siblings) * (len(tokens) % PAGE_SIZE > 0)
         reserve = len(self.running) // 2  # soon wanted by those who run already
