@@ -242,13 +242,14 @@ def test_closing_ends_what_runs(scripted):
 def test_a_process_that_is_killed_fails_what_runs(scripted):
     collector = Collector(2)
     submit(scripted, [5], collector, n=2, max_new_tokens=10**6)
-    wait_until(lambda: collector.results[1].outputs)
+    wait_until(lambda: collector.results[1].outputs and scripted.stats.running)
     os.kill(scripted._process.pid, signal.SIGKILL)
     for result in collector.wait():
         assert result.reason == "error"
         assert isinstance(result.last.error, EngineError)
         assert "signal 9" in str(result.last.error)
     assert scripted.failure == "the engine's process ended with signal 9"
+    assert scripted.stats.running == 0  # other copies go on, and metrics are those of all together
     with pytest.raises(EngineError, match="signal 9"):
         submit(scripted, [5], Collector())
     with pytest.raises(EngineError, match="signal 9"):

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -227,6 +227,8 @@ class RemoteEngine(EngineBase):
             if not self._closed:
                 self._exit = cause
                 logger.error("%s", cause)
+            idle = replace(self._state.stats, running=0, waiting=0, pages_used=0)
+            self._state = self._state._replace(stats=idle)
             live, self._live = self._live, {}
             calls, self._calls = self._calls, {}
         error = EngineError(f"The engine failed: {self.failure}")
