@@ -211,8 +211,12 @@ class CacheManager:
         table.room = min(run.end for run in table.runs) * PAGE_SIZE
         table.version += 1
 
-    def release(self, table: PageTable) -> None:
-        """Give all pages back; those whose content is known stay findable until their space is needed."""
+    def release(self, table: PageTable, *, clean: bool = True) -> None:
+        """Give all pages back; those whose content is known stay findable until their space is needed.
+
+        clean: False where no token has told that the pages hold no NaN.
+        """
+        self.pool.unclean.update(() if clean else table.pages)
         for run in table.runs:
             self._release(run.pages)
         table.runs = []

@@ -19,7 +19,8 @@ class PagePool:
     """Reference-counted pages 1 .. num_pages - 1.
 
     A page nobody refers to is either free, or *idle*: kept for the prefix cache until the space is needed,
-    the longest unused first. `forget` is told of each idle page that is taken away.
+    the longest unused first. `forget` is told of each idle page that is taken away. `unclean` are those that
+    may hold NaN, which must be overwritten before they hold anything else.
     """
 
     def __init__(self, num_pages: int, forget: Callable[[int], None] = lambda page: None) -> None:
@@ -30,6 +31,8 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._refs = [0] * num_pages
         self._forget = forget
+        self.unclean: set[int] = set()
+        self._taken_unclean: list[int] = []
 
     @property
     def available(self) -> int:
@@ -54,7 +57,15 @@ class PagePool:
             page, _ = self._idle.popitem(last=False)
             self._forget(page)
         self._refs[page] = 1
+        if page in self.unclean:
+            self.unclean.remove(page)
+            self._taken_unclean.append(page)
         return page
+
+    def pop_taken_unclean(self) -> list[int]:
+        """The unclean pages that have been taken since the last call."""
+        pages, self._taken_unclean = self._taken_unclean, []
+        return pages
 
     def share(self, page: int) -> None:
         """One more user of a page that is in use or idle."""

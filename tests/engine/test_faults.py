@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lmdeploy_jax.bench import checkpoint
+from lmdeploy_jax.cache.pages import PAGE_SIZE
 from lmdeploy_jax.config import JaxEngineConfig
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.core.sleep import _HostArray
@@ -88,6 +89,19 @@ def test_n_answers_to_a_poisonous_prompt_all_end(fragile):
     results = generate(fragile, [[POISON, 4, 5]], n=3, temperature=1.0)[0]
     assert all(isinstance(result.last.error, LogitsError) for result in results)
     fragile.scheduler.check_integrity()
+
+
+def test_nan_of_a_prompt_that_is_aborted_spoils_no_page(fragile, monkeypatch):
+    begun, collector = threading.Event(), Collector()
+    monkeypatch.setattr(fragile, "on_step", lambda _: begun.set())
+    request = submit(fragile, [POISON, *[5] * 400], collector)
+    assert begun.wait(PATIENCE)
+    fragile.abort(request.request_id)
+    assert collector.wait()[0].reason == "abort"
+    assert holds_nan(fragile)
+    others = [[token] * 7 * PAGE_SIZE for token in range(6, 16)]  # of more pages than there are
+    generate(fragile, others, max_new_tokens=1)
+    assert not holds_nan(fragile)
 
 
 def test_where_every_token_is_ruled_out_the_answer_says_so(engine):

@@ -62,6 +62,7 @@ class Runner:
 
     def forward(self, step: Step) -> Forward:
         """Start a step's forward pass on the device."""
+        self.clear_pages(step.unclean)
         self._duplicate_states(step.restored)
         passed = self._steps.forward(step)
         if passed.hidden is not None:

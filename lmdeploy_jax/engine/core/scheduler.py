@@ -317,7 +317,7 @@ class Scheduler:
         self._admitted.append(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
-        self.cache.release(sequence.pages)
+        self.cache.release(sequence.pages, clean=len(sequence.tokens) > sequence.num_prompt)
         sequence.hashes = []
         sequence.computed, sequence.pending = 0, False
         sequence.state, sequence.state_ends = None, ()
@@ -367,7 +367,7 @@ class Scheduler:
     # -- what a planned step changes ----------------------------------------------------------------------
 
     def _commit(self, chunks: list[Chunk]) -> Step:
-        step = Step(chunks)
+        step = Step(chunks, unclean=self.cache.pool.pop_taken_unclean())
         for row, chunk in enumerate(chunks):
             sequence = chunk.sequence
             sequence.computed += chunk.count

@@ -29,6 +29,7 @@ class Step:
 
     chunks: list[Chunk] = field(default_factory=list)
     sampled: list[tuple[Sequence, int]] = field(default_factory=list)
+    unclean: list[int] = field(default_factory=list)  # pages to overwrite before it
     copies: list[tuple[int, int]] = field(default_factory=list)  # pages to duplicate after it: (from, to)
     restored: list[tuple[int, int]] = field(default_factory=list)  # states to copy before it: (from, to)
     kept: list[tuple[int, int]] = field(default_factory=list)  # and after it, forks' too
