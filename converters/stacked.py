@@ -37,7 +37,7 @@ class StackedExperts:
         """The single tensors in a stacked one, by the names that one by one they would have; else none."""
         match = re.fullmatch(rf"({self.prefix})\.({'|'.join(self.names)})(\.weight|_\w+)?", name)
         info = reader.info(name)
-        if match is None or len(info.shape) < 2:
+        if match is None or len(info.shape) < 2 or not info.nbytes:  # nothing may claim to be any number
             return {}
         held = self.names[match[2]]
         suffix = match[3] or ".weight"

@@ -64,3 +64,10 @@ def test_every_order_is_read_by_slice(tmp_path, interleaved, transposed, told):
             np.testing.assert_array_equal(reader.read(f"l.experts.{i}.down_proj.weight"), down[i])
             up_bias = bias[i, 1::2] if interleaved else bias[i, INNER:]
             np.testing.assert_array_equal(reader.read(f"l.experts.{i}.up_proj.bias"), up_bias)
+
+
+def test_experts_without_a_byte_are_not_counted(tmp_path):
+    name, file = "l.experts.gate_up_proj", tmp_path / "model.safetensors"
+    save_file({name: np.zeros((1 << 40, 0, 4), np.float32)}, file)
+    with CheckpointReader(tmp_path) as reader:
+        assert StackedReader(reader, StackedExperts()).names() == (name,)
