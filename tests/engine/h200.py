@@ -31,7 +31,9 @@ from lmdeploy_jax.models import tuning
 from lmdeploy_jax.models.config import DecoderConfig
 from lmdeploy_jax.models.formats import WeightFormat
 from lmdeploy_jax.models.kernels import Kernels
+from lmdeploy_jax.models.tuning import Measurement, Tuning
 from lmdeploy_jax.pallas_kernels.prefill_attention import tile_rows
+from lmdeploy_jax.pallas_kernels.skinny_gemm import StreamTiling
 from lmdeploy_jax.parallel.mesh import AXES
 from tests.pallas_kernels.h200 import TARGET, cache_copies, outside_command_buffer
 from tests.pallas_kernels.programs import as_on_h200
@@ -117,9 +119,17 @@ QUANTISED = ("fp8", "awq", "smooth_quant")  # formats of the weights of llama3-8
 
 
 def programs_on(
-    mesh: Mesh, shape: str, model_format: str | None = None, all_reduce: str | None = None
+    mesh: Mesh,
+    shape: str,
+    model_format: str | None = None,
+    all_reduce: str | None = None,
+    *,
+    streams: bool = False,
 ) -> Programs:
-    """The programs of a shape, cut to two layers and a small vocabulary."""
+    """The programs of a shape, cut to two layers and a small vocabulary.
+
+    streams: as if Mosaic's products, and one kernel that gates and rounds, were the fastest for `BATCH` rows.
+    """
     known = {
         "deepseek-v2-lite": DEEPSEEK_V2_LITE,
         "qwen3-next": QWEN3_NEXT,
@@ -128,6 +138,8 @@ def programs_on(
     raw = (known.get(shape) or shapes.read(shape)) | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
     config, dtype = build_config(raw, shape), jnp.dtype("bfloat16")
     table = replace(tuning.load("NVIDIA H200"), all_reduce=all_reduce)
+    if streams:
+        table = table.merged(streamed(config, model_format))
     kernels = Kernels("pallas", mesh, table)
     formats = formats_of(config, model_format)
     skeleton = build_skeleton(config, dtype, kernels, formats)
@@ -144,6 +156,18 @@ def programs_on(
     slots = Slots(PageTables(2048, layout.groups, sizes), config.vocab_size)
     GpuSteps(programs, slots, sizes, tile_rows("pallas"))
     return programs
+
+
+def streamed(config: DecoderConfig, model_format: str) -> Tuning:
+    """A table in which every product of `BATCH` rows streams."""
+    held, found = quantised.FORMATS[model_format].held, []
+    for name, shape in tune.products(config).items():
+        if name in ("qkv", "o", "gate_up", "down"):
+            form, splits = held(shape.inner), 1 if shape.kind == "gated" else 4
+            way = StreamTiling(128, 132, 4, splits, overlaps=form.groups > 1)
+            row = Measurement(form.name, shape.kind, shape.out, shape.inner, BATCH, way, 1.0, 2.0)
+            found.append(row)
+    return Tuning(tuple(found), activation="pallas")
 
 
 def formats_of(config: DecoderConfig, model_format: str | None) -> dict[str, WeightFormat]:
@@ -192,6 +216,9 @@ def main() -> None:
         for model_format in QUANTISED:
             programs = programs_on(mesh, "llama3-8b", model_format)
             found = report(f"{model_format} decode", programs["decode", 1], programs.state.cache)
+            print(json.dumps(found), flush=True)
+            programs = programs_on(mesh, "llama3-8b", model_format, streams=True)
+            found = report(f"{model_format} streams", programs["decode", BATCH], programs.state.cache)
             print(json.dumps(found), flush=True)
         for shape, wanted in (MIXTURES | RECURRENT).items():
             programs = programs_on(mesh, shape)
