@@ -112,6 +112,7 @@ def test_a_copy_that_ends_takes_only_its_own_requests_along(doomed):
     assert isinstance(lost.last.error, EngineError)
     wait_until(lambda: doomed._engines[2].failure is not None)
     assert doomed.failure is None
+    assert doomed.max_batch_size == 2 * doomed.facts.max_batch_size
     assert {asked(doomed, text(2 + i))[0] for i in range(4)} == {0, 1}
     assert survivor.wait()[0].reason == "length"
 

@@ -125,8 +125,8 @@ class Replicas(EngineBase):
 
     @property
     def max_batch_size(self) -> int:
-        """Of all together; one request has one engine's (`facts`)."""
-        return sum(engine.max_batch_size for engine in self._engines)
+        """Of all that work together; one request has one engine's (`facts`)."""
+        return sum(engine.max_batch_size for engine in self._working())
 
     @property
     def on_step(self) -> Callable[[int], None] | None:
