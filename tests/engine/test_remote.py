@@ -312,6 +312,7 @@ def test_an_engine_that_fails_says_so(compile_cache):
     submit(engine, [5], collector)
     assert "ZeroDivisionError" in str(collector.wait()[0].last.error)
     assert "ZeroDivisionError" in engine.failure
+    assert engine.stats.running == 0
     with pytest.raises(EngineError, match="ZeroDivisionError"):
         submit(engine, [5], Collector())
     engine.close()

@@ -134,8 +134,11 @@ class RemoteEngine(EngineBase):
 
     @property
     def stats(self) -> EngineStats:
-        """As the engine's process last told: with its latest outputs, or a moment after they changed."""
-        return self._state.stats
+        """As the engine's process last told: with its latest outputs, or a moment after they changed. Nothing
+        runs in one that has failed, whatever it told.
+        """
+        told = self._state.stats
+        return told if self.failure is None else replace(told, running=0, waiting=0, pages_used=0)
 
     @property
     def unfinished(self) -> int:
@@ -227,8 +230,6 @@ class RemoteEngine(EngineBase):
             if not self._closed:
                 self._exit = cause
                 logger.error("%s", cause)
-            idle = replace(self._state.stats, running=0, waiting=0, pages_used=0)
-            self._state = self._state._replace(stats=idle)
             live, self._live = self._live, {}
             calls, self._calls = self._calls, {}
         error = EngineError(f"The engine failed: {self.failure}")
