@@ -57,6 +57,8 @@ def test_every_route_is_a_replica_s(two):
     assert get(two + "/v1/models").json()["data"][0]["id"] == "tiny-chat"
     assert get(two + "/health").status_code == 200
     assert get(two + "/nothing").status_code == 404
+    preflight = {"origin": "http://elsewhere", "access-control-request-method": "POST"}
+    assert httpx.options(two + "/v1/chat/completions", headers=preflight).status_code == 200
 
 
 def test_conversations_are_cached(two):

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import orjson
 from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from lmdeploy_jax.proxy.nodes import Node, Nodes, checked_url
@@ -18,11 +19,11 @@ from lmdeploy_jax.proxy.options import ProxyOptions
 from lmdeploy_jax.proxy.relay import Relay
 from lmdeploy_jax.server.errors import ApiError, install_handlers
 from lmdeploy_jax.server.http.middleware import Authentication, BodyLimit, ServerErrors
-from lmdeploy_jax.server.http.request_ids import RequestIds
+from lmdeploy_jax.server.http.request_ids import HEADERS, RequestIds
 
 logger = logging.getLogger("lmdeploy_jax")
 
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _ASKED = aiohttp.ClientTimeout(total=10)  # seconds for what the proxy itself asks a node
 _BODY_SECONDS = 60.0
 _KEPT = 3.0  # seconds that an idle connection is kept, before the node, as uvicorn does after 5, closes it
@@ -46,6 +47,14 @@ def create_proxy(options: ProxyOptions) -> FastAPI:
     if options.api_keys:
         app.add_middleware(Authentication, keys=options.api_keys)
     app.add_middleware(ServerErrors)
+    app.add_middleware(  # for browsers the proxy is the server, whatever its nodes allow
+        CORSMiddleware,
+        allow_origins=options.allow_origins,
+        allow_methods=options.allow_methods,
+        allow_headers=options.allow_headers,
+        allow_credentials=options.allow_credentials,
+        expose_headers=HEADERS,
+    )
     app.add_middleware(RequestIds)
     return app
 

@@ -26,6 +26,10 @@ class ProxyOptions(Checked):
         "the last 15 requests), prefix (conversations stay where their cached pages are)",
     )
     api_keys: Sequence[str] = option((), "keys of which a client must send one; it is passed on to the nodes")
+    allow_origins: Sequence[str] = option(("*",), "origins that browsers may call from (CORS)")
+    allow_methods: Sequence[str] = option(("*",), "methods that browsers may use (CORS)")
+    allow_headers: Sequence[str] = option(("*",), "headers that browsers may send (CORS)")
+    allow_credentials: bool = option(False, "let browsers send credentials (CORS)")
     ssl_keyfile: str | None = option(None, "private key; with --ssl-certfile the proxy speaks HTTPS")
     ssl_certfile: str | None = option(None, "certificate of the proxy")
     health_interval: Annotated[float, POSITIVE] = option(

@@ -245,6 +245,23 @@ def test_keys_guard_the_nodes_too(two):
         assert httpx.get(url + "/nodes/status", headers={"x-api-key": "secret"}).status_code == 200
 
 
+def test_browsers_may_call_from_other_origins(two):
+    """The proxy's own routes and the nodes', whose keys a preflight does not bring."""
+    origin, key = {"origin": "http://elsewhere"}, {"x-api-key": "secret"}
+    preflight = origin | {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "x-api-key",
+    }
+    with proxied(nodes=[two[0].url], api_keys=["secret"]) as url:
+        assert httpx.options(url + "/v1/chat/completions", headers=preflight).status_code == 200
+        wait_until(lambda: httpx.get(url + "/health").status_code == 200)
+        models = httpx.get(url + "/v1/models", headers=origin | key)
+        answer = httpx.post(url + "/v1/chat/completions", json=ASKED, headers=origin | key)
+        for each in (models, answer):
+            assert each.status_code == 200
+            assert each.headers.get_list("access-control-allow-origin") == ["*"]
+
+
 def test_bad_nodes_are_named(two):
     with proxied() as url:
         for body, word in (
