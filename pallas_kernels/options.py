@@ -13,8 +13,11 @@ if TYPE_CHECKING:  # model configs hold options, and are read where there is no 
 PAGE_SIZE = 64
 """Tokens a page. One page is one tile of the kernels."""
 
-MASKED = -1e30
-"""Logit of a key that a query does not see: finite, so that a row that sees nothing stays free of NaN."""
+MASKED = -(2.0**100)
+"""Logit of a key that a query does not see: finite, so that a row that sees nothing stays free of NaN. A
+power of two, whose products are exact: where one instruction scales a logit and takes the row's scaled
+maximum from it, any other number as large would leave its rounding error, whose exponential may be infinite.
+"""
 
 
 @dataclass(frozen=True)
