@@ -1,7 +1,14 @@
 """What every test relies on, wherever the run is started."""
 
 import importlib.util
+import os
 import signal
+
+# What tests compile runs a few times, so it counts how fast it is compiled: four times as fast like this,
+# in the processes that tests start too. Tests of programs for GPUs judge what the compiler makes of them.
+FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+    os.environ.setdefault("XLA_FLAGS", FAST_TO_COMPILE)
 
 # A command that a script starts with `&` ignores Ctrl-C, and so would every process that tests start and end
 # that way: a handler of one's own is not inherited.

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from lmdeploy_jax import GenerationConfig, pipeline
 from lmdeploy_jax.engine.core import setup
 from lmdeploy_jax.engine.io.frontend import PromptOptions
 from lmdeploy_jax.text.prompts import normalise_prompts
+from tests.devices import virtual_devices
 from tests.engine.harness import Collector, config, submit, tokens
 from tests.engine.test_images import (
     ASK,
@@ -151,10 +151,9 @@ def test_tensor_parallel_devices_give_the_same_tokens(
         folder = save(name, tmp_path / name)
         expected = answers_of_transformers(name, folder, compile_cache)
     tps = [2] if name == "gemma3" else [2, 4]
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, json.dumps([str(folder), str(compile_cache), tps])],
-        env=os.environ | environment,
+        env=virtual_devices(4),
         capture_output=True,
         text=True,
         timeout=PATIENCE,

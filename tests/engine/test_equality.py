@@ -1,7 +1,6 @@
 """The clever paths give the plain path's tokens: chunked, cached, preempted, batched, forked, sharded."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ from lmdeploy_jax.engine.core import buckets, setup
 from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
+from tests.devices import virtual_devices
 from tests.engine.conftest import COUNT
 from tests.engine.harness import Collector, config, generate, submit, tokens
 from tests.oracle import hf_greedy
@@ -185,14 +185,10 @@ def test_tensor_parallel_devices_give_the_same_tokens(llama, compile_cache, prom
     """tp 2 and 4 on virtual devices; with 2 KV heads, tp 4 keeps two copies of each. The second engine of
     tp 2 has its programs from disk.
     """
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-    }
     argument = json.dumps([str(llama), str(compile_cache), prompts, [2, 4, 2]])
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, argument],
-        env=environment,
+        env=virtual_devices(4),
         capture_output=True,
         text=True,
         timeout=PATIENCE,

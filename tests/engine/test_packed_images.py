@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from lmdeploy_jax import GenerationConfig, pipeline
 from lmdeploy_jax.engine.core import buckets, setup
 from lmdeploy_jax.engine.core.compile import CompileCounter
 from lmdeploy_jax.engine.core.steps_gpu import GpuSteps
+from tests.devices import virtual_devices
 from tests.engine.harness import config
 from tests.engine.test_images import (
     ASK,
@@ -158,14 +158,10 @@ print("tokens", json.dumps([answer.token_ids for answer in answers]))
 def test_tensor_parallel_devices_give_the_same_tokens(
     tp: int, checkpoint: Path, compile_cache: Path, expected: Tokens
 ) -> None:
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-    }
     keys = ["many", "one"]
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, json.dumps([str(checkpoint), str(compile_cache), keys, tp])],
-        env=environment,
+        env=virtual_devices(4),
         capture_output=True,
         text=True,
         timeout=PATIENCE,

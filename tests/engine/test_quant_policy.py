@@ -5,7 +5,6 @@ says what is gained; models that cannot have one are refused.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +24,7 @@ from lmdeploy_jax.models.config import DecoderConfig, LatentConfig, RopeConfig
 from lmdeploy_jax.models.kernels import Kernels
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.parallel.mesh import make_mesh
+from tests.devices import virtual_devices
 from tests.engine.harness import generate, tokens
 from tests.engine.test_equality import SHARDED
 from tests.engine.test_setup import MODEL
@@ -149,12 +149,11 @@ def _paged(model: DecoderConfig) -> tuple[PageKind, ...]:
 def test_tensor_parallel_devices_give_the_same_tokens(start, policy, folder, compile_cache, prompts):
     """tp 2 and 4 on virtual devices; bytes of FP8 are cut as those of int8 are, words of int4 otherwise."""
     expected = tokens(start(quant_policy=policy), prompts)
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     argument = json.dumps([str(folder), str(compile_cache), prompts, [2, 4]])
     code = SHARDED.replace("tp=tp", f"tp=tp, quant_policy={policy}")
     command = [sys.executable, "-c", code, argument]
     done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        command, env=virtual_devices(4), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("tokens")]
     assert lines == [expected] * 2, done.stderr[-2000:]

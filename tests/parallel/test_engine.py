@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.devices import virtual_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mxfp4"])
 def test_experts_cut_and_dealt_out_give_the_tokens_of_one_device(kind: str) -> None:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    env = virtual_devices(2)
     command = [sys.executable, "-m", "tests.parallel.engine_program", kind, "1,1", "2,1", "2,2"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +12,16 @@ from lmdeploy_jax.assets import TINY_CHAT
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.process.replicas import Replicas
 from lmdeploy_jax.text.tokenizer import Tokenizer
+from tests.devices import virtual_devices
 from tests.engine.harness import config, tokens
-
-TWO = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.mark.full
 def test_1000_random_requests_and_aborts_on_two_devices_leave_nothing_behind():
     command = [sys.executable, "-m", "tests.parallel.soak_program", "1000"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=os.environ | TWO, cwd=root, capture_output=True, text=True, timeout=1200
-    )
+    env = virtual_devices(2)
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
 
 
@@ -35,7 +32,7 @@ def test_two_copies_on_two_devices_each_answer_as_one_engine_does(tmp_path, monk
     one = Engine(TINY_CHAT, config(tmp_path), progress=False)
     wanted = tokens(one, prompts, max_new_tokens=12)
     one.close()
-    for name, value in TWO.items():  # the copies' processes see it, and this one no longer does
+    for name, value in virtual_devices(2).items():  # the copies' processes see it, this one no longer
         monkeypatch.setenv(name, value)
     four = Replicas(TINY_CHAT, config(tmp_path, dp=2, tp=2), progress=False)
     assert [tokens(four, [prompt] * 2, max_new_tokens=12) for prompt in prompts] == [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.devices import virtual_devices
 
 ROOT = Path(__file__).parents[2]
 MORE = (
@@ -26,7 +27,7 @@ NAMES = ("minimax_m2", "granite_hybrid")
 
 
 def errors(devices: str, *names: str) -> dict[str, dict[str, float]]:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = virtual_devices(4)
     command = [sys.executable, "-m", "tests.parallel.families_program", devices, *names]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

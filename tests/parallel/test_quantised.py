@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.devices import virtual_devices
+
 ROOT = Path(__file__).parents[2]
 
 
 def found(what: str) -> list[dict]:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = virtual_devices(4)
     command = [sys.executable, "-m", "tests.parallel.quantised_program", what]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.devices import virtual_devices
+
 
 @pytest.mark.full
 def test_scores_on_two_devices_equal_transformers():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    env = virtual_devices(2)
     command = [sys.executable, "-m", "tests.parallel.scores_program"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)

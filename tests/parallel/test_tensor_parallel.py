@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.devices import virtual_devices
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[int, dict]:
     """Findings for tied embeddings, biases, an odd vocabulary, and fewer KV heads than devices."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = virtual_devices(4)
     command = [sys.executable, "-m", "tests.parallel.tp_program", "qwen2"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
