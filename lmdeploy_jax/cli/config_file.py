@@ -13,6 +13,11 @@ from lmdeploy_jax.errors import ConfigError
 NAME = "config"
 HELP = "YAML file with flags as `name: value`; flags given here win over the file's"
 
+NO_NUMBERS = {
+    "invalid literal for int()": "a whole number is needed",
+    "could not convert string to float": "a number is needed",
+}
+
 
 def apply(values: absl_flags.FlagValues, path: str) -> None:
     """Sets the flags that the file names. Raises ConfigError for a file that cannot be read, an unknown name
@@ -27,7 +32,16 @@ def apply(values: absl_flags.FlagValues, path: str) -> None:
         try:
             _set(values[name], value)
         except (absl_flags.Error, ValueError, TypeError) as error:
-            raise ConfigError(f"{path}: {key}: {error}") from error
+            raise ConfigError(f"{path}: {key}: {fault_of(error)}") from error
+
+
+def fault_of(error: Exception) -> str:
+    """What is wrong with a flag's value, without Python's words for it."""
+    fault = str(error)
+    for pythons, ours in NO_NUMBERS.items():
+        head, found, _ = fault.partition(pythons)
+        fault = head + ours if found else fault
+    return fault
 
 
 def _read(path: Path) -> dict[Any, Any]:

@@ -68,7 +68,7 @@ class FlagSet:
         try:
             positional = list(self.values([PROGRAM, *self._canonical(argv)], self.known_only)[1:])
         except (absl_flags.Error, ValueError) as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(config_file.fault_of(error)) from error
         except RecursionError as error:
             raise UsageError("A flag's JSON object is nested too deep to be read.") from error
         if config_file.NAME in self.values and self[config_file.NAME] is not None:

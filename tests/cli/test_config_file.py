@@ -59,7 +59,7 @@ def test_the_command_line_wins(flags: FlagSet, file: Path) -> None:
     [
         ("sevrer_port: 1", "sevrer_port"),
         ("config: other.yaml", "config"),
-        ("server_port: many", "server_port"),
+        ("server_port: many", "server_port=many: a whole number is needed"),
         ("server_port: [1]", "server_port"),
         ("server_port: true", "server_port"),
         ("enable_prefix_caching: 3", "enable_prefix_caching"),

@@ -67,6 +67,8 @@ def test_each_benchmark_has_its_own_flags(
         (["serve", "x", "--max-model-len=9"], 2, "no flag --max-model-len here; its like is --session-len"),
         (["chat", "--port", "9"], 2, "Unknown command line flag 'port'"),  # nor is there its like
         (["chat", "a", "b"], 2, "one model"),
+        (["chat", "--tp", "two"], 2, "--tp=two: a whole number is needed"),
+        (["chat", "--top-p", "x"], 2, "--top_p=x: a number is needed"),
         (["chta"], 2, "Did you mean chat?"),
         (["lite", "tiny-chat"], 2, "lite does one of"),
         (["lite", "awq", "--calib-samples", "8"], 2, "lite does one of"),  # not: an unknown flag
