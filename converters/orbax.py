@@ -199,18 +199,23 @@ def check_target(target: pathlib.Path, *, force: bool) -> None:
     """Raises CheckpointError where `save` could not write to `target`, whatever it is to write."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: a file; name a new folder to write to")
-    owned = pathlib.Path.cwd(), pathlib.Path(os.path.expanduser("~"))
-    own = next((folder for folder in owned if _holds(target, folder)), None)
-    if own is not None:
-        raise CheckpointError(f"{target}: would replace {own} and all that is in it; name a new folder")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise CheckpointError(
-            f"{target}: is not empty; name a new folder, or force its replacement (--force)"
-        )
+    if target.is_dir() and any(target.iterdir()):
+        _check_replaceable(target, force=force)
     path = target.absolute()
     above = next(folder for folder in (path, *path.parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise CheckpointError(f"{target}: {above} is no folder that you may write to; name another one")
+
+
+def _check_replaceable(target: pathlib.Path, *, force: bool) -> None:
+    owned = pathlib.Path.cwd(), pathlib.Path(os.path.expanduser("~"))
+    own = next((folder for folder in owned if _holds(target, folder)), None)
+    if own is not None:
+        raise CheckpointError(f"{target}: would replace {own} and all that is in it; name a new folder")
+    if not force:
+        raise CheckpointError(
+            f"{target}: is not empty; name a new folder, or force its replacement (--force)"
+        )
 
 
 def check_apart(target: pathlib.Path, source: pathlib.Path) -> None:

@@ -105,6 +105,14 @@ def test_a_folder_in_use_is_kept_unless_forced(copy: Path, model: Path) -> None:
         orbax.save(model.parent, leaves, {}, model, force=True)
 
 
+def test_an_empty_folder_that_one_works_in_is_filled(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    orbax.save(".", {"norm.weight": jnp.ones(8)}, {}, model)
+    assert orbax.is_converted(tmp_path)
+
+
 def test_a_link_to_another_disk_stays_one(model: Path, tmp_path: Path) -> None:
     disk, out = tmp_path / "disk", tmp_path / "out"
     disk.mkdir()
