@@ -1,4 +1,4 @@
-"""What copies of a model bring: python -m benchmarks.copies llama3-8b --dp 2
+"""What copies of a model bring: python -m benchmarks.copies llama3-8b --random --dp 2
 
 Runs the requests of mix256 on one engine in a process of its own, then as many times the requests as there
 are copies on `--dp` of them, and the plain ones on those: tokens per second of each, and their ratios.
@@ -48,8 +48,10 @@ def main() -> None:
     parser.add_argument("--dp", type=int, default=2)
     parser.add_argument("--reps", type=int, default=2)
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("/tmp/checkpoints"))
+    parser.add_argument("--random", action="store_true", help="weights made on the devices, without files")
     args = parser.parse_args()
-    model = checkpoint.make(args.model, args.checkpoint_dir)
+    make = checkpoint.make_unwritten if args.random else checkpoint.make
+    model = make(args.model, args.checkpoint_dir)
     one = measure(model, 1, {"mix256": 1}, args.reps)["mix256"]
     many = measure(model, args.dp, {"copies": args.dp, "mix256": 1}, args.reps)
     figures = {"one": one, f"dp {args.dp}, {args.dp} times": many["copies"], f"dp {args.dp}": many["mix256"]}
