@@ -67,14 +67,24 @@ def report(name: str, table: Tuning, mesh: Mesh) -> dict[str, object]:
     jitted = jax.jit(step, donate_argnums=1, out_shardings=(everywhere, cache.shardings))
     lowered = jitted.lower(tuple(skeleton.specs.values()), cache.specs, batch, peers)
     with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": ".*"}
+        compiled = lowered.compile(compiler_options=options)
         (thunks,) = Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
+        moved = moves("".join(path.read_text() for path in Path(folder).glob("*.ptx")))
         launched = re.findall(
             r"^\s*\d+: kCustomKernel .*\] (\w+?)(?:__\d+)? grid", thunks.read_text(), re.MULTILINE
         )
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     collectives = re.findall(rf" ({kinds})(?:-start)?\(", compiled.as_text())
-    return {"program": name, "collectives": Counter(collectives), "kernels": Counter(launched)}
+    found = {"collectives": Counter(collectives), "kernels": Counter(launched)}
+    return {"program": name, **found, "moves": moved}
+
+
+def moves(ptx: str) -> dict[str, list[int]]:
+    """A thread's stores to devices' memory and its loads from what they store, by kernel."""
+    entries = (part for part in ptx.split(".entry ")[1:] if ".volatile" in part)
+    kinds = [f"{kind}.volatile.global.v4" for kind in ("st", "ld")]
+    return {entry.split("(")[0].strip(): [entry.count(kind) for kind in kinds] for entry in entries}
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.pallas_kernels.h200 import reports_of
-from tests.parallel.h200 import LAYERS
+from tests.parallel.h200 import LAYERS, TP
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,12 @@ def test_sums_of_few_rows_are_the_next_norm_s(reports):
     """That of the embedding too."""
     assert reports["peers"]["collectives"] == {}
     assert reports["peers"]["kernels"]["all_reduce_add_rms_norm"] == 2 * LAYERS + 1
+
+
+def test_a_share_is_stored_and_read_and_its_place_emptied_once(reports):
+    """JAX tells Triton that assembly is pure, so that it might be left out or done again."""
+    moves = reports["peers"]["moves"]
+    assert set(map(tuple, moves.values())) == {(TP + TP, TP)}
 
 
 @pytest.mark.full
