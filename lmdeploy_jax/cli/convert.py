@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,8 @@ from lmdeploy_jax.errors import CheckpointError
 
 USAGE = "convert MODEL OUT [FLAGS]"
 ABOUT = """Reads the Hugging Face checkpoint MODEL (a folder or a hub id) and writes an Orbax checkpoint into
-the folder OUT, with config, tokenizer and chat template beside it. Every command takes OUT as MODEL."""
+the folder OUT, with config, tokenizer and chat template beside it. Every command takes OUT as MODEL.
+Of a model that takes images the language model alone is written."""
 
 
 def define(flags: FlagSet) -> None:
@@ -51,6 +53,7 @@ def run(flags: FlagSet, args: list[str]) -> int:
     start = time.perf_counter()
     folder = resolve_model(model, revision=flags["revision"], download_dir=flags["download_dir"])
     orbax.check_apart(Path(out), folder)
+    _tell_of_images(folder, out)
     dtype = str(stored_dtype(folder)) if flags["dtype"] == "auto" else flags["dtype"]
     with loading_bar(True) as on_progress:
         loaded = load_model(folder, dtype=dtype, dequantise=False, on_progress=on_progress)
@@ -73,6 +76,14 @@ def _check_out(out: Path, force: bool) -> None:
         orbax.check_target(out, force=force)
     except CheckpointError as error:
         raise UsageError(str(error)) from error
+
+
+def _tell_of_images(folder: Path, out: str) -> None:
+    from lmdeploy_jax.converters.config import read_json
+    from lmdeploy_jax.vision.families import vision_family
+
+    if vision_family(read_json(folder, None)[0]) is not None:
+        print(f"{folder}: what encodes images is left out; {out} will take text alone", file=sys.stderr)
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -64,3 +64,12 @@ def test_a_full_folder_is_kept_unless_forced(
     assert (tmp_path / "mine.txt").read_text() == "precious"
     assert main(["convert", str(model), str(tmp_path), "--force"]) == 0
     assert (tmp_path / "config.json").exists()
+
+
+def test_what_is_left_out_of_a_model_that_takes_images_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "tiny-vision", str(tmp_path / "out")]) == 0
+    assert (
+        f"what encodes images is left out; {tmp_path / 'out'} will take text alone" in capsys.readouterr().err
+    )
