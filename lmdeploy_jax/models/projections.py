@@ -107,7 +107,8 @@ class RowParallelLinear(Linear, SumOverDevices):
 
     def __call__(self, x: Float[Array, "T *inner"] | Quantised) -> Float[Array, "..."] | PartialSum:
         """-> [T, *out], or f32 [S, T, *out], whose sum over S it is, or such a sum of this device alone."""
-        product = self._plan(x.values if isinstance(x, Quantised) else x)
+        like = jax.ShapeDtypeStruct(x.values.shape, x.values.dtype) if isinstance(x, Quantised) else x
+        product = self._plan(like)
         out, dtype = product(self, x), self.weight.dtype if isinstance(x, Quantised) else x.dtype  # type: ignore
         left = self.left_to_norm(out, dtype) if self.in_parts else None
         if left is not None:
