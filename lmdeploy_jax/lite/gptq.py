@@ -114,7 +114,7 @@ def _inverse_factor(gram: Array, unused: Array, damping: float) -> Float32[Array
     and U is the inverse of R: the inverse of H itself, which float32 holds badly, is never made.
     """
     mean = jnp.diag(gram).mean()
-    diagonal = jnp.where(unused, mean, damping * mean)
+    diagonal = jnp.where(unused, jnp.where(mean > 0, mean, 1), damping * mean)  # 0: nothing is used
     hessian = gram + jnp.diag(diagonal)
     factor = jnp.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
     return jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(gram)), lower=False)

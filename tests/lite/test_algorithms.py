@@ -76,6 +76,10 @@ def test_a_channel_that_nobody_uses_is_rounded_as_it_is(x: np.ndarray, matrix: M
     nearest = reference.rounded(np.asarray(matrix.weight, float), GROUP, symmetric=True)
     np.testing.assert_allclose(made[:, 5], nearest[:, 5], rtol=1e-6)
     assert np.isfinite(made).all()
+    # Nor is any used of an expert whose activation gave nothing for the few tokens that came by.
+    unused = Matrix("mlp.up", None, matrix.weight, observe(0 * silent), {})
+    made = np.asarray(Gptq(GROUP).round(unused, np.dtype(np.float32)).dense())
+    np.testing.assert_allclose(made, nearest, rtol=1e-6)
 
 
 def test_smooth_quant_scales_by_the_largest_input(x: np.ndarray, matrix: Matrix) -> None:
