@@ -18,7 +18,7 @@ THREADS = min(8, os.cpu_count() or 1)
 MOST_BYTES = 2 << 30  # of patches that wait for the engine, or are kept until their answers are there
 
 Encode = Callable[["PromptRequest"], "EncodedPrompt"]
-Deliver = Callable[[int, "PromptRequest", "EncodedPrompt | Exception"], bool]
+Deliver = Callable[[int, "PromptRequest", "EncodedPrompt | BaseException"], bool]
 
 
 class PreprocessingThreads:
@@ -58,7 +58,7 @@ class PreprocessingThreads:
                 encoded = self._encode(request)
                 self._hold(index, sum(image.patches.nbytes for image in encoded.images))
                 open_still = self._deliver(index, request, encoded)
-            except Exception as error:
+            except BaseException as error:  # of a library in Rust too, or its prompt would never end
                 open_still = self._deliver(index, request, error)
             if not open_still:
                 return

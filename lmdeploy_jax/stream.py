@@ -66,7 +66,7 @@ class ResponseStream:
         """Submit prompts as threads have encoded them."""
         running = weakref.ref(self)
 
-        def deliver(index: int, request: PromptRequest, encoded: EncodedPrompt | Exception) -> bool:
+        def deliver(index: int, request: PromptRequest, encoded: EncodedPrompt | BaseException) -> bool:
             stream = running()
             if stream is not None:
                 stream.take(index, request, encoded)
@@ -74,15 +74,15 @@ class ResponseStream:
 
         self._threads = PreprocessingThreads(requests, encode, deliver)
 
-    def take(self, index: int, request: PromptRequest, encoded: EncodedPrompt | Exception) -> None:
+    def take(self, index: int, request: PromptRequest, encoded: EncodedPrompt | BaseException) -> None:
         """Submit a prompt, or let what it raised become its answer; what no prompt can cause is raised to who
         reads the pieces.
         """
         try:
-            if isinstance(encoded, Exception):
+            if isinstance(encoded, BaseException):
                 raise encoded
             self.submit(index, encoded, request.config)
-        except Exception as error:
+        except BaseException as error:  # a panic of a library in Rust too: somebody waits for the answer
             if isinstance(error, EngineError):
                 self._pieces.put(error)
             else:

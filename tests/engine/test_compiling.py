@@ -15,6 +15,10 @@ from tests.engine.harness import PATIENCE, Collector, submit
 from tests.fake_engine import FakeEngine
 
 
+class Panic(BaseException):
+    """As a library written in Rust raises it: no Exception."""
+
+
 class GatedGrammars:
     """Compiles nothing, once `gate` is open. A text that begins with "known" is there at once."""
 
@@ -28,6 +32,8 @@ class GatedGrammars:
         assert self.has(source[0]) or self.gate.wait(PATIENCE)
         if source[0] == "bad":
             raise RequestError("bad grammar")
+        if source[0] == "panic":
+            raise Panic("bad tokenizer")
         return source[0]
 
 
@@ -87,5 +93,6 @@ def test_one_sequence_may_be_aborted(compiling):
 def test_what_cannot_be_compiled_or_submitted_is_told(engine, compiling):
     compiling._grammars.gate.set()
     assert "bad grammar" in str(guided(compiling, "bad")[1].wait()[0].last.error)
+    assert "bad tokenizer" in str(guided(compiling, "panic")[1].wait()[0].last.error)
     engine.close()
     assert isinstance(guided(compiling, "good")[1].wait()[0].last.error, EngineError)

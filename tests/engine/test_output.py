@@ -202,11 +202,31 @@ def test_prompt_logprobs_name_the_prompts_tokens(bench):
     assert answer.logprobs is None
 
 
-def test_a_reader_that_fails_costs_only_its_own_request(tokenizer):
+class Panic(BaseException):
+    """As a library written in Rust raises it: no Exception."""
+
+
+def test_a_panic_costs_only_its_own_answer(tokenizer, monkeypatch):
+    bench, pieces = Bench(tokenizer), []
+
+    def panics(out: StepOutput) -> Response:
+        raise Panic("decoder")
+
+    options = OutputOptions(GenerationConfig(), Stops(frozenset(), (), {}))
+    receive = bench.processor.listener([1], options, pieces.append)
+    monkeypatch.setattr(receive.__self__._answers[0], "feed", panics)
+    receive(StepOutput(77, 0, [1]))
+    assert whole(bench.run(bench.steps("fine"))).text == "fine"
+    assert [piece.error_message for piece in pieces] == ["Panic: decoder"]
+    assert bench.aborted == [(77, 0)]
+
+
+@pytest.mark.parametrize("fault", [ValueError, SystemExit])
+def test_a_reader_that_fails_costs_only_its_own_request(tokenizer, fault):
     bench = Bench(tokenizer)
 
     def broken(piece: Response) -> None:
-        raise ValueError("reader")
+        raise fault("reader")
 
     options = OutputOptions(GenerationConfig(), Stops(frozenset(), (), {}))
     receive = bench.processor.listener([1], options, broken)

@@ -14,6 +14,7 @@ from lmdeploy_jax import Pipeline, pipeline, preprocessing
 from lmdeploy_jax.engine.io import images
 from lmdeploy_jax.errors import RequestConflictError
 from lmdeploy_jax.preprocessing import PreprocessingThreads
+from lmdeploy_jax.stream import ResponseStream
 from tests.engine.harness import config
 from tests.engine.test_images import ASK, GREEDY, MORE, ONE, OTHER, save
 from tests.patience import PATIENCE
@@ -104,3 +105,22 @@ def test_patches_that_wait_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None
         threads.release(delivered[i])
     assert sorted(delivered) == list(range(len(sizes)))
     assert max(each for each in most if each not in (11, 30)) <= 10
+
+
+def test_a_panic_becomes_its_own_prompts_answer() -> None:
+    class Panic(BaseException):
+        """As a library written in Rust raises it: no Exception."""
+
+    def encode(_: Any) -> Any:
+        raise Panic("broken")
+
+    stream, delivered = ResponseStream(SimpleNamespace()), threading.Event()
+
+    def deliver(*given: Any) -> bool:
+        stream.take(*given)
+        delivered.set()
+        return True
+
+    PreprocessingThreads([(0, SimpleNamespace())], encode, deliver)
+    assert delivered.wait(PATIENCE)
+    assert next(stream).error_message == "Panic: broken"

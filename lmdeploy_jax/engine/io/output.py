@@ -67,7 +67,7 @@ class OutputProcessor:
         try:
             if flush is not None:
                 flush()
-        except Exception:
+        except BaseException:  # as from a reader's sys.exit()
             logger.exception("a reader of answers failed")
 
     def _take(self, outs: defaultdict[tuple[_Listener, int], MergedOutput]) -> bool:
@@ -122,7 +122,7 @@ class _Listener:
             return
         try:
             piece = answer.feed(out)
-        except Exception as error:  # one answer's fault must not end the others
+        except BaseException as error:  # one answer's fault, a panic of Rust too, must not end the others
             logger.exception("answer %d of request %d failed", out.index, out.request_id)
             piece = answer.failed(error)
         if answer.done and out.finish_reason is None:
@@ -137,7 +137,7 @@ class _Listener:
                 return
         try:
             self._sink(piece)
-        except Exception:
+        except BaseException:
             logger.exception("the reader of request %d failed; it is aborted", out.request_id)
             self._answers[out.index].done = True
             self._processor.abort(out.request_id, out.index)

@@ -63,12 +63,12 @@ class CompilingRequests:
     def _compile(self, request: Request, source: tuple[str, int]) -> None:
         try:
             request.params = request.params.with_grammar(self._load().compiled(source))
-        except Exception as error:
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             self._pass_on(request, error)
         else:
             self._pass_on(request, None)
 
-    def _pass_on(self, request: Request, error: Exception | None) -> None:
+    def _pass_on(self, request: Request, error: BaseException | None) -> None:
         with self._lock:
             waiting = self._waiting.pop(request.request_id, None)
             if waiting is None:  # it has been aborted
@@ -79,7 +79,7 @@ class CompilingRequests:
                 self._engine.submit(request)
                 for index in waiting.aborted:
                     self._engine.abort(request.request_id, index)
-            except Exception as fault:  # what the parent could not know: it has fallen asleep, or ended
+            except BaseException as fault:  # what the parent could not know: it has fallen asleep, or ended
                 request.refuse(fault)
 
     def _load(self) -> Grammars:
