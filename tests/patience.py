@@ -1,7 +1,7 @@
 """How tests wait: for something to happen, however slow the machine is.
 
-`PATIENCE` only ends what hangs for ever. No test may come near it, and none may be shorter-tempered: what a
-test says about speed is a ratio, or belongs into a benchmark.
+`PATIENCE` only ends what hangs for ever, and is what such a defect costs a run. No test may come near it, and
+none may be shorter-tempered: what a test says about speed is a ratio, or belongs into a benchmark.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 
 import httpx
 
-PATIENCE = 600.0  # seconds
+PATIENCE = 120.0  # seconds
 
 get, post = partial(httpx.get, timeout=PATIENCE), partial(httpx.post, timeout=PATIENCE)
 stream = partial(httpx.stream, timeout=PATIENCE)
