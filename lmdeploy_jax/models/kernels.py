@@ -19,13 +19,11 @@ from lmdeploy_jax.models.batch import AttentionMetadata
 from lmdeploy_jax.models.config import AttentionConfig, LatentConfig, MixerConfig
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.residual import Delta, PartialSum
-from lmdeploy_jax.models.rope import Rotation
 from lmdeploy_jax.models.tuning import UNTUNED, Tuning
 from lmdeploy_jax.pallas_kernels.all_reduce_norm import all_reduce_add_rms_norm
 from lmdeploy_jax.pallas_kernels.latent_attention import (
     latent_attention,
     latent_queries,
-    latent_values,
     values_of_latents,
 )
 from lmdeploy_jax.pallas_kernels.norm import add_rms_norm, add_rms_norm_quant
@@ -177,11 +175,10 @@ class Kernels:
 
     def attend_latent(
         self,
-        q: Float[Array, "*S T H D"],
+        q: Float[Array, "T H D"],
         latents: Float[Array, "T L"],
-        norm: RMSNorm,
         kv_b: Float[Array, "H N R"],
-        rope: Rotation | None,
+        work: HeadWork,
         cache: LayerCache,
         metadata: AttentionMetadata,
         mixer: LatentConfig,
@@ -191,17 +188,12 @@ class Kernels:
         """
         (pages, *rest), backend = cache, self.mixer_backend(mixer)
         fused = metadata.tiles is None and self.tuning.latent_projections == "pallas"
-        how: dict[str, Any] = {"eps": norm.eps, "backend": backend if fused else "xla"}
-        turn = (None, None) if rope is None else (rope.cos, rope.sin)
-        queries, latents = latent_queries(q, latents, norm.weight[...], kv_b, *turn, **how)
+        queries, latents = latent_queries(q, latents, kv_b, work, backend=backend if fused else "xla")
         arrays = (queries, latents, pages, metadata.slots, metadata.page_table, metadata.kv_lens)
-        how = {"options": mixer.options, "backend": backend}
-        if fused:
-            out, pages = latent_values(*arrays, kv_b, value_dim=mixer.value_dim, **how)
-            return out, (pages, *rest)
-        how |= {"rank": mixer.latent_rank, "tile_rows": tile_rows(self.backend)}
-        out, pages = latent_attention(*arrays, metadata.tiles, **how)
-        return values_of_latents(out, kv_b, mixer.value_dim), (pages, *rest)
+        how: dict[str, Any] = {"rank": mixer.latent_rank, "tile_rows": tile_rows(self.backend)}
+        how |= {"kv_b": kv_b, "value_dim": mixer.value_dim} if fused else {}
+        out, pages = latent_attention(*arrays, metadata.tiles, options=mixer.options, backend=backend, **how)
+        return out if fused else values_of_latents(out, kv_b, mixer.value_dim), (pages, *rest)
 
     def scratch_elements(self, mixers: Iterable[MixerConfig], tokens: int, session_len: int) -> int:
         """Of pages of codes that a step of `tokens` tokens widens: the largest layer's, on all devices."""

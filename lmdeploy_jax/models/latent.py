@@ -17,9 +17,10 @@ from lmdeploy_jax.models.kernels import Kernels, LayerCache
 from lmdeploy_jax.models.linear import Linear
 from lmdeploy_jax.models.norm import Norm, RMSNorm
 from lmdeploy_jax.models.products import dense_product
-from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear
+from lmdeploy_jax.models.projections import ColumnParallelLinear, RowParallelLinear, whole
 from lmdeploy_jax.models.residual import Delta, NextDelta
 from lmdeploy_jax.models.rope import Rotation
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
 
 class LatentAttention(nnx.Module):
@@ -71,15 +72,18 @@ class LatentAttention(nnx.Module):
         rope: Rotation | None,
     ) -> tuple[Float[Array, "T E"], NextDelta, LayerCache]:
         x, normed = self.kernels.add_norm(x, delta, norm)
-        product, kv_b = self._queries(normed), self.kv_b.weight.dense()
-        args = (product, _product(self.kv_a, normed), self.kv_a_norm, kv_b, rope)
-        out, cache = self.kernels.attend_latent(*args, cache, metadata, self.config)
+        turn = (None, None) if rope is None else (rope.cos, rope.sin)
+        work = HeadWork(None, None, self.kv_a_norm.weight[...], *turn, self.config.norm_eps)
+        arrays = (self._queries(normed), _product(self.kv_a, normed), self.kv_b.weight.dense(), work)
+        out, cache = self.kernels.attend_latent(*arrays, cache, metadata, self.config)
         return x, self.o(out), cache
 
-    def _queries(self, x: Float[Array, "T E"]) -> Float[Array, "*S T H D"]:
+    def _queries(self, x: Float[Array, "T E"]) -> Float[Array, "T H D"]:
         if self.config.query_rank is None:
-            return self.q(x, None, None)[1]
-        return self.q_b(self.q_a_norm(_product(self.q_a, x)), None, None)[1]
+            product = self.q(x, None, None)[1]
+        else:
+            product = self.q_b(self.q_a_norm(_product(self.q_a, x)), None, None)[1]
+        return whole(product, x.dtype)
 
 
 def _product(linear: Linear, x: Float[Array, "T E"]) -> Float[Array, "T N"]:

@@ -43,41 +43,31 @@ class Router(nnx.Module):
         self.expert_scale = param((config.experts,), wide, (None,)) if config.expert_scale else None
 
     def __call__(self, x: Float[Array, "T E"]) -> Routes:
-        bias, correction = self._summands()
-        return self._scaled(choose(self.config, self.logits(x), correction, self.backend, bias=bias))
+        logits = self.logits(x)
+        bias, correction = (None if each is None else each[...] for each in (self.bias, self.correction))
+        routes = choose(self.config, logits, correction, self.backend, bias=bias)
+        if self.expert_scale is None:
+            return routes
+        return routes._replace(weights=routes.weights * self.expert_scale[...][routes.experts])
 
     def behind_norm(
         self, kernels: Kernels, x: Float[Array, "T E"], delta: Delta | None, norm: Norm | None
     ) -> tuple[Float[Array, "T E"], Float[Array, "T E"], Routes]:
         """`Kernels.add_norm` of the last three -> x, x normalised, and its routes."""
-        if not self._fuses(kernels, x, delta, norm):
+        one = kernels.tuning.routing == "pallas" and self.backend != "xla" and x.shape[0] <= FEW_TOKENS
+        plain = self.expert_scale is None and self.config.scores != "sparsemixer"
+        if (
+            not (one and plain and isinstance(norm, RMSNorm))
+            or delta is None
+            or isinstance(delta, PartialSum)
+        ):
             x, normed = kernels.add_norm(x, delta, norm)
             return x, normed, self(normed)
-        assert isinstance(norm, RMSNorm)  # as `_fuses` told
-        assert delta is not None
-        assert not isinstance(delta, PartialSum)
-        bias, correction = self._summands()
-        arrays = (x, delta, norm.weight[...], self.weight[...], correction, options_of(self.config))
-        how: dict[str, Any] = {"eps": norm.eps, "offset": norm.offset, "backend": self.backend}
-        x, normed, *routes = norm_topk_routing(*arrays, bias=bias, **how)
-        return x, normed, self._scaled(Routes(*routes))
-
-    def _fuses(self, kernels: Kernels, x: Array, delta: Delta | None, norm: Norm | None) -> bool:
-        """Whether one kernel does all of it, as measured for few tokens."""
-        chosen = kernels.tuning.routing == "pallas" and self.backend != "xla"
-        few = x.shape[0] <= FEW_TOKENS and self.config.scores != "sparsemixer"
-        whole = delta is not None and not isinstance(delta, PartialSum)
-        return chosen and few and whole and isinstance(norm, RMSNorm)
-
-    def _summands(self) -> tuple[Array | None, Array | None]:
-        """The bias and the correction."""
         bias, correction = (None if each is None else each[...] for each in (self.bias, self.correction))
-        return bias, correction
-
-    def _scaled(self, routes: Routes) -> Routes:
-        if self.expert_scale is None:
-            return routes
-        return routes._replace(weights=routes.weights * self.expert_scale[...][routes.experts])
+        how: Any = {"bias": bias, "eps": norm.eps, "offset": norm.offset, "backend": self.backend}
+        arrays = (x, delta, norm.weight[...], self.weight[...], correction, options_of(self.config))
+        x, normed, *routes = norm_topk_routing(*arrays, **how)
+        return x, normed, Routes(*routes)
 
     def logits(self, x: Float[Array, "T E"]) -> Float32[Array, "*S T X"]:
         """Those of few tokens in parts, which the kernel of the choice adds up."""
@@ -119,15 +109,8 @@ def choose(
 def options_of(config: RouterConfig) -> TopK:
     """What its kernels are told."""
     assert config.scores != "sparsemixer"
-    return TopK(
-        config.per_token,
-        config.scores,
-        config.normalise,
-        config.scale,
-        config.groups,
-        config.top_groups,
-        config.group_score,
-    )
+    groups = config.groups, config.top_groups, config.group_score
+    return TopK(config.per_token, config.scores, config.normalise, config.scale, *groups)
 
 
 def _sparsemixer(logits: Float32[Array, "T X"], jitter: float) -> Routes:

@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int32
 
 from lmdeploy_jax.pallas_kernels.blocks import attend_logits, dot, initial_state, normalised
+from lmdeploy_jax.pallas_kernels.latent_attention.projections import latent_values
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.paged_attention.pallas import MIN_ROWS, split_count, split_pages
@@ -53,31 +54,13 @@ def decode(
     kv_lens: Int32[Array, "T"],
     rank: int,
     options: AttentionOptions,
+    kv_b: Float[Array, "H N R"] | None = None,
+    value_dim: int = 0,
     *,
     tuning: Tuning | None = None,
     interpret: bool,
-) -> tuple[Float[Array, "T H R"], PlainPages]:
-    """One token a sequence, whose latent is written first."""
-    arrays = (q, latents, pages, slots, page_table, kv_lens)
-    parts, lse, pages = decode_parts(*arrays, rank, options, tuning=tuning, interpret=interpret)
-    out = parts[0] if parts.shape[0] == 1 else _merge(parts, lse, q.dtype, interpret=interpret)
-    return out, pages
-
-
-def decode_parts(
-    q: Float[Array, "T H D"],
-    latents: Float[Array, "T D"],
-    pages: PlainPages,
-    slots: Slots,
-    page_table: Int32[Array, "T M"],
-    kv_lens: Int32[Array, "T"],
-    rank: int,
-    options: AttentionOptions,
-    *,
-    tuning: Tuning | None = None,
-    interpret: bool,
-) -> tuple[Float[Array, "S T H R"], Float32[Array, "S T H"], PlainPages]:
-    """The same, as each split saw it, with the logarithms in base 2 of what its keys weigh together."""
+) -> tuple[Float[Array, "T H out"], PlainPages]:
+    """One token a sequence, whose latent is written first; outputs are led out by kv_b, if that is given."""
     tokens, heads, _ = q.shape
     usual = Tuning(16, 16, 4, 1) if pages.dtype == jnp.float32 else Tuning(16, 32, 4, 3)
     tuning = tuning or usual
@@ -94,7 +77,9 @@ def decode_parts(
     kernel = functools.partial(_decode_kernel, rank=rank, tuning=tuning, options=options, interpret=interpret)
     arrays = (pages, q, latents.astype(pages.dtype), slots, page_table, kv_lens)
     pages, parts, lse = launch(kernel, how, out, *arrays, interpret=interpret)
-    return parts, lse, pages
+    if kv_b is not None:
+        return latent_values(parts, lse, kv_b, value_dim, q.dtype, interpret=interpret), pages
+    return parts[0] if splits == 1 else _merge(parts, lse, q.dtype, interpret=interpret), pages
 
 
 def prefill(

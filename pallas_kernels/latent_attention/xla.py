@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from lmdeploy_jax.pallas_kernels.norm import rms_norm
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention.xla import prefill_attention
+from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
 from lmdeploy_jax.pallas_kernels.rope_kv_write.xla import rotate
 from lmdeploy_jax.pallas_kernels.shapes import PlainPages, Slots, Tiles
 from lmdeploy_jax.pallas_kernels.streaming import attend_paged
@@ -18,24 +19,18 @@ GROUP = 32  # sequences a loop
 
 
 def queries(
-    parts: Float[Array, "S T H D"],
-    latents: Float[Array, "T L"],
-    norm: Float[Array, "R"],
-    kv_b: Float[Array, "H N R"],
-    cos: Float32[Array, "T half"] | None,
-    sin: Float32[Array, "T half"] | None,
-    eps: float,
+    q: Float[Array, "T H D"], latents: Float[Array, "T L"], kv_b: Float[Array, "H N R"], work: HeadWork
 ) -> tuple[Float[Array, "T H L"], Float[Array, "T L"]]:
     """See `latent_queries`."""
-    q = (parts[0] if len(parts) == 1 else parts.sum(0)).astype(latents.dtype)
-    rank = norm.size
+    assert work.k_norm is not None
+    rank = work.k_norm.size
     nope = q.shape[2] - (latents.shape[1] - rank)
 
     def turned(x: jax.Array) -> jax.Array:
-        return x if cos is None or sin is None else rotate(x, cos, sin)
+        return x if work.cos is None or work.sin is None else rotate(x, work.cos, work.sin)
 
     led = _by_head("thp,hpr->thr", q[..., :nope], kv_b[:, :nope])
-    normed = rms_norm(latents[:, :rank], norm, eps=eps, offset=0.0)
+    normed = rms_norm(latents[:, :rank], work.k_norm, eps=work.eps)
     queries = jnp.concatenate([led, turned(q[..., nope:])], axis=-1)
     return queries, jnp.concatenate([normed, turned(latents[:, rank:])], axis=-1)
 

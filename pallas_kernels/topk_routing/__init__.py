@@ -58,13 +58,8 @@ def norm_topk_routing(
     _check(options, router.shape[0])
     if backend == "xla":
         x, normed = add_rms_norm(x, delta, norm, eps=eps, offset=offset, backend=backend)
-        logits = jnp.einsum(
-            "te,xe->tx",
-            normed.astype(router.dtype),
-            router,
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        rows, how = normed.astype(router.dtype), {"preferred_element_type": jnp.float32}
+        logits = jnp.dot(rows, router.T, precision=lax.Precision.HIGHEST, **how)
         return x, normed, *topk_routing(logits, correction, options, bias=bias, backend=backend)
     from lmdeploy_jax.pallas_kernels.topk_routing import normed as kernel  # CPUs never need it
 

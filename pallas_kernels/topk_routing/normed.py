@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.norm.pallas import add, inverse_rms, weigh
 from lmdeploy_jax.pallas_kernels.topk_routing.options import TopK
-from lmdeploy_jax.pallas_kernels.topk_routing.pallas import store_choice
+from lmdeploy_jax.pallas_kernels.topk_routing.pallas import choose
 
 WARPS, BLOCK = 16, 16384  # elements of the router's weight at once
 
@@ -41,7 +41,7 @@ def norm_topk_routing(
     out = [
         *[jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2,
         *(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32)),
-        jax.ShapeDtypeStruct((x.shape[0], router.shape[0]), jnp.float32),
+        jax.ShapeDtypeStruct((1, x.shape[0], router.shape[0]), jnp.float32),
     ]
     how = Launch("norm_topk_routing", shape[:1], WARPS, num_stages=1, aliases={0: 0})
     kernel = functools.partial(_kernel, options=options, eps=eps, offset=offset, interpret=interpret)
@@ -82,15 +82,13 @@ def _kernel(
         ahead = _weights(router_ref, index + 1, column)
         expert = index * block + jnp.arange(block, dtype=jnp.int32)
         logits = jnp.sum(weights.astype(jnp.float32) * row, axis=1)
-        plt.store(logits_ref.at[token, expert], logits, mask=expert < count)
+        plt.store(logits_ref.at[0, token, expert], logits, mask=expert < count)
         return ahead
 
     lax.fori_loop(0, pl.cdiv(count, block), step, ahead)
     if not interpret:
         plt.debug_barrier()
-    expert = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
-    logits = plt.load(logits_ref.at[token, expert], mask=expert < count, other=-jnp.inf)
-    store_choice(logits, token, count, bias_ref, correction_ref, experts_ref, weights_ref, options)
+    choose(logits_ref, bias_ref, correction_ref, experts_ref, weights_ref, options=options)
 
 
 def _weights(

@@ -28,12 +28,12 @@ def topk_routing(
     shape = (logits.shape[1], options.count)
     out = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32)]
     how = Launch("topk_routing", shape[:1], num_warps=1, num_stages=1)
-    kernel = functools.partial(_kernel, options=options)
+    kernel = functools.partial(choose, options=options)
     experts, weights = launch(kernel, how, out, logits, bias, correction, interpret=interpret)
     return experts, weights
 
 
-def _kernel(
+def choose(
     logits_ref: jax.Ref,
     bias_ref: jax.Ref | None,
     correction_ref: jax.Ref | None,
@@ -42,27 +42,13 @@ def _kernel(
     *,
     options: TopK,
 ) -> None:
+    """The kernel: the experts of this program's token."""
     token, (parts, _, count) = pl.program_id(0), logits_ref.shape
     expert = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
-    logits = jnp.where(expert < count, 0.0, -jnp.inf)
-    for part in range(parts):
-        logits += plt.load(logits_ref.at[part, token, expert], mask=expert < count, other=0.0)
-    store_choice(logits, token, count, bias_ref, correction_ref, experts_ref, weights_ref, options)
-
-
-def store_choice(
-    logits: Float32[Array, "X"],
-    token: Int32[Array, ""],
-    count: int,
-    bias_ref: jax.Ref | None,
-    correction_ref: jax.Ref | None,
-    experts_ref: jax.Ref,
-    weights_ref: jax.Ref,
-    options: TopK,
-) -> None:
-    """The token's experts, of `count`, and their weights; lanes beyond have logits of minus infinity."""
-    expert = jnp.arange(logits.size, dtype=jnp.int32)
     present = expert < count
+    logits = jnp.where(present, 0.0, -jnp.inf)
+    for part in range(parts):
+        logits += plt.load(logits_ref.at[part, token, expert], mask=present, other=0.0)
     if bias_ref is not None:
         logits += plt.load(bias_ref.at[expert], mask=present, other=0.0)
     scores = _scores(logits, options)

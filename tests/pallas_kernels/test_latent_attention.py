@@ -8,14 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from lmdeploy_jax.pallas_kernels.latent_attention import (
-    latent_attention,
-    latent_queries,
-    latent_values,
-    pallas,
-)
+from lmdeploy_jax.pallas_kernels.latent_attention import latent_attention, latent_queries, pallas
 from lmdeploy_jax.pallas_kernels.options import PAGE_SIZE, AttentionOptions
 from lmdeploy_jax.pallas_kernels.prefill_attention import build_tiles, max_tiles
+from lmdeploy_jax.pallas_kernels.rope_kv_write import HeadWork
 
 RANK, TAIL = 12, 4
 OPTIONS = AttentionOptions(0.3)
@@ -75,15 +71,15 @@ def test_chunks_and_tokens_attend_to_all_before_them(backend, rows, heads, progr
 def test_queries_are_led_into_the_latents_space_and_values_out_of_it(
     tokens, rank, programs, turning, backend, monkeypatch
 ):
-    """One row and several blocks of them, blocks of columns that nothing fills, splits and none, a product in
-    parts, and tails of which some elements turn or none.
+    """One row and several blocks of them, blocks of columns that nothing fills, splits and none, and tails of
+    which some elements turn or none.
     """
     monkeypatch.setattr(pallas, "PROGRAMS", programs)
     if backend == "pallas" and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
     heads, nope, tail, value_dim = 3, 12, 6, 40
     normal = np.random.default_rng(0).normal
-    q, kv_b = normal(size=(2, tokens, heads, nope + tail)), normal(size=(heads, nope + value_dim, rank))
+    q, kv_b = normal(size=(tokens, heads, nope + tail)), normal(size=(heads, nope + value_dim, rank))
     both, norm = normal(size=(tokens, rank + tail)), normal(size=rank)
     turn = (None, None) if turning is None else normal(size=(2, tokens, turning // 2)).astype(np.float32)
     pages = normal(size=(2 * tokens + 1, 1, PAGE_SIZE, rank + tail))
@@ -94,9 +90,11 @@ def test_queries_are_led_into_the_latents_space_and_values_out_of_it(
 
     @partial(jax.jit, static_argnums=0)
     def run(backend, q, both, norm, kv_b, pages, turn, *where):
-        queries, latents = latent_queries(q, both, norm, kv_b, *turn, eps=1e-6, backend=backend)
-        how = {"value_dim": value_dim, "options": OPTIONS, "backend": backend}
-        return queries, latents, latent_values(queries, latents, pages, *where, kv_b, **how)
+        work = HeadWork(None, None, norm, *turn)
+        queries, latents = latent_queries(q, both, kv_b, work, backend=backend)
+        how = {"rank": rank, "tile_rows": 8, "options": OPTIONS, "backend": backend}
+        how |= {"kv_b": kv_b, "value_dim": value_dim}
+        return queries, latents, latent_attention(queries, latents, pages, *where, None, **how)
 
     found, wanted = (run(each, *arrays, turn, slots, table, lens) for each in (backend, "xla"))
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
