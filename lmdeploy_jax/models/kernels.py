@@ -187,13 +187,13 @@ class Kernels:
         the latents.
         """
         (pages, *rest), backend = cache, self.mixer_backend(mixer)
-        fused = metadata.tiles is None and self.tuning.latent_projections == "pallas"
+        fused = metadata.tiles is None and self.tuning.latent_queries == "pallas"
         queries, latents = latent_queries(q, latents, kv_b, work, backend=backend if fused else "xla")
-        arrays = (queries, latents, pages, metadata.slots, metadata.page_table, metadata.kv_lens)
-        how: dict[str, Any] = {"rank": mixer.latent_rank, "tile_rows": tile_rows(self.backend)}
-        how |= {"kv_b": kv_b, "value_dim": mixer.value_dim} if fused else {}
-        out, pages = latent_attention(*arrays, metadata.tiles, options=mixer.options, backend=backend, **how)
-        return out if fused else values_of_latents(out, kv_b, mixer.value_dim), (pages, *rest)
+        where = (metadata.slots, metadata.page_table, metadata.kv_lens, metadata.tiles)
+        how: dict[str, Any] = {"rank": mixer.latent_rank, "options": mixer.options, "backend": backend}
+        how["tile_rows"] = tile_rows(self.backend)
+        out, pages = latent_attention(queries, latents, pages, *where, **how)
+        return values_of_latents(out, kv_b, mixer.value_dim), (pages, *rest)
 
     def scratch_elements(self, mixers: Iterable[MixerConfig], tokens: int, session_len: int) -> int:
         """Of pages of codes that a step of `tokens` tokens widens: the largest layer's, on all devices."""

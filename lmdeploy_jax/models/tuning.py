@@ -21,7 +21,7 @@ OPS = (
     "all_reduce",
     "encoder",
     "routing",
-    "latent_projections",
+    "latent_queries",
 )
 """Those whose faster backend is told."""
 
@@ -67,8 +67,8 @@ class Tuning:
     encoder: that of vision towers, "mosaic" where Hopper's own kernels are faster; None: not measured.
     routing: that of few tokens' routers, "pallas" where one kernel for the norm before, the product and the
     choice is faster than three; None: not measured.
-    latent_projections: that of what leads a decode step's queries into the space of the latents and its
-    outputs out of it; "pallas" where two kernels are faster than XLA's six.
+    latent_queries: that of what leads a decode step's queries into the space of latents, "pallas" where one
+    kernel is faster than XLA's three; None: not measured.
     """
 
     products: tuple[Measurement, ...] = ()
@@ -79,7 +79,7 @@ class Tuning:
     all_reduce: str | None = None
     encoder: str | None = None
     routing: str | None = None
-    latent_projections: str | None = None
+    latent_queries: str | None = None
 
     def find(
         self, format: str, kind: Kind, weight: tuple[int, int], tokens: int, *, streams: bool = True

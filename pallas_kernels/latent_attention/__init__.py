@@ -31,10 +31,10 @@ def latent_queries(
     check_backend(backend)
     if backend == "xla":
         return xla.queries(q, latents, kv_b, work)
-    from lmdeploy_jax.pallas_kernels.latent_attention import projections  # CPUs never need it
+    from lmdeploy_jax.pallas_kernels.latent_attention import queries  # CPUs never need it
 
     interpret = backend == "pallas_interpret"
-    return projections.latent_queries(q, latents, kv_b, work, interpret=interpret)
+    return queries.latent_queries(q, latents, kv_b, work, interpret=interpret)
 
 
 def latent_attention(
@@ -49,10 +49,8 @@ def latent_attention(
     rank: int,
     options: AttentionOptions,
     tile_rows: int,
-    kv_b: Float[Array, "H N R"] | None = None,
-    value_dim: int = 0,
     backend: str = "xla",
-) -> tuple[Float[Array, "T H out"], PlainPages]:
+) -> tuple[Float[Array, "T H R"], PlainPages]:
     """Writes the tokens' latents into the cache and attends to those of their sequences.
 
     q [T, H, D] are queries in the space of the latents, whose first `rank` elements are values as well as
@@ -60,8 +58,7 @@ def latent_attention(
     page_table, kv_lens and tiles as in `paged_attention` and `prefill_attention`: without tiles each sequence
     has one token; tiles are of `tile_rows` rows, which are the backend's own where it is not "xla". Softmax
     in f32. Returns [T, H, rank] in q's dtype, zeros in rows that no tile covers, and the cache with the new
-    tokens; with kv_b, of a token each, the values [T, H, V] that its last `value_dim` rows make of it. In
-    place where the caller donates the cache. Raises ValueError for shapes that do not fit.
+    tokens. In place where the caller donates the cache. Raises ValueError for shapes that do not fit.
     """
     if pages.shape[1:] != (1, PAGE_SIZE, q.shape[2]) or not rank <= q.shape[2]:
         raise ValueError(
@@ -70,15 +67,15 @@ def latent_attention(
         )
     check_backend(backend)
     if backend != "xla":
-        arrays, interpret = (q, latents, pages, slots, page_table, kv_lens, tiles), backend != "pallas"
-        return _by_kernels(*arrays, rank, options, kv_b, value_dim, interpret)
+        return _by_kernels(
+            q, latents, pages, slots, page_table, kv_lens, tiles, rank, options, backend == "pallas_interpret"
+        )
     pages = xla.write(pages, latents, slots)
     if tiles is None:
         out = xla.decode(q, pages, page_table, kv_lens, options)
     else:
         out = xla.prefill(q, pages, page_table, tiles, options, tile_rows)
-    out = out[..., :rank]
-    return out if kv_b is None else values_of_latents(out, kv_b, value_dim), pages
+    return out[..., :rank], pages
 
 
 def _by_kernels(
@@ -91,14 +88,12 @@ def _by_kernels(
     tiles: Tiles | None,
     rank: int,
     options: AttentionOptions,
-    kv_b: Float[Array, "H N R"] | None,
-    value_dim: int,
     interpret: bool,
-) -> tuple[Float[Array, "T H out"], PlainPages]:
+) -> tuple[Float[Array, "T H R"], PlainPages]:
     from lmdeploy_jax.pallas_kernels.latent_attention import pallas  # CPUs never need it
 
     if tiles is None:
         arrays = (q, latents, pages, slots, page_table, kv_lens)
-        return pallas.decode(*arrays, rank, options, kv_b, value_dim, interpret=interpret)
+        return pallas.decode(*arrays, rank, options, interpret=interpret)
     pages = xla.write(pages, latents, slots)
     return pallas.prefill(q, pages, page_table, tiles, rank, options, interpret=interpret), pages

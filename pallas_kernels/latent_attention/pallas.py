@@ -21,7 +21,6 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int32
 
 from lmdeploy_jax.pallas_kernels.blocks import attend_logits, dot, initial_state, normalised
-from lmdeploy_jax.pallas_kernels.latent_attention.projections import latent_values
 from lmdeploy_jax.pallas_kernels.launch import Launch, launch
 from lmdeploy_jax.pallas_kernels.options import AttentionOptions
 from lmdeploy_jax.pallas_kernels.paged_attention.pallas import MIN_ROWS, split_count, split_pages
@@ -54,13 +53,11 @@ def decode(
     kv_lens: Int32[Array, "T"],
     rank: int,
     options: AttentionOptions,
-    kv_b: Float[Array, "H N R"] | None = None,
-    value_dim: int = 0,
     *,
     tuning: Tuning | None = None,
     interpret: bool,
-) -> tuple[Float[Array, "T H out"], PlainPages]:
-    """One token a sequence, whose latent is written first; outputs are led out by kv_b, if that is given."""
+) -> tuple[Float[Array, "T H R"], PlainPages]:
+    """One token a sequence, whose latent is written first."""
     tokens, heads, _ = q.shape
     usual = Tuning(16, 16, 4, 1) if pages.dtype == jnp.float32 else Tuning(16, 32, 4, 3)
     tuning = tuning or usual
@@ -77,8 +74,6 @@ def decode(
     kernel = functools.partial(_decode_kernel, rank=rank, tuning=tuning, options=options, interpret=interpret)
     arrays = (pages, q, latents.astype(pages.dtype), slots, page_table, kv_lens)
     pages, parts, lse = launch(kernel, how, out, *arrays, interpret=interpret)
-    if kv_b is not None:
-        return latent_values(parts, lse, kv_b, value_dim, q.dtype, interpret=interpret), pages
     return parts[0] if splits == 1 else _merge(parts, lse, q.dtype, interpret=interpret), pages
 
 

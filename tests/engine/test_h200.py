@@ -84,3 +84,11 @@ def test_a_step_of_other_layers_is_one_cuda_graph_of_few_kernels(reports, progra
     assert report["caches_aliased"]
     assert report["cache_copies"] == 0
     assert report["launches"] <= most_launches
+
+
+def test_kernels_around_latents_and_routers_make_launches_fewer(reports):
+    """14 of a layer instead of 18."""
+    report = reports["fused decode"]
+    assert report["outside_command_buffer"] == []
+    assert report["cache_copies"] == 0
+    assert report["launches"] <= 9 + 14 * LAYERS

@@ -77,10 +77,10 @@ def test_mixtures_of_both_backends_agree():
 
 
 def test_latent_attention_of_both_backends_agrees():
-    """Chunks with products of XLA before and behind it, then tokens with kernels of their own."""
+    """Chunks with products of XLA before it, then tokens with a kernel in their place."""
     mixer = LatentConfig(3, 24, 16, 8, 16, AttentionOptions(0.2), RopeConfig(8), query_rank=12)
     latent = replace(CONFIG, layers=(replace(CONFIG.layers[0], mixer=mixer),))
-    _assert_backends_agree(latent, Tuning(latent_projections="pallas"))
+    _assert_backends_agree(latent, Tuning(latent_queries="pallas"))
 
 
 @pytest.mark.full

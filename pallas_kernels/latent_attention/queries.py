@@ -1,7 +1,7 @@
-"""What stands before and behind a decode step's latent attention, a kernel each (Triton backend).
+"""What stands before a decode step's latent attention, in one kernel (Triton backend).
 
-Before it, queries are led into the space of the latents and rotated, and the tokens' own latents normed and
-rotated beside them. Behind it, what splits saw is merged and led out of that space.
+Queries are led into the space of the latents and rotated; beside them the tokens' own latents are normed and
+rotated.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.blocks import dot
 from lmdeploy_jax.pallas_kernels.heads import partner_of
@@ -22,9 +21,7 @@ from lmdeploy_jax.pallas_kernels.norm.pallas import inverse_rms, weigh
 from lmdeploy_jax.pallas_kernels.paged_attention.pallas import MIN_ROWS
 from lmdeploy_jax.pallas_kernels.rope_kv_write.work import HeadWork
 
-LATENTS, VALUES = 64, 32  # of a latent's, and of a head's value's elements, those that a program makes
-MOST_ROWS = 64  # tokens of a program that leads queries
-CHUNK = 128  # elements of a latent that are merged at once, of several tokens
+COLUMNS, MOST_ROWS = 64, 64  # elements of a query that a program makes, and tokens that it makes them of
 Place = tuple[Array | int, ...]
 
 
@@ -39,7 +36,7 @@ def latent_queries(
     """See `lmdeploy_jax.pallas_kernels.latent_attention`."""
     tokens, heads, _ = q.shape
     rows = min(max(MIN_ROWS, pl.next_power_of_2(tokens)), MOST_ROWS)
-    grid = (heads + 1, pl.cdiv(kv_b.shape[2], LATENTS), pl.cdiv(tokens, rows))
+    grid = (heads + 1, pl.cdiv(kv_b.shape[2], COLUMNS), pl.cdiv(tokens, rows))
     how = Launch("latent_queries", grid, num_warps=4, num_stages=1)
     shapes = (tokens, heads, latents.shape[1]), latents.shape
     out = [jax.ShapeDtypeStruct(shape, latents.dtype) for shape in shapes]
@@ -47,25 +44,6 @@ def latent_queries(
     arrays = (q, latents, kv_b, work.k_norm, work.cos, work.sin)
     queries, latents = launch(kernel, how, out, *arrays, interpret=interpret)
     return queries, latents
-
-
-def latent_values(
-    parts: Float[Array, "S T H R"],
-    lse: Float32[Array, "S T H"],
-    kv_b: Float[Array, "H N R"],
-    value_dim: int,
-    dtype: DTypeLike,
-    *,
-    interpret: bool,
-) -> Float[Array, "T H V"]:
-    """The values of heads whose outputs splits have seen `parts` of."""
-    _, tokens, heads, _ = parts.shape
-    rows = 1 if tokens == 1 else MIN_ROWS
-    grid = (heads, pl.cdiv(value_dim, VALUES), pl.cdiv(tokens, rows))
-    how = Launch("latent_values", grid, num_warps=4, num_stages=1)
-    out = jax.ShapeDtypeStruct((tokens, heads, value_dim), dtype)
-    kernel = functools.partial(_values_kernel, rows=rows)
-    return launch(kernel, how, out, parts, lse, kv_b, interpret=interpret)
 
 
 def _queries_kernel(
@@ -91,7 +69,7 @@ def _queries_kernel(
     def _lead() -> None:
         token = first + jnp.arange(rows, dtype=jnp.int32)
         there, element = token < tokens, _numbers(nope)
-        column = block * LATENTS + jnp.arange(LATENTS, dtype=jnp.int32)
+        column = block * COLUMNS + jnp.arange(COLUMNS, dtype=jnp.int32)
         q = _read(q_ref, (token[:, None], head, element[None, :]), there, element < nope)
         at = head, element[:, None], column[None, :]
         led = dot(q, _read(kv_b_ref, at, element < nope, column < rank))
@@ -100,7 +78,7 @@ def _queries_kernel(
 
     @pl.when(head == heads)
     def _make_latents() -> None:
-        each = pl.next_power_of_2(pl.cdiv(rows, pl.cdiv(rank, LATENTS)))
+        each = pl.next_power_of_2(pl.cdiv(rows, pl.cdiv(rank, COLUMNS)))
         token = first + block * each + jnp.arange(each, dtype=jnp.int32)
         there, column = token < jnp.minimum(first + rows, tokens), _numbers(rank)
         at = token[:, None], column[None, :]
@@ -134,44 +112,6 @@ def _turn(
         cos, sin = jnp.where(turns, cos, 1.0), jnp.where(column < half, -sin, sin)
         x = x.astype(jnp.float32) * cos + partners.astype(jnp.float32) * sin
     _store(target, (*rows, to + column[None, :]), x, there, inside)
-
-
-def _values_kernel(
-    parts_ref: jax.Ref, lse_ref: jax.Ref, kv_b_ref: jax.Ref, out_ref: jax.Ref, *, rows: int
-) -> None:
-    """A program makes a block of a head's values; of one token the products' rows are all the same."""
-    head, first = pl.program_id(0), pl.program_id(2) * rows
-    (_, tokens, _, rank), size = parts_ref.shape, out_ref.shape[2]
-    token = first + jnp.arange(rows, dtype=jnp.int32)
-    value, there = pl.program_id(1) * VALUES + jnp.arange(VALUES, dtype=jnp.int32), token < tokens
-    shares, row = _shares(lse_ref, token, head), kv_b_ref.shape[1] - size + value
-    padded = _numbers(rank).size
-    chunk = padded if rows == 1 else min(CHUNK, padded)
-    total = jnp.zeros((VALUES, MIN_ROWS), jnp.float32)
-    for begin in range(0, rank, chunk):
-        column = begin + jnp.arange(chunk, dtype=jnp.int32)
-        at = token[:, None], head, column[None, :]
-        read = (_read(parts_ref, (split, *at), there, column < rank) for split in range(len(shares)))
-        seen = (part.astype(jnp.float32) * share[:, None] for part, share in zip(read, shares, strict=True))
-        merged = functools.reduce(jnp.add, seen).astype(out_ref.dtype)
-        weight = _read(kv_b_ref, (head, row[:, None], column[None, :]), value < size, column < rank)
-        total += dot(weight, jnp.broadcast_to(merged, (MIN_ROWS, chunk)).T)
-    number = jnp.arange(MIN_ROWS, dtype=jnp.int32)
-    inside = (first + number < tokens) & (number < rows)
-    _store(out_ref, ((first + number)[None, :], head, value[:, None]), total, value < size, inside)
-
-
-def _shares(
-    lse_ref: jax.Ref, token: Int32[Array, "rows"], head: Int32[Array, ""]
-) -> list[Float32[Array, "rows"]]:
-    """What each split counts for: it is like one key, its output the value."""
-    splits, tokens, _ = lse_ref.shape
-    ats = (lse_ref.at[split, token, head] for split in range(splits))
-    lse = [plt.load(at, mask=token < tokens, other=0.0) for at in ats]
-    most = functools.reduce(jnp.maximum, lse)
-    raised = [jnp.exp2(each - most) for each in lse]
-    total = functools.reduce(jnp.add, raised)
-    return [each / total for each in raised]
 
 
 def _numbers(count: int) -> Int32[Array, "padded"]:
