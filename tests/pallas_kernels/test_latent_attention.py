@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -76,7 +78,8 @@ def test_queries_are_led_into_the_latents_space(tokens, rank, turning, backend):
     shapes = (tokens, heads, nope + tail), (tokens, rank + tail), (heads, nope + value_dim, rank), (rank,)
     rng = np.random.default_rng(0)
     *arrays, norm = (jax.numpy.asarray(rng.normal(size=s), "float32") for s in shapes)
-    turn = [None] * 2 if turning is None else rng.normal(size=(2, tokens, turning // 2)).astype(np.float32)
+    angles = rng.normal(size=(2, tokens, (turning or 2) // 2))
+    turn = (None, None) if turning is None else map(partial(jax.numpy.asarray, dtype="float32"), angles)
     work = HeadWork(None, None, norm, *turn)
     found, wanted = (latent_queries(*arrays, work, backend=each) for each in (backend, "xla"))
     for got, want in zip(found, wanted, strict=True):
