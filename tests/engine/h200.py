@@ -131,8 +131,8 @@ def programs_on(
 ) -> Programs:
     """The programs of a shape, cut to two layers and a small vocabulary.
 
-    streams: as if Mosaic's products, and one kernel that gates and rounds, were the fastest for `BATCH` rows. ops: fields
-    of the table.
+    streams: as if Mosaic's products, and one kernel that gates and rounds, were the fastest for `BATCH` rows.
+    ops: fields of the table.
     """
     known = {
         "deepseek-v2-lite": DEEPSEEK_V2_LITE,
