@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,34 @@ from lmdeploy_jax.bench.gpu_trace import traced
 from lmdeploy_jax.engine.core.compile import use_cache
 from lmdeploy_jax.pallas_kernels.encoder_attention import mosaic, pallas
 from lmdeploy_jax.pallas_kernels.encoder_attention import xla as attention_xla
-from lmdeploy_jax.pallas_kernels.fused_dense import fused_dense, gelu
+from lmdeploy_jax.pallas_kernels.fused_dense import RowNorm, fused_dense, gelu
 from lmdeploy_jax.pallas_kernels.fused_dense import mosaic as dense_mosaic
 
 PATCHES, PADDED, HEADS, SIZE, WIDTH, INNER = 1025, 1032, 16, 64, 1024, 4096
-CALLS = 8
+CALLS, EPS = 8, 1e-6
 ATTENTION = [mosaic.Tuning(*cut) for cut in ((3, 128, 4), (2, 128, 4), (3, 64, 8), (4, 64, 6))]
-DENSE = [dense_mosaic.Tuning(*cut) for cut in ((256, 64, 4), (256, 128, 4), (128, 64, 8))]
+DENSE = (256, 224, 192, 160, 128)  # outputs of a tile
+NO_TRITON = {"xla_gpu_enable_triton_gemm": False}  # so that residuals are cuBLASLt's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A product of the layer, and what is done to its rows before and to its result."""
+
+    outputs: int
+    columns: int
+    activation: Callable[..., jax.Array] | None = None
+    normed: bool = False
+    adds: bool = False
+
+
+PRODUCTS = {
+    "qkv": Shape(3 * WIDTH, WIDTH, normed=True),
+    "out": Shape(WIDTH, WIDTH, adds=True),
+    "fc1": Shape(INNER, WIDTH, gelu),
+    "fc1_normed": Shape(INNER, WIDTH, gelu, normed=True),
+    "fc2": Shape(WIDTH, INNER, adds=True),
+}
 
 
 @dataclass(frozen=True)
@@ -38,10 +59,11 @@ class Candidate:
     arguments: tuple[jax.Array | None, ...]
     wanted: jax.Array
     flops: float
+    compiler_options: dict[str, Any] = field(default_factory=dict)
 
     def line(self) -> str:
         try:
-            run = jax.jit(self.call).lower(*self.arguments).compile()
+            run = jax.jit(self.call).lower(*self.arguments).compile(self.compiler_options)
             got = run(*self.arguments)[:, : self.wanted.shape[1]].astype(jnp.float32)
         except Exception as error:
             return f"{self.name:<64} {error!r:.150}"
@@ -71,38 +93,56 @@ def attention(tiles: int) -> Iterator[Candidate]:
         yield Candidate(name + short, call, (qkv,), wanted, flops)
 
 
-def fc1(rows: int) -> Iterator[Candidate]:
-    """A product with its bias and GELU."""
-    keys = iter(range(9))
-    draw = lambda *shape: jax.random.normal(jax.random.key(next(keys)), shape, "bfloat16")  # noqa: E731
-    arguments = draw(rows, WIDTH), draw(INNER, WIDTH) / WIDTH**0.5, draw(INNER)
+def product(name: str, rows: int) -> Iterator[Candidate]:
+    """Of rows with a mean and two channels that stand out."""
+    shape, keys = PRODUCTS[name], iter(range(9))
+    draw = lambda *dims: jax.random.normal(jax.random.key(next(keys)), dims, "bfloat16")  # noqa: E731
+    x = (draw(rows, shape.columns) + 0.5).at[:, jnp.array([5, 77])].multiply(30)
+    weight, bias = draw(shape.outputs, shape.columns) / shape.columns**0.5, draw(shape.outputs)
+    sums = weight.astype("float32").sum(axis=1) if shape.normed else None
+    residual = draw(rows, shape.outputs) if shape.adds else None
+    arguments = x, weight, bias, sums, residual
 
-    def apart(x: Any, weight: Any, bias: Any, activation: Any) -> Any:
-        y = jnp.einsum("tk,nk->tn", x, weight) + bias
-        return activation(y.astype(jnp.float32)).astype(y.dtype)
+    def call(fuse: Callable[..., jax.Array], activation: Any, **how: Any) -> Callable[..., jax.Array]:
+        def run(x: Any, weight: Any, bias: Any, sums: Any, residual: Any) -> jax.Array:
+            norm = None if sums is None else RowNorm(EPS, sums)
+            return fuse(x, weight, bias, activation=activation, norm=norm, residual=residual, **how)
 
-    exact = partial(jax.nn.gelu, approximate=False)
+        return run
+
+    exact = None if shape.activation is None else partial(jax.nn.gelu, approximate=False)
     with jax.default_matmul_precision("float32"):
-        wide = [part.astype("float32") for part in arguments]
-        wanted = jax.jit(partial(fused_dense, activation=exact, backend="xla"))(*wide)
-    erf = lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))  # noqa: E731
-    ways = [("XLA", partial(apart, activation=gelu)), ("XLA, erf", partial(apart, activation=erf))]
-    for cut in DENSE:
-        short = f"{cut.outputs} by {cut.stored}, {cut.num_stages} stages"
-        ways.append((short, partial(dense_mosaic.fused_dense, activation=gelu, tuning=cut)))
-    for way, call in ways:
-        yield Candidate(f"fc1, {rows} rows, {way}", call, arguments, wanted, 2.0 * rows * INNER * WIDTH)
+        wide = [None if part is None else part.astype("float32") for part in arguments]
+        wanted = jax.jit(call(fused_dense, exact, backend="xla"))(*wide)
+    flops, title = 2.0 * rows * shape.outputs * shape.columns, f"{name}, {rows} rows, "
+    for way, options in (("XLA", {}), ("XLA without Triton's products", NO_TRITON)):
+        yield Candidate(title + way, call(apart, shape.activation), arguments, wanted, flops, options)
+    best = dense_mosaic.fitted(rows, shape.outputs).outputs
+    for width in DENSE:
+        each = call(dense_mosaic.fused_dense, shape.activation, tuning=dense_mosaic.Tuning(width))
+        way = f"{width} outputs" + (", as fitted" if width == best else "")
+        yield Candidate(title + way, each, arguments, wanted, flops)
+
+
+def apart(x: Any, weight: Any, bias: Any, activation: Any, norm: RowNorm | None, residual: Any) -> jax.Array:
+    """As the tower's layers do it where nothing is fused."""
+    if norm is not None:
+        centred = x.astype(jnp.float32) - x.astype(jnp.float32).mean(axis=1, keepdims=True)
+        x = (centred * jax.lax.rsqrt((centred**2).mean(axis=1, keepdims=True) + norm.eps)).astype(x.dtype)
+    y = jnp.einsum("tk,nk->tn", x, weight) + bias
+    y = y if activation is None else activation(y.astype(jnp.float32)).astype(y.dtype)
+    return y if residual is None else residual + y
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiles", default="13,1")
-    parser.add_argument("--pieces", default="attention,fc1")
+    parser.add_argument("--pieces", default="attention,qkv,fc1,fc1_normed,out,fc2")
     args = parser.parse_args()
     use_cache(None)
     for tiles in map(int, args.tiles.split(",")):
         for piece in args.pieces.split(","):
-            for candidate in attention(tiles) if piece == "attention" else fc1(tiles * PADDED):
+            for candidate in attention(tiles) if piece == "attention" else product(piece, tiles * PADDED):
                 print(candidate.line(), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Products of many rows with their bias and activation."""
+"""Products of many rows with the norm before them, their bias, activation and residual."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lmdeploy_jax.pallas_kernels.fused_dense import xla
-from lmdeploy_jax.pallas_kernels.fused_dense.xla import Activation, gelu
+from lmdeploy_jax.pallas_kernels.fused_dense.xla import Activation, RowNorm, gelu
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 
-__all__ = ["fused_dense", "gelu", "why_not_mosaic"]
+__all__ = ["RowNorm", "fused_dense", "gelu", "why_not_mosaic"]
 
-OUTPUTS, COLUMNS = 256, 512  # of a tile; that each stage of shared memory is read an even number of times
+OUTPUTS, COLUMNS = (
+    64,
+    512,
+)  # stored at a time; that each stage of shared memory is read an even number of times
 
 
 def why_not_mosaic(rows: int, shape: tuple[int, int], dtype: DTypeLike) -> str | None:
@@ -30,20 +33,25 @@ def fused_dense(
     weight: Float[Array, "N K"],
     bias: Float[Array, "N"],
     *,
-    activation: Activation,
+    activation: Activation | None = None,
+    norm: RowNorm | None = None,
+    residual: Float[Array, "T N"] | None = None,
     backend: str,
 ) -> Float[Array, "T N"]:
-    """`activation(x @ weight^T + bias)`, all in f32 and rounded once, to x's dtype.
+    """`residual + activation(norm(x) @ weight^T + bias)`, all in f32 and rounded once, to x's dtype.
+
+    A norm's statistics are of the rows as they come; the mean is taken off what the product gives: `norm(x) @
+    weight^T` is `(x @ weight^T - mean * column_sums) * scale`, so that x is not rounded again.
 
     Backend "mosaic" is for Hopper, see `why_not_mosaic`. Raises ValueError for what it cannot do and for an
     unknown backend.
     """
     check_backend(backend, "mosaic")
     if backend != "mosaic":
-        return xla.fused_dense(x, weight, bias, activation)
+        return xla.fused_dense(x, weight, bias, activation, norm, residual)
     reason = why_not_mosaic(x.shape[0], (weight.shape[0], weight.shape[1]), x.dtype)
     if reason is not None:
         raise ValueError(f"backend 'mosaic' cannot do this product: {reason}; take 'xla'")
     from lmdeploy_jax.pallas_kernels.fused_dense import mosaic  # CPUs never need it
 
-    return mosaic.fused_dense(x, weight, bias, activation)
+    return mosaic.fused_dense(x, weight, bias, activation, norm, residual)

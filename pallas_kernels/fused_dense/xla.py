@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,45 @@ from jaxtyping import Array, Float
 Activation = Callable[[Array], Array]
 
 
+@dataclass(frozen=True)
+class RowNorm:
+    """A norm of rows before a product, whose weight and bias are in the product's.
+
+    column_sums: f32 [N], of each output's weights as they are held: LayerNorm; None: RMSNorm.
+    """
+
+    eps: float
+    column_sums: Float[Array, "N"] | None = None
+
+
+def row_scales(total: Array, squares: Array, columns: int, eps: float, centres: bool) -> tuple[Array, Array]:
+    """A row's mean and the inverse of its deviation (from zero, unless the norm centres), of its sum and the
+    sum of its squares.
+    """
+    mean = total / columns
+    variance = jnp.maximum(squares / columns - (mean * mean if centres else 0.0), 0.0)
+    return mean, jax.lax.rsqrt(variance + eps)
+
+
 def fused_dense(
     x: Float[Array, "T K"],
     weight: Float[Array, "N K"],
     bias: Float[Array, "N"],
-    activation: Activation,
+    activation: Activation | None = None,
+    norm: RowNorm | None = None,
+    residual: Float[Array, "T N"] | None = None,
 ) -> Float[Array, "T N"]:
     """See `lmdeploy_jax.pallas_kernels.fused_dense`."""
-    y = jnp.einsum("tk,nk->tn", x, weight, preferred_element_type=jnp.float32) + bias.astype(jnp.float32)
-    return activation(y).astype(x.dtype)
+    y = jnp.einsum("tk,nk->tn", x, weight, preferred_element_type=jnp.float32)
+    if norm is not None:
+        wide = x.astype(jnp.float32)
+        total, squares, centres = wide.sum(axis=1), (wide * wide).sum(axis=1), norm.column_sums is not None
+        mean, scale = row_scales(total, squares, x.shape[1], norm.eps, centres)
+        y = y - mean[:, None] * norm.column_sums if norm.column_sums is not None else y
+        y = y * scale[:, None]
+    y = y + bias.astype(jnp.float32)
+    y = y if activation is None else activation(y)
+    return (y if residual is None else residual.astype(jnp.float32) + y).astype(x.dtype)
 
 
 def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:

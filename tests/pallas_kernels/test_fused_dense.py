@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 from lmdeploy_jax.pallas_kernels.encoder_attention import encoder_attention
-from lmdeploy_jax.pallas_kernels.fused_dense import fused_dense, gelu, why_not_mosaic
+from lmdeploy_jax.pallas_kernels.fused_dense import RowNorm, fused_dense, gelu, mosaic, why_not_mosaic
 from tests.pallas_kernels.programs import as_on_h200
 
 MOSAIC_CALL = export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
@@ -37,6 +37,31 @@ def test_bias_and_activation_are_rounded_once() -> None:
     np.testing.assert_allclose(got, np.maximum(x @ weight.T + bias, 0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("centres", [True, False])
+def test_a_norm_within_a_product_is_the_norm_before_it(centres: bool) -> None:
+    """LayerNorm and RMSNorm; a mean of a hundred deviations costs no digits that bfloat16 has."""
+    draw = np.random.default_rng(0).standard_normal
+    x, weight, bias, residual = (
+        draw((5, 64)) + (100 if centres else 0),
+        draw((16, 64)),
+        draw(16),
+        draw((5, 16)),
+    )
+    centred = x - x.mean(axis=1, keepdims=True) if centres else x
+    want = residual + centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-6) @ weight.T + bias
+    x, weight, bias, residual = (jnp.asarray(part, jnp.float32) for part in (x, weight, bias, residual))
+    norm = RowNorm(1e-6, weight.sum(axis=1) if centres else None)
+    got = fused_dense(x, weight, bias, norm=norm, residual=residual, backend="xla")
+    np.testing.assert_allclose(got, want, atol=5e-3 if centres else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "width"), [(13416, 4096, 256), (1032, 4096, 192), (1032, 3072, 224)]
+)
+def test_tiles_fill_the_cores(rows: int, outputs: int, width: int) -> None:
+    assert mosaic.fitted(rows, outputs).outputs == width
+
+
 def test_what_mosaic_cannot_do_is_named() -> None:
     assert why_not_mosaic(13416, (4096, 1024), jnp.bfloat16) is None
     assert "float32" in str(why_not_mosaic(13416, (4096, 1024), jnp.float32))
@@ -49,6 +74,17 @@ def test_what_mosaic_cannot_do_is_named() -> None:
 def test_a_product_lowers_for_hopper() -> None:
     specs = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((1032, 512), (256, 512), (256,))]
     assert _lowered(lambda *args: fused_dense(*args, activation=gelu, backend="mosaic"), *specs)
+
+
+@pytest.mark.parametrize("width", [256, 160])
+def test_a_norm_and_a_residual_lower_for_hopper(width: int) -> None:
+    shapes = {"x": (1032, 512), "weight": (576, 512), "bias": (576,), "residual": (1032, 576)}
+    specs = {name: jax.ShapeDtypeStruct(shape, "bfloat16") for name, shape in shapes.items()}
+
+    def step(sums: jax.Array, each: dict[str, jax.Array]) -> jax.Array:
+        return mosaic.fused_dense(**each, norm=RowNorm(1e-6, sums), tuning=mosaic.Tuning(width))
+
+    assert _lowered(step, jax.ShapeDtypeStruct((576,), "float32"), specs)
 
 
 @pytest.mark.parametrize("count", [1025, 1032])
