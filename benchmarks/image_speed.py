@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from lmdeploy_jax.bench.gpu_trace import traced
 from lmdeploy_jax.converters.fields import Fields
 from lmdeploy_jax.engine.core.buckets import TILES
 from lmdeploy_jax.engine.core.compile import CompileCounter, use_cache
+from lmdeploy_jax.engine.core.encoder import compiler_options
 from lmdeploy_jax.engine.core.engine import Engine
 from lmdeploy_jax.engine.request import Request, SamplingParams, StepOutput
 from lmdeploy_jax.pallas_kernels.encoder_attention import encoder_attention, pallas
@@ -101,6 +102,7 @@ def vision_config(shape: str) -> VisionModelConfig:
 def vision_model(
     config: VisionModelConfig, sizes: Sequence[int], backend: str = TOWER, dtype: str = DTYPE
 ) -> Vision:
+    """Of a fused tower, the sums of columns are those of the weights drawn."""
     model = nnx.eval_shape(lambda: VisionModel(config, dtype=jnp.dtype(dtype), backend=backend))
     graph, abstract = nnx.split(model)
     keys = iter(range(10**6))
@@ -111,11 +113,14 @@ def vision_model(
         return drawn.astype("bfloat16").astype(leaf.dtype)
 
     state = jax.tree.map(draw, abstract)
+    for layer in state["tower"]["layers"].values() if config.tower.fused else ():
+        for each in (layer["attention"]["qkv"], layer["mlp"]["up"]):
+            each["column_sums"][...] = each["weight"][...].astype("float32").sum(axis=-1).reshape(-1)
     run = jax.jit(lambda state, inputs: nnx.merge(graph, state)(inputs))
 
     def compiled(size: int) -> Callable[[], Any]:
         inputs = jax.device_put(pack(config, views(config, size), size, output_of(config, size)))
-        return partial(run.lower(state, inputs).compile(), state, inputs)
+        return partial(run.lower(state, inputs).compile(compiler_options(config)), state, inputs)
 
     with ThreadPoolExecutor() as pool:
         return Vision(config, dict(zip(sizes, pool.map(compiled, sizes), strict=True)))
@@ -137,13 +142,13 @@ def accuracy(config: VisionModelConfig, backend: str) -> Figures:
     yield f"tower, {backend} {DTYPE}, relative error beside float32", f"{float(error):.1e}", ""
 
 
-def tower(config: VisionModelConfig, backend: str) -> Figures:
+def tower(config: VisionModelConfig, backend: str, sizes: Sequence[int]) -> Figures:
     """Milliseconds a tile, and where they go."""
-    vision = vision_model(config, TILES["gpu" if ON_GPU else "cpu"], backend)
+    vision = vision_model(config, sizes, backend)
     for tiles in (*vision.runs, 2 * VIEWS, 4 * VIEWS):
         wanted = {1: "<= 2 ms", VIEWS: "<= 1.3 ms", 2 * VIEWS: "<= 1.3 ms", 4 * VIEWS: "<= 1.3 ms"}
         yield f"tower, {tiles} tiles, a tile", ms(vision.seconds(tiles) / tiles), wanted.get(tiles, "")
-    for tiles in (VIEWS, 1) if ON_GPU else ():
+    for tiles in sorted({VIEWS, 1} & vision.runs.keys(), reverse=True) if ON_GPU else ():
         with traced() as events:
             for _ in range(CALLS):
                 out = vision.runs[tiles]()
@@ -311,13 +316,22 @@ def main() -> None:
     parser.add_argument("--checkpoint_dir", default="/tmp/checkpoints")
     parser.add_argument("--pieces", default="tower,packed,cuts,first,requests,arrivals")
     parser.add_argument("--tower_backend", default=TOWER, help="of the tower alone")
+    parser.add_argument(
+        "--fused", action="store_true", help="norms and residuals of the tower alone in its products"
+    )
+    parser.add_argument(
+        "--tiles", default=",".join(map(str, TILES["gpu" if ON_GPU else "cpu"])), help="of a run"
+    )
     parser.add_argument("--patches", type=int, default=16384, help="of one long row")
     args = parser.parse_args()
     use_cache(None)
     config, pieces = vision_config(args.shape), args.pieces.split(",")
+    config = replace(config, tower=replace(config.tower, fused=args.fused))
     alone = {
         "accuracy": partial(accuracy, backend=args.tower_backend),
-        "tower": partial(tower, backend=args.tower_backend),
+        "tower": partial(
+            tower, backend=args.tower_backend, sizes=[int(size) for size in args.tiles.split(",")]
+        ),
         "packed": partial(packed, patches=args.patches),
         "cuts": cuts,
     }

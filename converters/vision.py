@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lmdeploy_jax.converters.device import load_leaves
+from lmdeploy_jax.converters.folded_norms import norm_shapes, norms_folded
 from lmdeploy_jax.converters.keytable import bind
 from lmdeploy_jax.converters.layer_scale import folded, scale_shapes
 from lmdeploy_jax.converters.load import pick_dtype, stored_dtype
@@ -43,14 +44,17 @@ def load_vision(
     dtype: str = "auto",
     mesh: Mesh | None = None,
     backend: str = "xla",
+    fused: bool = False,
     hf_overrides: Mapping[str, Any] | None = None,
 ) -> LoadedVisionModel:
     """Reads tower and projector onto the mesh's devices (default: JAX's first), each of which holds them
     whole.
 
-    `dtype`, `backend` and `hf_overrides` as in `load_model`. Raises CheckpointError and ConfigError.
+    fused: norms and residual sums go into products where `TowerConfig.fusable`. `dtype`, `backend` and
+    `hf_overrides` as in `load_model`. Raises CheckpointError and ConfigError.
     """
     family, config = read_vision(folder, hf_overrides)
+    config = replace(config, tower=replace(config.tower, fused=fused and config.tower.fusable))
     sharding = _whole(mesh)
     platform = (jax.devices() if mesh is None else list(mesh.devices.flat))[0].platform
     wanted = pick_dtype(dtype, stored_dtype(folder), platform)
@@ -60,10 +64,11 @@ def load_vision(
     with CheckpointReader(folder) as reader:
         rules = family.rules(config, reader.names())
         scales = scale_shapes(config.tower)
-        leaves = bind(rules, reader, {name: spec.shape for name, spec in specs.items()} | scales)
+        stored = {name: spec.shape for name, spec in specs.items() if not name.endswith(".column_sums")}
+        leaves = bind(rules, reader, stored | scales | norm_shapes(config.tower))
         for leaf in leaves.values():
             leaf.check_dtypes(wanted)
-        arrays = load_leaves(folded(leaves, scales), specs)
+        arrays = load_leaves(norms_folded(folded(leaves, scales), config.tower, wanted), specs)
     return LoadedVisionModel(
         family, config, graphdef, jax.tree.structure(state), tuple(arrays[name] for name in specs)
     )

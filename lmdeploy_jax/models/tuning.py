@@ -20,6 +20,7 @@ OPS = (
     "experts",
     "all_reduce",
     "encoder",
+    "encoder_sums",
     "routing",
     "latent_queries",
 )
@@ -69,6 +70,8 @@ class Tuning:
     choice is faster than three; None: not measured.
     latent_queries: that of what leads a decode step's queries into the space of latents, "pallas" where one
     kernel is faster than XLA's three; None: not measured.
+    encoder_sums: that of a tower's norms and residual sums, "mosaic" where products that have them within are
+        faster than passes of their own (`TowerConfig.fused`); None: not measured.
     """
 
     products: tuple[Measurement, ...] = ()
@@ -80,6 +83,7 @@ class Tuning:
     encoder: str | None = None
     routing: str | None = None
     latent_queries: str | None = None
+    encoder_sums: str | None = None
 
     def find(
         self, format: str, kind: Kind, weight: tuple[int, int], tokens: int, *, streams: bool = True

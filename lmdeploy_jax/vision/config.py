@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -79,6 +79,8 @@ class TowerConfig:
     post_norms: on what attention and MLP add.
     clipped: what enters and leaves the layers' products is kept within learned bounds (Gemma 4's small ones).
     channels_last: a patch's pixels reach its weight [E, P, P, C].
+    fused: the layers' norms and residual sums are part of their products (see `fusable`): the norms' weights
+        and biases are multiplied into the products behind them as they are loaded.
     window: patches that attend to each other, but for `full_layers`; None: whole views in every layer.
     deepstack: layers after which features are taken besides those of the last.
     """
@@ -109,6 +111,7 @@ class TowerConfig:
     post_norms: bool = False
     clipped: bool = False
     channels_last: bool = False
+    fused: bool = False
     window: int | None = None
     full_layers: tuple[int, ...] = ()
     deepstack: tuple[int, ...] = ()
@@ -117,9 +120,20 @@ class TowerConfig:
     def head_dim(self) -> int:
         return self.width // self.heads
 
+    @property
+    def fusable(self) -> bool:
+        """Whether its layers are those whose products can have norms and sums within."""
+        biased = self.qkv_bias and self.out_bias and self.mlp_bias
+        plain = not (self.gated or self.clipped or self.post_norms)
+        return plain and biased and self.activation == "gelu"
+
     def norm_config(self) -> NormConfig:
         """Every norm of the tower."""
         return NormConfig(self.width, self.norm, self.norm_eps)
+
+    def layer_norm_config(self) -> NormConfig:
+        """Those before attention and MLP."""
+        return replace(self.norm_config(), weighted=not self.fused)
 
 
 @dataclass(frozen=True)

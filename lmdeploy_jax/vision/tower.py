@@ -45,7 +45,8 @@ class TowerAttention(nnx.Module):
         heads, size, width = config.heads, config.head_dim, config.width
         self.backend = backend
         kind = partial(product(config.clipped), dtype=dtype, backend=backend)
-        self.qkv = kind((3, heads, size), (width,), bias=config.qkv_bias)
+        before = config.layer_norm_config() if config.fused else None
+        self.qkv = kind((3, heads, size), (width,), bias=config.qkv_bias, norm=before)
         self.out = kind((width,), (heads, size), bias=config.out_bias)
         self.head_norms = config.head_norms
         norm = NormConfig(size if config.head_norms else width, "rms", config.norm_eps)
@@ -54,7 +55,7 @@ class TowerAttention(nnx.Module):
         self.k_norm = make_norm(norm, dtype=dtype) if normed else None
         self.v_norm = PlainRMSNorm(config.norm_eps) if config.head_norms else None
 
-    def __call__(self, x: Array, place: Places) -> Array:
+    def __call__(self, x: Array, place: Places, residual: Array | None = None) -> Array:
         """x [B, N, E] -> the same."""
         batch, count, width = x.shape
         qkv = self.qkv(x.reshape(batch * count, width))
@@ -62,7 +63,8 @@ class TowerAttention(nnx.Module):
         if self.q_norm is not None or place.turn is not None:
             qkv = self._prepared(qkv, place.turn)
         attended = encoder_attention(qkv, place.segments, count=place.count, backend=self.backend)
-        return self.out(attended.reshape(batch * count, *attended.shape[2:])).reshape(x.shape)
+        rows = None if residual is None else residual.reshape(batch * count, width)
+        return self.out(attended.reshape(batch * count, *attended.shape[2:]), residual=rows).reshape(x.shape)
 
     def _prepared(self, qkv: Array, turn: Rotation | None) -> Array:
         """Normalised and turned."""
@@ -87,9 +89,10 @@ class TowerLayer(nnx.Module):
     """Attention and MLP, each after a norm and added to what comes in."""
 
     def __init__(self, config: TowerConfig, *, dtype: jnp.dtype, backend: str) -> None:
-        self.attention_norm = make_norm(config.norm_config(), dtype=dtype)
+        self.fused = config.fused
+        self.attention_norm = None if config.fused else make_norm(config.norm_config(), dtype=dtype)
         self.attention = TowerAttention(config, dtype=dtype, backend=backend)
-        self.mlp_norm = make_norm(config.norm_config(), dtype=dtype)
+        self.mlp_norm = None if config.fused else make_norm(config.norm_config(), dtype=dtype)
         self.mlp = _mlp(config, dtype, backend)
         after = config.post_norms
         self.attention_post_norm = make_norm(config.norm_config(), dtype=dtype) if after else None
@@ -97,8 +100,11 @@ class TowerLayer(nnx.Module):
 
     def __call__(self, x: Array, place: Places) -> Array:
         """x [B, N, E] -> the same."""
-        x = x + _applied(self.attention_post_norm, self.attention(self.attention_norm(x), place))
-        out = _applied(self.mlp_post_norm, self.mlp(self.mlp_norm(x).reshape(-1, x.shape[-1])))
+        if self.fused:
+            rows = self.attention(x, place, residual=x).reshape(-1, x.shape[-1])
+            return self.mlp(rows, residual=rows).reshape(x.shape)
+        x = x + _applied(self.attention_post_norm, self.attention(_applied(self.attention_norm, x), place))
+        out = _applied(self.mlp_post_norm, self.mlp(_applied(self.mlp_norm, x).reshape(-1, x.shape[-1])))
         return x + out.reshape(x.shape)
 
 
@@ -107,7 +113,8 @@ def _mlp(config: TowerConfig, dtype: jnp.dtype, backend: str) -> nnx.Module:
     how: dict[str, Any] = {"bias": config.mlp_bias, "dtype": dtype, "backend": backend}
     if config.gated:
         return GatedMLP(width, inner, width, config.activation, clipped=config.clipped, **how)
-    return MLP(width, inner, config.activation, **how)
+    norm = config.layer_norm_config() if config.fused else None
+    return MLP(width, inner, config.activation, norm, **how)
 
 
 class Tower(nnx.Module):

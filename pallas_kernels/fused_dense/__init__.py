@@ -10,7 +10,7 @@ from lmdeploy_jax.pallas_kernels.fused_dense import xla
 from lmdeploy_jax.pallas_kernels.fused_dense.xla import Activation, RowNorm, gelu
 from lmdeploy_jax.pallas_kernels.registry import check_backend
 
-__all__ = ["RowNorm", "fused_dense", "gelu", "why_not_mosaic"]
+__all__ = ["RowNorm", "fused_dense", "gelu", "in_one_round", "why_not_mosaic"]
 
 OUTPUTS, COLUMNS = (
     64,
@@ -26,6 +26,13 @@ def why_not_mosaic(rows: int, shape: tuple[int, int], dtype: DTypeLike) -> str |
     if outputs % OUTPUTS or columns % COLUMNS:
         return f"{outputs} outputs of {columns} columns are no whole tiles of {OUTPUTS} by {COLUMNS}"
     return f"{rows} rows are no multiple of 8" if rows % 8 else None
+
+
+def in_one_round(rows: int, outputs: int) -> bool:
+    """Whether backend "mosaic" has no more tiles than cores; with several rounds of them XLA is faster."""
+    from lmdeploy_jax.pallas_kernels.fused_dense import mosaic
+
+    return mosaic.fitted(rows, outputs).rounds(rows, outputs) == 1
 
 
 def fused_dense(

@@ -87,9 +87,11 @@ def fused_dense(
     activation: Activation | None = None,
     norm: RowNorm | None = None,
     residual: Float[Array, "T N"] | None = None,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
 ) -> Float[Array, "T N"]:
     """See `lmdeploy_jax.pallas_kernels.fused_dense`."""
+    if tuning is None:
+        tuning = Tuning() if norm is residual is None else fitted(x.shape[0], weight.shape[0])
     work = _Work(x.shape[0], weight.shape[0], x.shape[1] // BLOCK_IN, tuning)
     stages, wide, stored = tuning.num_stages, tuning.outputs, tuning.stored
     eps, sums = (None, None) if norm is None else (norm.eps, norm.column_sums)

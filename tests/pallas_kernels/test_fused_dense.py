@@ -9,6 +9,7 @@ import pytest
 from jax import export
 
 from lmdeploy_jax.pallas_kernels.encoder_attention import encoder_attention
+from lmdeploy_jax.pallas_kernels.encoder_attention import mosaic as attention
 from lmdeploy_jax.pallas_kernels.fused_dense import RowNorm, fused_dense, gelu, mosaic, why_not_mosaic
 from tests.pallas_kernels.programs import as_on_h200
 
@@ -91,6 +92,8 @@ def test_a_norm_and_a_residual_lower_for_hopper(width: int) -> None:
 def test_encoder_attention_lowers_for_hopper(count: int) -> None:
     spec = jax.ShapeDtypeStruct((1, 1032, 3, 2, 64), "bfloat16")
     assert _lowered(lambda qkv: encoder_attention(qkv, None, count=count, backend="mosaic"), spec)
+    tuning = attention.Tuning(single_first=True)
+    assert _lowered(lambda qkv: attention.encoder_attention(qkv, count, tuning), spec)
 
 
 def _lowered(step, *specs) -> int:

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmdeploy_jax.bench import shapes
 from lmdeploy_jax.converters.fields import Fields
+from lmdeploy_jax.engine.core.encoder import compiler_options
 from lmdeploy_jax.vision.config import VisionModelConfig
 from lmdeploy_jax.vision.families import vision_family
 from lmdeploy_jax.vision.model import VisionModel
@@ -28,6 +29,7 @@ from tests.pallas_kernels.h200 import TARGET, outside_command_buffer
 from tests.pallas_kernels.programs import as_on_h200
 
 LAYERS, SHAPE, TILES = 2, "internvl2-8b", (1, 13)
+FUSED_TILES = (1, 4, 13, 26)
 
 
 def tower_config() -> VisionModelConfig:
@@ -47,10 +49,11 @@ def report(config: VisionModelConfig, tiles: int, sharding: NamedSharding) -> di
     specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), (state, inputs))
     with tempfile.TemporaryDirectory() as folder:
         run = jax.jit(lambda state, inputs: nnx.merge(graph, state)(inputs))
-        run.lower(*specs).compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} | compiler_options(config)
+        run.lower(*specs).compile(compiler_options=options)
         (thunks,) = Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
         return {
-            "program": f"{tiles} tiles",
+            "program": f"{tiles} tiles" + (", fused" if config.tower.fused else ""),
             "outside_command_buffer": outside_command_buffer(Path(folder)),
             "launches": re.findall(r"^\s+\d+: (k\S+ \[.*?\] \S+)", thunks.read_text(), re.MULTILINE),
         }
@@ -66,6 +69,9 @@ def main() -> None:
     with as_on_h200():
         for tiles in TILES:
             print(json.dumps(report(config, tiles, sharding)), flush=True)
+        fused = replace(config, tower=replace(config.tower, fused=True))
+        for tiles in FUSED_TILES:
+            print(json.dumps(report(fused, tiles, sharding)), flush=True)
 
 
 if __name__ == "__main__":

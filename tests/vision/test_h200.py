@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.pallas_kernels.h200 import reports_of
-from tests.vision.h200 import LAYERS, TILES
+from tests.vision.h200 import FUSED_TILES, LAYERS, TILES
 
-OF_A_LAYER, BESIDE_LAYERS = 8, 14
+OF_A_LAYER, OF_A_FUSED_LAYER, BESIDE_LAYERS = 8, 5, 14
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +20,11 @@ def test_a_run_is_one_cuda_graph_of_few_kernels(reports, tiles):
     report = reports[f"{tiles} tiles"]
     assert report["outside_command_buffer"] == []
     assert len(report["launches"]) <= OF_A_LAYER * LAYERS + BESIDE_LAYERS
+
+
+@pytest.mark.parametrize("tiles", FUSED_TILES)
+def test_a_fused_layer_is_four_products_and_attention(reports, tiles):
+    """No norm and no sum is a kernel of its own."""
+    report = reports[f"{tiles} tiles, fused"]
+    assert report["outside_command_buffer"] == []
+    assert len(report["launches"]) <= OF_A_FUSED_LAYER * LAYERS + BESIDE_LAYERS

@@ -78,6 +78,15 @@ def test_rows_equal_transformers(name: str, tmp_path: Path) -> None:
         assert_close(mine, theirs)
 
 
+def test_norms_and_sums_within_products_change_nothing(tmp_path: Path) -> None:
+    """Of LayerNorm with weights and biases; a tower whose products have no biases stays as it is."""
+    folder, images = save_checkpoint("internvl", tmp_path / "layer"), [picture(60, 85)]
+    fused = load_vision(folder, fused=True)
+    assert fused.config.tower.fused
+    assert_close(features(fused, images)[0], features(load_vision(folder), images)[0])
+    assert not load_vision(save_checkpoint("internvl_6b", tmp_path / "rms"), fused=True).config.tower.fused
+
+
 def test_the_first_pixel_shuffle_lists_columns_first(tmp_path: Path) -> None:
     """`ps_version` v1 leaves each tile's tokens transposed; it is what a config without the field means."""
     folder, images = save_checkpoint("internvl", tmp_path), [picture(60, 85)]

@@ -48,7 +48,8 @@ class Encoder:
         )
         function, writes = partial(encode, vision=self._vision), ("image_rows",)
         places = self._state.ints(len(views.output))
-        return self._programs.add("encode", function, size=size, writes=writes, views=views, places=places)
+        inputs = {"views": views, "places": places, "compiler_options": compiler_options(config)}
+        return self._programs.add("encode", function, size=size, writes=writes, **inputs)
 
     def warm_up(self) -> None:
         """Run every program once, for nobody."""
@@ -84,6 +85,11 @@ class Encoder:
         where[result_index(learned, 0, output)] = self._capacity + learned
         program(views=inputs, places=where)
         self._has_learned = True
+
+
+def compiler_options(config: VisionModelConfig) -> dict[str, bool]:
+    """XLA adds residuals within cuBLASLt's products, but not where Triton's are candidates."""
+    return {"xla_gpu_enable_triton_gemm": False} if config.tower.fused else {}
 
 
 def _blank(config: VisionModelConfig) -> View:

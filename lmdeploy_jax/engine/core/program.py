@@ -36,11 +36,12 @@ class Program:
         writes: tuple[str, ...],
         layout: Any,
         inputs: Mapping[str, Any],
+        compiler_options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.key, self.layout = key, layout
         self._function, self._writes = function, writes
         self._state, self._find = programs.state, programs.find
-        self.compiler_options = programs.compiler_options
+        self.compiler_options = {**programs.compiler_options, **compiler_options}
         parameters = inspect.signature(function).parameters.values()
         self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._inputs = inputs.keys()
@@ -121,14 +122,18 @@ class Programs(dict[Key, Program]):
         size: int = 0,
         writes: tuple[str, ...] = (),
         layout: Layout | None = None,
+        compiler_options: Mapping[str, Any] = MappingProxyType({}),
         **inputs: Any,
     ) -> Program:
-        """A program of that name and size, which no other has; `inputs` are the shapes of what calls give."""
+        """A program of that name and size, which no other has; `inputs` are the shapes of what calls give,
+        `compiler_options` are beside those of all programs.
+        """
         if layout is not None:
             inputs["packed"] = self.state.ints(layout.size)
         key = (name, size)
         assert key not in self, f"there are two programs {key}"
-        program = self.program_type(key, function, self, writes=writes, layout=layout, inputs=inputs)
+        how: dict[str, Any] = {"writes": writes, "layout": layout, "compiler_options": compiler_options}
+        program = self.program_type(key, function, self, inputs=inputs, **how)
         return self.setdefault(key, program)
 
     def put(self, array: Any) -> Any:

@@ -51,6 +51,7 @@ from lmdeploy_jax.engine.progress import announce, loading_bar
 from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.hub import resolve_model
 from lmdeploy_jax.models.config import DecoderConfig
+from lmdeploy_jax.models.tuning import UNTUNED
 from lmdeploy_jax.pallas_kernels.prefill_attention import tile_rows
 from lmdeploy_jax.pallas_kernels.registry import why_not
 from lmdeploy_jax.parallel.mesh import make_mesh
@@ -260,9 +261,10 @@ def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str
         return None
     from lmdeploy_jax.converters.vision import load_vision
 
-    best = tuning_of(mesh, backend).encoder if mesh.size == 1 else None  # Mosaic's calls know one device
+    table = tuning_of(mesh, backend) if mesh.size == 1 else UNTUNED  # Mosaic's calls know one device
     how: dict[str, Any] = {"dtype": config.dtype, "mesh": mesh, "hf_overrides": config.hf_overrides}
-    loaded = load_vision(folder, backend=best or backend, **how)
+    fused = table.encoder_sums is not None
+    loaded = load_vision(folder, backend=table.encoder or backend, fused=fused, **how)
     jax.block_until_ready(loaded.leaves)
     return loaded
 
