@@ -64,7 +64,7 @@ class _Epilogue:
     """What is done to a tile's products before they are stored."""
 
     activation: Activation | None
-    eps: float | None  # of the norm of the rows
+    eps: float | None  # of the norm of the rows, if there is one
     centres: bool  # that norm
     adds: bool  # a residual
 
@@ -241,18 +241,18 @@ def _kernel(
                     plgpu.copy_gmem_to_smem(residual_ref.at[at], out_smem.at[group, part], added.at[group])
             pl.when(index > 0)(lambda: plgpu.barrier_wait(turn.at[group]))
             products, statistics = multiply(index)
-            if statistics is not None:
-                statistics = row_scales(*statistics, steps * BLOCK_IN, epilogue.eps, epilogue.centres)
+            if epilogue.eps is not None:
+                columns, (total, squares) = steps * BLOCK_IN, statistics
+                statistics = row_scales(total, squares, columns, epilogue.eps, epilogue.centres)
             if residual_ref is not None:
                 plgpu.barrier_wait(added.at[group])
             for first in range(0, tuning.outputs, tuning.stored):
-                part = functools.partial(
-                    store, products[:, first : first + tuning.stored], statistics, row, output, first
-                )
+                value = products[:, first : first + tuning.stored]
+                stored = functools.partial(store, value, statistics, row, output, first)
                 if work.outputs % tuning.outputs:  # the last tile reaches beyond the last output
-                    pl.when(output + first < work.outputs)(part)
+                    pl.when(output + first < work.outputs)(stored)
                 else:
-                    part()
+                    stored()
 
         def store(value: jax.Array, statistics: Any, row: jax.Array, output: jax.Array, first: int) -> None:
             at = pl.ds(output + first, tuning.stored)
