@@ -32,15 +32,12 @@ State = tuple[jax.Array, jax.Array, jax.Array]  # output [ROWS, D], maximum [ROW
 
 @dataclass(frozen=True)
 class Tuning:
-    """Warpgroups that compute; keys of a block; blocks in flight; programs; whether a single key behind the
-    whole blocks comes first, where it needs no softmax.
-    """
+    """Warpgroups that compute; keys of a block; blocks in flight; programs."""
 
     groups: int = 3
     keys: int = 128
     num_stages: int = 4
     programs: int = 132
-    single_first: bool = False
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -93,10 +90,9 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Keys:
-    """A block of keys: its number, the first one, how many are read, and how many there are of them."""
+    """A block of keys: its number, how many are read, and how many there are of them."""
 
     block: jax.Array
-    first: jax.Array
     size: int
     valid: int
 
@@ -120,24 +116,13 @@ class _Work:
         """Keys behind the whole blocks."""
         return self.count % self.tuning.keys
 
-    @property
-    def single_first(self) -> bool:
-        return self.tuning.single_first and self.rest == 1
-
     def over_keys(self, step: Callable[[_Keys, Any], Any], state: Any) -> Any:
         """`step(keys, state)` for each block of keys; the last one has as many as a product takes, 64s."""
-        size, whole, ahead = self.tuning.keys, self.count // self.tuning.keys, int(self.single_first)
-        rest = functools.partial(_Keys, first=jnp.int32(whole * size), size=-(-self.rest // 64) * 64)
-        if ahead:
-            state = step(rest(jnp.int32(0), valid=1), state)
-
-        def block(number: jax.Array, carry: Any) -> Any:
-            return step(_Keys(number + ahead, number * size, size, size), carry)
-
-        state = lax.fori_loop(0, whole, block, state)
-        if not self.rest or ahead:
+        size, whole = self.tuning.keys, self.count // self.tuning.keys
+        state = lax.fori_loop(0, whole, lambda block, carry: step(_Keys(block, size, size), carry), state)
+        if not self.rest:
             return state
-        return step(rest(jnp.int32(whole), valid=self.rest), state)
+        return step(_Keys(jnp.int32(whole), -(-self.rest // 64) * 64, self.rest), state)
 
     def each(self, body: Callable[[_Item], None]) -> None:
         """Runs it for this program's items: whole blocks of queries, head by head, before the rest."""
@@ -190,7 +175,7 @@ def _kernel(
 
             def step(keys: _Keys, _: None) -> None:
                 number = item.number * blocks + keys.block
-                stage, rows = lax.rem(number, stages), pl.ds(keys.first, keys.size)
+                stage, rows = lax.rem(number, stages), pl.ds(keys.block * tuning.keys, keys.size)
                 for part, smem, full, empty in ((1, k_smem, k_full, k_empty), (2, v_smem, v_full, v_empty)):
                     reused = functools.partial(plgpu.barrier_wait, empty.at[stage])
                     pl.when(number >= stages)(reused)
@@ -214,8 +199,7 @@ def _kernel(
             @pl.when(first < work.count)
             def _some() -> None:
                 q = q_smem.at[slot, group]
-                attend = functools.partial(_attend, ring, q, done, work.single_first)
-                state = work.over_keys(attend, _initial(q))
+                state = work.over_keys(functools.partial(_attend, ring, q, done), _initial(q))
                 plgpu.barrier_arrive(q_empty.at[slot])
                 _store(state, out_smem.at[group], out_ref.at[item.sequence, pl.ds(first, ROWS), item.head])
 
@@ -256,9 +240,7 @@ class _Ring:
             plgpu.barrier_arrive(empty.at[stage])
 
 
-def _attend(
-    ring: _Ring, q_smem: Scratch, done: jax.Array, single_first: bool, keys: _Keys, state: State
-) -> State:
+def _attend(ring: _Ring, q_smem: Scratch, done: jax.Array, keys: _Keys, state: State) -> State:
     """Adds a block of keys to the softmax, whose maximum is of logits that are scaled, in base 2."""
     out, maximum, denominator = state
     stage, some = lax.rem(done + keys.block, ring.num_stages), pl.ds(0, keys.size)
@@ -274,13 +256,10 @@ def _attend(
         key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
         logits = jnp.where(key < keys.valid, logits, LOWEST)
     new_maximum = jnp.maximum(maximum, logits.max(axis=1) * ring.scale)
-    if single_first and keys.valid == 1:
-        weights, denominator = jnp.where(key < 1, 1.0, 0.0), denominator + 1.0
-    else:
-        decay = jnp.exp2(maximum - new_maximum)
-        weights = jnp.exp2(logits * ring.scale - lax.broadcast_in_dim(new_maximum, logits.shape, [0]))
-        denominator = denominator * decay + weights.sum(axis=1)
-        out = out * lax.broadcast_in_dim(decay, out.shape, [0])
+    decay = jnp.exp2(maximum - new_maximum)
+    weights = jnp.exp2(logits * ring.scale - lax.broadcast_in_dim(new_maximum, logits.shape, [0]))
+    denominator = denominator * decay + weights.sum(axis=1)
+    out = out * lax.broadcast_in_dim(decay, out.shape, [0])
     rounded = weights.astype(ring.v_smem.dtype)
     plgpu.barrier_wait(ring.v_full.at[stage])
 

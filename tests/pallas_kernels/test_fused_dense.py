@@ -9,7 +9,6 @@ import pytest
 from jax import export
 
 from lmdeploy_jax.pallas_kernels.encoder_attention import encoder_attention
-from lmdeploy_jax.pallas_kernels.encoder_attention import mosaic as attention
 from lmdeploy_jax.pallas_kernels.fused_dense import RowNorm, fused_dense, gelu, mosaic, why_not_mosaic
 from tests.pallas_kernels.programs import as_on_h200
 
@@ -40,10 +39,10 @@ def test_bias_and_activation_are_rounded_once() -> None:
 
 @pytest.mark.parametrize("centres", [True, False])
 def test_a_norm_within_a_product_is_the_norm_before_it(centres: bool) -> None:
-    """LayerNorm and RMSNorm; a mean of a hundred deviations costs no digits that bfloat16 has."""
+    """LayerNorm and RMSNorm; a mean of ten deviations costs no digits that bfloat16 has."""
     draw = np.random.default_rng(0).standard_normal
     x, weight, bias, residual = (
-        draw((5, 64)) + (100 if centres else 0),
+        draw((5, 64)) + (10 if centres else 0),
         draw((16, 64)),
         draw(16),
         draw((5, 16)),
@@ -53,7 +52,7 @@ def test_a_norm_within_a_product_is_the_norm_before_it(centres: bool) -> None:
     x, weight, bias, residual = (jnp.asarray(part, jnp.float32) for part in (x, weight, bias, residual))
     norm = RowNorm(1e-6, weight.sum(axis=1) if centres else None)
     got = fused_dense(x, weight, bias, norm=norm, residual=residual, backend="xla")
-    np.testing.assert_allclose(got, want, atol=5e-3 if centres else 1e-5)
+    np.testing.assert_allclose(got, want, atol=2e-3 if centres else 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +91,6 @@ def test_a_norm_and_a_residual_lower_for_hopper(width: int) -> None:
 def test_encoder_attention_lowers_for_hopper(count: int) -> None:
     spec = jax.ShapeDtypeStruct((1, 1032, 3, 2, 64), "bfloat16")
     assert _lowered(lambda qkv: encoder_attention(qkv, None, count=count, backend="mosaic"), spec)
-    tuning = attention.Tuning(single_first=True)
-    assert _lowered(lambda qkv: attention.encoder_attention(qkv, count, tuning), spec)
 
 
 def _lowered(step, *specs) -> int:
