@@ -180,6 +180,6 @@ class HeadTile:
         return (heads.astype(jnp.float32) * cos + partners.astype(jnp.float32) * sin).astype(heads.dtype)
 
 
-def partner_of(column: jax.Array, half: int) -> jax.Array:
+def partner_of(column: Int32[Array, "..."], half: int) -> Int32[Array, "..."]:
     """The element that each one is rotated with; itself where nothing rotates."""
     return jnp.where(column < half, column + half, jnp.where(column < 2 * half, column - half, column))

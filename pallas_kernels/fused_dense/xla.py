@@ -23,7 +23,9 @@ class RowNorm:
     column_sums: Float[Array, "N"] | None = None
 
 
-def row_scales(total: Array, squares: Array, columns: int, eps: float, centres: bool) -> tuple[Array, Array]:
+def row_scales(
+    total: Float[Array, "..."], squares: Float[Array, "..."], columns: int, eps: float, centres: bool
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """A row's mean and the inverse of its deviation (from zero, unless the norm centres), of its sum and the
     sum of its squares.
     """

@@ -75,7 +75,7 @@ class Stages:
     def free(self, count: Count) -> None:
         plgpu.barrier_arrive(self.empty.at[self._at(count)])
 
-    def left(self, count: Count) -> jax.Ref | jax.Array:
+    def left(self, count: Count) -> jax.Ref | Shaped[Array, "outputs columns"]:
         """The block's weight as it is or, of 4 bits, in registers."""
         block = self.weight.at[self._at(count), self.mine]
         if not self.words:
@@ -88,7 +88,7 @@ class Stages:
     def multiply(self, part: Any, left: Any, count: Count) -> None:
         plgpu.wgmma(part, left, self.x.at[self._at(count)].T)
 
-    def scaled(self, part: jax.Array, count: Count) -> Total:
+    def scaled(self, part: Shaped[Array, "outputs tokens"], count: Count) -> Total:
         """A block's product times its scales, behind which its memory is free."""
         outputs = load(self.vectors[0].at[self._at(count), self.mine], BY_OUTPUT).astype(jnp.float32)
         part = part * lax.broadcast_in_dim(outputs, part.shape, [0])
@@ -212,5 +212,5 @@ class Unpacked(InTurn):
         return left
 
 
-def load(ref: Any, layout: Any) -> jax.Array:
+def load(ref: Any, layout: Any) -> Shaped[Array, "..."]:
     return plgpu.layout_cast(ref[...], layout)
