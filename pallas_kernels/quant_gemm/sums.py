@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float32, Int32, Shaped
+from jaxtyping import Array, Int32, Shaped
 
 from lmdeploy_jax.pallas_kernels.quant_gemm.nibbles import LAYOUT, unpacked
 from lmdeploy_jax.pallas_kernels.quant_gemm.streaming import BLOCK_OUT
@@ -27,8 +27,9 @@ COMPUTE = 2  # warpgroups
 ROWS = BLOCK_OUT // COMPUTE  # outputs of each
 BY_OUTPUT, BY_TOKEN = LAYOUT.reduce(1), LAYOUT.reduce(0)
 Count = Int32[Array, ""]
-Total = Float32[Array, "outputs tokens"]
+Total = Shaped[Array, "outputs tokens"]  # f32, or i32 of INT8
 State = tuple[jax.Array, ...]
+Shared = Any  # a Ref of shared memory; in the interpreter of JAX 0.12 one with transforms, of another type
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Stages:
     whole sums are scaled. per_tile, in_all: how many blocks a tile has, and all of the program's tiles.
     """
 
-    x: jax.Ref
-    weight: jax.Ref
-    vectors: list[jax.Ref]
+    x: Shared
+    weight: Shared
+    vectors: list[Shared]
     full: jax.Ref
     empty: jax.Ref
     group: jax.Array
@@ -75,7 +76,7 @@ class Stages:
     def free(self, count: Count) -> None:
         plgpu.barrier_arrive(self.empty.at[self._at(count)])
 
-    def left(self, count: Count) -> jax.Ref | Shaped[Array, "outputs columns"]:
+    def left(self, count: Count) -> Shared | Shaped[Array, "outputs columns"]:
         """The block's weight as it is or, of 4 bits, in registers."""
         block = self.weight.at[self._at(count), self.mine]
         if not self.words:
