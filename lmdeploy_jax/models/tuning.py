@@ -13,18 +13,18 @@ from lmdeploy_jax.errors import ConfigError
 from lmdeploy_jax.pallas_kernels.skinny_gemm import MAX_TOKENS, StreamTiling, Tiling
 
 FOLDER = Path(lmdeploy_jax.__file__).parent / "configs" / "kernels"
-OPS = (
-    "prefill_attention",
-    "rounding",
-    "activation",
-    "experts",
-    "all_reduce",
-    "encoder",
-    "encoder_sums",
-    "routing",
-    "latent_queries",
-)
-"""Those whose faster backend is told."""
+OPS = {
+    "prefill_attention": ("mosaic", "pallas", "xla"),
+    "rounding": ("pallas", "xla"),
+    "activation": ("pallas", "xla"),
+    "experts": ("mosaic", "pallas", "xla"),
+    "all_reduce": ("pallas", "xla"),
+    "encoder": ("mosaic", "pallas", "xla"),
+    "encoder_sums": ("mosaic", "xla"),
+    "routing": ("pallas", "xla"),
+    "latent_queries": ("pallas", "xla"),
+}
+"""Those whose faster backend is told, and the backends that it may be."""
 
 Kind = Literal["parts", "gated", "whole", "norm_parts", "norm_gated"]
 
@@ -141,13 +141,23 @@ def read(path: Path) -> Tuning:
     try:
         table = json.loads(path.read_text())
         products = [_measurement(row) for row in table["products"]]
-        ops = {name: table.get(name) for name in OPS}
-        return Tuning(tuple(products), **ops)
+        return Tuning(tuple(products), **_ops(table))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the tuning table {path} cannot be read ({error!r}); delete it, or make it anew "
             "with `lmdeploy_jax bench tune`"
         ) from error
+
+
+def _ops(table: dict[str, Any]) -> dict[str, str | None]:
+    """Raises ValueError for an op that there is none of, and for a backend that it has not."""
+    told = {name: backend for name, backend in table.items() if name != "products" and backend is not None}
+    for name, backend in told.items():
+        if name not in OPS:
+            raise ValueError(f"{name!r} is no op; known are {', '.join(OPS)}")
+        if backend not in OPS[name]:
+            raise ValueError(f"{name}={backend!r} is not one of {', '.join(OPS[name])}")
+    return {name: told.get(name) for name in OPS}
 
 
 def _measurement(row: dict[str, Any]) -> Measurement:

@@ -33,7 +33,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     assert path.name == "nvidia-h200.json"
     assert set(tuning.read(path).products) == set(TABLE.products)
     assert tuning.read(path).prefill_attention is None
-    ops = {name: "mosaic" for name in tuning.OPS if name != "prefill_attention"}
+    ops = {name: backends[0] for name, backends in tuning.OPS.items() if name != "prefill_attention"}
     tuning.write(path, replace(TABLE, **ops))
     read = tuning.read(path).merged(TABLE)
     assert {name: getattr(read, name) for name in ops} == ops
@@ -64,7 +64,16 @@ def test_what_is_shipped_can_be_done():
     assert all(FORMATS[name].held(4096).name in {p.format for p in shipped} for name in ("awq", "fp8"))
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"products": [{"kind": 1}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        '{"products": [{"kind": 1}]}',
+        '{"products": [], "routing": "mosaic"}',
+        '{"products": [], "rooting": "pallas"}',
+    ],
+)
 def test_a_broken_table_is_named(tmp_path, text):
     (tmp_path / "nvidia-h200.json").write_text(text)
     with pytest.raises(ConfigError, match=r"nvidia-h200.json cannot be read .*bench tune"):

@@ -263,7 +263,7 @@ def _load_vision(folder: Path, config: JaxEngineConfig, mesh: Mesh, backend: str
 
     table = tuning_of(mesh, backend) if mesh.size == 1 else UNTUNED  # Mosaic's calls know one device
     how: dict[str, Any] = {"dtype": config.dtype, "mesh": mesh, "hf_overrides": config.hf_overrides}
-    fused = table.encoder_sums is not None
+    fused = table.encoder_sums == "mosaic"
     loaded = load_vision(folder, backend=table.encoder or backend, fused=fused, **how)
     jax.block_until_ready(loaded.leaves)
     return loaded
