@@ -11,15 +11,15 @@ from typing import Any
 import aiohttp
 import orjson
 from fastapi import FastAPI, Request
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from lmdeploy_jax.proxy.nodes import Node, Nodes, checked_url
 from lmdeploy_jax.proxy.options import ProxyOptions
 from lmdeploy_jax.proxy.relay import Relay
 from lmdeploy_jax.server.errors import ApiError, install_handlers
+from lmdeploy_jax.server.http.cors import add_cors
 from lmdeploy_jax.server.http.middleware import Authentication, BodyLimit, ServerErrors
-from lmdeploy_jax.server.http.request_ids import HEADERS, RequestIds
+from lmdeploy_jax.server.http.request_ids import RequestIds
 
 logger = logging.getLogger("lmdeploy_jax")
 
@@ -47,14 +47,7 @@ def create_proxy(options: ProxyOptions) -> FastAPI:
     if options.api_keys:
         app.add_middleware(Authentication, keys=options.api_keys)
     app.add_middleware(ServerErrors)
-    app.add_middleware(  # for browsers the proxy is the server, whatever its nodes allow
-        CORSMiddleware,
-        allow_origins=options.allow_origins,
-        allow_methods=options.allow_methods,
-        allow_headers=options.allow_headers,
-        allow_credentials=options.allow_credentials,
-        expose_headers=HEADERS,
-    )
+    add_cors(app, options)  # for browsers the proxy is the server, whatever its nodes allow
     app.add_middleware(RequestIds)
     return app
 

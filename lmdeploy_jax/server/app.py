@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
-from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from lmdeploy_jax import __version__
@@ -11,9 +10,10 @@ from lmdeploy_jax.server.anthropic import route as anthropic
 from lmdeploy_jax.server.completions import route as completions
 from lmdeploy_jax.server.embeddings import route as embeddings
 from lmdeploy_jax.server.errors import install_handlers
+from lmdeploy_jax.server.http.cors import add_cors
 from lmdeploy_jax.server.http.middleware import Authentication, BodyLimit, ConcurrencyLimit, ServerErrors
 from lmdeploy_jax.server.http.paths import TolerantPaths
-from lmdeploy_jax.server.http.request_ids import HEADERS, RequestIds
+from lmdeploy_jax.server.http.request_ids import RequestIds
 from lmdeploy_jax.server.native import route as native
 from lmdeploy_jax.server.openai_chat import route as openai_chat
 from lmdeploy_jax.server.options import ServerOptions
@@ -77,13 +77,6 @@ def _install_middleware(app: FastAPI, options: ServerOptions, max_body_size: int
     if options.api_keys:
         app.add_middleware(Authentication, keys=options.api_keys)
     app.add_middleware(ServerErrors)
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=options.allow_origins,
-        allow_methods=options.allow_methods,
-        allow_headers=options.allow_headers,
-        allow_credentials=options.allow_credentials,
-        expose_headers=HEADERS,
-    )
+    add_cors(app, options)
     app.add_middleware(TolerantPaths, routes=_paths())
     app.add_middleware(RequestIds)
