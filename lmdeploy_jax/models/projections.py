@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from lmdeploy_jax.models.products import (
     plan_xla,
     takes_rounded,
 )
+from lmdeploy_jax.models.quant_products import RowsProduct
 from lmdeploy_jax.models.quantised import QuantWeight
 from lmdeploy_jax.models.residual import Delta, PartialSum, SumOverDevices
 from lmdeploy_jax.pallas_kernels.shapes import Quantised
@@ -107,9 +108,9 @@ class RowParallelLinear(Linear, SumOverDevices):
 
     def __call__(self, x: Float[Array, "T *inner"] | Quantised) -> Float[Array, "..."] | PartialSum:
         """-> [T, *out], or f32 [S, T, *out], whose sum over S it is, or such a sum of this device alone."""
-        like = jax.ShapeDtypeStruct(x.values.shape, x.values.dtype) if isinstance(x, Quantised) else x
+        like, dtype = self._like(x)
         product = self._plan(like)
-        out, dtype = product(self, x), self.weight.dtype if isinstance(x, Quantised) else x.dtype  # type: ignore
+        out = cast(RowsProduct, product)(self, x)
         left = self.left_to_norm(out, dtype) if self.in_parts else None
         if left is not None:
             return left
@@ -117,6 +118,13 @@ class RowParallelLinear(Linear, SumOverDevices):
         if self.bias is None or (isinstance(product, SkinnyProduct) and product.biased):
             return out
         return out + self.bias[...]
+
+    def _like(self, x: Float[Array, "T *inner"] | Quantised) -> tuple[Like, jnp.dtype]:
+        """What the product is planned for, and the dtype of what it gives."""
+        if not isinstance(x, Quantised):
+            return x, x.dtype
+        assert isinstance(self.weight, QuantWeight)  # which has asked for such rows
+        return jax.ShapeDtypeStruct(x.values.shape, x.values.dtype), self.weight.dtype
 
     def reads_rounded(self, tokens: int) -> QuantWeight | None:
         """The weight, if the product of so many rows reads activations that a kernel has rounded."""
