@@ -12,10 +12,8 @@ from lmdeploy_jax.pallas_kernels.registry import check_backend
 
 __all__ = ["RowNorm", "fused_dense", "gelu", "in_one_round", "why_not_mosaic"]
 
-OUTPUTS, COLUMNS = (
-    64,
-    512,
-)  # stored at a time; that each stage of shared memory is read an even number of times
+OUTPUTS = 64  # stored at a time
+COLUMNS = 512  # that each stage of shared memory is read an even number of times
 
 
 def why_not_mosaic(rows: int, shape: tuple[int, int], dtype: DTypeLike) -> str | None:
